@@ -1,0 +1,71 @@
+"""Every cap on untrusted input, in one frozen dataclass.
+
+The defaults leave generous room above what real data sets and Stable Diffusion models need; a
+test or an operator may pass a changed copy (``dataclasses.replace(LIMITS, ...)``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KIB = 1024
+MIB = 1024 * KIB
+GIB = 1024 * MIB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Caps on what a job or a request may bring; units stand in the names."""
+
+    # Pictures. A 100-megapixel camera makes the largest honest photographs; decoded as RGB they
+    # take 3 bytes per pixel.
+    max_image_pixels: int = 120_000_000
+    # 16-bit TIFFs of such cameras come to about 600 MB on disk.
+    max_image_file_bytes: int = 1 * GIB
+    # The longest side: narrow strips make huge pictures once the short side is resized.
+    max_image_side_pixels: int = 50_000
+    # DreamBooth wants 4 to 20; above this it is the wrong folder.
+    max_instance_images: int = 10_000
+    # Class images are a few per instance image, a thousand in the paper's largest runs.
+    max_class_images: int = 100_000
+    # A walk through a wrong folder (a home directory, a disk) must end.
+    max_folder_entries: int = 1_000_000
+
+    # Texts. CLIP reads 77 tokens, some 400 characters; longer prompts are cut there anyway.
+    max_prompt_characters: int = 10_000
+    # Two prompts and a little room.
+    max_dataset_info_bytes: int = 1 * MIB
+    # SageMaker allows 100 hyperparameters of 256 + 2,500 characters: under 300 KiB, even escaped 6x
+    # (\uXXXX) it stays below this.
+    max_hyperparameters_bytes: int = 4 * MIB
+    # One value as SageMaker's API caps it is 2,500 characters; local runs may pass longer prompts.
+    max_hyperparameter_characters: int = 20_000
+
+    # Archives. Stable Diffusion 2.1 in fp32 is 5.2 GB, with a safety checker, fp16 copies and a
+    # single-file twin about 16 GB.
+    archive_max_bytes: int = 40 * GIB
+    # A diffusers folder has about 30 files.
+    archive_max_members: int = 10_000
+    # Bytes written per byte read. Weights compress by 1.1 at best, JSON and vocabularies by 20;
+    # gzip reaches 1,000 only on bombs.
+    archive_max_ratio: float = 100.0
+    # Zeros in small archives may compress well; the ratio counts only from here on.
+    archive_ratio_free_bytes: int = 16 * MIB
+    # A whole path inside the archive; ext4 allows 4,096 with the destination in front.
+    archive_max_name_bytes: int = 1_024
+    # Folders within folders; diffusers needs two.
+    archive_max_depth: int = 16
+    # Long-name and pax headers are read into memory whole.
+    archive_max_header_bytes: int = 1 * MIB
+    # A member that is read into memory whole, such as model_index.json.
+    archive_max_small_file_bytes: int = 16 * MIB
+
+    # Model folders. The largest honest JSON is tokenizer.json, about 4 MB.
+    max_config_bytes: int = 16 * MIB
+    # The safetensors library itself refuses headers above 100 MB.
+    max_safetensors_header_bytes: int = 100_000_000
+    # Weight files of one component; sharded U-Nets have a handful.
+    max_weight_files: int = 256
+
+
+LIMITS = Limits()
