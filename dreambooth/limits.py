@@ -44,8 +44,8 @@ class Limits:
     # Archives. Stable Diffusion 2.1 in fp32 is 5.2 GB, with a safety checker, fp16 copies and a
     # single-file twin about 16 GB.
     archive_max_bytes: int = 40 * GIB
-    # A diffusers folder has about 30 files.
-    archive_max_members: int = 10_000
+    # A diffusers folder has about 30 files; refusing a flood of tiny ones must take no time.
+    archive_max_members: int = 2_000
     # Bytes written per byte read. Weights compress by 1.1 at best, JSON and vocabularies by 20;
     # gzip reaches 1,000 only on bombs.
     archive_max_ratio: float = 100.0
