@@ -1,0 +1,73 @@
+"""Why a job failed, in the few words that SageMaker shows of its failure file.
+
+SageMaker shows the first 1024 characters of ``<root>/output/failure`` as ``FailureReason``: the
+reason comes first, and long lists of faults are shortened so that each is still named. AWS, "How
+Amazon SageMaker AI Processes Training Output". Standard library only.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from dreambooth.errors import DreamBoothError, HyperparameterError
+
+# SageMaker shows this much of the failure file as FailureReason.
+MAX_FAILURE_BYTES: Final = 1024
+
+
+def write_failure(path: Path, error: BaseException) -> bool:
+    """Write why the job failed, reason first, in at most 1024 bytes of UTF-8.
+
+    Best effort: never raises, and returns whether it was written. The folder of ``path`` is made
+    where its parent (the root) exists; where it does not, nothing is, so that a run outside a
+    container leaves no ``/opt/ml`` behind.
+    """
+    try:
+        if not path.parent.parent.is_dir():
+            return False
+        text = describe_failure(error).encode("utf-8", errors="replace")
+        path.parent.mkdir(exist_ok=True)
+        # Not to wait for a reader, should the path be a FIFO.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK | os.O_CLOEXEC
+        with open(os.open(path, flags, 0o644), "wb") as file:
+            file.write(text)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def describe_failure(error: BaseException, *, max_bytes: int = MAX_FAILURE_BYTES) -> str:
+    """One line that says why the job failed, at most ``max_bytes`` of UTF-8, the reason first.
+
+    Long lists of wrong settings are shortened sentence by sentence, so that each is still named.
+    """
+    if isinstance(error, HyperparameterError):
+        return _describe_faults(error.faults, max_bytes)
+    if isinstance(error, DreamBoothError):
+        return _cut(str(error) or type(error).__name__, max_bytes)
+    name_and_message = "".join(traceback.format_exception_only(type(error), error))
+    return _cut(f"InternalError: {name_and_message}", max_bytes)
+
+
+def _cut(text: str, max_bytes: int) -> str:
+    """The text on one line, cut to ``max_bytes`` of UTF-8 between two characters."""
+    data = " ".join(text.split()).encode("utf-8", errors="replace")
+    if len(data) <= max_bytes:
+        return data.decode()
+    mark = "…"
+    return data[: max_bytes - len(mark.encode())].decode(errors="ignore") + mark
+
+
+def _describe_faults(faults: Sequence[str], max_bytes: int) -> str:
+    whole = " ".join(str(HyperparameterError(faults)).split())
+    if len(whole.encode("utf-8", errors="replace")) <= max_bytes:
+        return _cut(whole, max_bytes)
+    # Every sentence begins with the setting's name, so its beginning is what must stay.
+    overhead = len(str(HyperparameterError([""] * len(faults))).encode())
+    share = (max_bytes - overhead) // len(faults)
+    shortened = [_cut(fault, max(share, 24)) for fault in faults]
+    return _cut(str(HyperparameterError(shortened)), max_bytes)
