@@ -1,0 +1,1 @@
+"""The training folder: reading it, its pictures, class images, pairs and what is cached of them."""

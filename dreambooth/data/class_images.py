@@ -1,0 +1,147 @@
+"""Class images up to the count that is asked for: those given, then sampled ones that are kept.
+
+JumpStart's sampler drew all pictures from one random stream (so that the batch size changed them),
+saved JPEGs into the input channel and trained on black ones too. Here picture i has seeds of its
+own, is a PNG outside the channels, and is looked at before it counts. Torch-free: the sampler is
+passed in. Legend: H W pixels, uint8 0..255.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, PngImagePlugin
+
+from dreambooth.data.images import check_image, read_note
+from dreambooth.data.picture_files import PictureError, shown
+from dreambooth.errors import DatasetError, ResourceError
+
+Pixels = npt.NDArray[np.uint8]
+Sampler = Callable[[Sequence[int]], Sequence[Pixels | None]]
+
+ATTEMPTS = 4
+"""Seeds that are tried for one picture: its first and up to three more."""
+
+_BLACK_LEVEL = 4  # of 255: a picture without a brighter pixel is black
+_NOTE_KEY = "dreambooth"
+
+
+def ensure(
+    folder: Path,
+    *,
+    given: Sequence[Path],
+    count: int,
+    batch_size: int,
+    seed: int,
+    sample: Sampler,
+    fingerprint: str = "",
+    on_image: Callable[[int], None] = lambda done: None,
+) -> tuple[Path, ...]:
+    """Sample what the given class images lack of `count`, and return all paths, given ones first.
+
+    `sample` takes up to `batch_size` seeds and returns one uint8 [H,W,3] picture per seed, None
+    where it was not finite. Picture i becomes `folder/class_0000i.png`, written whole or not at
+    all; its seed is `derived_seed(seed, i, attempt)`, whatever the batch size. Pictures of an
+    earlier, stopped run are kept where they are readable and carry the same `fingerprint` and
+    seed. Refused pictures (None, black) get the next attempt's seed. `on_image` is told the
+    absolute count of sampled pictures that are there, the kept ones among them.
+
+    Raises DatasetError when a picture was refused ATTEMPTS times, ResourceError when the folder
+    cannot be written.
+    """
+    paths = [folder / f"class_{index:05d}.png" for index in range(max(0, count - len(given)))]
+    missing = [
+        index
+        for index, path in enumerate(paths)
+        if not _is_kept(path, {_note(fingerprint, seed, index, k) for k in range(ATTEMPTS)})
+    ]
+    done = len(paths) - len(missing)
+    on_image(done)
+    for start in range(0, len(missing), batch_size):
+        pending = missing[start : start + batch_size]
+        for attempt in range(ATTEMPTS):
+            seeds = [derived_seed(seed, index, attempt) for index in pending]
+            refused = []
+            for index, picture in zip(pending, sample(seeds), strict=True):
+                if picture is None or _is_black(picture):
+                    refused.append(index)
+                    continue
+                _write(paths[index], picture, _note(fingerprint, seed, index, attempt))
+                done += 1
+                on_image(done)
+            pending = refused
+            if not pending:
+                break
+        if pending:
+            raise DatasetError(_refused(pending[0]))
+    return (*given, *paths)
+
+
+def derived_seed(seed: int, index: int, attempt: int = 0) -> int:
+    """The 63-bit seed of class image `index`: a hash (BLAKE2b) of the three numbers alone.
+
+    The same on every machine; neighbouring indices and seeds share nothing.
+    """
+    text = f"class image\0{seed}\0{index}\0{attempt}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def fingerprint(*parts: str) -> str:
+    """16 hex digits that change with any part: class prompt, model, resolution, precision, ..."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "big") + data)  # ("ab", "c") is not ("a", "bc")
+    return digest.hexdigest()
+
+
+def _note(fingerprint: str, seed: int, index: int, attempt: int) -> str:
+    """What a sampled picture says of its origin, in a text chunk of its PNG."""
+    return f"{fingerprint} seed={derived_seed(seed, index, attempt)}"
+
+
+def _is_kept(path: Path, notes: set[str]) -> bool:
+    try:
+        return read_note(path, _NOTE_KEY) in notes and check_image(path) is not None
+    except PictureError:
+        return False
+
+
+def _is_black(picture: Pixels) -> bool:
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+        raise ValueError(f"a sampler must give uint8 [H,W,3], not {picture.dtype} {picture.shape}")
+    return int(picture.max(initial=0)) <= _BLACK_LEVEL
+
+
+def _write(path: Path, picture: Pixels, note: str) -> None:
+    """Write a PNG beside its place, then move it there: a killed run leaves no half picture."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text(_NOTE_KEY, note)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            Image.fromarray(picture).save(file, "PNG", pnginfo=text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        cause = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+        raise ResourceError(
+            f"The class image {shown(path)} cannot be written ({cause}): free some space, lower "
+            "num_class_images, or give another folder with --output_data_dir or --checkpoint_dir."
+        ) from error
+
+
+def _refused(index: int) -> str:
+    return (
+        f"Class image {index} came out black or not finite with each of {ATTEMPTS} seeds: set "
+        "prior_generation_precision to fp32, change class_prompt, or put class images of your own "
+        "into class_data_dir."
+    )

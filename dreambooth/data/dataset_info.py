@@ -1,0 +1,132 @@
+"""The training folder -> `DatasetInfo`: prompts, instance images, class images, what was skipped.
+
+The layout is JumpStart's: pictures and `dataset_info.json` side by side, class images in an
+optional sub-folder. JumpStart took every file there for a picture; here everything else is
+skipped with one warning line. Nothing is ever written into the folder.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from dreambooth.data.folder import Pictures, read_pictures, skipped
+from dreambooth.data.images import ImageFacts, warnings_for
+from dreambooth.data.picture_files import FORMATS_TEXT, listed, shown, why
+from dreambooth.data.prompts import INFO_NAME
+from dreambooth.data.prompts import read as read_prompts
+from dreambooth.errors import DatasetError
+from dreambooth.limits import LIMITS, Limits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetInfo:
+    """What a training folder holds; all pictures listed are proven to decode.
+
+    Paths are sorted; `instance_facts[i]` is the upright size of `instance_images[i]`.
+    `class_prompt` is None where the folder gives none; `warnings` are whole sentences.
+    """
+
+    folder: Path
+    instance_prompt: str
+    class_prompt: str | None
+    instance_images: tuple[Path, ...]
+    class_images: tuple[Path, ...]
+    warnings: tuple[str, ...]
+    instance_facts: tuple[ImageFacts, ...] = ()
+
+
+def read(
+    folder: Path,
+    *,
+    class_data_dir: str = "class_data_dir",
+    with_prior_preservation: bool = False,
+    needs_class_images: bool = True,
+    limits: Limits = LIMITS,
+) -> DatasetInfo:
+    """Read a training folder (layout: facts of the JumpStart notebook, "Dataset layout").
+
+    `class_data_dir` is relative to the folder (an absolute path is taken as it is) and read only
+    with prior preservation and where class images are needed at all; it may be missing.
+    Raises DatasetError, one clear sentence, for the first fault that cannot be skipped.
+    """
+    _require_folder(folder)
+    prompts = read_prompts(folder, with_prior_preservation=with_prior_preservation, limits=limits)
+    class_folder = Path(os.path.normpath(folder / class_data_dir))
+    inside = os.path.relpath(class_folder, os.path.normpath(folder)).split(os.sep)[0]
+    found = read_pictures(folder, ignored=inside, most=limits.max_instance_images, limits=limits)
+    if not found.paths:
+        raise DatasetError(_no_pictures(folder, found))
+    notes = [*prompts.warnings, *skipped(found, "the training folder")]
+    class_images: tuple[Path, ...] = ()
+    if with_prior_preservation and needs_class_images:
+        class_images, class_notes = _class_images(folder, class_folder, limits)
+        notes += class_notes
+    return DatasetInfo(
+        folder=folder,
+        instance_prompt=prompts.instance_prompt,
+        class_prompt=prompts.class_prompt,
+        instance_images=found.paths,
+        instance_facts=found.facts,
+        class_images=class_images,
+        warnings=tuple(notes),
+    )
+
+
+def size_warnings(info: DatasetInfo, resolution: int) -> tuple[str, ...]:
+    """One sentence per instance image that is small or strangely shaped for this resolution."""
+    sentences = []
+    for path, facts in zip(info.instance_images, info.instance_facts, strict=True):
+        fault = warnings_for(facts.width, facts.height, resolution)
+        if fault is not None:
+            sentences.append(f"{shown(path.name)} {fault}.")
+    return tuple(sentences)
+
+
+def _require_folder(folder: Path) -> None:
+    try:
+        mode = os.stat(folder).st_mode
+    except (OSError, ValueError) as error:
+        raise DatasetError(
+            f"The training folder {shown(folder)} cannot be opened ({why(error)}): "
+            f"give a folder with pictures and {INFO_NAME} (--train FOLDER)."
+        ) from error
+    if not stat.S_ISDIR(mode):
+        raise DatasetError(
+            f"{shown(folder)} is a file, not a folder: "
+            f"give the folder that holds the pictures and {INFO_NAME} (--train FOLDER)."
+        )
+
+
+def _class_images(
+    folder: Path, class_folder: Path, limits: Limits
+) -> tuple[tuple[Path, ...], list[str]]:
+    if "\0" not in str(class_folder) and not os.path.lexists(class_folder):
+        return (), []
+    if not class_folder.is_dir():
+        raise DatasetError(
+            f"class_data_dir points at {shown(class_folder)}, which is not a folder: "
+            "name a folder of class images, or leave it out to have them sampled."
+        )
+    if class_folder.samefile(folder):
+        raise DatasetError(
+            f"class_data_dir points at the training folder itself, {shown(folder)}: "
+            "put the class images into a folder of their own."
+        )
+    found = read_pictures(class_folder, most=limits.max_class_images, limits=limits)
+    return found.paths, skipped(found, f"the class images' folder {shown(class_folder)}")
+
+
+def _no_pictures(folder: Path, found: Pictures) -> str:
+    reasons = []
+    if found.unusable:
+        reasons.append(f"unusable: {listed(found.unusable)}")
+    if found.others:
+        reasons.append(f"no pictures: {listed(found.others)}; sub-folders are not searched")
+    seen = f" ({'; '.join(reasons)})" if reasons else ""
+    return (
+        f"The folder {shown(folder)} holds no picture to train on{seen}: put 4 to 20 pictures "
+        f"of the subject beside {INFO_NAME}, as {FORMATS_TEXT}."
+    )

@@ -1,0 +1,131 @@
+"""One folder of pictures -> the pictures that decode, and in few words what else lay there."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from dreambooth.data.images import ImageFacts, check_images
+from dreambooth.data.picture_files import (
+    FORMATS,
+    FORMATS_TEXT,
+    PictureError,
+    listed,
+    shown,
+    sniff,
+    why,
+)
+from dreambooth.data.prompts import INFO_NAME
+from dreambooth.errors import DatasetError
+from dreambooth.limits import LIMITS, Limits
+
+_JUNK = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
+# Files of these names are meant to be pictures: one that holds none is a damaged picture.
+_PICTURE_SUFFIXES = frozenset(
+    {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".bmp", ".dib"}
+    | {".gif", ".tif", ".tiff", ".avif"}
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pictures:
+    """The entries of one folder, told apart; names are ready to be shown."""
+
+    paths: tuple[Path, ...]
+    facts: tuple[ImageFacts, ...]
+    unusable: tuple[str, ...]
+    others: tuple[str, ...]
+
+
+def read_pictures(
+    folder: Path, *, ignored: str = "", most: int, limits: Limits = LIMITS
+) -> Pictures:
+    """Sort the entries of a folder by what their first bytes say, then prove the pictures.
+
+    `ignored` is the name of an entry (the class images' folder) that is not worth a mention.
+    Raises DatasetError for a folder that cannot be listed or holds more than `most` pictures.
+    """
+    candidates: list[Path] = []
+    unusable: list[str] = []
+    others: list[str] = []
+    for entry in _entries(folder, limits):
+        path = Path(entry.path)
+        if entry.name in (INFO_NAME, ignored):
+            continue
+        verdict = _verdict(entry, limits)
+        if verdict == "picture":
+            candidates.append(path)
+        elif verdict == "":
+            others.append(shown(entry.name) + ("/" if _is_folder(entry) else ""))
+        else:
+            unusable.append(f"{shown(entry.name)} ({verdict})")
+    if len(candidates) > most:
+        raise DatasetError(
+            f"The folder {shown(folder)} holds {len(candidates)} pictures, more than the {most} "
+            "allowed: DreamBooth wants 4 to 20 good pictures of one subject."
+        )
+    paths, facts = [], []
+    for path, result in zip(candidates, check_images(candidates, limits=limits), strict=True):
+        if isinstance(result, PictureError):
+            unusable.append(f"{shown(path.name)} ({result.reason})")
+        else:
+            paths.append(path)
+            facts.append(result)
+    return Pictures(
+        paths=tuple(paths), facts=tuple(facts), unusable=tuple(unusable), others=tuple(others)
+    )
+
+
+def _entries(folder: Path, limits: Limits) -> list[os.DirEntry[str]]:
+    found: list[os.DirEntry[str]] = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                found.append(entry)
+                if len(found) > limits.max_folder_entries:
+                    raise DatasetError(
+                        f"The folder {shown(folder)} has more than {limits.max_folder_entries} "
+                        "entries: give a folder that holds the training pictures alone."
+                    )
+    except OSError as error:
+        raise DatasetError(
+            f"The folder {shown(folder)} cannot be listed ({why(error)}): check its permissions."
+        ) from error
+    return sorted(found, key=lambda entry: entry.name)
+
+
+def _verdict(entry: os.DirEntry[str], limits: Limits) -> str:
+    """ "picture", "" for an entry that is no picture, else why a picture cannot be used."""
+    if entry.name.startswith(".") or entry.name.lower() in _JUNK or _is_folder(entry):
+        return ""
+    named_as_picture = Path(entry.name).suffix.lower() in _PICTURE_SUFFIXES
+    try:
+        kind = sniff(Path(entry.path), limits=limits)
+    except PictureError as error:
+        return error.reason if named_as_picture else ""
+    if kind in FORMATS:
+        return "picture"
+    if kind is not None:
+        return f"{kind} is not read: save it as one of {FORMATS_TEXT}"
+    return "holds no known picture format" if named_as_picture else ""
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a loop of symbolic links
+        return False
+
+
+def skipped(found: Pictures, where: str) -> list[str]:
+    """What was left out, in at most two sentences: unusable pictures, and other entries."""
+    notes = []
+    if found.unusable:
+        noun = "1 picture" if len(found.unusable) == 1 else f"{len(found.unusable)} pictures"
+        notes.append(f"Skipped {noun} in {where} that cannot be used: {listed(found.unusable)}.")
+    if found.others:
+        count = len(found.others)
+        noun = "1 entry (no picture)" if count == 1 else f"{count} entries (no pictures)"
+        notes.append(f"Skipped {noun} in {where}: {listed(found.others)}.")
+    return notes

@@ -1,0 +1,101 @@
+"""Which picture, crop, timestep and noise a sample uses: a pure function of seed and number.
+
+Nothing here has a memory, so a run that is stopped and resumed draws what the unbroken run draws,
+and four micro-batches of one draw what one micro-batch of four draws. Instance and class images
+are two streams that are shuffled independently.
+
+Legend: B batch, C latent channels, h w latent cells.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Samples:
+    """What B samples of one stream are made of; all tensors are on the CPU.
+
+    images: int64 [B], index of the picture. crops: int64 [B], index of its cached crop.
+    timesteps: int64 [B], 0..train_timesteps-1. posterior_noise and noise: float32 [B,C,h,w],
+    standard normal: the draw from the latent posterior, and the noise that is added.
+    """
+
+    images: torch.Tensor
+    crops: torch.Tensor
+    timesteps: torch.Tensor
+    posterior_noise: torch.Tensor
+    noise: torch.Tensor
+
+
+def derive_seed(seed: int, *keys: str | int) -> int:
+    """A 63-bit seed from a base seed and a name: the same on every machine and Python version."""
+    text = "\0".join(str(part) for part in (seed, *keys))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
+
+
+@lru_cache(maxsize=8)
+def _order(seed: int, stream: str, round_number: int, count: int) -> tuple[int, ...]:
+    generator = torch.Generator().manual_seed(derive_seed(seed, stream, "order", round_number))
+    return tuple(torch.randperm(count, generator=generator).tolist())
+
+
+def picture_of(sample: int, *, seed: int, stream: str, count: int) -> int:
+    """The picture of sample number `sample`: every round over `count` pictures has a new order.
+
+    The order goes on across epochs, so no accumulation window is ever shorter than the others.
+    """
+    round_number, position = divmod(sample, count)
+    return _order(seed, stream, round_number, count)[position]
+
+
+def draw(
+    samples: range,
+    *,
+    seed: int,
+    stream: str,
+    crops: Sequence[int],
+    latent_shape: tuple[int, int, int],
+    train_timesteps: int,
+) -> Samples:
+    """Draw the samples of one micro-batch.
+
+    samples: the numbers of the samples in their stream, counted from the start of the run.
+    stream: "instance" or "class". crops: how many cached crops each picture has.
+    latent_shape: (C, h, w).
+    """
+    images, crop_indices, timesteps, posterior_noise, noise = [], [], [], [], []
+    for sample in samples:
+        picture = picture_of(sample, seed=seed, stream=stream, count=len(crops))
+        generator = torch.Generator().manual_seed(derive_seed(seed, stream, "sample", sample))
+        images.append(picture)
+        crop_indices.append(int(torch.randint(crops[picture], (1,), generator=generator)))
+        timesteps.append(int(torch.randint(train_timesteps, (1,), generator=generator)))
+        posterior_noise.append(torch.randn(latent_shape, generator=generator))
+        noise.append(torch.randn(latent_shape, generator=generator))
+    return Samples(
+        images=torch.tensor(images),
+        crops=torch.tensor(crop_indices),
+        timesteps=torch.tensor(timesteps),
+        posterior_noise=torch.stack(posterior_noise),
+        noise=torch.stack(noise),
+    )
+
+
+def sample_numbers(
+    *,
+    step: int,
+    micro_batch: int,
+    batch_size: int,
+    micro_batches: int,
+    process: int,
+    processes: int,
+) -> range:
+    """The sample numbers of one micro-batch of one process: no two processes or steps share one."""
+    first = ((step * micro_batches + micro_batch) * processes + process) * batch_size
+    return range(first, first + batch_size)

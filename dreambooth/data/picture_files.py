@@ -1,0 +1,136 @@
+"""A file from strangers -> an open handle on a regular file, and the picture format inside.
+
+The format is told from the first bytes, never from the name; FIFOs, devices and oversized files
+are refused before anything is read.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from dreambooth.errors import DatasetError
+from dreambooth.limits import LIMITS, Limits
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+"""Pillow's names of the formats that are opened (multi-picture JPEG, MPO, comes in as JPEG)."""
+
+FORMATS_TEXT = "PNG, JPEG, WebP, BMP, GIF, TIFF or AVIF"
+
+_SNIFF_BYTES = 64
+_NAMES_SHOWN = 5
+_BMP_HEADER_SIZES = frozenset({12, 40, 52, 56, 64, 108, 124})
+
+
+class PictureError(DatasetError):
+    """One picture file cannot be used; `reason` says why without the path, `path` which."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"The picture {shown(path)} {reason}: replace or remove it.")
+        self.path = path
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[PictureError], tuple[Path, str]]:
+        """Pickle by the two parts that the message is made of."""
+        return type(self), (self.path, self.reason)
+
+
+def shown(path: Path | str) -> str:
+    """The path as it may stand in a message or a log line: always printable, always UTF-8."""
+    text = os.fspath(path).encode("utf-8", "backslashreplace").decode("utf-8")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first five names and the count of the others."""
+    rest = len(names) - _NAMES_SHOWN
+    text = ", ".join(names[:_NAMES_SHOWN])
+    return f"{text} and {rest} more" if rest > 0 else text
+
+
+def sniff(path: Path, *, limits: Limits = LIMITS) -> str | None:
+    """The format that the first bytes tell, or None where they tell no picture.
+
+    Also names some formats that are no member of `FORMATS` ("HEIC", "JPEG XL", "JPEG 2000",
+    "Photoshop"), so that a message can say so. Raises PictureError where the file is no regular
+    file or cannot be read.
+    """
+    with opened(path, limits=limits) as file:
+        return format_of(file)
+
+
+@contextmanager
+def opened(path: Path, *, limits: Limits = LIMITS) -> Iterator[BinaryIO]:
+    """Open a regular file for reading; never blocks on a FIFO and never touches a device.
+
+    Raises PictureError, also for an OSError of reading inside the `with` block.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise PictureError(path, "is not a regular file")
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:
+        raise PictureError(path, f"cannot be opened ({why(error)})") from error
+    with os.fdopen(descriptor, "rb") as file:
+        found = os.fstat(descriptor)  # again: the name may have changed hands in between
+        if not stat.S_ISREG(found.st_mode):
+            raise PictureError(path, "is not a regular file")
+        if found.st_size > limits.max_image_file_bytes:
+            cap = limits.max_image_file_bytes
+            raise PictureError(path, f"has {found.st_size} bytes, more than the {cap} allowed")
+        try:
+            yield file
+        except OSError as error:
+            raise PictureError(path, f"cannot be read ({why(error)})") from error
+
+
+def why(error: BaseException) -> str:
+    """The short reason that an exception gives, fit to be shown."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return shown(str(error))[:200] or type(error).__name__
+
+
+def format_of(file: BinaryIO) -> str | None:
+    """`sniff` for a file that is open at its beginning."""
+    start = file.read(_SNIFF_BYTES)
+    for magic, name in (
+        (b"\x89PNG\r\n\x1a\n", "PNG"),
+        (b"\xff\xd8\xff", "JPEG"),
+        (b"GIF87a", "GIF"),
+        (b"GIF89a", "GIF"),
+        (b"II*\0", "TIFF"),
+        (b"MM\0*", "TIFF"),
+        (b"II+\0", "TIFF"),
+        (b"MM\0+", "TIFF"),
+        (b"8BPS", "Photoshop"),
+        (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000"),
+        (b"\xff\x4f\xff\x51", "JPEG 2000"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
+        (b"\xff\x0a", "JPEG XL"),
+    ):
+        if start.startswith(magic):
+            return name
+    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
+        return "WEBP"
+    # Two letters alone would take many a text for a BMP: ask for a known header size as well.
+    if start[:2] == b"BM" and int.from_bytes(start[14:18], "little") in _BMP_HEADER_SIZES:
+        return "BMP"
+    if start[4:8] == b"ftyp":
+        return _brand_of(start)
+    return None
+
+
+def _brand_of(start: bytes) -> str | None:
+    """AVIF or HEIC, by the brands of an ISO media file (ISO/IEC 14496-12, box `ftyp`)."""
+    end = min(int.from_bytes(start[:4], "big"), len(start))
+    brands = {start[8:12], *(start[at : at + 4] for at in range(16, end, 4))}
+    if brands & {b"avif", b"avis"}:
+        return "AVIF"
+    if brands & {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1"}:
+        return "HEIC"
+    return None

@@ -1,0 +1,186 @@
+"""dataset_info.json -> the prompts, with one clear sentence for each way of getting it wrong."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import stat
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dreambooth.data.picture_files import listed, shown, why
+from dreambooth.errors import DatasetError
+from dreambooth.limits import LIMITS, Limits
+
+INFO_NAME = "dataset_info.json"
+
+_PYTHON_NOTATION_BYTES = 64 * 1024  # ast.literal_eval is not made for large strangers' texts
+_FOLDERS_TRIED = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompts:
+    """The prompts as written, without surrounding white space; `warnings` are whole sentences."""
+
+    instance_prompt: str
+    class_prompt: str | None
+    warnings: tuple[str, ...]
+
+
+def read(folder: Path, *, with_prior_preservation: bool, limits: Limits = LIMITS) -> Prompts:
+    """Read the prompts of a training folder; class_prompt is asked for with prior preservation.
+
+    Raises DatasetError: file missing, too large, no UTF-8, no JSON, wrong types, no prompt.
+    """
+    path = folder / INFO_NAME
+    example = '{"instance_prompt": "a photo of a riobugger cat"'
+    example += ', "class_prompt": "a photo of a cat"}' if with_prior_preservation else "}"
+    info, notes = _parse_info(path, _info_text(path, example, limits), example)
+    instance_prompt = _prompt(path, info, "instance_prompt", limits)
+    if instance_prompt is None:
+        keys = f" (it has {listed([shown(str(key)) for key in info])})" if info else ""
+        raise DatasetError(
+            f"{shown(path)} gives no instance_prompt{keys}: write for example {example}."
+        )
+    class_prompt = _prompt(path, info, "class_prompt", limits)
+    if with_prior_preservation and class_prompt is None:
+        raise DatasetError(
+            f"{shown(path)} gives no class_prompt, which with_prior_preservation=True needs: "
+            f"write for example {example}, or set with_prior_preservation=False."
+        )
+    unknown = [shown(str(key)) for key in info if key not in ("instance_prompt", "class_prompt")]
+    if unknown:
+        notes.append(f"{INFO_NAME} has entries that mean nothing here: {listed(unknown)}.")
+    return Prompts(
+        instance_prompt=instance_prompt, class_prompt=class_prompt, warnings=tuple(notes)
+    )
+
+
+def _info_text(path: Path, example: str, limits: Limits) -> str:
+    """The text of dataset_info.json, a regular file of UTF-8 (with or without a BOM)."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise DatasetError(f"{shown(path)} is not a regular file: write {example} into it.")
+        with open(path, "rb") as file:
+            data = file.read(limits.max_dataset_info_bytes + 1)
+    except FileNotFoundError as error:
+        raise DatasetError(
+            f"{INFO_NAME} is missing in {shown(path.parent)}{_lookalike(path.parent)}: "
+            f"write it with the subject's prompt, for example {example}."
+        ) from error
+    except OSError as error:
+        raise DatasetError(
+            f"{shown(path)} cannot be read ({why(error)}): check its permissions."
+        ) from error
+    if len(data) > limits.max_dataset_info_bytes:
+        raise DatasetError(
+            f"{shown(path)} has more than {limits.max_dataset_info_bytes} bytes: "
+            f"it should hold two prompts alone, for example {example}."
+        )
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DatasetError(
+            f"{shown(path)} is not UTF-8 (at byte {error.start}): save it as UTF-8 text."
+        ) from error
+
+
+def _lookalike(folder: Path) -> str:
+    """Editors on Windows hide suffixes, and archives like to add one folder."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return ""
+    for name in names:
+        if name.lower().startswith("dataset_info") and name != INFO_NAME:
+            return f" (there is {shown(name)}, which is another name)"
+    for name in names[:_FOLDERS_TRIED]:
+        if os.path.isfile(folder / name / INFO_NAME):
+            return f" (there is one in its sub-folder {shown(name)}: give that folder instead?)"
+    return ""
+
+
+def _parse_info(path: Path, text: str, example: str) -> tuple[dict[object, object], list[str]]:
+    notes: list[str] = []
+    try:
+        value: object = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        value = _python_notation(text)
+        if value is None:
+            raise DatasetError(
+                f"{shown(path)} is not valid JSON ({_json_fault(text, error)}): "
+                f"write for example {example}."
+            ) from error
+        notes.append(
+            f"{INFO_NAME} is not JSON but was understood as Python's notation: JSON wants double "
+            f"quotes and no trailing comma, as in {example}."
+        )
+    if not isinstance(value, dict):
+        raise DatasetError(
+            f"{shown(path)} holds {_kind(value)} instead of an object with prompts: "
+            f"write for example {example}."
+        )
+    return value, notes
+
+
+def _json_fault(text: str, error: BaseException) -> str:
+    if not text.strip():
+        return "it is empty"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    hint = "; typographic quotes do not count" if set("“”„‘’") & set(text) else ""
+    if isinstance(error, json.JSONDecodeError):
+        return f"line {error.lineno}, column {error.colno}: {error.msg}{hint}"
+    return shown(str(error))[:200]
+
+
+def _python_notation(text: str) -> object | None:
+    """A dict as the published text shows it, {'instance_prompt': '...'}; None if it is none."""
+    if len(text) > _PYTHON_NOTATION_BYTES:
+        return None
+    try:
+        with warnings.catch_warnings():  # stray backslashes warn
+            warnings.simplefilter("ignore")
+            value = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _prompt(path: Path, info: dict[object, object], key: str, limits: Limits) -> str | None:
+    """The prompt under a key without surrounding white space; None where missing or empty."""
+    value = info.get(key)
+    if value is None:
+        return None
+    where = f"{key} in {shown(path)}"
+    if not isinstance(value, str):
+        raise DatasetError(f"{where} is {_kind(value)}: it must be one text in quotes.")
+    if len(value) > limits.max_prompt_characters:
+        raise DatasetError(
+            f"{where} has {len(value)} characters, more than the {limits.max_prompt_characters} "
+            "allowed: a few words are enough."
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DatasetError(
+            f"{where} holds half a character (\\ud8..) at position {error.start}: retype it."
+        ) from error
+    return value.strip() or None
+
+
+def _kind(value: object) -> str:
+    kinds: Iterable[tuple[type, str]] = (
+        (bool, "true or false"),
+        (str, "a text"),
+        (int, "a number"),
+        (float, "a number"),
+        (list, "a list"),
+        (tuple, "a list"),
+        (dict, "an object"),
+        (type(None), "null"),
+    )
+    return next((name for kind, name in kinds if isinstance(value, kind)), "something else")

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dreambooth.data import cache, images, pairs
+from dreambooth.diffusion import model as models
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model(small_model_folder: Path) -> models.DiffusionModel:
+    return models.load(small_model_folder, device=CPU)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> list[Path]:
+    generator = np.random.default_rng(0)
+    paths = []
+    for number, size in enumerate([(40, 40), (60, 40), (40, 90)]):
+        path = tmp_path / f"{number}.png"
+        pixels = generator.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+        paths.append(path)
+    return paths
+
+
+def build(
+    photos: list[Path], model: models.DiffusionModel, **changes: object
+) -> cache.LatentPosteriors:
+    settings: dict[str, object] = {"resolution": 32, "center_crop": False, "crops": 5, "seed": 0}
+    return cache.build(
+        photos,
+        encode_image=lambda pixels: models.encode_posterior(model, pixels),
+        **{**settings, **changes},
+    )
+
+
+def test_pictures_that_are_not_square_get_several_crops(
+    photos: list[Path], model: models.DiffusionModel
+) -> None:
+    assert build(photos, model).crops == (1, 5, 5)
+    assert build(photos, model, center_crop=True).crops == (1, 1, 1)
+
+
+def test_random_crops_differ_and_are_a_function_of_the_seed(
+    photos: list[Path], model: models.DiffusionModel
+) -> None:
+    first, again = build(photos, model), build(photos, model)
+    assert torch.equal(first.mean, again.mean)
+    assert not torch.equal(first.mean, build(photos, model, seed=1).mean)
+    crops = first.mean[1:6]
+    assert len({crop.numpy().tobytes() for crop in crops}) > 1
+
+
+def test_a_cached_sample_equals_encoding_the_crop_at_that_step(
+    photos: list[Path], model: models.DiffusionModel
+) -> None:
+    posteriors = build(photos, model)
+    samples = pairs.draw(
+        range(6),
+        seed=0,
+        stream="instance",
+        crops=posteriors.crops,
+        latent_shape=posteriors.latent_shape,
+        train_timesteps=1000,
+    )
+    cached = posteriors.sample(samples)
+    for row in range(6):
+        picture, crop = int(samples.images[row]), int(samples.crops[row])
+        resized = images.resize(images.open_image(photos[picture]), 32)
+        left, top = cache.crop_boxes(
+            resized.size, resolution=32, center=False, crops=5, seed=0, key=picture
+        )[crop]
+        pixels = cache.to_pixels(images.to_array(resized.crop((left, top, left + 32, top + 32))))
+        posterior = model.vae.encode(pixels[None]).latent_dist
+        encoded = posterior.mean + posterior.std * samples.posterior_noise[row]
+        assert torch.equal(cached[row], encoded[0])
+
+
+def test_the_posterior_is_sampled_afresh(photos: list[Path], model: models.DiffusionModel) -> None:
+    posteriors = build(photos[:1], model)
+    draws = [
+        posteriors.sample(
+            pairs.draw(
+                range(number, number + 1),
+                seed=0,
+                stream="instance",
+                crops=posteriors.crops,
+                latent_shape=posteriors.latent_shape,
+                train_timesteps=1000,
+            )
+        )
+        for number in range(400)
+    ]
+    spread = torch.cat(draws).std(dim=0)
+    assert torch.allclose(spread, posteriors.std[0], rtol=0.25)
+
+
+def test_pixels_cover_minus_one_to_one() -> None:
+    picture = np.array([[[0, 127, 255]]], dtype=np.uint8)
+    assert cache.to_pixels(picture).flatten().tolist() == pytest.approx([-1, -0.00392, 1], abs=1e-4)
+
+
+def test_progress_is_told(photos: list[Path], model: models.DiffusionModel) -> None:
+    done: list[int] = []
+    build(photos, model, on_image=done.append)
+    assert done == [1, 2, 3]

@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dreambooth.data import class_images
+from dreambooth.data.class_images import Pixels, derived_seed, ensure
+from dreambooth.errors import DatasetError, ResourceError
+
+
+class Sampler:
+    """Draws noise that depends on the seed alone, and writes down what it was asked for."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.batches: list[list[int]] = []
+        self.black: set[int] = set()
+        self.broken: set[int] = set()
+        self.stop_after = stop_after
+
+    @property
+    def seeds(self) -> list[int]:
+        return [seed for batch in self.batches for seed in batch]
+
+    def __call__(self, seeds: Sequence[int]) -> Sequence[Pixels | None]:
+        if self.stop_after is not None and len(self.batches) >= self.stop_after:
+            raise KeyboardInterrupt
+        self.batches.append(list(seeds))
+        return [self.draw(seed) for seed in seeds]
+
+    def draw(self, seed: int) -> Pixels | None:
+        if seed in self.broken:
+            return None
+        if seed in self.black:
+            return np.full((16, 24, 3), 2, np.uint8)
+        return np.random.default_rng(seed).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+
+
+def run(
+    folder: Path,
+    sampler: Sampler,
+    *,
+    given: Sequence[Path] = (),
+    count: int = 7,
+    batch_size: int = 3,
+    seed: int = 5,
+    fingerprint: str = "abc",
+    done: list[int] | None = None,
+) -> tuple[Path, ...]:
+    counts: list[int] = [] if done is None else done
+    return ensure(
+        folder,
+        given=given,
+        count=count,
+        batch_size=batch_size,
+        seed=seed,
+        sample=sampler,
+        fingerprint=fingerprint,
+        on_image=counts.append,
+    )
+
+
+def pixels(path: Path) -> Pixels:
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def test_missing_pictures_are_sampled_in_batches_and_lossless(tmp_path: Path) -> None:
+    sampler, done = Sampler(), []
+    paths = run(tmp_path / "new" / "folder", sampler, done=done)
+    assert [path.name for path in paths] == [f"class_{n:05d}.png" for n in range(7)]
+    assert [len(batch) for batch in sampler.batches] == [3, 3, 1]
+    assert done == list(range(8))
+    for index, path in enumerate(paths):
+        expected = sampler.draw(derived_seed(5, index))
+        assert expected is not None
+        assert np.array_equal(pixels(path), expected)
+    assert sorted(p.name for p in paths[0].parent.iterdir()) == [p.name for p in paths]
+
+
+def test_the_batch_size_does_not_change_any_picture(tmp_path: Path) -> None:
+    one = run(tmp_path / "one", Sampler(), batch_size=1)
+    many = run(tmp_path / "many", Sampler(), batch_size=100)
+    assert [path.read_bytes() for path in one] == [path.read_bytes() for path in many]
+
+
+def test_given_pictures_count_and_all_of_them_are_used(tmp_path: Path) -> None:
+    given = [tmp_path / f"g{n}.jpg" for n in range(4)]
+    sampler = Sampler()
+    paths = run(tmp_path / "out", sampler, given=given, count=6)
+    assert paths[:4] == tuple(given)
+    assert len(paths) == 6
+    assert len(sampler.seeds) == 2
+    assert run(tmp_path / "none", Sampler(), given=given, count=3) == tuple(given)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_stopped_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", Sampler())
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "part", Sampler(stop_after=2))
+    sampler, done = Sampler(), []
+    resumed = run(tmp_path / "part", sampler, done=done)
+    assert sampler.seeds == [derived_seed(5, 6)]
+    assert done == [6, 7]
+    assert [p.read_bytes() for p in resumed] == [p.read_bytes() for p in whole]
+
+
+def test_a_finished_run_samples_nothing(tmp_path: Path) -> None:
+    first = run(tmp_path, Sampler())
+    sampler = Sampler()
+    assert run(tmp_path, sampler) == first
+    assert sampler.batches == []
+
+
+def test_a_damaged_leftover_is_sampled_anew(tmp_path: Path) -> None:
+    paths = run(tmp_path, Sampler())
+    data = paths[2].read_bytes()
+    paths[2].write_bytes(data[: len(data) // 2])
+    paths[4].write_bytes(b"")
+    (tmp_path / ".class_00001.png.part").write_bytes(b"half")
+    sampler = Sampler()
+    run(tmp_path, sampler)
+    assert sampler.seeds == [derived_seed(5, 2), derived_seed(5, 4)]
+    assert paths[2].read_bytes() == data
+
+
+@pytest.mark.parametrize("change", [{"fingerprint": "other"}, {"seed": 6}])
+def test_pictures_of_another_model_prompt_or_seed_are_not_taken(
+    tmp_path: Path, change: dict[str, object]
+) -> None:
+    run(tmp_path, Sampler())
+    sampler = Sampler()
+    run(tmp_path, sampler, **change)  # type: ignore[arg-type]
+    assert len(sampler.seeds) == 7
+
+
+def test_a_strangers_picture_in_the_folder_is_not_taken(tmp_path: Path) -> None:
+    Image.new("RGB", (24, 16), "red").save(tmp_path / "class_00000.png")
+    sampler = Sampler()
+    run(tmp_path, sampler, count=1)
+    assert sampler.seeds == [derived_seed(5, 0)]
+
+
+def test_black_and_not_finite_pictures_get_further_seeds(tmp_path: Path) -> None:
+    sampler, done = Sampler(), []
+    sampler.black = {derived_seed(5, 1), derived_seed(5, 1, 1), derived_seed(5, 1, 2)}
+    sampler.broken = {derived_seed(5, 4)}
+    paths = run(tmp_path, sampler, done=done)
+    assert done == list(range(8))
+    for index, attempt in ((0, 0), (1, 3), (4, 1)):
+        expected = sampler.draw(derived_seed(5, index, attempt))
+        assert expected is not None
+        assert np.array_equal(pixels(paths[index]), expected)
+    again = Sampler()
+    run(tmp_path, again)
+    assert again.batches == []  # a picture from a later attempt is kept as well
+
+
+def test_a_picture_refused_every_time_is_one_sentence(tmp_path: Path) -> None:
+    sampler = Sampler()
+    sampler.broken = {derived_seed(5, 3, attempt) for attempt in range(4)}
+    with pytest.raises(DatasetError, match="Class image 3 came out black or not finite with each"):
+        run(tmp_path, sampler)
+    assert len([seed for seed in sampler.seeds if seed in sampler.broken]) == 4
+    assert not (tmp_path / "class_00003.png").exists()
+    assert (tmp_path / "class_00004.png").exists()
+
+
+def test_a_dark_picture_with_something_in_it_is_kept(tmp_path: Path) -> None:
+    night = np.zeros((16, 24, 3), np.uint8)
+    night[3, 3] = 40
+    paths = ensure(
+        tmp_path, given=(), count=1, batch_size=1, seed=0, sample=lambda seeds: [night] * len(seeds)
+    )
+    assert pixels(paths[0]).max() == 40
+
+
+def test_a_folder_that_cannot_be_written_is_a_resource_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ResourceError, match=r"class_00000\.png cannot be written"):
+        run(tmp_path / "file" / "sub", Sampler())
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((4, 4, 3), np.float32), np.zeros((4, 4), np.uint8)])
+def test_a_sampler_of_the_wrong_type_is_our_own_fault(tmp_path: Path, wrong: Pixels) -> None:
+    with pytest.raises(ValueError, match="uint8"):
+        ensure(tmp_path, given=(), count=1, batch_size=1, seed=0, sample=lambda seeds: [wrong])
+    with pytest.raises(ValueError, match="zip"):
+        ensure(tmp_path, given=(), count=1, batch_size=1, seed=0, sample=lambda seeds: [])
+
+
+def test_derived_seeds_are_stable_distinct_and_of_63_bits() -> None:
+    seeds = {derived_seed(s, i, a) for s in (0, 1) for i in range(500) for a in range(4)}
+    assert len(seeds) == 4000
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    # Held for ever: a change would make resumed runs sample everything anew.
+    assert derived_seed(0, 0) == 566855912828145229
+
+
+def test_fingerprints_change_with_every_part() -> None:
+    parts = ["a photo of a cat", "weights", "512", "0", "fp16"]
+    found = {class_images.fingerprint(*parts)}
+    for index in range(len(parts)):
+        found.add(class_images.fingerprint(*parts[:index], "x", *parts[index + 1 :]))
+    assert len(found) == 6
+    assert class_images.fingerprint("ab", "c") != class_images.fingerprint("a", "bc")
+    assert len(class_images.fingerprint()) == 16

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+
+from dreambooth.data import pairs
+
+
+def draw(samples: range, **changes: object) -> pairs.Samples:
+    settings: dict[str, object] = {
+        "seed": 3,
+        "stream": "instance",
+        "crops": (1, 4, 2),
+        "latent_shape": (4, 2, 2),
+        "train_timesteps": 1000,
+    }
+    return pairs.draw(samples, **{**settings, **changes})
+
+
+def test_a_sample_depends_on_its_number_alone() -> None:
+    together = draw(range(10, 14))
+    for row, number in enumerate(range(10, 14)):
+        alone = draw(range(number, number + 1))
+        assert torch.equal(together.images[row], alone.images[0])
+        assert torch.equal(together.noise[row], alone.noise[0])
+        assert torch.equal(together.posterior_noise[row], alone.posterior_noise[0])
+        assert together.timesteps[row] == alone.timesteps[0]
+        assert together.crops[row] == alone.crops[0]
+
+
+def test_the_global_generator_is_neither_read_nor_moved() -> None:
+    torch.manual_seed(1)
+    first = draw(range(4))
+    state = torch.get_rng_state()
+    torch.manual_seed(2)
+    assert torch.equal(first.noise, draw(range(4)).noise)
+    torch.manual_seed(1)
+    draw(range(4))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_every_round_uses_each_picture_once_in_a_new_order() -> None:
+    rounds = [
+        [pairs.picture_of(s, seed=0, stream="instance", count=8) for s in range(r * 8, r * 8 + 8)]
+        for r in range(50)
+    ]
+    assert all(Counter(order) == Counter(range(8)) for order in rounds)
+    assert len({tuple(order) for order in rounds}) > 45
+
+
+def test_instance_and_class_images_are_shuffled_independently() -> None:
+    met = {
+        (
+            pairs.picture_of(s, seed=0, stream="instance", count=8),
+            pairs.picture_of(s, seed=0, stream="class", count=16),
+        )
+        for s in range(16 * 60)
+    }
+    # Class images chosen by the instance's index would meet few; independent draws meet all.
+    assert len(met) > 0.95 * 8 * 16
+
+
+def test_crops_are_drawn_among_those_the_picture_has() -> None:
+    drawn = draw(range(600))
+    for picture, crops in enumerate((1, 4, 2)):
+        chosen = drawn.crops[drawn.images == picture]
+        assert set(chosen.tolist()) == set(range(crops))
+
+
+def test_timesteps_cover_the_whole_schedule() -> None:
+    timesteps = draw(range(4000)).timesteps
+    assert timesteps.min() >= 0
+    assert timesteps.max() < 1000
+    assert timesteps.min() < 5
+    assert timesteps.max() > 994
+    assert abs(timesteps.float().mean() - 499.5) < 15
+
+
+def test_seed_and_stream_change_the_noise() -> None:
+    base = draw(range(1)).noise
+    assert not torch.equal(base, draw(range(1), seed=4).noise)
+    assert not torch.equal(base, draw(range(1), stream="class").noise)
+
+
+def test_sample_numbers_never_overlap_between_steps_micro_batches_and_processes() -> None:
+    numbers = [
+        number
+        for step in range(3)
+        for micro_batch in range(2)
+        for process in range(2)
+        for number in pairs.sample_numbers(
+            step=step,
+            micro_batch=micro_batch,
+            batch_size=3,
+            micro_batches=2,
+            process=process,
+            processes=2,
+        )
+    ]
+    assert sorted(numbers) == list(range(3 * 2 * 2 * 3))
+
+
+def test_four_micro_batches_of_one_are_one_of_four() -> None:
+    single = [
+        pairs.sample_numbers(
+            step=5, micro_batch=m, batch_size=1, micro_batches=4, process=0, processes=1
+        )[0]
+        for m in range(4)
+    ]
+    whole = pairs.sample_numbers(
+        step=5, micro_batch=0, batch_size=4, micro_batches=1, process=0, processes=1
+    )
+    assert single == list(whole)
+
+
+def test_derived_seeds_are_the_same_on_every_machine() -> None:
+    assert pairs.derive_seed(0, "instance", "sample", 0) == 5206052353887073258
+    assert pairs.derive_seed(7, "class", "order", 2) == 1656137732142274694
+    assert pairs.derive_seed(0, "a", 1) != pairs.derive_seed(0, "a1")
