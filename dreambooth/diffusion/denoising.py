@@ -1,0 +1,119 @@
+"""The denoising step: any pictures, wherever each stands, one U-Net call further.
+
+A `Trajectory` is one or more pictures with one noise-scheduler state. `advance` takes any number
+of trajectories one step on in a single U-Net call; they may differ in prompts, guidance, number
+of steps and position, and only the latent size must match. The U-Net runs in its own dtype, the
+noise-scheduler mathematics in float32.
+
+Legend: B pictures of a call, G of them guided, C latent channels, h w latent cells, L tokens,
+D text width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TextRows:
+    """What a U-Net call is told about its B pictures; rebuilt only when the pictures change.
+
+    encoder_hidden_states: [G + B, L, D], the negative prompts of the guided pictures, then the
+    prompts of all. guided: int64 [G], their places among the B. guidance_scale: float32
+    [G, 1, 1, 1].
+    """
+
+    encoder_hidden_states: Tensor
+    guided: Tensor
+    guidance_scale: Tensor
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Trajectory:
+    """Pictures on their way through one noise scheduler, which keeps their common history.
+
+    latents: float32 [B, C, h, w], noisy but for the end. position: steps taken, out of
+    len(timesteps). step_options: what the noise scheduler's step takes besides, such as eta and
+    the generators (one per picture) of those that draw noise while they step.
+    """
+
+    scheduler: Any
+    timesteps: Tensor
+    latents: Tensor
+    step_options: dict[str, Any]
+    position: int = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether every step has been taken."""
+        return self.position >= len(self.timesteps)
+
+    @property
+    def timestep(self) -> Tensor:
+        """The training timestep at which the latents stand (no dimensions)."""
+        return self.timesteps[self.position]
+
+    def model_input(self) -> Tensor:
+        """Return the latents as the U-Net wants to see them: float32 [B, C, h, w]."""
+        scaled: Tensor = self.scheduler.scale_model_input(self.latents, self.timestep)
+        return scaled
+
+    def step(self, model_pred: Tensor) -> None:
+        """Move the latents one step, given the guided prediction float32 [B, C, h, w]."""
+        # A caller's autocast would round parts of the mathematics (einsum in UniPC) to half.
+        with torch.autocast(self.latents.device.type, enabled=False):
+            self.latents = self.scheduler.step(
+                model_pred, self.timestep, self.latents, **self.step_options, return_dict=False
+            )[0]
+        self.position += 1
+
+
+def advance(unet: Any, trajectories: Sequence[Trajectory], text: TextRows) -> None:
+    """Take every trajectory one step further in one U-Net call; `text` is in the same order."""
+    parts = [trajectory.model_input() for trajectory in trajectories]
+    timesteps = [each.timestep.expand(len(each.latents)) for each in trajectories]
+    model_input = torch.cat(parts)
+    model_pred = predict(unet, model_input, torch.cat(timesteps).to(model_input.device), text)
+    preds = torch.split(model_pred, [len(part) for part in parts])
+    for trajectory, pred in zip(trajectories, preds, strict=True):
+        trajectory.step(pred)
+
+
+def predict(unet: Any, model_input: Tensor, timesteps: Tensor, text: TextRows) -> Tensor:
+    """Return the guided prediction float32 [B, C, h, w] of ONE U-Net call of G + B rows.
+
+    model_input: [B, C, h, w], already scaled for the noise scheduler. timesteps: [B], each
+    picture's own. What is predicted (noise or v) is the noise scheduler's to know.
+    """
+    output: Tensor = unet(
+        torch.cat([model_input[text.guided], model_input]).to(unet.dtype),
+        torch.cat([timesteps[text.guided], timesteps]),
+        encoder_hidden_states=text.encoder_hidden_states,
+        return_dict=False,
+    )[0].float()
+    unconditional, conditional = output[: len(text.guided)], output[len(text.guided) :]
+    if not len(unconditional):
+        return conditional
+    guided = guide(conditional[text.guided], unconditional, text.guidance_scale)
+    return conditional.index_copy(0, text.guided, guided)
+
+
+def guide(conditional: Tensor, unconditional: Tensor, guidance_scale: Tensor) -> Tensor:
+    """Classifier-free guidance, equation (6) of arXiv 2207.12598 with w + 1 = guidance_scale."""
+    return unconditional + guidance_scale * (conditional - unconditional)
+
+
+def timesteps_of(scheduler: Any, num_inference_steps: int) -> Tensor:
+    """Set the scheduler to num_inference_steps and return the timesteps it will walk, [steps].
+
+    A noise scheduler may walk more than were asked for (PNDM one more, Heun nearly twice).
+    """
+    # They stay on the CPU: noise schedulers read them as numbers, which would stall a GPU.
+    scheduler.set_timesteps(num_inference_steps, device="cpu")
+    timesteps: Tensor = scheduler.timesteps
+    return timesteps

@@ -1,0 +1,117 @@
+"""What can be known of a model folder before torch is imported (standard library only)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dreambooth.diffusion.headers import read_header
+from dreambooth.diffusion.layout import (
+    MODEL_INFO,
+    TRAINED_PARTS,
+    component_config,
+    read_index,
+    read_json,
+    validate_folder,
+    weight_files,
+)
+from dreambooth.errors import ModelArtifactError
+from dreambooth.limits import LIMITS, Limits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What the JSON files and safetensors headers tell of a model, without reading weights.
+
+    unet_layer_elements: channels x latent cells, summed over the U-Net's layers, at the model's own
+    resolution: what its activations are proportional to.
+    """
+
+    pipeline_class: str
+    prediction_type: str
+    resolution: int
+    latent_channels: int
+    vae_scale_factor: int
+    unet_layer_elements: int
+    unet_parameters: int
+    text_encoder_parameters: int
+    vae_parameters: int
+    weights_bytes: int
+
+
+def read_facts(folder: Path, *, limits: Limits = LIMITS) -> ModelFacts:
+    """Read the facts of a model folder in milliseconds.
+
+    Parameter counts come from safetensors headers; for old `.bin` files they are estimated from
+    the file size. `weights_bytes` is the size on disk of the weights that would be read.
+    Raises ModelArtifactError for a folder that is no Stable Diffusion model.
+    """
+    validate_folder(folder, limits=limits)
+    unet = component_config(folder, "unet", limits=limits)
+    vae = component_config(folder, "vae", limits=limits)
+    scheduler = component_config(folder, "scheduler", limits=limits)
+    blocks = vae.get("block_out_channels")
+    scale = 2 ** (len(blocks) - 1) if isinstance(blocks, list) and 0 < len(blocks) < 10 else 8
+    channels = vae.get("latent_channels", 4)
+    if type(channels) is not int or not 1 <= channels <= 64:
+        raise ModelArtifactError(f"{folder / 'vae/config.json'}: latent_channels is {channels!r}.")
+    steps = scheduler.get("num_train_timesteps", 1000)
+    if type(steps) is not int or not 1 <= steps <= 100_000:
+        raise ModelArtifactError(
+            f"{folder / 'scheduler/scheduler_config.json'}: num_train_timesteps is {steps!r}."
+        )
+    prediction_type = scheduler.get("prediction_type", "epsilon")
+    if prediction_type not in ("epsilon", "v_prediction", "sample"):
+        raise ModelArtifactError(
+            f"{folder / 'scheduler' / 'scheduler_config.json'} names the unknown prediction_type "
+            f"{prediction_type!r}."
+        )
+    resolution = _resolution(folder, unet, scale, limits)
+    counted = {part: _count(folder / part, limits) for part in TRAINED_PARTS}
+    return ModelFacts(
+        pipeline_class=str(read_index(folder, limits=limits)["_class_name"]),
+        prediction_type=prediction_type,
+        resolution=resolution,
+        latent_channels=channels,
+        vae_scale_factor=scale,
+        unet_layer_elements=_layer_elements(unet, resolution // scale),
+        unet_parameters=counted["unet"][0],
+        text_encoder_parameters=counted["text_encoder"][0],
+        vae_parameters=counted["vae"][0],
+        weights_bytes=sum(size for _, size in counted.values()),
+    )
+
+
+def _count(component: Path, limits: Limits) -> tuple[int, int]:
+    """Parameters and bytes on disk of one component."""
+    chosen, files = weight_files(component, limits=limits)
+    size = sum(path.stat().st_size for path in files)
+    if chosen.pickled:
+        return size // (2 if chosen.variant in ("fp16", "bf16") else 4), size
+    entries = [entry for path in files for entry in read_header(path, limits=limits)]
+    return sum(entry.count for entry in entries if entry.is_float), size
+
+
+def _resolution(folder: Path, unet: dict[str, Any], scale: int, limits: Limits) -> int:
+    info = folder / MODEL_INFO
+    value = read_json(info, limits=limits).get("resolution") if info.exists() else None
+    origin = info
+    if value is None:
+        size = unet.get("sample_size")
+        value, origin = (size * scale if type(size) is int else size), folder / "unet/config.json"
+    if type(value) is not int or not 8 <= value <= 4096:
+        raise ModelArtifactError(
+            f"{origin} does not say the model's resolution in pixels (found {value!r})."
+        )
+    return value
+
+
+def _layer_elements(unet: dict[str, Any], cells: int) -> int:
+    """Each level has `layers_per_block` layers on the way down and one more on the way up."""
+    channels, layers = unet.get("block_out_channels"), unet.get("layers_per_block", 2)
+    if not isinstance(channels, list) or any(type(n) is not int for n in (layers, *channels)):
+        return 0
+    levels = ((width, max(1, cells >> level)) for level, width in enumerate(channels))
+    elements: int = (2 * layers + 1) * sum(width * side * side for width, side in levels)
+    return elements

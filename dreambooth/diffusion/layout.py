@@ -1,0 +1,220 @@
+"""The layout of a model folder: which files, which classes, which weights (standard library only).
+
+A folder is data: its JSON is checked here against fixed lists, and nothing in it ever names code
+that we would import.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dreambooth.errors import ModelArtifactError
+from dreambooth.limits import LIMITS, Limits
+
+INDEX = "model_index.json"
+MODEL_INFO = "__model_info__.json"
+TRAINED_PARTS = ("unet", "vae", "text_encoder")
+OPTIONAL_PARTS = ("safety_checker", "feature_extractor")
+
+SCHEDULERS = frozenset(
+    f"{name}Scheduler"
+    for name in (
+        *("DDIM", "DDPM", "DEISMultistep", "DPMSolverMultistep", "DPMSolverSinglestep"),
+        *("EulerAncestralDiscrete", "EulerDiscrete", "HeunDiscrete", "KDPM2AncestralDiscrete"),
+        *("KDPM2Discrete", "LMSDiscrete", "PNDM", "UniPCMultistep"),
+    )
+)
+# The only classes that a folder may ask for: (library, classes) by component.
+COMPONENTS: Mapping[str, tuple[str, frozenset[str]]] = {
+    "unet": ("diffusers", frozenset({"UNet2DConditionModel"})),
+    "vae": ("diffusers", frozenset({"AutoencoderKL"})),
+    "text_encoder": ("transformers", frozenset({"CLIPTextModel"})),
+    "tokenizer": ("transformers", frozenset({"CLIPTokenizer", "CLIPTokenizerFast"})),
+    "scheduler": ("diffusers", SCHEDULERS),
+    "safety_checker": ("stable_diffusion", frozenset({"StableDiffusionSafetyChecker"})),
+    "feature_extractor": (
+        "transformers",
+        frozenset({"CLIPFeatureExtractor", "CLIPImageProcessor", "CLIPImageProcessorFast"})
+        | {"CLIPImageProcessorPil"},
+    ),
+}
+_STEM = r"(?P<stem>diffusion_pytorch_model|pytorch_model|model)"
+_WEIGHTS = re.compile(_STEM + r"(?:\.(?P<variant>[\w-]+))?\.(?P<suffix>safetensors|bin)")
+_SHARD_INDEX = re.compile(
+    _STEM + r"(?:\.(?P<early>[\w-]+))?\.(?P<suffix>safetensors|bin)\.index"
+    r"(?:\.(?P<variant>[\w-]+))?\.json"
+)
+# Where a folder holds several copies: full precision first, the plain name before any variant.
+_VARIANTS = ("", "fp32", "fp16", "bf16")
+# The deepest honest network of this family has 32 layers; a config that asks for a million would
+# keep the machine busy for hours.
+_MAX_LAYERS = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightFiles:
+    """The copy of a component's weights that is read: one file, or an index and its shards."""
+
+    name: str
+    variant: str
+    pickled: bool
+    sharded: bool
+
+
+def choose_weights(names: Iterable[str]) -> WeightFiles | None:
+    """Choose among a component's file names; safetensors before .bin, full precision first."""
+    found = []
+    for name in names:
+        if match := _WEIGHTS.fullmatch(name):
+            variant, sharded = match["variant"] or "", False
+        elif match := _SHARD_INDEX.fullmatch(name):
+            variant, sharded = match["variant"] or match["early"] or "", True
+        else:
+            continue
+        found.append(
+            WeightFiles(
+                name=name, variant=variant, pickled=match["suffix"] == "bin", sharded=sharded
+            )
+        )
+
+    def preference(files: WeightFiles) -> tuple[object, ...]:
+        rank = _VARIANTS.index(files.variant) if files.variant in _VARIANTS else len(_VARIANTS)
+        return files.pickled, rank, files.sharded, files.name
+
+    return min(found, key=preference, default=None)
+
+
+def weight_files(component: Path, *, limits: Limits = LIMITS) -> tuple[WeightFiles, list[Path]]:
+    """Find the weights of a component folder: the choice, and the files that hold its tensors.
+
+    Raises ModelArtifactError where there are none, or where an index names a file that is missing
+    or lies outside of the folder.
+    """
+    names = [path.name for path in component.iterdir()] if component.is_dir() else []
+    chosen = choose_weights(names)
+    if chosen is None:
+        others = ", ".join(sorted(name for name in names if name != "config.json")[:5]) or "nothing"
+        raise ModelArtifactError(
+            f"{component} holds no weights that can be read ({others} is there): "
+            "diffusion_pytorch_model.safetensors or model.safetensors is expected; no pickle but "
+            "an old .bin is ever opened."
+        )
+    if not chosen.sharded:
+        return chosen, [component / chosen.name]
+    index = component / chosen.name
+    weight_map = read_json(index, limits=limits).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelArtifactError(f"{index} has no weight_map that says which file holds what.")
+    suffix = ".bin" if chosen.pickled else ".safetensors"
+    files = sorted({str(name) for name in weight_map.values()})
+    for name in files:
+        if Path(name).name != name or not name.endswith(suffix) or name not in names:
+            raise ModelArtifactError(f"{index} names the weight file {name!r}, which is missing.")
+    if len(files) > limits.max_weight_files:
+        raise ModelArtifactError(f"{index} names {len(files)} weight files.")
+    return chosen, [component / name for name in files]
+
+
+def read_json(path: Path, *, limits: Limits = LIMITS) -> dict[str, Any]:
+    """Read one JSON object from a file of a model folder, capped in size."""
+    try:
+        if not path.is_file():
+            raise ModelArtifactError(f"The model has no {path.parent.name}/{path.name} ({path}).")
+        if path.stat().st_size > limits.max_config_bytes:
+            raise ModelArtifactError(f"{path} is larger than {limits.max_config_bytes} bytes.")
+        content = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise ModelArtifactError(f"{path} cannot be read: {error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelArtifactError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ModelArtifactError(f"{path} must hold one JSON object.")
+    return content
+
+
+def component_config(folder: Path, part: str, *, limits: Limits = LIMITS) -> dict[str, Any]:
+    """Read a component's configuration and refuse one that asks for foreign or remote code."""
+    path = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    config = read_json(path, limits=limits)
+    if config.get("auto_map") or config.get("trust_remote_code"):
+        raise ModelArtifactError(f"{path} asks for code of its own (auto_map), which is never run.")
+    allowed = COMPONENTS[part][1]
+    architectures = config.get("architectures")
+    named = [config.get("_class_name"), *(architectures if isinstance(architectures, list) else [])]
+    for name in named:
+        if name is not None and name not in allowed:
+            raise ModelArtifactError(
+                f"{path} is of the class {name!r}; only {_listed(allowed)} can be used here."
+            )
+    for key, value in config.items():
+        depths = value if isinstance(value, list) else [value]
+        if "layers" in key and any(isinstance(n, int) and n > _MAX_LAYERS for n in depths):
+            raise ModelArtifactError(f"{path} asks for {key} = {value}, more than {_MAX_LAYERS}.")
+    return config
+
+
+def read_index(folder: Path, *, limits: Limits = LIMITS) -> dict[str, Any]:
+    """Read model_index.json and refuse pipelines and classes outside of the fixed list."""
+    path = folder / INDEX
+    index = read_json(path, limits=limits)
+    if index.get("_class_name") != "StableDiffusionPipeline":
+        raise ModelArtifactError(
+            f"{path} describes a {index.get('_class_name')!r}; only a StableDiffusionPipeline "
+            "(Stable Diffusion 1.x or 2.x, text to image) can be used."
+        )
+    for part, entry in index.items():
+        if not isinstance(entry, (list, dict)) or entry in ([None, None], []):
+            continue  # a plain setting, or a component that this folder does not have
+        library, classes = COMPONENTS.get(part, ("", frozenset()))
+        if not (
+            isinstance(entry, list)
+            and len(entry) == 2
+            and entry[0] == library
+            and isinstance(entry[1], str)
+            and entry[1] in classes
+        ):
+            raise ModelArtifactError(
+                f"{path} asks for {part} = {json.dumps(entry)[:200]}, which is not among the "
+                "classes of Stable Diffusion that are allowed here."
+            )
+    return index
+
+
+def validate_folder(folder: Path, *, limits: Limits = LIMITS) -> None:
+    """Check that a folder is a Stable Diffusion model in the diffusers layout; open no weights.
+
+    Raises ModelArtifactError with one sentence for a single-file checkpoint, a missing part, a
+    class outside of the fixed list, configurations that ask for code, or weights in any other
+    pickle than an old .bin.
+    """
+    refuse_single_file(folder)
+    index = read_index(folder, limits=limits)
+    for part in (*TRAINED_PARTS, "tokenizer", "scheduler"):
+        if not isinstance(index.get(part), list) or not (folder / part).is_dir():
+            raise ModelArtifactError(
+                f"{folder} is not a whole Stable Diffusion model: {part}/ is missing from it or "
+                f"from its {INDEX}."
+            )
+    for part in (*TRAINED_PARTS, "scheduler"):
+        component_config(folder, part, limits=limits)
+    for part in TRAINED_PARTS:
+        weight_files(folder / part, limits=limits)
+
+
+def refuse_single_file(path: Path) -> None:
+    """Raise the sentence for a single-file checkpoint, which says how to convert it."""
+    if path.is_file() and path.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
+        raise ModelArtifactError(
+            f"{path} is a single-file checkpoint, and a diffusers folder is needed: convert it "
+            "once with diffusers, StableDiffusionPipeline.from_single_file(FILE)"
+            ".save_pretrained(FOLDER), and give the folder."
+        )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))

@@ -1,0 +1,66 @@
+"""The DreamBooth loss as pure functions.
+
+Legend: B batch (instance half), C latent channels, h w latent cells, L tokens, D text width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from dreambooth.errors import ModelArtifactError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Losses:
+    """Scalars, float32: total = instance + prior_loss_weight * class_.
+
+    class_ is None without prior preservation.
+    """
+
+    total: torch.Tensor
+    instance: torch.Tensor
+    class_: torch.Tensor | None
+
+
+def noise_target(
+    noise_scheduler: Any, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+) -> torch.Tensor:
+    """What the U-Net should predict, [B,C,h,w]: the noise, or the velocity of a v-prediction model.
+
+    Epsilon: Ho et al. 2020, eq. 14. Velocity: Salimans and Ho 2022, section 4 and appendix D.
+    Raises ModelArtifactError for a prediction type that Stable Diffusion does not use.
+    """
+    prediction_type = noise_scheduler.config.prediction_type
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "v_prediction":
+        velocity: torch.Tensor = noise_scheduler.get_velocity(latents, noise, timesteps)
+        return velocity
+    raise ModelArtifactError(
+        f"The noise scheduler's prediction_type is {prediction_type!r}; "
+        "models that predict 'epsilon' or 'v_prediction' can be trained."
+    )
+
+
+def dreambooth_loss(
+    model_pred: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    instances: int,
+    prior_loss_weight: float,
+) -> Losses:
+    """Ruiz et al. 2022, section 3.2: squared error on the subject plus lambda times the class's.
+
+    model_pred, target: [B,C,h,w], or [B+K,C,h,w] with prior preservation: the first `instances`
+    rows are the instance half, the rest the class half. Each half is a mean over its elements.
+    """
+    squared_error = F.mse_loss(model_pred.float(), target.float(), reduction="none")
+    instance = squared_error[:instances].mean()
+    if len(squared_error) == instances:
+        return Losses(total=instance, instance=instance, class_=None)
+    class_ = squared_error[instances:].mean()
+    return Losses(total=instance + prior_loss_weight * class_, instance=instance, class_=class_)

@@ -1,0 +1,318 @@
+"""A Stable Diffusion model in memory: loaded from a folder, and its encode and decode steps.
+
+Legend of shapes: B batch, C channels, H W pixels, h w latent cells, L tokens, D text width.
+
+The folder is data: configurations are checked against fixed lists (`layout`), the classes are
+ours to choose, and weights are matched name by name (`weights`). The libraries' own
+`from_pretrained` is used for the tokenizer alone: it would take unknown weights, missing weights
+and unknown files with a mere warning.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from dreambooth.diffusion import layout, vocabulary, weights
+from dreambooth.diffusion.facts import ModelFacts, read_facts
+from dreambooth.errors import ModelArtifactError
+from dreambooth.limits import LIMITS, Limits
+
+logger = logging.getLogger(__name__)
+
+# What diffusers up to 0.17 called the layers of the VAE's attention; Stable Diffusion 1.x and 2.x
+# were published so.
+_OLD_VAE_NAMES = {
+    ".query.": ".to_q.",
+    ".key.": ".to_k.",
+    ".value.": ".to_v.",
+    ".proj_attn.": ".to_out.0.",
+}
+# What a library raises over a configuration that it cannot build.
+_BUILD_ERRORS = (
+    *(TypeError, ValueError, KeyError, AttributeError, IndexError),
+    *(NotImplementedError, RuntimeError, AssertionError, ZeroDivisionError, OverflowError),
+    *(StrictDataclassError, ImportError),
+)
+
+
+@dataclass(slots=True, kw_only=True)
+class DiffusionModel:
+    """The parts of one model folder; each can be moved, cast or replaced on its own.
+
+    `unet`, `vae` and `text_encoder` are in eval mode and need no gradients until the caller says
+    so. `resolution` is the side in pixels that the model was trained on.
+    """
+
+    folder: Path
+    tokenizer: Any
+    text_encoder: Any
+    vae: Any
+    unet: Any
+    scheduler_config: dict[str, Any]
+    scheduler_class: str
+    resolution: int
+    facts: ModelFacts
+
+    @property
+    def latent_channels(self) -> int:
+        """C of the latents: 4 for Stable Diffusion."""
+        return self.facts.latent_channels
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent cell and side: 8 for Stable Diffusion."""
+        return self.facts.vae_scale_factor
+
+    @property
+    def prediction_type(self) -> str:
+        """What the U-Net predicts: "epsilon", "v_prediction" or "sample"."""
+        return str(self.scheduler_config.get("prediction_type", "epsilon"))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the U-Net is."""
+        device: torch.device = next(iter(self.unet.parameters())).device
+        return device
+
+    def to(
+        self,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        parts: Sequence[str] = layout.TRAINED_PARTS,
+    ) -> DiffusionModel:
+        """Move and cast the named parts (all three by default) in place; returns the model."""
+        for part in parts:
+            getattr(self, part).to(device=device, dtype=dtype)
+        return self
+
+
+def load(
+    folder: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    limits: Limits = LIMITS,
+) -> DiffusionModel:
+    """Load a diffusers folder; no network is asked and no code of the folder runs.
+
+    Weights of any float type come out as `dtype` on `device`, in eval mode, without gradients.
+    Raises ModelArtifactError, naming the file, for anything that is not a whole, well-formed
+    Stable Diffusion model.
+    """
+    layout.validate_folder(folder, limits=limits)
+    index = layout.read_index(folder, limits=limits)
+    facts = read_facts(folder, limits=limits)
+    unet = _build(folder, "unet", diffusers.UNet2DConditionModel.from_config, limits)
+    vae = _build(folder, "vae", diffusers.AutoencoderKL.from_config, limits)
+    text_encoder = _build(folder, "text_encoder", _text_encoder, limits)
+    for part, module, rename in (
+        ("unet", unet, str),
+        ("vae", vae, current_vae_name),
+        ("text_encoder", text_encoder, _text_encoder_renamer(text_encoder)),
+    ):
+        weights.load_into(
+            module, folder / part, device=device, dtype=dtype, rename=rename, limits=limits
+        )
+        module.requires_grad_(False).eval().to(device)  # buffers too
+    model = DiffusionModel(
+        folder=folder,
+        tokenizer=_load_tokenizer(folder / "tokenizer", limits),
+        text_encoder=text_encoder,
+        vae=vae,
+        unet=unet,
+        scheduler_config=layout.component_config(folder, "scheduler", limits=limits),
+        scheduler_class=index["scheduler"][1],
+        resolution=facts.resolution,
+        facts=facts,
+    )
+    _check_fit(model)
+    return model
+
+
+def training_noise_scheduler(model: DiffusionModel) -> Any:
+    """A diffusers DDPMScheduler with the model's own betas and prediction type."""
+    return _scheduler(model, "DDPMScheduler")
+
+
+def sampling_scheduler(model: DiffusionModel) -> Any:
+    """A fresh scheduler of the class and settings that the folder names."""
+    return _scheduler(model, model.scheduler_class)
+
+
+def tokenize(model: DiffusionModel, prompts: Sequence[str]) -> torch.Tensor:
+    """Prompts -> token ids, int64 [B, L], padded to the length of the text encoder.
+
+    What is beyond L tokens (77 for Stable Diffusion) is cut off, with a warning in the log.
+    """
+    length = _prompt_length(model)
+    ids = model.tokenizer(
+        list(prompts),
+        padding="max_length",
+        max_length=length,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
+    for prompt in prompts:
+        # A token is at least one character, so that short prompts need no second look.
+        if len(prompt) + 2 > length and len(model.tokenizer(prompt).input_ids) > length:
+            logger.warning(
+                "A prompt is longer than the %d tokens that the text encoder reads; its end is "
+                "ignored: %r",
+                length,
+                prompt,
+            )
+    return torch.as_tensor(ids)
+
+
+@torch.no_grad()
+def encode_text(model: DiffusionModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """Token ids int64 [B, L] -> encoder_hidden_states [B, L, D] (the last hidden state)."""
+    return text_features(model, input_ids)
+
+
+def text_features(model: DiffusionModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """As `encode_text`, but gradients flow: for training the text encoder."""
+    input_ids = input_ids.to(next(iter(model.text_encoder.parameters())).device)
+    mask = None
+    if getattr(model.text_encoder.config, "use_attention_mask", False):
+        # The tokenizer's mask: everything up to the first end-of-text token, and that token.
+        ends = (input_ids == model.tokenizer.eos_token_id).long()
+        mask = ((ends.cumsum(dim=1) - ends) == 0).long()
+    features: torch.Tensor = model.text_encoder(input_ids, attention_mask=mask)[0]
+    return features
+
+
+@torch.no_grad()
+def encode_posterior(
+    model: DiffusionModel, pixels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixels float32 [B, 3, H, W] -1..1 -> the latent posterior: mean and std [B, C, h, w].
+
+    Latents for the U-Net are `(mean + std * noise) * vae.config.scaling_factor`: the two returned
+    here are not scaled yet.
+    """
+    posterior = model.vae.encode(pixels.to(model.vae.device, model.vae.dtype)).latent_dist
+    return posterior.mean, posterior.std
+
+
+@torch.no_grad()
+def decode_latents(model: DiffusionModel, latents: torch.Tensor) -> np.ndarray:
+    """Latents as the U-Net sees them (scaled) [B, C, h, w] -> pictures uint8 0..255 [B, H, W, 3].
+
+    A pixel that is not finite comes out black; whoever must know looks at the latents.
+    """
+    latents = latents.to(model.vae.device, model.vae.dtype) / model.vae.config.scaling_factor
+    pixels = model.vae.decode(latents, return_dict=False)[0].float()
+    pixels = torch.nan_to_num(pixels / 2 + 0.5, nan=0.0).clamp(0, 1).permute(0, 2, 3, 1)
+    picture: np.ndarray = (pixels.cpu().numpy() * 255).round().astype("uint8")
+    return picture
+
+
+def current_vae_name(key: str) -> str:
+    """The name of a VAE weight in today's diffusers, also from the names of 0.17 and before."""
+    if ".attentions." in key:
+        for old, new in _OLD_VAE_NAMES.items():
+            key = key.replace(old, new)
+    return key
+
+
+def _text_encoder_renamer(text_encoder: Any) -> Callable[[str], str]:
+    # transformers 4.x keeps a CLIP text encoder's weights under `text_model.`, 5.x does not.
+    prefix = "text_model."
+    prefixed = next(iter(text_encoder.state_dict())).startswith(prefix)
+
+    def rename(key: str) -> str:
+        return (prefix if prefixed else "") + key.removeprefix(prefix)
+
+    return rename
+
+
+def _text_encoder(config: dict[str, Any]) -> Any:
+    return CLIPTextModel(CLIPTextConfig.from_dict(config))
+
+
+def _build(
+    folder: Path, part: str, construct: Callable[[dict[str, Any]], Any], limits: Limits
+) -> Any:
+    config = layout.component_config(folder, part, limits=limits)
+    try:
+        # No memory and no random numbers are spent on weights that are replaced at once.
+        with init_empty_weights(include_buffers=False):
+            return construct(config)
+    except _BUILD_ERRORS as error:
+        raise ModelArtifactError(
+            f"{folder / part / 'config.json'} does not describe a network that can be built: "
+            f"{_in_one_line(error)}."
+        ) from error
+
+
+def _load_tokenizer(folder: Path, limits: Limits) -> Any:
+    # The library reports a malformed table as a bare Exception, so the tables are checked before.
+    vocabulary.read(folder, limits=limits)
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        if tokenizer.model_max_length < 3:  # begin, one word, end; a TypeError where it is text
+            raise ValueError(f"model_max_length is {tokenizer.model_max_length}")
+        return tokenizer
+    except (OSError, UnicodeError, *_BUILD_ERRORS) as error:
+        raise ModelArtifactError(
+            f"{folder} does not hold a CLIP tokenizer that can be read: {_in_one_line(error)}."
+        ) from error
+
+
+def _scheduler(model: DiffusionModel, name: str) -> Any:
+    try:
+        return getattr(diffusers, name).from_config(model.scheduler_config)
+    except _BUILD_ERRORS as error:
+        raise ModelArtifactError(
+            f"{model.folder / 'scheduler' / 'scheduler_config.json'} does not describe a {name}: "
+            f"{_in_one_line(error)}."
+        ) from error
+
+
+def _check_fit(model: DiffusionModel) -> None:
+    # Parts that load one by one may still not belong together.
+    tokens, known = len(model.tokenizer), model.text_encoder.config.vocab_size
+    if tokens > known:
+        raise ModelArtifactError(
+            f"{model.folder}: the tokenizer has {tokens} tokens, and the text encoder {known}."
+        )
+    for name, here, there in (
+        (
+            "text width",
+            model.text_encoder.config.hidden_size,
+            model.unet.config.cross_attention_dim,
+        ),
+        ("latent channels", model.vae.config.latent_channels, model.unet.config.in_channels),
+    ):
+        if here != there:
+            raise ModelArtifactError(
+                f"{model.folder}: the U-Net's {name} is {there}, where the model's other parts "
+                f"have {here}; only text-to-image models can be used."
+            )
+    sampling_scheduler(model)
+    training_noise_scheduler(model)
+
+
+def _prompt_length(model: DiffusionModel) -> int:
+    # A tokenizer without a stated length reports a number beyond all bounds.
+    return min(
+        int(model.tokenizer.model_max_length),
+        int(model.text_encoder.config.max_position_embeddings),
+    )
+
+
+def _in_one_line(error: BaseException) -> str:
+    return " ".join((str(error) or type(error).__name__).split())[:300].rstrip(".")

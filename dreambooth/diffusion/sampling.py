@@ -1,0 +1,268 @@
+"""Sampling: from requests to pictures, one random generator per picture.
+
+Our own denoising loop (the step itself is in `denoising`). Pictures are those of
+``StableDiffusionPipeline`` with a list of CPU generators: same initial noise, same order of the
+guidance halves, same noise-scheduler calls; in float32 on a CPU within 1/255.
+
+Legend: B pictures of a batch, G of them guided, C latent channels, h w latent cells, L tokens,
+D text width, H W pixels.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from dreambooth.diffusion.denoising import TextRows, Trajectory, advance, timesteps_of
+from dreambooth.diffusion.model import (
+    DiffusionModel,
+    decode_latents,
+    encode_text,
+    sampling_scheduler,
+    tokenize,
+)
+from dreambooth.errors import RequestError, ResourceError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingRequest:
+    """One picture to sample.
+
+    width, height: pixels, multiples of 8; None: the model's resolution.
+    guidance_scale: w of equation (2) of Imagen (arXiv 2205.11487); 1 and below: no guidance, and
+    half the work. seed: 0..2**64-1, of this picture alone. eta: 0..1, the eta of DDIM (arXiv
+    2010.02502), read by the noise schedulers that know it.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    width: int | None = None
+    height: int | None = None
+    seed: int
+    eta: float = 0.0
+
+    @property
+    def guided(self) -> bool:
+        """Whether classifier-free guidance acts, so that the picture costs two U-Net rows."""
+        return self.guidance_scale > 1.0
+
+
+def generate(
+    model: DiffusionModel,
+    requests: Sequence[SamplingRequest],
+    *,
+    batch_size: int = 4,
+    on_step: Callable[[int, int], None] | None = None,
+    text: Mapping[str, Tensor] | None = None,
+) -> Iterator[np.ndarray | None]:
+    """Sample every request; yield uint8 [H, W, 3] pictures (0..255) in the order of the requests.
+
+    None stands for a picture whose latents did not stay finite. Consecutive requests with equal
+    steps, size and eta share U-Net calls, at most `batch_size` pictures at a time; guidance and
+    prompts may differ among them. A picture depends on its own request alone: company changes it
+    by rounding only (at most 2/255 in float32). on_step(done, total) is called after each U-Net
+    call, counted over all batches (`count_steps`). `text` gives ready encoder_hidden_states
+    ([L, D] or [1, L, D]) of prompts; the text encoder is needed only for those it lacks.
+
+    The model is left as it was found (train or eval mode, gradients) and the global random
+    generators are not touched, so that a preview may run in the middle of training.
+
+    Raises RequestError at once, before any work, for a request that the model cannot serve, and
+    ResourceError when the device runs out of memory.
+    """
+    for request in requests:
+        check(model, request)
+    if batch_size < 1:
+        raise RequestError(f"batch_size must be at least 1, not {batch_size}.")
+    return _generate(model, requests, batch_size, on_step, dict(text or {}))
+
+
+def _generate(
+    model: DiffusionModel,
+    requests: Sequence[SamplingRequest],
+    batch_size: int,
+    on_step: Callable[[int, int], None] | None,
+    text: dict[str, Tensor],
+) -> Iterator[np.ndarray | None]:
+    total = count_steps(model, requests, batch_size=batch_size)
+    done = 0
+
+    def stepped() -> None:
+        nonlocal done
+        done += 1
+        if on_step is not None:
+            on_step(done, total)
+
+    for batch in _batches(model, requests, batch_size):
+        latents = _denoise(model, batch, text, stepped)
+        for i in range(len(batch)):
+            # One picture at a time: decoding one takes more memory than a step of several.
+            yield _decode(model, latents[i : i + 1])
+
+
+def count_steps(
+    model: DiffusionModel, requests: Sequence[SamplingRequest], *, batch_size: int = 4
+) -> int:
+    """Return how many U-Net calls `generate` will make: the `total` that on_step hears."""
+    calls: dict[int, int] = {}
+    total = 0
+    for batch in _batches(model, requests, batch_size):
+        steps = batch[0].num_inference_steps
+        if steps not in calls:
+            calls[steps] = len(timesteps_of(sampling_scheduler(model), steps))
+        total += calls[steps]
+    return total
+
+
+def check(model: DiffusionModel, request: SamplingRequest) -> None:
+    """Raise RequestError, in one sentence, if the model cannot serve the request."""
+    unit = max(8, model.vae_scale_factor)
+    for name, side in zip(("width", "height"), picture_size(model, request), strict=True):
+        if side < unit or side % unit:
+            raise RequestError(f"{name} must be a positive multiple of {unit}, not {side}.")
+    settings = model.scheduler_config
+    # Beyond it the offset pushes the first timestep over the end of the noise schedule.
+    most = int(settings.get("num_train_timesteps", 1000)) - int(settings.get("steps_offset", 0))
+    if not 1 <= request.num_inference_steps <= most:
+        raise RequestError(
+            f"num_inference_steps must lie between 1 and {most}, not {request.num_inference_steps}."
+        )
+    if not math.isfinite(request.guidance_scale):
+        raise RequestError(f"guidance_scale must be finite, not {request.guidance_scale}.")
+    if not 0.0 <= request.eta <= 1.0:
+        raise RequestError(f"eta must lie between 0 and 1, not {request.eta}.")
+    if not 0 <= request.seed < 2**64:
+        raise RequestError(f"seed must lie between 0 and 2**64 - 1, not {request.seed}.")
+
+
+def picture_size(model: DiffusionModel, request: SamplingRequest) -> tuple[int, int]:
+    """Return (width, height) in pixels: as requested, else the model's resolution."""
+    width = model.resolution if request.width is None else request.width
+    height = model.resolution if request.height is None else request.height
+    return width, height
+
+
+def text_rows(
+    model: DiffusionModel, requests: Sequence[SamplingRequest], text: dict[str, Tensor]
+) -> TextRows:
+    """Gather the text of a batch; strings that `text` lacks are encoded and added to it."""
+    guided = [i for i, request in enumerate(requests) if request.guided]
+    strings = [requests[i].negative_prompt for i in guided]
+    strings += [request.prompt for request in requests]
+    for string in strings:
+        if string not in text:
+            # Alone, not as a batch: a prompt's encoding must not depend on its neighbours.
+            text[string] = encode_text(model, tokenize(model, [string]))
+    hidden = [text[string].to(device=model.device, dtype=model.unet.dtype) for string in strings]
+    scales = [requests[i].guidance_scale for i in guided]
+    return TextRows(
+        encoder_hidden_states=torch.stack([h.reshape(-1, h.shape[-1]) for h in hidden]),
+        guided=torch.tensor(guided, dtype=torch.int64, device=model.device),
+        guidance_scale=torch.tensor(scales, device=model.device).reshape(-1, 1, 1, 1),
+    )
+
+
+def start(model: DiffusionModel, requests: Sequence[SamplingRequest]) -> Trajectory:
+    """Return requests of equal steps, size and eta at their first step, each with its own noise."""
+    first = requests[0]
+    width, height = picture_size(model, first)
+    cells = height // model.vae_scale_factor, width // model.vae_scale_factor
+    scheduler = sampling_scheduler(model)
+    timesteps = timesteps_of(scheduler, first.num_inference_steps)
+    generators = [torch.Generator("cpu").manual_seed(request.seed) for request in requests]
+    noise = randn_tensor(
+        (len(requests), model.latent_channels, *cells),
+        generator=generators,
+        device=model.device,
+        dtype=model.unet.dtype,
+    )
+    known = inspect.signature(scheduler.step).parameters
+    options = {"generator": generators, "eta": first.eta}
+    return Trajectory(
+        scheduler=scheduler,
+        timesteps=timesteps,
+        latents=noise.float() * scheduler.init_noise_sigma,
+        step_options={name: value for name, value in options.items() if name in known},
+    )
+
+
+def _batches(
+    model: DiffusionModel, requests: Sequence[SamplingRequest], batch_size: int
+) -> Iterator[list[SamplingRequest]]:
+    """Cut the requests, in order, into batches that one noise-scheduler state can serve."""
+
+    def key(request: SamplingRequest) -> tuple[int, tuple[int, int], float]:
+        return request.num_inference_steps, picture_size(model, request), request.eta
+
+    batch: list[SamplingRequest] = []
+    for request in requests:
+        if batch and (len(batch) == batch_size or key(batch[0]) != key(request)):
+            yield batch
+            batch = []
+        batch.append(request)
+    if batch:
+        yield batch
+
+
+@torch.no_grad()
+def _denoise(
+    model: DiffusionModel,
+    batch: Sequence[SamplingRequest],
+    text: dict[str, Tensor],
+    stepped: Callable[[], None],
+) -> Tensor:
+    """Return the clean latents float32 [B, C, h, w] of one batch."""
+    try:
+        with _evaluating(model.text_encoder, model.unet):
+            rows = text_rows(model, batch, text)
+            trajectory = start(model, batch)
+            while not trajectory.finished:
+                advance(model.unet, [trajectory], rows)
+                stepped()
+    except torch.OutOfMemoryError as error:
+        width, height = picture_size(model, batch[0])
+        knob = "batch_size" if len(batch) > 1 else "width and height"
+        raise ResourceError(
+            f"The device ran out of memory while sampling {len(batch)} picture(s) of {width} x "
+            f"{height} pixels at once; lower {knob}."
+        ) from error
+    return trajectory.latents
+
+
+@torch.no_grad()
+def _decode(model: DiffusionModel, latents: Tensor) -> np.ndarray | None:
+    """Return the picture of latents [1, C, h, w], or None if they are not finite."""
+    if not torch.isfinite(latents).all():
+        return None
+    try:
+        with _evaluating(model.vae):
+            picture: np.ndarray = decode_latents(model, latents)[0]
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            "The device ran out of memory while decoding one picture; lower width and height."
+        ) from error
+    return picture
+
+
+@contextmanager
+def _evaluating(*modules: torch.nn.Module | None) -> Iterator[None]:
+    """Hold the modules in eval mode (no dropout draws), then give each part its own mode back."""
+    present = [module for module in modules if module is not None]
+    training = [part for module in present for part in module.modules() if part.training]
+    try:
+        for part in training:
+            part.training = False
+        yield
+    finally:
+        for part in training:
+            part.training = True

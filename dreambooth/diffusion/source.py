@@ -1,0 +1,253 @@
+"""Where the pretrained model comes from: finding it and making a folder of it.
+
+Standard library only, and quick: the plan of a job looks here before torch is imported. The hub
+client is imported in the one function that downloads.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from dreambooth import archives, tiny
+from dreambooth.diffusion.facts import ModelFacts, read_facts
+from dreambooth.diffusion.layout import (
+    INDEX,
+    MODEL_INFO,
+    OPTIONAL_PARTS,
+    TRAINED_PARTS,
+    choose_weights,
+    refuse_single_file,
+    validate_folder,
+)
+from dreambooth.errors import ModelArtifactError, ResourceError
+from dreambooth.limits import LIMITS, MIB, Limits
+
+__all__ = [
+    "ModelFacts",
+    "ModelSource",
+    "locate",
+    "needed_files",
+    "open_source",
+    "peek",
+    "peek_facts",
+    "read_facts",
+    "validate_folder",
+]
+
+_ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+_HOW = (
+    "give one with --pretrained-model (a diffusers folder, a tarball of one, a hub id such as "
+    "owner/name, or `tiny` for the small embedded model), or as the channel `model`"
+)
+# An archive that is extracted in about a second, so that a plan may look into it.
+_PEEK_BYTES = 64 * MIB
+_PEEK_EXTRACTED_BYTES = 512 * MIB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    """A pretrained model that was found: `path` is None for a hub id."""
+
+    kind: Literal["folder", "archive", "hub"]
+    location: str
+    path: Path | None
+
+
+def locate(
+    pretrained_model: str | None, channel: Path | None, *, limits: Limits = LIMITS
+) -> ModelSource:
+    """Find the model by the setting `pretrained_model`, else in the channel's folder.
+
+    Archives are listed only where several lie in a folder and none is called model.tar.gz.
+    Raises ModelArtifactError with one sentence that says how to give a model.
+    """
+    if pretrained_model:
+        return _by_name(pretrained_model, limits)
+    if channel is None or not channel.exists():
+        raise ModelArtifactError(f"There is no pretrained model: {_HOW}.")
+    return _at(channel, limits)
+
+
+def _by_name(name: str, limits: Limits) -> ModelSource:
+    if name == "tiny":
+        return ModelSource(kind="folder", location=name, path=tiny.WEIGHTS)
+    path = Path(name).expanduser()
+    if path.exists():
+        return _at(path, limits)
+    if _HUB_ID.fullmatch(name) and not name.lower().endswith(_ARCHIVE_SUFFIXES):
+        return ModelSource(kind="hub", location=name, path=None)
+    raise ModelArtifactError(f"There is no pretrained model at {name}: {_HOW}.")
+
+
+def _at(path: Path, limits: Limits) -> ModelSource:
+    if path.is_file():
+        if path.name.lower().endswith(_ARCHIVE_SUFFIXES):
+            return ModelSource(kind="archive", location=str(path), path=path)
+        refuse_single_file(path)
+        raise ModelArtifactError(f"{path} is neither a folder nor a tarball: {_HOW}.")
+    try:
+        entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        raise ModelArtifactError(f"The model folder {path} cannot be read: {error}.") from error
+    if folder := _unpacked(path, entries):
+        return ModelSource(kind="folder", location=str(folder), path=folder)
+    tarballs = [
+        entry
+        for entry in entries
+        if entry.name.lower().endswith(_ARCHIVE_SUFFIXES) and entry.is_file()
+    ]
+    if tarballs:
+        archive = _choose(path, tarballs, limits)
+        return ModelSource(kind="archive", location=str(archive), path=archive)
+    for entry in entries:
+        refuse_single_file(entry)
+    inside = ", ".join(entry.name for entry in entries[:5]) or "nothing"
+    raise ModelArtifactError(
+        f"{path} holds no model: neither {INDEX} nor a tarball is in it, but {inside}; {_HOW}."
+    )
+
+
+def _unpacked(path: Path, entries: Iterable[Path]) -> Path | None:
+    """The folder that holds model_index.json: this one, or the only one inside it that does."""
+    if (path / INDEX).is_file():
+        return path
+    inner = [entry for entry in entries if entry.is_dir() and (entry / INDEX).is_file()]
+    if len(inner) > 1:
+        names = ", ".join(entry.name for entry in inner)
+        raise ModelArtifactError(
+            f"{path} holds several models ({names}): say which with --pretrained-model."
+        )
+    return inner[0] if inner else None
+
+
+def _choose(folder: Path, tarballs: list[Path], limits: Limits) -> Path:
+    if len(tarballs) == 1:
+        return tarballs[0]
+    for archive in tarballs:
+        if archive.name == "model.tar.gz":
+            return archive
+    models = [archive for archive in tarballs if _holds_model(archive, limits)]
+    if len(models) == 1:
+        return models[0]
+    names = ", ".join(archive.name for archive in models or tarballs)
+    fault = "more than one tarball that holds a model" if models else "no tarball with a model"
+    raise ModelArtifactError(
+        f"{folder} holds {fault} ({names}): name the one that is meant model.tar.gz, or say which "
+        "with --pretrained-model."
+    )
+
+
+def _holds_model(archive: Path, limits: Limits) -> bool:
+    try:
+        names = archives.member_names(archive, limits=limits, top_level_only=True, stop_at=(INDEX,))
+    except ModelArtifactError:
+        return False  # not a readable archive: another one may be
+    return INDEX in names
+
+
+def open_source(source: ModelSource, workspace: Path, *, limits: Limits = LIMITS) -> Path:
+    """Make a diffusers folder of a source: as it is, extracted into `workspace`, or downloaded.
+
+    Raises ModelArtifactError for a folder or archive that holds no Stable Diffusion model, and
+    ResourceError where the hub cannot be reached.
+    """
+    if source.path is None:
+        folder = _download(source.location)
+    elif source.kind == "archive":
+        folder = workspace / "pretrained_model"
+        if folder.exists():  # of an earlier attempt
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+        archives.extract(source.path, folder, limits=limits)
+        inside = _unpacked(folder, sorted(folder.iterdir()))
+        if inside is None:
+            raise ModelArtifactError(
+                f"{source.path} holds no {INDEX}: it is not a tarball of a diffusers folder."
+            )
+        folder = inside
+    else:
+        folder = source.path
+    validate_folder(folder, limits=limits)
+    return folder
+
+
+def peek(source: ModelSource, *, limits: Limits = LIMITS) -> ModelFacts | None:
+    """The facts of a source for a plan: of a folder or a small archive, None of all others."""
+    if source.path is None:
+        return None
+    if source.kind == "archive":
+        return peek_facts(source.path, limits=limits)
+    return read_facts(source.path, limits=limits)
+
+
+def peek_facts(archive: Path, *, limits: Limits = LIMITS) -> ModelFacts | None:
+    """Look at the facts of the model in a small archive; None where looking would take long.
+
+    None also for an archive that is at fault: the job itself will say so when it opens it.
+    """
+    small = replace(limits, archive_max_bytes=min(limits.archive_max_bytes, _PEEK_EXTRACTED_BYTES))
+    try:
+        if archive.stat().st_size > _PEEK_BYTES:
+            return None
+        with tempfile.TemporaryDirectory(prefix="peek-") as workspace:
+            source = ModelSource(kind="archive", location=str(archive), path=archive)
+            return read_facts(open_source(source, Path(workspace), limits=small), limits=small)
+    except (ModelArtifactError, ResourceError, OSError):
+        return None
+
+
+def needed_files(names: Iterable[str]) -> list[str]:
+    """Of a hub repository's files, those that a job needs: one copy of the weights, no others."""
+    names = sorted(names)
+    needed = [name for name in names if name in (INDEX, MODEL_INFO, "README.md")]
+    for part in (*TRAINED_PARTS, *OPTIONAL_PARTS, "tokenizer", "scheduler"):
+        inside = [name for name in names if PurePosixPath(name).parent.as_posix() == part]
+        needed += [n for n in inside if n.endswith((".json", ".txt")) and ".index." not in n]
+        chosen = choose_weights(PurePosixPath(name).name for name in inside)
+        if chosen is None:
+            continue
+        needed.append(f"{part}/{chosen.name}")
+        if chosen.sharded:
+            suffix = ".bin" if chosen.pickled else ".safetensors"
+            needed += [
+                name
+                for name in inside
+                if "-of-" in name and name.endswith(suffix) and f".{chosen.variant}" in name
+            ]
+    return needed
+
+
+def _download(name: str) -> Path:
+    # huggingface_hub is not in the standard library, and its import takes a while.
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        files = needed_files(HfApi().list_repo_files(name))
+        return Path(snapshot_download(name, allow_patterns=files))
+    except (RepositoryNotFoundError, GatedRepoError) as error:
+        raise ModelArtifactError(
+            f"The hub has no model {name} that can be read without logging in: check the name, or "
+            "log in with `hf auth login`."
+        ) from error
+    except (HTTPError, OSError):
+        pass  # no network, or the hub is down: an earlier download may be there
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise ResourceError(
+            f"The model {name} cannot be downloaded, for the hub cannot be reached from here, and "
+            "no earlier download is there: give a folder or a tarball instead."
+        ) from error

@@ -1,0 +1,241 @@
+"""Weights of one component: read from any published layout, written as safetensors.
+
+Read: safetensors or the old pickled `.bin`, one file or shards, plain or an fp16 variant. A `.bin`
+goes through `torch.load(weights_only=True)` alone, which builds tensors and runs no code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import pickle
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from dreambooth.diffusion import layout, source
+from dreambooth.diffusion.headers import read_header
+from dreambooth.errors import ModelArtifactError, ResourceError
+from dreambooth.limits import LIMITS, Limits
+
+logger = logging.getLogger(__name__)
+
+# Tables of 0, 1, 2, ... that transformers up to 4.30 saved with a text encoder.
+_HARMLESS = "position_ids"
+_OTHER_PICKLES = (".ckpt", ".pt", ".pth", ".pkl", ".pickle")
+_NAMED_AT_MOST = 3
+
+
+def load_into(
+    module: torch.nn.Module,
+    component: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    rename: Callable[[str], str] = str,
+    limits: Limits = LIMITS,
+) -> None:
+    """Fill a module (its parameters may be on "meta") from a component folder.
+
+    The names in the files, after `rename`, must be exactly the module's, and every shape must fit:
+    what libraries only warn of (and then fill with random weights) raises ModelArtifactError here,
+    and so do numbers that are not finite.
+    """
+    expected = module.state_dict()
+    state: dict[str, torch.Tensor] = {}
+    foreign: list[str] = []
+    for path, key, tensor in read_tensors(component, limits=limits):
+        name = rename(key)
+        if name not in expected:
+            if not name.endswith(_HARMLESS):
+                foreign.append(key)
+            continue
+        _check(path, key, tensor, expected[name])
+        if name in state:
+            raise ModelArtifactError(f"{path} holds {name!r} a second time.")
+        # A copy, never a view of the mapped file: the file may be replaced while we train.
+        state[name] = tensor.to(device=device, dtype=dtype, copy=True)
+        if not bool(torch.isfinite(state[name]).all()):
+            raise ModelArtifactError(
+                f"{path} holds numbers that are not finite as {dtype} in {key!r}: it is damaged, "
+                "or comes from a run that diverged."
+            )
+    missing = [name for name in expected if name not in state and not name.endswith(_HARMLESS)]
+    for fault, names in (("lacks", missing), ("holds the foreign", foreign)):
+        if names:
+            raise ModelArtifactError(
+                f"{component} does not fit its config.json: it {fault} {_some(names)}."
+            )
+    module.load_state_dict(state, strict=False, assign=True)
+
+
+def read_tensors(
+    component: Path, *, limits: Limits = LIMITS
+) -> Iterator[tuple[Path, str, torch.Tensor]]:
+    """Yield (file, name, tensor on the CPU) of a component folder; tensors may map the file."""
+    chosen, files = layout.weight_files(component, limits=limits)
+    if chosen.pickled:
+        logger.warning(
+            "%s holds old pickled weights: tensors are read from it and nothing else "
+            "(`python -m dreambooth convert` turns such a folder into safetensors).",
+            component,
+        )
+    for path in files:
+        if chosen.pickled:
+            yield from ((path, key, tensor) for key, tensor in read_bin(path).items())
+        else:
+            yield from _read_safetensors(path, limits)
+
+
+def _read_safetensors(path: Path, limits: Limits) -> Iterator[tuple[Path, str, torch.Tensor]]:
+    read_header(path, limits=limits)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                yield path, key, file.get_tensor(key)
+    except (SafetensorError, OSError) as error:
+        raise ModelArtifactError(f"{path} cannot be read as safetensors: {error}.") from error
+
+
+def read_bin(path: Path) -> dict[str, torch.Tensor]:
+    """Read the tensors of an old `.bin` through `torch.load(weights_only=True)` alone.
+
+    Raises ModelArtifactError for a pickle that holds anything but named tensors.
+    """
+    packed = zipfile.is_zipfile(path)
+    if packed:
+        with zipfile.ZipFile(path) as archive:
+            # torch stores its records as they are; a compressed one could only be a bomb.
+            if any(item.compress_type != zipfile.ZIP_STORED for item in archive.infolist()):
+                raise ModelArtifactError(
+                    f"{path} holds compressed records, which torch never writes."
+                )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=packed)
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+        raise ModelArtifactError(
+            f"{path} is a pickle that holds more than weights, or is damaged: it is not loaded, "
+            "for it could run code; give the model as safetensors."
+        ) from error
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
+    ):
+        raise ModelArtifactError(f"{path} does not hold a plain table of named tensors.")
+    return state
+
+
+def save(state: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write tensors as one safetensors file, with the metadata that transformers asks for."""
+    path.touch()
+    mode = path.stat().st_mode  # the library makes files that only their owner may read
+    whole: dict[str, torch.Tensor] = {}
+    taken: set[int] = set()
+    for key, tensor in state.items():
+        tensor = tensor.detach().cpu().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        whole[key] = tensor.clone() if memory in taken else tensor  # pickles may share memory
+        taken.add(memory)
+    save_file(whole, path, {"format": "pt"})
+    path.chmod(mode)
+
+
+def text_model_prefixed(key: str) -> str:
+    """A CLIP text encoder's weight as transformers 4.x names it (5.x reads both names)."""
+    prefix = "text_model."
+    return key if key.startswith(prefix) else prefix + key
+
+
+def convert(origin: Path, destination: Path, *, limits: Limits = LIMITS) -> None:
+    """Copy a model folder (or a tarball of one) with every old `.bin` turned into safetensors.
+
+    Nothing else is changed. `destination` must not exist or be empty; it appears only when whole.
+    Raises ModelArtifactError for anything that is no model, and for pickles that hold more than
+    weights or are no `.bin`.
+    """
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise ModelArtifactError(f"{destination} exists already: give a new or an empty folder.")
+    found = source.locate(str(origin), None, limits=limits)
+    parent = destination.absolute().parent
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_told(destination))
+        parent.mkdir(parents=True, exist_ok=True)
+        workspace = stack.enter_context(tempfile.TemporaryDirectory(prefix=".partial-", dir=parent))
+        folder = source.open_source(found, Path(workspace) / "opened", limits=limits)
+        if parent.resolve().is_relative_to(folder.resolve()):
+            raise ModelArtifactError(f"{destination} lies inside of {folder}, which is read.")
+        whole = Path(workspace) / "converted"
+        _convert_folder(folder, whole, limits)
+        layout.validate_folder(whole, limits=limits)
+        if destination.exists():
+            destination.rmdir()
+        whole.rename(destination)
+
+
+@contextlib.contextmanager
+def _told(destination: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ResourceError(
+            f"{destination} could not be written ({error}): free some space, or choose "
+            "another place."
+        ) from error
+
+
+def _convert_folder(folder: Path, target: Path, limits: Limits) -> None:
+    target.mkdir()
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith("."):
+            continue  # .git, .cache and the like are no part of a model
+        copy = target / _safetensors_name(entry.name)
+        if entry.is_dir():
+            _convert_folder(entry, copy, limits)
+        elif copy.name != entry.name and (folder / copy.name).exists():
+            continue  # a safetensors twin is there already
+        elif entry.suffix in _OTHER_PICKLES:
+            raise ModelArtifactError(
+                f"{entry} is a pickle, which is never opened: remove it first."
+            )
+        elif entry.name.endswith(".bin"):
+            save(read_bin(entry), copy)
+        elif copy.name != entry.name:
+            index = layout.read_json(entry, limits=limits)
+            weight_map = index.get("weight_map")
+            if isinstance(weight_map, dict):
+                index["weight_map"] = {
+                    key: _safetensors_name(str(name)) for key, name in weight_map.items()
+                }
+            copy.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        else:
+            shutil.copyfile(entry, copy)
+
+
+def _safetensors_name(name: str) -> str:
+    """The name of an old weight file (or index) once it is safetensors; other names unchanged."""
+    if not (name.endswith(".bin") or ".bin.index" in name):
+        return name
+    if name.startswith("pytorch_model"):  # transformers dropped the prefix with the pickle
+        name = name.removeprefix("pytorch_")
+    return name.replace(".bin", ".safetensors")
+
+
+def _check(path: Path, key: str, tensor: torch.Tensor, expected: torch.Tensor) -> None:
+    if tensor.shape != expected.shape:
+        raise ModelArtifactError(
+            f"{path} holds {key!r} in the shape {list(tensor.shape)}, where its config.json asks "
+            f"for {list(expected.shape)}."
+        )
+    if not tensor.is_floating_point():
+        raise ModelArtifactError(f"{path} holds {key!r} as {tensor.dtype}, which are no weights.")
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - _NAMED_AT_MOST
+    return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dreambooth import tiny
+from dreambooth.diffusion import source
+from dreambooth.errors import ModelArtifactError, ResourceError
+
+Make = Callable[..., Path]
+
+
+def pack(archive: Path, folder: Path, inside: str = ".", mode: str = "w:gz") -> Path:
+    with tarfile.open(archive, mode) as tar:  # type: ignore[call-overload]
+        tar.add(folder, arcname=inside)
+    return archive
+
+
+@pytest.fixture
+def other_archive(tmp_path: Path) -> Path:
+    folder = tmp_path / "nothing"
+    folder.mkdir()
+    (folder / "readme.txt").write_text("no model")
+    return pack(tmp_path / "other.tar.gz", folder)
+
+
+def test_the_embedded_model_is_used_only_when_asked_for_by_name(tmp_path: Path) -> None:
+    assert source.locate("tiny", None).path == tiny.WEIGHTS
+    assert source.locate("tiny", tmp_path).path == tiny.WEIGHTS
+    for channel in (None, tmp_path / "missing", tmp_path):
+        with pytest.raises(ModelArtifactError, match="--pretrained-model"):
+            source.locate(None, channel)
+
+
+def test_a_setting_goes_before_the_channel(make_model_folder: Make) -> None:
+    asked, channel = make_model_folder(), make_model_folder()
+    assert source.locate(str(asked), channel).path == asked
+    assert source.locate(None, channel).path == channel
+    assert source.locate("", channel).path == channel
+
+
+def test_an_unpacked_folder_one_level_down_is_found(make_model_folder: Make) -> None:
+    folder = make_model_folder()
+    assert source.locate(None, folder.parent).path == folder
+    make_model_folder(folder.parent / "second")
+    with pytest.raises(ModelArtifactError, match="several models"):
+        source.locate(None, folder.parent)
+
+
+def test_an_archive_may_be_given_directly_or_in_a_folder(
+    small_model_folder: Path, tmp_path: Path
+) -> None:
+    channel = tmp_path / "channel"
+    channel.mkdir()
+    # JumpStart's tarball is not called model.tar.gz.
+    archive = pack(channel / "train-model-txt2img.tar.gz", small_model_folder)
+    for found in (source.locate(str(archive), None), source.locate(None, channel)):
+        assert (found.kind, found.path) == ("archive", archive)
+
+
+def test_among_several_tarballs_model_tar_gz_goes_first_then_the_one_with_a_model(
+    small_model_folder: Path, other_archive: Path, tmp_path: Path
+) -> None:
+    channel = tmp_path / "channel"
+    channel.mkdir()
+    (channel / "a-damaged.tar.gz").write_bytes(b"not an archive")
+    other_archive.rename(channel / "b.tar.gz")
+    with pytest.raises(ModelArtifactError, match="no tarball with a model"):
+        source.locate(None, channel)
+    model = pack(channel / "c.tar.gz", small_model_folder)
+    assert source.locate(None, channel).path == model
+    second = pack(channel / "d.tar", small_model_folder, mode="w")
+    with pytest.raises(ModelArtifactError, match=r"c\.tar\.gz, d\.tar"):
+        source.locate(None, channel)
+    second.rename(channel / "model.tar.gz")
+    assert source.locate(None, channel).path == channel / "model.tar.gz"
+
+
+def test_a_hub_id_is_a_name_that_is_no_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = source.locate("stabilityai/stable-diffusion-2-1-base", None)
+    assert (found.kind, found.path) == ("hub", None)
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    with pytest.raises(ModelArtifactError, match="holds no model"):
+        source.locate("owner/name", None)
+    for name in ("/no/such/folder", "a/b/c", "missing", "../x", "models/sd.tar.gz", "a b/c"):
+        with pytest.raises(ModelArtifactError, match="no pretrained model at"):
+            source.locate(name, None)
+
+
+@pytest.mark.parametrize("name", ["sd.safetensors", "v1-5-pruned.ckpt"])
+def test_a_single_file_checkpoint_is_told_how_to_convert(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ModelArtifactError, match="from_single_file"):
+        source.locate(str(tmp_path / name), None)
+    with pytest.raises(ModelArtifactError, match="from_single_file"):
+        source.locate(None, tmp_path)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(ModelArtifactError, match="neither a folder nor a tarball"):
+        source.locate(str(tmp_path / "notes.txt"), None)
+    with pytest.raises(ModelArtifactError, match=r"but notes\.txt"):
+        source.locate(None, tmp_path)
+
+
+@pytest.mark.parametrize("inside", [".", "my-model"])
+@pytest.mark.parametrize(("name", "mode"), [("m.tar.gz", "w:gz"), ("m.tar", "w")])
+def test_an_archive_becomes_a_folder(
+    small_model_folder: Path, tmp_path: Path, inside: str, name: str, mode: str
+) -> None:
+    archive = pack(tmp_path / name, small_model_folder, inside, mode)
+    found = source.locate(str(archive), None)
+    for _ in range(2):  # a second attempt starts from an empty folder
+        folder = source.open_source(found, tmp_path / "work")
+        assert source.read_facts(folder) == source.read_facts(small_model_folder)
+
+
+def test_a_folder_is_used_as_it_is(small_model_folder: Path, tmp_path: Path) -> None:
+    found = source.locate(str(small_model_folder), None)
+    assert source.open_source(found, tmp_path / "work") == small_model_folder
+    assert not (tmp_path / "work").exists()
+
+
+def test_an_archive_without_a_model_is_refused(other_archive: Path, tmp_path: Path) -> None:
+    found = source.locate(str(other_archive), None)
+    with pytest.raises(ModelArtifactError, match=r"other\.tar\.gz holds no model_index\.json"):
+        source.open_source(found, tmp_path / "work")
+
+
+def test_a_plan_looks_into_folders_and_small_archives(
+    small_model_folder: Path, other_archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = pack(tmp_path / "m.tar.gz", small_model_folder)
+    facts = source.read_facts(small_model_folder)
+    assert source.peek(source.locate(str(small_model_folder), None)) == facts
+    assert source.peek(source.locate(str(archive), None)) == facts
+    assert source.peek(source.locate("owner/name", None)) is None
+    assert source.peek_facts(other_archive) is None
+    assert source.peek_facts(tmp_path / "missing.tar.gz") is None
+    large = tmp_path / "large.tar.gz"
+    with large.open("wb") as file:
+        file.truncate(65 * 2**20)
+    assert source.peek_facts(large) is None
+
+
+HUB = [
+    ".gitattributes",
+    "README.md",
+    "model_index.json",
+    "v2-1_512-ema-pruned.ckpt",
+    "v2-1_512-ema-pruned.safetensors",
+    "feature_extractor/preprocessor_config.json",
+    "scheduler/scheduler_config.json",
+    "text_encoder/config.json",
+    "text_encoder/model.fp16.safetensors",
+    "text_encoder/model.safetensors",
+    "text_encoder/pytorch_model.bin",
+    "tokenizer/merges.txt",
+    "tokenizer/vocab.json",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+    "unet/diffusion_pytorch_model-00002-of-00002.safetensors",
+    "unet/diffusion_pytorch_model.fp16.bin",
+    "unet/diffusion_pytorch_model.safetensors.index.json",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.bin",
+    "vae/nested/evil.json",
+]
+
+
+def test_of_a_hub_repository_only_one_copy_of_the_weights_is_fetched() -> None:
+    assert sorted(source.needed_files(HUB)) == sorted(
+        name
+        for name in HUB
+        if not name.endswith((".ckpt", "pruned.safetensors", ".gitattributes", "evil.json"))
+        and "fp16" not in name
+        and name != "text_encoder/pytorch_model.bin"
+    )
+
+
+def test_without_a_network_a_hub_id_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ResourceError, match="cannot be reached"):
+        source.open_source(source.locate("owner/name", None), tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0)
+    with pytest.raises(ModelArtifactError, match="closed"):
+        source.locate(None, tmp_path / "closed")
