@@ -1,0 +1,180 @@
+"""The model card (README.md) of a fine-tuned model: what it is, of what, and what it cannot do."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+# Licence identifiers that model hubs know; anything else is "other" with a sentence.
+_KNOWN_LICENCES = (
+    *("creativeml-openrail-m", "openrail++", "openrail", "bigscience-openrail-m"),
+    *("apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0"),
+)
+_LICENCE_LINE = re.compile(r"^license:[ \t]*[\"']?([\w.+-]{1,64})[\"']?[ \t]*$", re.MULTILINE)
+_FRONT_MATTER_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCard:
+    """What the card tells; `licence` is the base model's identifier where its own card gives one.
+
+    `versions` are pairs such as ("torch", "2.13.0"); `data_fingerprint` names the pictures and
+    prompts that went in without showing them.
+    """
+
+    base: str
+    instance_prompt: str
+    steps: int
+    planned_steps: int
+    data_fingerprint: str
+    class_prompt: str | None = None
+    instance_images: int = 0
+    class_images: int = 0
+    train_text_encoder: bool = False
+    licence: str | None = None
+    versions: Sequence[tuple[str, str]] = ()
+
+
+def licence_of(folder: Path) -> str | None:
+    """The licence that a model folder's own card (README.md) states in its front matter."""
+    try:
+        with (folder / "README.md").open("rb") as file:
+            text = file.read(_FRONT_MATTER_BYTES).decode("utf-8", errors="replace")
+    except OSError:
+        return None
+    parts = text.split("---\n", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return None
+    found = _LICENCE_LINE.search(parts[1])
+    return found[1].lower() if found else None
+
+
+def render(card: ModelCard, *, samples: Sequence[tuple[str, str]] = ()) -> str:
+    """The card as Markdown with YAML front matter; `samples` are pairs (file name, caption)."""
+    return "\n".join(
+        [
+            *_front_matter(card),
+            "",
+            *_description(card),
+            *_samples(samples),
+            *_usage(card),
+            *_limits(card),
+        ]
+    )
+
+
+def _front_matter(card: ModelCard) -> list[str]:
+    # JSON strings are YAML strings, whatever a prompt or a path holds.
+    licence = card.licence if card.licence in _KNOWN_LICENCES else "other"
+    lines = ["---", f"license: {json.dumps(licence)}"]
+    if licence == "other":
+        lines.append(f"license_name: {json.dumps(card.licence or 'as the base model')}")
+    return [
+        *lines,
+        f"base_model: {json.dumps(card.base, ensure_ascii=False)}",
+        "library_name: diffusers",
+        "pipeline_tag: text-to-image",
+        "tags:",
+        *(f"- {tag}" for tag in ("stable-diffusion", "text-to-image", "dreambooth", "diffusers")),
+        f"instance_prompt: {json.dumps(card.instance_prompt, ensure_ascii=False)}",
+        "inference: true",
+        "---",
+    ]
+
+
+def _description(card: ModelCard) -> list[str]:
+    trained = "the U-Net and the text encoder" if card.train_text_encoder else "the U-Net"
+    steps = str(card.steps)
+    if card.steps != card.planned_steps:
+        steps += f" of {card.planned_steps} planned (the run was stopped early)"
+    rows = [
+        ("Base model", _code(card.base)),
+        ("Instance prompt", _code(card.instance_prompt)),
+        ("Class prompt", _code(card.class_prompt) if card.class_prompt else "none"),
+        ("Instance images", str(card.instance_images)),
+        (
+            "Class images (prior preservation)",
+            str(card.class_images) if card.class_images else "none",
+        ),
+        ("Steps", steps),
+        ("Trained", trained),
+        ("Fingerprint of the data", _code(card.data_fingerprint)),
+        (
+            "Versions",
+            ", ".join(f"{name} {version}" for name, version in card.versions) or "not noted",
+        ),
+    ]
+    return [
+        "# A Stable Diffusion model fine-tuned with DreamBooth",
+        "",
+        "This model was fine-tuned on a few pictures of one subject. The instance prompt below",
+        "calls the subject up; put it into other places and styles by adding to the prompt. Every",
+        "setting of the run stands in `hyperparameters.json`.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in rows),
+        "",
+    ]
+
+
+def _samples(samples: Sequence[tuple[str, str]]) -> list[str]:
+    if not samples:
+        return []
+    pictures = [f"![{_plain(caption)}](samples/{name})" for name, caption in samples]
+    return ["## Samples", "", *(line for picture in pictures for line in (picture, ""))]
+
+
+def _usage(card: ModelCard) -> list[str]:
+    return [
+        "## Use",
+        "",
+        "```python",
+        "from diffusers import StableDiffusionPipeline",
+        "",
+        'pipeline = StableDiffusionPipeline.from_pretrained("PATH/TO/THIS/FOLDER")',
+        f"picture = pipeline({json.dumps(card.instance_prompt, ensure_ascii=False)}).images[0]",
+        "```",
+        "",
+    ]
+
+
+def _limits(card: ModelCard) -> list[str]:
+    licence = (
+        f"The base model's card states the licence `{card.licence}`; it holds for this model too."
+        if card.licence
+        else "The base model came without a stated licence: its terms hold for this model too. "
+        "Stable Diffusion models are under CreativeML Open RAIL licences, whose restrictions on "
+        "use pass on to whatever is fine-tuned from them."
+    )
+    return [
+        "## Limits and biases",
+        "",
+        "Fine-tuning on a few pictures keeps the base model's weaknesses and adds its own:",
+        "",
+        "- Faces, hands and limbs may come out wrong, and text inside pictures is not legible.",
+        "- Stable Diffusion was trained on LAION-5B, which holds adult material and shows mostly",
+        "  western, English-captioned pictures: prompts in other languages work less well, and",
+        "  stereotypes of the data come back in what is drawn.",
+        "- With many steps the model forgets: other members of the class, and in the end other",
+        "  classes, begin to look like the subject. One run teaches one subject.",
+        "- The backgrounds and poses of the instance images may leak into new scenes.",
+        "- Pictures of people need their consent; do not use the model to deceive or to harm.",
+        "",
+        "## Licence",
+        "",
+        licence,
+        "",
+    ]
+
+
+def _code(text: str) -> str:
+    """Text as inline code in a table cell: no backtick, bar or line break may end it early."""
+    return "`" + _plain(text).replace("`", "'").replace("|", "\\|") + "`"
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).replace("[", "(").replace("]", ")")
