@@ -1,0 +1,1 @@
+"""The DreamBooth training step: plan, optimizer, learning-rate curve, loop, state and report."""

@@ -1,0 +1,69 @@
+"""What the plan must know of the device: is there a CUDA GPU, how much memory, which arithmetic.
+
+Standard library only: `--dry-run` asks the driver's own tool, the job asks torch (`from_torch` is
+handed the module), and both give the same facts.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceFacts:
+    """compute_capability: (major, minor); memory_bytes: of the whole GPU; both None on a CPU."""
+
+    kind: Literal["cpu", "cuda"]
+    name: str
+    compute_capability: tuple[int, int] | None = None
+    memory_bytes: int | None = None
+
+    @property
+    def mixed_precision(self) -> str:
+        """fp32 on a CPU, bf16 from compute capability 8.0, fp16 with loss scaling below."""
+        if self.compute_capability is None:
+            return "no"
+        return "bf16" if self.compute_capability >= (8, 0) else "fp16"
+
+
+CPU = DeviceFacts(kind="cpu", name="CPU")
+
+
+def from_driver() -> DeviceFacts:
+    """The first GPU that nvidia-smi names, without importing torch; the CPU where there is none."""
+    if shutil.which("nvidia-smi") is None:
+        return CPU
+    query = [
+        "nvidia-smi",
+        "--query-gpu=name,memory.total,compute_cap",
+        "--format=csv,noheader,nounits",
+    ]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True)
+        name, mebibytes, capability = answer.stdout.splitlines()[0].split(", ")
+        major, minor = capability.split(".")
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return CPU
+    return DeviceFacts(
+        kind="cuda",
+        name=name,
+        compute_capability=(int(major), int(minor)),
+        memory_bytes=int(mebibytes) * 2**20,
+    )
+
+
+def from_torch(torch: ModuleType) -> DeviceFacts:
+    """The GPU that torch will use, or the CPU."""
+    if not torch.cuda.is_available():
+        return CPU
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return DeviceFacts(
+        kind="cuda",
+        name=properties.name,
+        compute_capability=(properties.major, properties.minor),
+        memory_bytes=properties.total_memory,
+    )

@@ -1,0 +1,226 @@
+"""The training loop, one page: when does what happen to the weights.
+
+Legend: B pictures of a micro-batch, C latent channels, h w latent cells, L tokens, D text width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from dreambooth.data import pairs
+from dreambooth.data.cache import LatentPosteriors
+from dreambooth.diffusion.loss import dreambooth_loss, noise_target
+from dreambooth.errors import TrainingDivergedError
+from dreambooth.hyperparameters import Hyperparameters
+from dreambooth.training import lr_schedulers
+from dreambooth.training.plan import TrainingPlan
+from dreambooth.training.state import TrainingState
+
+MAX_SKIPPED_IN_A_ROW = 25  # fp16 loss scaling starts at 2^16: this many halvings end below 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingData:
+    """All that the loop reads, on the training device.
+
+    instance, class_: latent posteriors; class_ is None without class images. instance_text,
+    class_text: encoder_hidden_states [1,L,D], or token ids [1,L] where the text encoder is trained.
+    latent_scale: latents are multiplied by it, as the VAE's scaling_factor says.
+    """
+
+    instance: LatentPosteriors
+    class_: LatentPosteriors | None
+    instance_text: torch.Tensor
+    class_text: torch.Tensor | None
+    latent_scale: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepMetrics:
+    """Of one step: losses are means over its micro-batches; grad_norm is that before clipping."""
+
+    step: int
+    epoch: float
+    loss: float
+    instance_loss: float
+    class_loss: float | None
+    learning_rate: float
+    grad_norm: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """noisy_latents, target [B,C,h,w]; timesteps [B]; text [B,L,D] or ids [B,L]; instances lead."""
+
+    noisy_latents: torch.Tensor
+    timesteps: torch.Tensor
+    text: torch.Tensor
+    target: torch.Tensor
+    instances: int
+
+
+def train(
+    state: TrainingState,
+    data: TrainingData,
+    plan: TrainingPlan,
+    hyperparameters: Hyperparameters,
+    *,
+    noise_scheduler: Any,
+    encode_text: Callable[[torch.Tensor], torch.Tensor],
+    prior_unet: nn.Module | None = None,
+    accelerator: Accelerator,
+) -> Iterator[StepMetrics]:
+    """Train until plan.steps, yielding after each step: time to report, sample and save.
+
+    encode_text: token ids [B,L] -> encoder_hidden_states [B,L,D], used where the text encoder is
+    trained. prior_unet: the frozen base model, whose prediction is the class target
+    (prior_preservation_mode=prediction). Raises TrainingDivergedError.
+    """
+    unet = accelerator.prepare(state.unet)
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    precision = state.precision
+    skipped_in_a_row = 0
+
+    while state.step < plan.steps:
+        # Set the learning rate
+        learning_rate = hyperparameters.learning_rate * lr_schedulers.factor(
+            hyperparameters.lr_scheduler,
+            state.step,
+            steps=plan.steps,
+            warmup_steps=plan.lr_warmup_steps,
+            learning_rate=hyperparameters.learning_rate,
+        )
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+        # Accumulate gradients: every window has the same number of micro-batches
+        instance_loss, class_loss, loss_sum = 0.0, 0.0, 0.0
+        for micro_batch in range(plan.gradient_accumulation_steps):
+            samples = pairs.sample_numbers(
+                step=state.step,
+                micro_batch=micro_batch,
+                batch_size=plan.batch_size,
+                micro_batches=plan.gradient_accumulation_steps,
+                process=accelerator.process_index,
+                processes=accelerator.num_processes,
+            )
+            with precision.autocast():
+                batch = make_micro_batch(
+                    data, samples, noise_scheduler, hyperparameters.seed, prior_unet
+                )
+                text = batch.text if state.text_encoder is None else encode_text(batch.text)
+                model_pred = unet(batch.noisy_latents, batch.timesteps, text).sample
+            losses = dreambooth_loss(
+                model_pred,
+                batch.target,
+                instances=batch.instances,
+                prior_loss_weight=hyperparameters.prior_loss_weight,
+            )
+            precision.backward(losses.total / plan.gradient_accumulation_steps)
+            loss_sum += losses.total.item()
+            instance_loss += losses.instance.item()
+            class_loss += losses.class_.item() if losses.class_ is not None else 0.0
+
+        # Clip by global norm, update the weights
+        precision.unscale(state.optimizer)
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, hyperparameters.max_grad_norm))
+        _refuse_not_finite(loss_sum, grad_norm, state, learning_rate)
+        updated = precision.step(state.optimizer)
+        state.optimizer.zero_grad(set_to_none=True)
+        if not updated:  # fp16 overflow: the scale is lower now, the same step is tried again
+            state.skipped_steps += 1
+            skipped_in_a_row += 1
+            if skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
+                _refuse_not_finite(loss_sum, math.nan, state, learning_rate, force=True)
+            continue
+        skipped_in_a_row = 0
+        state.step += 1
+        micro_batches = plan.gradient_accumulation_steps
+        yield StepMetrics(
+            step=state.step,
+            epoch=plan.epoch(state.step),
+            loss=loss_sum / micro_batches,
+            instance_loss=instance_loss / micro_batches,
+            class_loss=class_loss / micro_batches if data.class_text is not None else None,
+            learning_rate=learning_rate,
+            grad_norm=grad_norm,
+        )
+
+
+def make_micro_batch(
+    data: TrainingData,
+    samples: range,
+    noise_scheduler: Any,
+    seed: int,
+    prior_unet: nn.Module | None,
+) -> MicroBatch:
+    """Draw pictures, timesteps and noise of both halves; the class half has draws of its own."""
+    noisy, timesteps, target = _draw_half(
+        data.instance, "instance", data, samples, noise_scheduler, seed
+    )
+    text = data.instance_text.expand(len(samples), *data.instance_text.shape[1:])
+    halves = [(noisy, timesteps, text, target)]
+    if data.class_text is not None:
+        class_text = data.class_text.expand(len(samples), *data.class_text.shape[1:])
+        if prior_unet is not None:
+            with torch.no_grad():
+                base_prediction = prior_unet(noisy, timesteps, class_text).sample
+            halves.append((noisy, timesteps, class_text, base_prediction.to(target.dtype)))
+        elif data.class_ is not None:
+            noisy, timesteps, target = _draw_half(
+                data.class_, "class", data, samples, noise_scheduler, seed
+            )
+            halves.append((noisy, timesteps, class_text, target))
+    return MicroBatch(
+        noisy_latents=torch.cat([half[0] for half in halves]),
+        timesteps=torch.cat([half[1] for half in halves]),
+        text=torch.cat([half[2] for half in halves]),
+        target=torch.cat([half[3] for half in halves]),
+        instances=len(samples),
+    )
+
+
+def _draw_half(
+    posteriors: LatentPosteriors,
+    stream: str,
+    data: TrainingData,
+    samples: range,
+    noise_scheduler: Any,
+    seed: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(noisy_latents, timesteps, target) of one half."""
+    drawn = pairs.draw(
+        samples,
+        seed=seed,
+        stream=stream,
+        crops=posteriors.crops,
+        latent_shape=posteriors.latent_shape,
+        train_timesteps=noise_scheduler.config.num_train_timesteps,
+    )
+    latents = posteriors.sample(drawn) * data.latent_scale
+    noise = drawn.noise.to(latents.device)
+    timesteps = drawn.timesteps.to(latents.device)
+    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+    return noisy_latents, timesteps, noise_target(noise_scheduler, latents, noise, timesteps)
+
+
+def _refuse_not_finite(
+    loss: float, grad_norm: float, state: TrainingState, learning_rate: float, force: bool = False
+) -> None:
+    """Raise TrainingDivergedError; fp16 gradients that overflow are the loss scaler's business."""
+    scaled = state.precision.scaler.is_enabled() and not force
+    if math.isfinite(loss) and (math.isfinite(grad_norm) or scaled):
+        return
+    what = "gradient" if math.isfinite(loss) else "loss"
+    raise TrainingDivergedError(
+        f"The {what} is not finite at step {state.step + 1} (learning rate {learning_rate:g}): "
+        "training has diverged. Lower learning_rate, or set mixed_precision to no.",
+        step=state.step + 1,
+    )

@@ -1,0 +1,327 @@
+"""Hyperparameters x data x model x device -> all that is derived from them before anything heavy.
+
+Standard library only: `--dry-run` prints a plan in well under two seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dreambooth.data.dataset_info import DatasetInfo
+from dreambooth.diffusion.facts import ModelFacts
+from dreambooth.hyperparameters import MEMORY_PLANS, Hyperparameters
+from dreambooth.training import lr_schedulers
+from dreambooth.training.device import DeviceFacts
+
+MAX_CACHED_CROPS = 8  # random crops per picture that is not square
+CHECKPOINT_MINUTES = 10.0  # where a checkpoint folder is given and no interval
+MEMORY_SHARE = 0.85  # of the GPU: the rest is context, library workspaces and fragmentation
+GIB = 2**30
+
+# Saved activations per latent cell, channel and layer, in tensors. Fitted to the live bytes of the
+# full-size U-Net (1.74 GiB per 512 x 512 picture in fp32, 0.29 GiB with gradient checkpointing).
+TENSORS_PER_LAYER = 39
+TENSORS_PER_LAYER_CHECKPOINTED = 6.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingPlan:
+    """What the job will do.
+
+    memory_bytes: expected peak on the device; disk_bytes: expected need; 0 where not known yet.
+    """
+
+    device: DeviceFacts
+    steps: int
+    epochs: float
+    steps_by_longer_set: int
+    instance_images: int
+    class_images: int
+    class_images_to_sample: int
+    batch_size: int
+    gradient_accumulation_steps: int
+    resolution: int | None
+    cached_crops: int
+    mixed_precision: str
+    prior_generation_precision: str
+    use_8bit_adam: bool
+    gradient_checkpointing: bool
+    memory_plan: str
+    lr_warmup_steps: int
+    checkpointing_steps: int | None
+    checkpointing_minutes: float | None
+    memory_bytes: int
+    disk_bytes: int
+    warnings: tuple[str, ...] = ()
+
+    def epoch(self, step: int) -> float:
+        """Passes over the instance images after `step` steps."""
+        return step * self.batch_size * self.gradient_accumulation_steps / self.instance_images
+
+
+def count_steps(hyperparameters: Hyperparameters, images: int) -> int:
+    """max_steps, else the steps of `epochs` passes over the pictures."""
+    if hyperparameters.max_steps is not None:
+        return hyperparameters.max_steps
+    per_step = hyperparameters.batch_size * hyperparameters.gradient_accumulation_steps
+    return math.ceil(hyperparameters.epochs * images / per_step)
+
+
+def make(
+    hyperparameters: Hyperparameters,
+    dataset: DatasetInfo,
+    facts: ModelFacts | None,
+    device: DeviceFacts,
+    *,
+    has_checkpoint_dir: bool = False,
+) -> TrainingPlan:
+    """Derive the plan; `facts` is None where the model is yet to be unpacked or fetched."""
+    instances = len(dataset.instance_images)
+    steps = count_steps(hyperparameters, instances)
+    needs_class_images = (
+        hyperparameters.with_prior_preservation
+        and hyperparameters.prior_preservation_mode == "images"
+    )
+    given = len(dataset.class_images) if needs_class_images else 0
+    class_images = max(given, hyperparameters.num_class_images) if needs_class_images else 0
+    mixed_precision = hyperparameters.mixed_precision or device.mixed_precision
+    memory_plan, use_8bit_adam, gradient_checkpointing = _memory_plan(
+        hyperparameters, facts, device, mixed_precision
+    )
+    warmup = hyperparameters.lr_warmup_steps
+    if warmup is None:
+        warmup = lr_schedulers.default_warmup_steps(hyperparameters.lr_scheduler, steps)
+    checkpointing_steps = hyperparameters.checkpointing_steps
+    checkpointing_minutes = hyperparameters.checkpointing_minutes
+    if has_checkpoint_dir and checkpointing_steps is None and checkpointing_minutes is None:
+        checkpointing_minutes = CHECKPOINT_MINUTES
+    keeps = bool(checkpointing_steps or checkpointing_minutes)
+    uses = math.ceil(
+        steps * hyperparameters.batch_size * hyperparameters.gradient_accumulation_steps / instances
+    )
+    return TrainingPlan(
+        device=device,
+        steps=steps,
+        epochs=steps
+        * hyperparameters.batch_size
+        * hyperparameters.gradient_accumulation_steps
+        / instances,
+        steps_by_longer_set=count_steps(hyperparameters, max(instances, class_images)),
+        instance_images=instances,
+        class_images=class_images,
+        class_images_to_sample=class_images - given,
+        batch_size=hyperparameters.batch_size,
+        gradient_accumulation_steps=hyperparameters.gradient_accumulation_steps,
+        resolution=hyperparameters.resolution or (facts.resolution if facts else None),
+        cached_crops=max(1, min(MAX_CACHED_CROPS, uses)),
+        mixed_precision=mixed_precision,
+        prior_generation_precision=_prior_precision(hyperparameters, device),
+        use_8bit_adam=use_8bit_adam,
+        gradient_checkpointing=gradient_checkpointing,
+        memory_plan=memory_plan,
+        lr_warmup_steps=warmup,
+        checkpointing_steps=checkpointing_steps,
+        checkpointing_minutes=checkpointing_minutes,
+        memory_bytes=expected_memory_bytes(
+            hyperparameters,
+            facts,
+            mixed_precision=mixed_precision,
+            use_8bit_adam=use_8bit_adam,
+            gradient_checkpointing=gradient_checkpointing,
+        ),
+        disk_bytes=_expected_disk_bytes(
+            hyperparameters, facts, class_images - given, use_8bit_adam, keeps
+        ),
+        warnings=_warnings(hyperparameters, device, steps, warmup),
+    )
+
+
+def _prior_precision(hyperparameters: Hyperparameters, device: DeviceFacts) -> str:
+    wanted = hyperparameters.prior_generation_precision
+    if wanted is None:
+        return device.mixed_precision
+    return "no" if wanted == "fp32" else wanted
+
+
+def _memory_plan(
+    hyperparameters: Hyperparameters,
+    facts: ModelFacts | None,
+    device: DeviceFacts,
+    mixed_precision: str,
+) -> tuple[str, bool, bool]:
+    """(name, use_8bit_adam, gradient_checkpointing): the named plan, or the first that fits."""
+    name = hyperparameters.memory_plan
+    if name == "auto":
+        name = "fp32_adamw"
+        if device.memory_bytes is not None and facts is not None:
+            usable = device.memory_bytes * MEMORY_SHARE
+            for candidate, (eight_bit, checkpointing) in MEMORY_PLANS.items():
+                name = candidate
+                need = expected_memory_bytes(
+                    hyperparameters,
+                    facts,
+                    mixed_precision=mixed_precision,
+                    use_8bit_adam=eight_bit,
+                    gradient_checkpointing=checkpointing,
+                )
+                if need <= usable:
+                    break
+    eight_bit, checkpointing = MEMORY_PLANS[name]
+    # What is set by hand stands; the plan fills in the rest.
+    if hyperparameters.use_8bit_adam is not None:
+        eight_bit = hyperparameters.use_8bit_adam
+    if hyperparameters.gradient_checkpointing is not None:
+        checkpointing = hyperparameters.gradient_checkpointing
+    return name, eight_bit, checkpointing
+
+
+def expected_memory_bytes(
+    hyperparameters: Hyperparameters,
+    facts: ModelFacts | None,
+    *,
+    mixed_precision: str,
+    use_8bit_adam: bool,
+    gradient_checkpointing: bool,
+) -> int:
+    """Peak of the step: fp32 weights, gradients, optimizer states, activations; 0: unknown."""
+    if facts is None:
+        return 0
+    trained = facts.unet_parameters
+    if hyperparameters.train_text_encoder:
+        trained += facts.text_encoder_parameters
+    half = mixed_precision != "no"
+    weights = 4 * trained
+    optimizer = (2 if use_8bit_adam else 8) * trained
+    halves = 2 if hyperparameters.with_prior_preservation else 1
+    resolution = hyperparameters.resolution or facts.resolution
+    tensors = TENSORS_PER_LAYER_CHECKPOINTED if gradient_checkpointing else TENSORS_PER_LAYER
+    activations = (
+        tensors
+        * facts.unet_layer_elements
+        * (resolution / facts.resolution) ** 2
+        * (2.6 if half else 4)  # bytes: matrix products in half, normalisations in fp32
+        * hyperparameters.batch_size
+        * halves
+    )
+    if (
+        hyperparameters.with_prior_preservation
+        and hyperparameters.prior_preservation_mode == "prediction"
+    ):
+        weights += 4 * facts.unet_parameters  # the frozen copy whose prediction is the target
+    # Gradients are whole just when the activations, and autocast's half copies of the weights, are
+    # gone; what overlaps was fitted to the same simulation. The optimizer's states stay throughout.
+    passing = activations + (2 * trained if half else 0)
+    return int(weights + optimizer + max(passing, 4 * trained) + 0.3 * activations)
+
+
+def _expected_disk_bytes(
+    hyperparameters: Hyperparameters,
+    facts: ModelFacts | None,
+    class_images: int,
+    use_8bit_adam: bool,
+    keeps_checkpoints: bool,
+) -> int:
+    """The model folder, the checkpoints (one more than kept, while it is written), class images."""
+    if facts is None:
+        return 0
+    trained = facts.unet_parameters
+    if hyperparameters.train_text_encoder:
+        trained += facts.text_encoder_parameters
+    bytes_per_weight = 2 if hyperparameters.export_precision == "fp16" else 4
+    every = facts.unet_parameters + facts.text_encoder_parameters + facts.vae_parameters
+    model = bytes_per_weight * every
+    checkpoint = (4 + (2 if use_8bit_adam else 8)) * trained
+    checkpoints = (
+        checkpoint * (hyperparameters.checkpoints_total_limit + 1) if keeps_checkpoints else 0
+    )
+    resolution = hyperparameters.resolution or facts.resolution
+    return int(model + checkpoints + class_images * 2 * resolution**2)
+
+
+def _warnings(
+    hyperparameters: Hyperparameters, device: DeviceFacts, steps: int, warmup: int
+) -> tuple[str, ...]:
+    notes = []
+    if hyperparameters.lr_scheduler == "constant" and warmup:
+        notes.append(
+            f"lr_warmup_steps={warmup} has no effect with lr_scheduler=constant; "
+            "use constant_with_warmup."
+        )
+    elif warmup >= steps:
+        notes.append(
+            f"lr_warmup_steps={warmup} is not below the {steps} steps of this run: "
+            "the learning rate never reaches its full value."
+        )
+    if hyperparameters.compute_fid:
+        notes.append("compute_fid is accepted, but this version prints no fid_score yet.")
+    if hyperparameters.mixed_precision == "bf16" and device.mixed_precision == "fp16":
+        notes.append(
+            f"{device.name} computes bf16 slowly (compute capability below 8.0); use fp16."
+        )
+    if hyperparameters.mixed_precision == "fp16" and device.kind == "cpu":
+        notes.append("fp16 on a CPU is slow and less exact than the default, fp32.")
+    return tuple(notes)
+
+
+def describe(plan: TrainingPlan, hyperparameters: Hyperparameters) -> str:
+    """The plan as the lines that the job prints first."""
+    curve = lr_schedulers.sketch(
+        hyperparameters.lr_scheduler,
+        steps=plan.steps,
+        warmup_steps=plan.lr_warmup_steps,
+        learning_rate=hyperparameters.learning_rate,
+    )
+    rows = [
+        ("steps", _steps_line(plan, hyperparameters)),
+        ("pictures", _pictures_line(plan)),
+        (
+            "resolution",
+            f"{plan.resolution} x {plan.resolution}" if plan.resolution else "the model's own",
+        ),
+        ("device", plan.device.name),
+        ("precision", _precision_line(plan)),
+        ("learning rate", curve),
+        ("expected memory", _bytes(plan.memory_bytes)),
+        ("expected disk", _bytes(plan.disk_bytes)),
+    ]
+    if plan.checkpointing_steps or plan.checkpointing_minutes:
+        every = (
+            f"{plan.checkpointing_steps} steps"
+            if plan.checkpointing_steps
+            else f"{plan.checkpointing_minutes:g} minutes"
+        )
+        rows.append(("checkpoint every", every))
+    return "\n".join(["Plan", *(f"  {name:<16} {text}" for name, text in rows)])
+
+
+def _steps_line(plan: TrainingPlan, hyperparameters: Hyperparameters) -> str:
+    line = f"{plan.steps} ({plan.epochs:g} epochs of {plan.instance_images} instance images"
+    if plan.batch_size * plan.gradient_accumulation_steps > 1:
+        line += f", batch {plan.batch_size} x {plan.gradient_accumulation_steps} accumulated"
+    line += ")"
+    if hyperparameters.max_steps is None and plan.steps_by_longer_set != plan.steps:
+        line += (
+            f"; epochs are counted over the instance images: JumpStart would count the "
+            f"{plan.class_images} class images and train {plan.steps_by_longer_set} steps"
+        )
+    return line
+
+
+def _pictures_line(plan: TrainingPlan) -> str:
+    line = f"{plan.instance_images} instance images"
+    if plan.class_images:
+        line += f", {plan.class_images} class images ({plan.class_images_to_sample} to sample)"
+    return line + f", up to {plan.cached_crops} random crops cached of each that is not square"
+
+
+def _precision_line(plan: TrainingPlan) -> str:
+    name = {"no": "fp32", "fp16": "fp16 with loss scaling", "bf16": "bf16"}[plan.mixed_precision]
+    line = f"{name}, fp32 weights, " + ("8-bit AdamW" if plan.use_8bit_adam else "AdamW")
+    return line + (", gradient checkpointing" if plan.gradient_checkpointing else "")
+
+
+def _bytes(count: int) -> str:
+    if count == 0:
+        return "known once the model is unpacked"
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.0f} MiB"

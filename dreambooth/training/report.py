@@ -1,0 +1,144 @@
+"""What a run shows while it trains: progress, metrics.jsonl, loss per epoch, sample pictures."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from PIL import Image
+
+from dreambooth.progress import Progress
+from dreambooth.training.loop import StepMetrics
+from dreambooth.training.plan import TrainingPlan
+
+log = logging.getLogger(__name__)
+
+
+class Report:
+    """Takes each step's metrics; a context manager around the loop.
+
+    A resumed run goes on with metrics.jsonl after cutting off what came after its checkpoint; a
+    fresh one clears an earlier run's metrics and sample pictures.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        plan: TrainingPlan,
+        *,
+        first_step: int,
+        stream: TextIO,
+        sample_steps: int = 0,
+        draw_sample: Callable[[], Image.Image | None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._plan = plan
+        self._sample_steps = sample_steps
+        self._draw_sample = draw_sample
+        self._clock = clock
+        self._metrics = _open_metrics(folder / "metrics.jsonl", first_step)
+        for old in (folder / "samples").glob("step-*.png") if first_step == 0 else ():
+            old.unlink()
+        self._progress = Progress(plan.steps, "training", stream=stream, initial=first_step)
+        self._tensorboard = _tensorboard(folder)
+        self._epoch_losses: list[float] = []
+        self._losses: list[float] = []
+        self._last_time = clock()
+
+    def __enter__(self) -> Report:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.close()
+        self._metrics.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Show and write one step; draw a sample picture where one is due."""
+        now = self._clock()
+        steps_per_second = 1.0 / max(now - self._last_time, 1e-9)
+        row = {
+            **asdict(metrics),
+            "steps_per_second": round(steps_per_second, 4),
+            "time": round(time.time(), 3),
+        }
+        self._metrics.write(json.dumps(row) + "\n")
+        self._metrics.flush()
+        self._progress.update(
+            metrics.step, loss=metrics.loss, learning_rate=f"{metrics.learning_rate:.2e}"
+        )
+        if self._tensorboard is not None:
+            for name in ("loss", "instance_loss", "class_loss", "learning_rate", "grad_norm"):
+                if row[name] is not None:
+                    self._tensorboard.add_scalar(name, row[name], metrics.step)
+        self._count_epoch(metrics)
+        if self._sample_steps and metrics.step % self._sample_steps == 0:
+            self._save_sample(metrics.step)
+        self._last_time = self._clock()  # drawing and writing is not the step's time
+
+    def finish(self) -> None:
+        """The last line that SageMaker's metric definitions read."""
+        if self._losses:
+            average = sum(self._losses) / len(self._losses)
+            log.info("End of training: train_avg_loss=%s", plain_decimal(average))
+
+    def _count_epoch(self, metrics: StepMetrics) -> None:
+        self._losses.append(metrics.loss)
+        self._epoch_losses.append(metrics.loss)
+        epoch = math.floor(metrics.epoch + 1e-9)
+        if epoch > math.floor(self._plan.epoch(metrics.step - 1) + 1e-9):
+            average = sum(self._epoch_losses) / len(self._epoch_losses)
+            log.info("End epoch %d: train_avg_loss=%s", epoch, plain_decimal(average))
+            self._epoch_losses.clear()
+
+    def _save_sample(self, step: int) -> None:
+        picture = self._draw_sample()
+        if picture is None:
+            log.warning("the sample picture of step %d is not finite and is left out", step)
+            return
+        path = self._folder / "samples" / f"step-{step:06d}.png"
+        path.parent.mkdir(exist_ok=True)
+        picture.save(path)
+
+
+def plain_decimal(value: float) -> str:
+    """A number as SageMaker's metric expressions read it: digits and a point, never an exponent."""
+    return f"{value:.8f}"
+
+
+def _open_metrics(path: Path, first_step: int) -> TextIO:
+    kept = []
+    if first_step and path.is_file():
+        for line in path.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue  # the line that was being written when the run was killed
+            if row["step"] <= first_step:
+                kept.append(line + "\n")
+    path.write_text("".join(kept))
+    return path.open("a")
+
+
+def _tensorboard(folder: Path) -> Any | None:
+    """A writer of events where tensorboard is installed; nobody else pays its import."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(log_dir=str(folder / "tensorboard"))

@@ -1,0 +1,110 @@
+"""A small real U-Net with random latents: the loop without pictures."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from dreambooth.data.cache import LatentPosteriors
+from dreambooth.data.dataset_info import DatasetInfo
+from dreambooth.diffusion import model as models
+from dreambooth.hyperparameters import Hyperparameters
+from dreambooth.training import loop, optimizer
+from dreambooth.training import plan as plans
+from dreambooth.training.device import CPU as CPU_FACTS
+from dreambooth.training.precision import Precision
+from dreambooth.training.state import TrainingState
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Training:
+    model: models.DiffusionModel
+    settings: Hyperparameters
+    plan: plans.TrainingPlan
+    state: TrainingState
+    data: loop.TrainingData
+
+    def steps(self) -> Iterator[loop.StepMetrics]:
+        settings = self.settings
+        by_prediction = settings.prior_preservation_mode == "prediction"
+        return loop.train(
+            self.state,
+            self.data,
+            self.plan,
+            settings,
+            noise_scheduler=models.training_noise_scheduler(self.model),
+            encode_text=lambda ids: models.text_features(self.model, ids),
+            prior_unet=copy.deepcopy(self.model.unet).eval() if by_prediction else None,
+            accelerator=Accelerator(cpu=True),
+        )
+
+    def weights(self) -> torch.Tensor:
+        return torch.cat([p.detach().flatten() for p in self.state.unet.parameters()]).clone()
+
+
+def dataset(instances: int = 3, classes: int = 4) -> DatasetInfo:
+    return DatasetInfo(
+        folder=Path("pictures"),
+        instance_prompt="a photo of riobugger cat",
+        class_prompt="a photo of cat",
+        instance_images=tuple(Path(f"{n}.png") for n in range(instances)),
+        class_images=tuple(Path(f"class/{n}.png") for n in range(classes)),
+        warnings=(),
+    )
+
+
+def random_posteriors(count: int, seed: int) -> LatentPosteriors:
+    generator = torch.Generator().manual_seed(seed)
+    return LatentPosteriors(
+        mean=torch.randn(count, 4, 8, 8, generator=generator),
+        std=torch.rand(count, 4, 8, 8, generator=generator) * 0.1,
+        first=tuple(range(count)),
+        crops=(1,) * count,
+    )
+
+
+@pytest.fixture(scope="session")
+def loaded_small_model(small_model_folder: Path) -> models.DiffusionModel:
+    return models.load(small_model_folder, device=CPU)
+
+
+@pytest.fixture
+def make_training(loaded_small_model: models.DiffusionModel) -> Callable[..., Training]:
+    def make(**changes: object) -> Training:
+        settings = Hyperparameters(**{"max_steps": 4, "learning_rate": 1e-3, **changes})  # type: ignore[arg-type]
+        model = copy.copy(loaded_small_model)
+        model.unet = copy.deepcopy(loaded_small_model.unet).requires_grad_(True).train()
+        trained = [model.unet]
+        if settings.train_text_encoder:
+            model.text_encoder = copy.deepcopy(model.text_encoder).requires_grad_(True).train()
+            trained.append(model.text_encoder)
+        plan = plans.make(settings, dataset(), None, CPU_FACTS)
+        with_class = settings.with_prior_preservation
+        ids = models.tokenize(model, ["a photo of riobugger cat", "a photo of cat"])
+        text = ids if settings.train_text_encoder else models.encode_text(model, ids)
+        data = loop.TrainingData(
+            instance=random_posteriors(3, seed=1),
+            class_=random_posteriors(4, seed=2)
+            if with_class and settings.prior_preservation_mode == "images"
+            else None,
+            instance_text=text[:1],
+            class_text=text[1:] if with_class else None,
+            latent_scale=0.5,
+        )
+        state = TrainingState(
+            unet=model.unet,
+            text_encoder=model.text_encoder if settings.train_text_encoder else None,
+            optimizer=optimizer.build(trained, settings, use_8bit_adam=plan.use_8bit_adam),
+            precision=Precision(plan.mixed_precision, CPU),
+        )
+        return Training(model=model, settings=settings, plan=plan, state=state, data=data)
+
+    return make

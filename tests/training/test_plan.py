@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dreambooth.data.dataset_info import DatasetInfo
+from dreambooth.diffusion.facts import ModelFacts
+from dreambooth.hyperparameters import Hyperparameters
+from dreambooth.training import plan as plans
+from dreambooth.training.device import CPU, DeviceFacts
+
+GIB = 2**30
+T4 = DeviceFacts(kind="cuda", name="Tesla T4", compute_capability=(7, 5), memory_bytes=15 * GIB)
+A10G = DeviceFacts(
+    kind="cuda", name="NVIDIA A10G", compute_capability=(8, 6), memory_bytes=22 * GIB
+)
+STABLE_DIFFUSION_21_BASE = ModelFacts(
+    pipeline_class="StableDiffusionPipeline",
+    prediction_type="epsilon",
+    resolution=512,
+    latent_channels=4,
+    vae_scale_factor=8,
+    unet_layer_elements=5 * (320 * 64**2 + 640 * 32**2 + 1280 * 16**2 + 1280 * 8**2),
+    unet_parameters=865_910_724,
+    text_encoder_parameters=340_387_840,
+    vae_parameters=83_653_863,
+    weights_bytes=5_160_000_000,
+)
+
+
+def dataset(instances: int = 8, classes: int = 0) -> DatasetInfo:
+    return DatasetInfo(
+        folder=Path("pictures"),
+        instance_prompt="a photo of a riobugger cat",
+        class_prompt="a photo of a cat",
+        instance_images=tuple(Path(f"{n}.png") for n in range(instances)),
+        class_images=tuple(Path(f"{n}.png") for n in range(classes)),
+        warnings=(),
+    )
+
+
+def make(device: DeviceFacts = CPU, classes: int = 0, **changes: object) -> plans.TrainingPlan:
+    settings = Hyperparameters(**changes)  # type: ignore[arg-type]
+    return plans.make(settings, dataset(classes=classes), STABLE_DIFFUSION_21_BASE, device)
+
+
+def test_the_published_defaults_train_160_steps_on_eight_pictures() -> None:
+    assert make().steps == 160
+    assert make().epochs == 20
+
+
+def test_epochs_count_instance_images_with_prior_preservation_too() -> None:
+    plan = make(with_prior_preservation=True)
+    assert plan.steps == 160
+    assert plan.steps_by_longer_set == 2000
+    text = plans.describe(plan, Hyperparameters(with_prior_preservation=True))
+    assert "160 (20 epochs of 8 instance images)" in text
+    assert "2000 steps" in text
+
+
+def test_max_steps_overrides_epochs() -> None:
+    assert make(max_steps=400).steps == 400
+    assert make(max_steps=400).epochs == 50
+
+
+def test_a_step_is_batch_times_accumulation() -> None:
+    assert make(batch_size=3, gradient_accumulation_steps=2, epochs=10).steps == 14
+
+
+def test_missing_class_images_are_counted() -> None:
+    plan = make(with_prior_preservation=True, classes=30)
+    assert (plan.class_images, plan.class_images_to_sample) == (100, 70)
+    plan = make(with_prior_preservation=True, classes=130)
+    assert (plan.class_images, plan.class_images_to_sample) == (130, 0)
+    plan = make(with_prior_preservation=True, prior_preservation_mode="prediction", classes=30)
+    assert (plan.class_images, plan.class_images_to_sample) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("device", "training", "sampling"),
+    [(CPU, "no", "no"), (T4, "fp16", "fp16"), (A10G, "bf16", "bf16")],
+    ids=["CPU", "T4", "A10G"],
+)
+def test_precision_is_chosen_by_the_device(
+    device: DeviceFacts, training: str, sampling: str
+) -> None:
+    plan = make(device)
+    assert (plan.mixed_precision, plan.prior_generation_precision) == (training, sampling)
+    plan = make(device, mixed_precision="no", prior_generation_precision="fp32")
+    assert (plan.mixed_precision, plan.prior_generation_precision) == ("no", "no")
+
+
+def test_the_memory_plan_is_the_fastest_that_fits() -> None:
+    assert make(A10G).memory_plan == "fp32_adamw"
+    small = replace(T4, memory_bytes=12 * GIB)
+    assert make(small).memory_plan == "8bit_adamw"
+    assert make(small).use_8bit_adam
+    tiny = replace(T4, memory_bytes=6 * GIB)
+    assert make(tiny).memory_plan == "8bit_adamw_checkpointing"
+    assert make(tiny).gradient_checkpointing
+
+
+def test_what_is_set_by_hand_stands() -> None:
+    assert make(CPU, use_8bit_adam=True).use_8bit_adam
+    assert make(CPU, gradient_checkpointing=True).gradient_checkpointing
+    assert not make(replace(T4, memory_bytes=6 * GIB), use_8bit_adam=False).use_8bit_adam
+    plan = make(CPU, memory_plan="8bit_adamw_checkpointing")
+    assert plan.use_8bit_adam
+    assert plan.gradient_checkpointing
+
+
+def test_expected_memory_is_near_the_known_figures() -> None:
+    # Simulated live bytes of the full-size U-Net under autocast.
+    figures = [
+        (make(T4, max_steps=1, memory_plan="fp32_adamw"), 13.2),
+        (make(T4, max_steps=1, memory_plan="8bit_adamw"), 8.4),
+        (make(T4, with_prior_preservation=True, memory_plan="fp32_adamw"), 13.6),
+    ]
+    for plan, expected in figures:
+        assert plan.memory_bytes / GIB == pytest.approx(expected, rel=0.05)
+
+
+def test_expected_disk_counts_model_checkpoints_and_class_images() -> None:
+    model = 4 * (865_910_724 + 340_387_840 + 83_653_863)
+    assert make().disk_bytes == model
+    assert make(export_precision="fp16").disk_bytes == model // 2
+    assert make(checkpointing_steps=100).disk_bytes == model + 2 * 12 * 865_910_724
+    with_class = make(with_prior_preservation=True, num_class_images=10)
+    assert with_class.disk_bytes == model + 10 * 2 * 512 * 512
+
+
+def test_warm_up_defaults_and_warnings() -> None:
+    assert make(lr_scheduler="linear").lr_warmup_steps == 0
+    assert make(lr_scheduler="constant_with_warmup").lr_warmup_steps == 16
+    assert make(lr_scheduler="cosine", lr_warmup_steps=7).lr_warmup_steps == 7
+    assert "has no effect" in make(lr_warmup_steps=7).warnings[0]
+    assert "never reaches" in make(lr_scheduler="linear", lr_warmup_steps=500).warnings[0]
+
+
+def test_a_checkpoint_folder_alone_saves_by_time() -> None:
+    settings = Hyperparameters()
+    plan = plans.make(settings, dataset(), None, CPU, has_checkpoint_dir=True)
+    assert plan.checkpointing_minutes == plans.CHECKPOINT_MINUTES
+    assert make().checkpointing_minutes is None
+
+
+def test_without_a_model_at_hand_the_plan_says_what_is_not_known_yet() -> None:
+    settings = Hyperparameters()
+    plan = plans.make(settings, dataset(), None, CPU)
+    text = plans.describe(plan, settings)
+    assert "known once the model is unpacked" in text
+    assert "the model's own" in text
+
+
+def test_the_description_names_all_that_was_decided() -> None:
+    settings = Hyperparameters(batch_size=2, checkpointing_steps=50, lr_scheduler="linear")
+    text = plans.describe(plans.make(settings, dataset(), STABLE_DIFFUSION_21_BASE, T4), settings)
+    for part in ("80 (20 epochs", "batch 2 x 1", "512 x 512", "Tesla T4", "fp16 with loss scaling"):
+        assert part in text
+    for part in ("linear", "GiB", "50 steps"):
+        assert part in text

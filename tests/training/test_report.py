@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from dreambooth.training.loop import StepMetrics
+from dreambooth.training.report import Report, plain_decimal
+
+Make = Callable[..., Any]
+
+
+def metrics(step: int, plan: Any, loss: float = 0.5) -> StepMetrics:
+    return StepMetrics(
+        step=step,
+        epoch=plan.epoch(step),
+        loss=loss,
+        instance_loss=loss,
+        class_loss=None,
+        learning_rate=2e-6,
+        grad_norm=1.0,
+    )
+
+
+def run(folder: Path, plan: Any, steps: range, **changes: Any) -> str:
+    stream = io.StringIO()
+    with Report(folder, plan, first_step=steps.start - 1, stream=stream, **changes) as report:
+        for step in steps:
+            report.step(metrics(step, plan, loss=1e-5 * step))
+    report.finish()
+    return stream.getvalue()
+
+
+def test_metrics_have_every_documented_field(make_training: Make, tmp_path: Path) -> None:
+    plan = make_training(max_steps=2).plan
+    run(tmp_path, plan, range(1, 3))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert list(rows[0]) == [
+        *("step", "epoch", "loss", "instance_loss", "class_loss", "learning_rate"),
+        *("grad_norm", "steps_per_second", "time"),
+    ]
+    assert rows[0]["class_loss"] is None
+
+
+def test_a_line_per_epoch_and_at_the_end_in_plain_decimals(
+    make_training: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    plan = make_training(max_steps=7).plan  # 3 pictures: epochs end at steps 3 and 6
+    run(tmp_path, plan, range(1, 8))
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == [
+        "End epoch 1: train_avg_loss=0.00002000",
+        "End epoch 2: train_avg_loss=0.00005000",
+        "End of training: train_avg_loss=0.00004000",
+    ]
+
+
+def test_plain_decimals_have_no_exponent() -> None:
+    assert plain_decimal(1.2e-5) == "0.00001200"
+    assert plain_decimal(123.5) == "123.50000000"
+
+
+def test_progress_shows_loss_learning_rate_and_speed(make_training: Make, tmp_path: Path) -> None:
+    shown = run(tmp_path, make_training(max_steps=3).plan, range(1, 4))
+    assert "3/3" in shown
+    assert "loss" in shown
+    assert "2.00e-06" in shown
+    assert "steps/s" in shown
+
+
+def test_samples_are_drawn_when_due(make_training: Make, tmp_path: Path) -> None:
+    plan = make_training(max_steps=5).plan
+    picture = Image.new("RGB", (8, 8), "red")
+    run(tmp_path, plan, range(1, 6), sample_steps=2, draw_sample=lambda: picture)
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
+        "step-000002.png",
+        "step-000004.png",
+    ]
+
+
+def test_a_sample_that_is_not_finite_is_left_out_with_a_warning(
+    make_training: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = make_training(max_steps=2).plan
+    run(tmp_path, plan, range(1, 3), sample_steps=2, draw_sample=lambda: None)
+    assert not (tmp_path / "samples").exists()
+    assert "not finite" in caplog.text
+
+
+def test_a_resumed_run_continues_the_metrics_where_its_checkpoint_stood(
+    make_training: Make, tmp_path: Path
+) -> None:
+    plan = make_training(max_steps=6).plan
+    run(tmp_path, plan, range(1, 6))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # killed while writing
+    run(tmp_path, plan, range(4, 7))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_fresh_run_clears_what_an_earlier_one_left(make_training: Make, tmp_path: Path) -> None:
+    plan = make_training(max_steps=4).plan
+    picture = Image.new("RGB", (8, 8))
+    run(tmp_path, plan, range(1, 5), sample_steps=2, draw_sample=lambda: picture)
+    (tmp_path / "samples" / "mine.png").write_bytes(b"")
+    run(tmp_path, plan, range(1, 3))
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["mine.png"]

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dreambooth.errors import HyperparameterError, ResourceError
+from dreambooth.training import state as states
+
+Make = Callable[..., Any]
+IDENTITY = {"learning_rate": "0.001", "data": "abc"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"use_8bit_adam": True}, {"mixed_precision": "fp16"}, {"train_text_encoder": True}],
+    ids=["plain", "8-bit", "fp16", "text encoder"],
+)
+def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(
+    make_training: Make, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    changes = {"max_steps": 6, "with_prior_preservation": True, "lr_scheduler": "cosine", **changes}
+    unbroken = make_training(**changes)
+    expected = list(unbroken.steps())
+
+    first = make_training(**changes)
+    for metrics in first.steps():
+        if metrics.step == 3:
+            states.save(first.state, tmp_path, identity=IDENTITY, keep=1)
+            break
+    second = make_training(**changes)
+    assert states.load_newest(second.state, tmp_path, identity=IDENTITY)
+    assert second.state.step == 3
+    assert list(second.steps()) == expected[3:]
+    assert torch.equal(second.weights(), unbroken.weights())
+    if unbroken.state.text_encoder is not None:
+        for a, b in zip(
+            unbroken.state.text_encoder.parameters(),
+            second.state.text_encoder.parameters(),
+            strict=True,
+        ):
+            assert torch.equal(a, b)
+
+
+def test_only_the_newest_are_kept_and_strange_names_left_alone(
+    make_training: Make, tmp_path: Path
+) -> None:
+    training = make_training()
+    (tmp_path / "step-notes").mkdir()
+    for _ in training.steps():
+        states.save(training.state, tmp_path, identity=IDENTITY, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step-00000003",
+        "step-00000004",
+        "step-notes",
+    ]
+
+
+def test_a_changed_setting_is_named(make_training: Make, tmp_path: Path) -> None:
+    training = make_training()
+    states.save(training.state, tmp_path, identity=IDENTITY, keep=1)
+    changed = {**IDENTITY, "learning_rate": "0.01"}
+    with pytest.raises(
+        HyperparameterError, match=r"learning_rate was 0\.001 and is now 0\.01.*resume=fresh"
+    ):
+        states.load_newest(training.state, tmp_path, identity=changed)
+
+
+@pytest.mark.parametrize("name", ["unet.safetensors", "optimizer.pt", "manifest.json"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
+    make_training: Make,
+    tmp_path: Path,
+    name: str,
+    damage: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    training = make_training(max_steps=2)
+    for _ in training.steps():
+        newest = states.save(training.state, tmp_path, identity=IDENTITY, keep=2)
+    content = (newest / name).read_bytes()
+    if damage == "cut":
+        (newest / name).write_bytes(content[:-20])
+    elif damage == "flip":
+        flipped = bytearray(content)
+        flipped[1] ^= 0xFF
+        (newest / name).write_bytes(bytes(flipped))
+    else:
+        (newest / name).unlink()
+    fresh = make_training(max_steps=2)
+    assert states.load_newest(fresh.state, tmp_path, identity=IDENTITY)
+    assert fresh.state.step == 1
+    assert "damaged and skipped" in caplog.text
+
+
+def test_without_a_checkpoint_nothing_is_loaded(make_training: Make, tmp_path: Path) -> None:
+    training = make_training()
+    assert not states.load_newest(training.state, tmp_path, identity=IDENTITY)
+    assert not states.load_newest(training.state, tmp_path / "none", identity=IDENTITY)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(
+    make_training: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = make_training(max_steps=2)
+    steps = training.steps()
+    next(steps)
+    states.save(training.state, tmp_path, identity=IDENTITY, keep=1)
+    next(steps)
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(states, "_flush", full)
+    with pytest.raises(ResourceError, match="No space left on device"):
+        states.save(training.state, tmp_path, identity=IDENTITY, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_the_manifest_names_versions_threads_and_hashes(
+    make_training: Make, tmp_path: Path
+) -> None:
+    training = make_training()
+    path = states.save(training.state, tmp_path, identity=IDENTITY, keep=1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest["environment"]["torch"] == torch.__version__
+    assert manifest["environment"]["threads"] == str(torch.get_num_threads())
+    assert set(manifest["files"]) == {"unet.safetensors", "optimizer.pt"}
