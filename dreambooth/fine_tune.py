@@ -1,0 +1,269 @@
+"""The heavy half of a job, in its order of work: class images, caches, training, export.
+
+The order keeps memory low: the class-image sampler is gone before the training model is loaded, and
+the VAE and the text encoder have left the device before the first step.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import accelerate
+import diffusers
+import torch
+import transformers
+from accelerate import Accelerator
+from PIL import Image
+from torch import nn
+
+import dreambooth
+from dreambooth import class_sampling, export, hyperparameter_text
+from dreambooth.data import cache, fingerprint, pairs
+from dreambooth.diffusion import model as models
+from dreambooth.diffusion import sampling
+from dreambooth.diffusion.model import DiffusionModel
+from dreambooth.errors import ResourceError
+from dreambooth.progress import Progress
+from dreambooth.task import Task
+from dreambooth.training import loop, optimizer
+from dreambooth.training import state as states
+from dreambooth.training.plan import TrainingPlan
+from dreambooth.training.precision import Precision
+from dreambooth.training.report import Report
+
+log = logging.getLogger(__name__)
+
+SAMPLE_STEPS = 25
+GUIDANCE_SCALE = 7.5
+
+Text = dict[str, torch.Tensor]
+
+
+def run(task: Task, accelerator: Accelerator) -> None:
+    """Train and write the model folder.
+
+    Raises DreamBoothError; running out of GPU memory is a ResourceError.
+    """
+    torch.manual_seed(task.hyperparameters.seed)  # for what libraries draw; our own draws are keyed
+    if task.hyperparameters.deterministic:
+        _ask_for_determinism()
+    export.clear(task.environment.model_dir, base_folder=task.model_folder)
+    try:
+        class_paths = class_sampling.class_image_paths(task)
+        _fine_tune(task, class_paths, accelerator)
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            f"The GPU ran out of memory (memory_plan {task.plan.memory_plan}): lower batch_size or "
+            "resolution, or set memory_plan to 8bit_adamw_checkpointing."
+        ) from error
+
+
+def _ask_for_determinism() -> None:
+    # cuBLAS reads its variable when its first handle is made; nothing has run on the device yet.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def _fine_tune(task: Task, class_paths: Sequence[Path], accelerator: Accelerator) -> None:
+    """Load, cache, train, export."""
+    settings, plan = task.hyperparameters, task.plan
+    model = models.load(task.model_folder, device=task.device)
+    noise_scheduler = models.training_noise_scheduler(model)
+    data, sample_text = _cache(task, model, class_paths)
+    prior_unet = None
+    if settings.with_prior_preservation and not task.samples_class_images:
+        prior_unet = copy.deepcopy(model.unet)
+    _leave_the_device(model, text_encoder=not settings.train_text_encoder)
+
+    state = _training_state(task, model)
+    identity = task.identity()
+    checkpoints = _checkpoint_folder(task)
+    resumable = checkpoints if settings.resume == "auto" else None
+    if resumable is not None and states.load_newest(state, resumable, identity=identity):
+        log.info("resumed at step %d from %s", state.step, resumable)
+
+    def draw_sample() -> Image.Image | None:
+        return _draw_sample(task, model, state.precision, sample_text)
+
+    steps = loop.train(
+        state,
+        data,
+        plan,
+        settings,
+        noise_scheduler=noise_scheduler,
+        encode_text=lambda ids: models.text_features(model, ids),
+        prior_unet=prior_unet,
+        accelerator=accelerator,
+    )
+    report = Report(
+        task.environment.output_data_dir,
+        plan,
+        first_step=state.step,
+        stream=sys.stderr,
+        sample_steps=settings.sample_steps,
+        draw_sample=draw_sample,
+    )
+    saved_at = time.monotonic()
+    with report:
+        for metrics in steps:
+            report.step(metrics)
+            if checkpoints is not None and _checkpoint_due(plan, state.step, saved_at):
+                keep = settings.checkpoints_total_limit
+                states.save(state, checkpoints, identity=identity, keep=keep)
+                saved_at = time.monotonic()
+    report.finish()
+    if state.skipped_steps:
+        log.info("%d fp16 steps overflowed and were tried again", state.skipped_steps)
+    state.optimizer.state.clear()  # its memory is free for the sample picture
+    _export(task, state, draw_sample())
+
+
+def _cache(
+    task: Task, model: DiffusionModel, class_paths: Sequence[Path]
+) -> tuple[loop.TrainingData, Text]:
+    """Encode all pictures and prompts once; the second value is the text of sample pictures."""
+    settings, dataset = task.hyperparameters, task.dataset
+    total = len(dataset.instance_images) + len(class_paths)
+
+    def posteriors(paths: Sequence[Path], done: int) -> cache.LatentPosteriors:
+        return cache.build(
+            paths,
+            resolution=task.resolution,
+            center_crop=settings.center_crop,
+            crops=task.plan.cached_crops,
+            seed=settings.seed,
+            encode_image=lambda pixels: models.encode_posterior(model, pixels),
+            on_image=lambda count: progress.update(done + count),
+        ).to(task.device)
+
+    def text(prompt: str) -> torch.Tensor:
+        return models.encode_text(model, models.tokenize(model, [prompt]))
+
+    def train_text(prompt: str) -> torch.Tensor:
+        if settings.train_text_encoder:  # its output changes with every step
+            return models.tokenize(model, [prompt]).to(task.device)
+        return text(prompt)
+
+    with Progress(total, "encoding", stream=sys.stderr, unit="pictures") as progress:
+        instance = posteriors(dataset.instance_images, 0)
+        class_ = posteriors(class_paths, len(dataset.instance_images)) if class_paths else None
+    class_prompt = dataset.class_prompt if settings.with_prior_preservation else None
+    data = loop.TrainingData(
+        instance=instance,
+        class_=class_,
+        instance_text=train_text(dataset.instance_prompt),
+        class_text=train_text(class_prompt) if class_prompt is not None else None,
+        latent_scale=float(model.vae.config.scaling_factor),
+    )
+    if settings.train_text_encoder:
+        return data, {}
+    return data, {prompt: text(prompt) for prompt in (task.sample_prompt, "")}
+
+
+def _leave_the_device(model: DiffusionModel, *, text_encoder: bool) -> None:
+    """From here on only what is trained stays there."""
+    model.vae.to("cpu")
+    if text_encoder:
+        model.text_encoder.to("cpu")
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _training_state(task: Task, model: DiffusionModel) -> states.TrainingState:
+    """The parts that are trained, in training mode, with their optimizer."""
+    settings, plan = task.hyperparameters, task.plan
+    trained: list[nn.Module] = [model.unet]
+    if settings.train_text_encoder:
+        trained.append(model.text_encoder)
+    for module in trained:
+        module.requires_grad_(True)
+        module.train()
+    if plan.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+        if settings.train_text_encoder:
+            model.text_encoder.gradient_checkpointing_enable()
+    return states.TrainingState(
+        unet=model.unet,
+        text_encoder=model.text_encoder if settings.train_text_encoder else None,
+        optimizer=optimizer.build(trained, settings, use_8bit_adam=plan.use_8bit_adam),
+        precision=Precision(plan.mixed_precision, task.device),
+    )
+
+
+def _checkpoint_folder(task: Task) -> Path | None:
+    """The folder given for checkpoints; where only an interval is set, one beside the metrics."""
+    if task.environment.checkpoint_dir is not None:
+        return task.environment.checkpoint_dir
+    if task.plan.checkpointing_steps or task.plan.checkpointing_minutes:
+        return task.environment.output_data_dir / "checkpoints"
+    return None
+
+
+def _checkpoint_due(plan: TrainingPlan, step: int, saved_at: float) -> bool:
+    if plan.checkpointing_steps is not None and step % plan.checkpointing_steps == 0:
+        return True
+    minutes = plan.checkpointing_minutes
+    return minutes is not None and time.monotonic() - saved_at >= 60 * minutes
+
+
+def _draw_sample(
+    task: Task, model: DiffusionModel, precision: Precision, text: Text
+) -> Image.Image | None:
+    """One picture of the weights as they are now: fixed prompt and seed, a generator of its own."""
+    model.vae.to(task.device)
+    request = sampling.SamplingRequest(
+        prompt=task.sample_prompt,
+        num_inference_steps=SAMPLE_STEPS,
+        guidance_scale=GUIDANCE_SCALE,
+        width=task.resolution,
+        height=task.resolution,
+        seed=pairs.derive_seed(task.hyperparameters.seed, "sample picture"),
+    )
+    with precision.autocast():
+        picture = next(iter(sampling.generate(model, [request], text=text or None)))
+    model.vae.to("cpu")
+    return None if picture is None else Image.fromarray(picture)
+
+
+def _export(task: Task, state: states.TrainingState, sample: Image.Image | None) -> None:
+    dataset, settings = task.dataset, task.hyperparameters
+    with_class = settings.with_prior_preservation
+    card = export.ModelCard(
+        base=task.base_name,
+        instance_prompt=dataset.instance_prompt,
+        class_prompt=dataset.class_prompt if with_class else None,
+        steps=state.step,
+        planned_steps=task.plan.steps,
+        instance_images=len(dataset.instance_images),
+        class_images=task.plan.class_images,
+        train_text_encoder=settings.train_text_encoder,
+        data_fingerprint=fingerprint.of_dataset(dataset),
+        licence=export.licence_of(task.model_folder),
+        versions=(
+            ("dreambooth", dreambooth.__version__),
+            ("torch", torch.__version__),
+            ("diffusers", diffusers.__version__),
+            ("transformers", transformers.__version__),
+            ("accelerate", accelerate.__version__),
+        ),
+    )
+    export.write(
+        task.environment.model_dir,
+        base_folder=task.model_folder,
+        trained=export.TrainedParts(unet=state.unet, text_encoder=state.text_encoder),
+        resolution=task.resolution,
+        card=card,
+        hyperparameters_json=hyperparameter_text.as_json(settings),
+        samples={task.sample_prompt: sample} if sample is not None else {},
+        precision="fp16" if settings.export_precision == "fp16" else "fp32",
+    )
+    log.info("the model is in %s", task.environment.model_dir)

@@ -1,0 +1,344 @@
+"""The job as users start it: real runs on a miniature model, most in this process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from dreambooth import job
+
+ROOT = Path(__file__).parents[1]
+Folder = Callable[..., Path]
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    write_photos(folder, 3)
+    (folder / "dataset_info.json").write_text(
+        json.dumps(
+            {"instance_prompt": "a photo of riobugger cat", "class_prompt": "a photo of cat"}
+        )
+    )
+    return folder
+
+
+def write_photos(folder: Path, count: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        pixels = generator.integers(0, 255, (40, 48, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+
+
+def train(model: Path, photos: Path, out: Path, *more: str, environ: object = None) -> int:
+    argv = ["--pretrained-model", str(model), "--train", str(photos), "--model_dir", str(out)]
+    return job.run([*argv, "--max_steps=2", *more], dict(environ or {}))  # type: ignore[call-overload]
+
+
+def unet_of(folder: Path) -> dict[str, np.ndarray]:
+    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def test_a_plain_command_line_writes_a_whole_model(
+    small_model_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "model"
+    assert train(small_model_folder, photos, out) == 0
+    files = {str(path.relative_to(out)) for path in out.iterdir()}
+    assert files == {
+        *("model_index.json", "__model_info__.json", "hyperparameters.json", "README.md"),
+        *("samples", "unet", "vae", "text_encoder", "tokenizer", "scheduler"),
+    }
+    metrics = (tmp_path / "model-output" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in metrics] == [1, 2]
+    before, after = unet_of(small_model_folder), unet_of(out)
+    assert any(not np.array_equal(before[name], after[name]) for name in before)
+    assert json.loads((out / "__model_info__.json").read_text())["resolution"] == 32
+    assert json.loads((out / "hyperparameters.json").read_text())["max_steps"] == "2"
+
+
+def test_two_runs_are_bit_identical(small_model_folder: Path, photos: Path, tmp_path: Path) -> None:
+    runs = [tmp_path / "a", tmp_path / "b"]
+    for out in runs:
+        assert train(small_model_folder, photos, out, "--with_prior_preservation=False") == 0
+    digests = [
+        hashlib.sha256(
+            (out / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+        ).hexdigest()
+        for out in runs
+    ]
+    assert digests[0] == digests[1]
+
+
+def test_the_result_is_a_pretrained_model_again(
+    small_model_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert train(small_model_folder, photos, first) == 0
+    assert train(first, photos, second, "--learning_rate=0.001") == 0
+    a, b = unet_of(first), unet_of(second)
+    assert any(not np.array_equal(a[name], b[name]) for name in a)
+
+
+def test_prior_preservation_samples_what_is_missing_and_keeps_it(
+    small_model_folder: Path,
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_photos(photos / "class_data_dir", 2)
+    out = tmp_path / "model"
+    options = ["--with_prior_preservation", "--num_class_images=4", "--batch_size=2"]
+    assert train(small_model_folder, photos, out, *options) == 0
+    sampled = sorted((tmp_path / "model-output" / "class_images").iterdir())
+    assert [path.name for path in sampled] == ["class_00000.png", "class_00001.png"]
+    times = [path.stat().st_mtime_ns for path in sampled]
+    row = json.loads((tmp_path / "model-output" / "metrics.jsonl").read_text().splitlines()[0])
+    assert row["class_loss"] > 0
+    assert len(list((photos / "class_data_dir").iterdir())) == 2  # the input is never written to
+    assert train(small_model_folder, photos, out, *options) == 0  # not sampled again
+    assert [path.stat().st_mtime_ns for path in sampled] == times
+    shown = capsys.readouterr().err
+    assert "sampling class images: 2/2" in shown
+
+
+def test_a_read_only_training_folder_is_enough(
+    small_model_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in photos.rglob("*")}
+    os.chmod(photos, stat.S_IRUSR | stat.S_IXUSR)
+    try:
+        options = ["--with_prior_preservation", "--num_class_images=1"]
+        assert train(small_model_folder, photos, tmp_path / "model", *options) == 0
+    finally:
+        os.chmod(photos, stat.S_IRWXU)
+    assert {path: path.stat().st_mtime_ns for path in photos.rglob("*")} == before
+
+
+def test_script_mode_reads_arguments_and_variables(
+    small_model_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    environ = {
+        "SM_CHANNEL_TRAINING": str(photos),
+        "SM_CHANNEL_MODEL": str(small_model_folder),
+        "SM_MODEL_DIR": str(tmp_path / "model"),
+        "SM_OUTPUT_DATA_DIR": str(tmp_path / "data"),
+        "SM_HPS": json.dumps({"max_steps": 5, "learning_rate": 0.001}),
+        "SAGEMAKER_BASE_DIR": str(tmp_path),
+    }
+    assert job.run(["--max_steps", "1"], environ) == 0
+    stored = json.loads((tmp_path / "model" / "hyperparameters.json").read_text())
+    assert stored["max_steps"] == "1"
+    assert stored["learning_rate"] == "0.001"
+    assert (tmp_path / "data" / "metrics.jsonl").is_file()
+
+
+@pytest.fixture
+def container(small_model_folder: Path, photos: Path, tmp_path: Path) -> Path:
+    """An /opt/ml tree as SageMaker lays it out."""
+    root = tmp_path / "ml"
+    (root / "input" / "config").mkdir(parents=True)
+    (root / "input" / "data").mkdir()
+    (root / "output").mkdir()
+    shutil.copytree(photos, root / "input" / "data" / "training")
+    shutil.copytree(small_model_folder, root / "input" / "data" / "model")
+    return root
+
+
+def set_hyperparameters(root: Path, values: dict[str, str]) -> None:
+    path = root / "input" / "config" / "hyperparameters.json"
+    path.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"max_steps": "1", "center_crop": "True", "lr_warmup_steps": "None"},
+        {"max_steps": '"1"', "center_crop": '"True"', "lr_warmup_steps": '"None"'},
+        {"max_steps": "1", "center_crop": "true", "lr_warmup_steps": "null"},
+        {"max_steps": "'1'", "center_crop": "'true'", "lr_warmup_steps": ""},
+    ],
+    ids=["bring your own", "source_dir", "script mode and v3", "quoted by hand"],
+)
+def test_a_container_reads_hyperparameters_in_every_encoding(
+    container: Path, values: dict[str, str]
+) -> None:
+    set_hyperparameters(
+        container, {**values, "sagemaker_program": '"transfer_learning.py"', "_tuning_x": "1"}
+    )
+    assert job.run([], {"SAGEMAKER_BASE_DIR": str(container)}) == 0
+    stored = json.loads((container / "model" / "hyperparameters.json").read_text())
+    assert stored["max_steps"] == "1"
+    assert stored["center_crop"] == "True"
+    assert stored["lr_warmup_steps"] == "None"
+    assert (container / "output" / "data" / "metrics.jsonl").is_file()
+    assert not (container / "output" / "failure").exists()
+
+
+def test_all_wrong_values_are_told_at_once(
+    container: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    set_hyperparameters(
+        container, {"learning_rate": "-1", "max_steps": "many", "lr_scheduler": "sawtooth"}
+    )
+    assert job.run([], {"SAGEMAKER_BASE_DIR": str(container)}) == 1
+    failure = (container / "output" / "failure").read_text()
+    shown = capsys.readouterr().err
+    for name in ("learning_rate", "max_steps", "lr_scheduler"):
+        assert name in failure
+        assert name in shown
+    assert len(failure.encode()) <= 1024
+    assert not (container / "model").exists()
+
+
+def test_the_exit_code_stands_where_the_failure_file_cannot_be_written(
+    container: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(container / "output")
+    (container / "output").write_text("in the way")
+    set_hyperparameters(container, {"max_steps": "0"})
+    assert job.run([], {"SAGEMAKER_BASE_DIR": str(container)}) == 1
+    assert "max_steps" in capsys.readouterr().err
+
+
+def test_a_job_without_a_model_says_how_to_give_one(
+    container: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(container / "input" / "data" / "model")
+    assert job.run([], {"SAGEMAKER_BASE_DIR": str(container)}) == 1
+    failure = (container / "output" / "failure").read_text()
+    assert "--pretrained-model" in failure
+    assert "tiny" in failure
+
+
+def test_a_diverging_run_leaves_no_model(
+    small_model_folder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "model"
+    options = [
+        "--learning_rate=1",
+        "--max_steps=200",
+        "--max_grad_norm=1e9",
+        "--adam_epsilon=1e-30",
+    ]
+    code = train(small_model_folder, photos, out, *options, "--adam_weight_decay=1000")
+    assert code == 1
+    assert "diverged" in capsys.readouterr().err
+    assert not (out / "model_index.json").exists()
+    assert not list(out.glob(".partial-*"))
+
+
+def test_resuming_equals_the_unbroken_run(
+    small_model_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    options = ["--max_steps=4", "--checkpointing_steps=2", "--checkpoints_total_limit=2"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    checkpoints = tmp_path / "checkpoints"
+    assert train(small_model_folder, photos, one, *options) == 0
+    argument = f"--checkpoint_dir={checkpoints}"
+    assert train(small_model_folder, photos, two, *options, argument) == 0
+    shutil.rmtree(checkpoints / "step-00000004")  # as if stopped after step 2
+    assert train(small_model_folder, photos, two, *options, argument) == 0
+    rows = [
+        json.loads(line)["step"]
+        for line in (tmp_path / "two-output" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert rows == [1, 2, 3, 4]
+    a, b = unet_of(one), unet_of(two)
+    assert all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def test_a_changed_setting_refuses_to_resume_unless_told_to_start_over(
+    small_model_folder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, options = tmp_path / "model", [f"--checkpoint_dir={tmp_path / 'c'}"]
+    options.append("--checkpointing_steps=1")
+    assert train(small_model_folder, photos, out, *options) == 0
+    assert train(small_model_folder, photos, out, *options, "--seed=7") == 1
+    assert "seed was 0 and is now 7" in capsys.readouterr().err
+    assert train(small_model_folder, photos, out, *options, "--seed=7", "--resume=fresh") == 0
+
+
+def test_dry_run_prints_the_plan_quickly_and_loads_nothing(
+    small_model_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    code = (
+        "import sys; from dreambooth import job; code = job.run(sys.argv[1:], {}); "
+        "assert 'torch' not in sys.modules and 'diffusers' not in sys.modules; sys.exit(code)"
+    )
+    argv = ["--pretrained-model", str(small_model_folder), "--train", str(photos), "--dry-run"]
+    argv += ["--model_dir", str(tmp_path / "model")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *argv], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    for part in ("steps", "60 (20 epochs of 3", "pictures", "fp32", "learning rate", "expected"):
+        assert part in done.stderr
+    assert not (tmp_path / "model").exists()
+
+
+def test_the_scripts_failure_is_one_sentence_and_exit_code_1(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "transfer_learning.py", "--train", str(tmp_path / "none")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_help_lists_every_hyperparameter() -> None:
+    done = subprocess.run(
+        [sys.executable, "transfer_learning.py", "--help"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    )
+    from dataclasses import fields
+
+    from dreambooth.hyperparameters import Hyperparameters
+
+    for knob in fields(Hyperparameters):
+        assert re.search(rf"--{knob.name}\b", done.stdout) or re.search(
+            rf"--{knob.name.replace('_', '-')}\b", done.stdout
+        ), knob.name
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
+)
+def test_a_stop_signal_ends_with_its_exit_code(
+    small_model_folder: Path, photos: Path, tmp_path: Path, number: int, code: int
+) -> None:
+    argv = ["--pretrained-model", str(small_model_folder), "--train", str(photos)]
+    argv += ["--model_dir", str(tmp_path / "model"), "--max_steps", "100000"]
+    process = subprocess.Popen(
+        [sys.executable, "transfer_learning.py", *argv], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "model-output" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.is_file() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, shown = process.communicate(timeout=60)
+    assert process.returncode == code, shown
+    assert not (tmp_path / "model" / "model_index.json").exists()

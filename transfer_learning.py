@@ -1,0 +1,14 @@
+"""The training entry point: plain command line, SageMaker script mode, or a SageMaker container.
+
+`python transfer_learning.py --help` lists every setting; `--dry-run` prints the plan and stops.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from dreambooth import job
+
+if __name__ == "__main__":
+    sys.exit(job.run(sys.argv[1:], os.environ))
