@@ -1,0 +1,103 @@
+"""`python -m dreambooth demo`: the main job on the embedded model, and a sheet of what it did."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dreambooth import hyperparameter_text, job, tiny
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from dreambooth.diffusion.model import DiffusionModel
+
+PROMPTS = (
+    "a photo of a riobugger cat",
+    "a photo of a riobugger cat on the beach",
+    "a photo of a cat",
+    "a photo of a dog",
+)
+PICTURES_PER_ROW = 8
+SEED = 1000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The demo has one option: where to write."""
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="default: out/demo")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Fine-tune on the shipped cat, then draw base and fine-tuned model side by side."""
+    out: Path = arguments.out
+    model_dir, dataset = out / "model", tiny.DATA / "cat"
+    knobs = hyperparameter_text.defaults()
+    settings = [f"--{name}={value}" for name, value in tiny.DEFAULTS.items() if name in knobs]
+    code = job.run(
+        [
+            *("--pretrained-model", "tiny", "--train", str(dataset)),
+            *("--model_dir", str(model_dir), "--output_data_dir", str(out / "output")),
+            *settings,
+        ],
+        os.environ,
+    )
+    if code != 0:
+        return code
+    sheet = out / "sheet.png"
+    _draw_sheet(dataset, model_dir, sheet)
+    print(f"\nThe contact sheet: {sheet}\nThe same with your own photographs and a real model:\n")
+    print(
+        "  python transfer_learning.py --pretrained-model FOLDER_OF_STABLE_DIFFUSION"
+        " --train FOLDER_OF_PHOTOGRAPHS --max_steps 400 --model_dir out/mine"
+    )
+    print('  python -m dreambooth generate --model out/mine --prompt "a photo of ..."')
+    return 0
+
+
+def _draw_sheet(dataset: Path, model_dir: Path, path: Path) -> None:
+    import torch
+
+    from dreambooth import contact_sheet
+    from dreambooth.data import dataset_info, images
+    from dreambooth.diffusion import model as models
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    info = dataset_info.read(dataset)
+    rows: list[tuple[str, Sequence[np.ndarray]]] = [
+        (
+            f"instance images: {info.instance_prompt}",
+            [images.to_array(images.open_image(path)) for path in info.instance_images],
+        )
+    ]
+    base = models.load(tiny.WEIGHTS, device=device)
+    tuned = models.load(model_dir, device=device)
+    for prompt in PROMPTS:
+        rows.append((f"base: {prompt}", _draw(base, prompt)))
+        rows.append((f"fine-tuned: {prompt}", _draw(tuned, prompt)))
+    contact_sheet.draw(rows, cell=128).save(path)
+
+
+def _draw(model: DiffusionModel, prompt: str) -> list[np.ndarray]:
+    from dreambooth.diffusion import sampling
+    from dreambooth.progress import Progress
+
+    requests = [
+        sampling.SamplingRequest(
+            prompt=prompt,
+            num_inference_steps=int(tiny.DEFAULTS["num_inference_steps"]),
+            guidance_scale=float(tiny.DEFAULTS["guidance_scale"]),
+            seed=SEED + number,
+        )
+        for number in range(PICTURES_PER_ROW)
+    ]
+    pictures = []
+    with Progress(PICTURES_PER_ROW, prompt, stream=sys.stderr, unit="pictures") as progress:
+        for picture in sampling.generate(model, requests, batch_size=PICTURES_PER_ROW):
+            if picture is not None:
+                pictures.append(picture)
+            progress.update(len(pictures))
+    return pictures
