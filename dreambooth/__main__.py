@@ -18,20 +18,24 @@ def main(argv: Sequence[str]) -> int:
         from dreambooth import job
 
         return job.run(argv[1:], os.environ)
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     try:
         return _run(arguments)
+    except BrokenPipeError:  # `... | head` has read enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return 0
     except DreamBoothError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The command line: one sub-command per verb."""
     from dreambooth import demo, generate
 
-    parser = argparse.ArgumentParser(prog="python -m dreambooth", description=__doc__)
-    parser.add_argument("--version", action="version", version=__version__)
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    made = argparse.ArgumentParser(prog="python -m dreambooth", description=__doc__)
+    made.add_argument("--version", action="version", version=__version__)
+    verbs = made.add_subparsers(dest="verb", required=True, metavar="VERB")
     demo.add_arguments(
         verbs.add_parser(
             "demo", help="fine-tune the embedded model on eight pictures, draw a sheet"
@@ -44,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     convert = verbs.add_parser("convert", help="turn old .bin weights into safetensors")
     convert.add_argument("source", type=Path, metavar="IN", help="model folder or tarball")
     convert.add_argument("destination", type=Path, metavar="OUT", help="new model folder")
-    return parser
+    return made
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 PROMPTS = (
     "a photo of a riobugger cat",
-    "a photo of a riobugger cat on the beach",
+    "a photo of a riobugger cat on a beach",
     "a photo of a cat",
     "a photo of a dog",
 )
@@ -50,11 +50,12 @@ def main(arguments: argparse.Namespace) -> int:
     sheet = out / "sheet.png"
     _draw_sheet(dataset, model_dir, sheet)
     print(f"\nThe contact sheet: {sheet}\nThe same with your own photographs and a real model:\n")
+    python = os.path.relpath(sys.executable) if sys.prefix != sys.base_prefix else "python3"
     print(
-        "  python transfer_learning.py --pretrained-model FOLDER_OF_STABLE_DIFFUSION"
+        f"  {python} transfer_learning.py --pretrained-model FOLDER_OF_STABLE_DIFFUSION"
         " --train FOLDER_OF_PHOTOGRAPHS --max_steps 400 --model_dir out/mine"
     )
-    print('  python -m dreambooth generate --model out/mine --prompt "a photo of ..."')
+    print(f'  {python} -m dreambooth generate --model out/mine --prompt "a photo of ..."')
     return 0
 
 
@@ -73,15 +74,16 @@ def _draw_sheet(dataset: Path, model_dir: Path, path: Path) -> None:
             [images.to_array(images.open_image(path)) for path in info.instance_images],
         )
     ]
-    base = models.load(tiny.WEIGHTS, device=device)
-    tuned = models.load(model_dir, device=device)
+    base = _draw(models.load(tiny.WEIGHTS, device=device), "drawing, base model")
+    tuned = _draw(models.load(model_dir, device=device), "drawing, fine-tuned model")
     for prompt in PROMPTS:
-        rows.append((f"base: {prompt}", _draw(base, prompt)))
-        rows.append((f"fine-tuned: {prompt}", _draw(tuned, prompt)))
+        rows.append((f"base: {prompt}", base[prompt]))
+        rows.append((f"fine-tuned: {prompt}", tuned[prompt]))
     contact_sheet.draw(rows, cell=128).save(path)
 
 
-def _draw(model: DiffusionModel, prompt: str) -> list[np.ndarray]:
+def _draw(model: DiffusionModel, label: str) -> dict[str, list[np.ndarray]]:
+    """Pictures by prompt; base and fine-tuned model start from the same noise."""
     from dreambooth.diffusion import sampling
     from dreambooth.progress import Progress
 
@@ -92,12 +94,14 @@ def _draw(model: DiffusionModel, prompt: str) -> list[np.ndarray]:
             guidance_scale=float(tiny.DEFAULTS["guidance_scale"]),
             seed=SEED + number,
         )
+        for prompt in PROMPTS
         for number in range(PICTURES_PER_ROW)
     ]
-    pictures = []
-    with Progress(PICTURES_PER_ROW, prompt, stream=sys.stderr, unit="pictures") as progress:
-        for picture in sampling.generate(model, requests, batch_size=PICTURES_PER_ROW):
+    drawn: dict[str, list[np.ndarray]] = {prompt: [] for prompt in PROMPTS}
+    pictures = sampling.generate(model, requests, batch_size=PICTURES_PER_ROW)
+    with Progress(len(requests), label, stream=sys.stderr, unit="pictures") as progress:
+        for number, (request, picture) in enumerate(zip(requests, pictures, strict=True)):
             if picture is not None:
-                pictures.append(picture)
-            progress.update(len(pictures))
-    return pictures
+                drawn[request.prompt].append(picture)
+            progress.update(number + 1)
+    return drawn

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import dreambooth
+from dreambooth.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*argv: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "dreambooth", *argv], capture_output=True, text=True, cwd=ROOT
+    )
+
+
+def test_hyperparameters_as_json_is_one_flat_object_published_names_first() -> None:
+    done = run("hyperparameters", "--format", "json")
+    table = json.loads(done.stdout)
+    assert list(table)[:3] == ["with_prior_preservation", "num_class_images", "epochs"]
+    assert table["learning_rate"] == "2e-06"
+    assert table["max_steps"] == "None"
+    assert set(map(type, table.values())) == {str}
+
+
+@pytest.mark.parametrize("kind", ["text", "json", "markdown"])
+def test_hyperparameters_loads_no_torch(kind: str) -> None:
+    code = (
+        "import sys; from dreambooth.__main__ import main; "
+        f"main(['hyperparameters', '--format', '{kind}']); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    command = f"{sys.executable} -m dreambooth hyperparameters | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr == ""
+    assert done.stdout == "published:\n"
+
+
+def test_the_version_is_the_packages() -> None:
+    assert run("--version").stdout.strip() == dreambooth.__version__
+
+
+def test_train_is_the_training_entry_point(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--train", "no-such-folder", "--max_steps", "0"]) == 1
+    assert "max_steps" in capsys.readouterr().err
+
+
+def test_convert_turns_old_weights_into_safetensors(
+    make_model_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = make_model_folder(bin=True)
+    out = tmp_path / "new"
+    assert main(["convert", str(old), str(out)]) == 0
+    assert capsys.readouterr().out.strip() == str(out)
+    assert list(out.rglob("*.safetensors"))
+    assert not list(out.rglob("*.bin"))
+
+
+def test_an_error_is_one_sentence_and_exit_code_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", str(tmp_path / "none"), str(tmp_path / "out")]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert str(tmp_path / "none") in shown
