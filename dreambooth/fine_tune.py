@@ -54,9 +54,11 @@ def run(task: Task, accelerator: Accelerator) -> None:
     torch.manual_seed(task.hyperparameters.seed)  # for what libraries draw; our own draws are keyed
     if task.hyperparameters.deterministic:
         _ask_for_determinism()
-    export.clear(task.environment.model_dir, base_folder=task.model_folder)
+    if accelerator.is_main_process:
+        export.clear(task.environment.model_dir, base_folder=task.model_folder)
     try:
-        class_paths = class_sampling.class_image_paths(task)
+        with accelerator.main_process_first():  # it samples, the others find all there
+            class_paths = class_sampling.class_image_paths(task)
         _fine_tune(task, class_paths, accelerator)
     except torch.OutOfMemoryError as error:
         raise ResourceError(
@@ -103,6 +105,10 @@ def _fine_tune(task: Task, class_paths: Sequence[Path], accelerator: Accelerator
         prior_unet=prior_unet,
         accelerator=accelerator,
     )
+    if not accelerator.is_main_process:  # `accelerate launch`: one process reports and writes
+        for _ in steps:
+            pass
+        return
     report = Report(
         task.environment.output_data_dir,
         plan,

@@ -7,8 +7,10 @@ otherwise ordinary diffusers folder. `small_model_folder` is the plain one; trea
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +43,21 @@ NOISE_SCHEDULER = {
 # What diffusers up to 0.17 called the layers of the VAE's attention; Stable Diffusion 1.x and 2.x
 # were published so.
 OLD_VAE_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+@pytest.fixture
+def unprivileged_folder() -> Iterator[Path]:
+    """An empty folder, in a test that runs without root's rights to read everything."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o777)
+    effective = os.geteuid()
+    if effective == 0:
+        os.seteuid(65534)  # nobody
+    try:
+        yield folder
+    finally:
+        os.seteuid(effective)
+        shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")

@@ -275,6 +275,32 @@ def test_a_changed_setting_refuses_to_resume_unless_told_to_start_over(
     assert train(small_model_folder, photos, out, *options, "--seed=7", "--resume=fresh") == 0
 
 
+def test_two_processes_equal_one_with_the_doubled_batch(
+    small_model_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    common = ["transfer_learning.py", "--pretrained-model", str(small_model_folder)]
+    common += ["--train", str(photos), "--max_steps=5", "--learning_rate=0.0001"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for name, command in (
+        ("one", [sys.executable, *common, "--batch_size=2"]),
+        ("two", [*launch, *common, "--batch_size=1"]),
+    ):
+        subprocess.run(
+            [*command, f"--model_dir={tmp_path / name}"],
+            check=True,
+            cwd=ROOT,
+            env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+        )
+    base, one, two = (unet_of(f) for f in (small_model_folder, tmp_path / "one", tmp_path / "two"))
+    moved = np.concatenate([(one[name] - base[name]).ravel() for name in base])
+    other = np.concatenate([(two[name] - base[name]).ravel() for name in base])
+    # Without gradients in common it would be 0.85; weights whose gradient is zero but for rounding
+    # keep it from 1.
+    cosine = moved @ other / np.linalg.norm(moved) / np.linalg.norm(other)
+    assert cosine > 0.99
+
+
 def test_dry_run_prints_the_plan_quickly_and_loads_nothing(
     small_model_folder: Path, photos: Path, tmp_path: Path
 ) -> None:

@@ -312,7 +312,7 @@ def _pictures_line(plan: TrainingPlan) -> str:
     line = f"{plan.instance_images} instance images"
     if plan.class_images:
         line += f", {plan.class_images} class images ({plan.class_images_to_sample} to sample)"
-    return line + f", up to {plan.cached_crops} random crops cached of each that is not square"
+    return line + f"; cached crops of each that is not square: at most {plan.cached_crops}"
 
 
 def _precision_line(plan: TrainingPlan) -> str:

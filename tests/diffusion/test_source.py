@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -197,8 +196,7 @@ def test_without_a_network_a_hub_id_is_one_sentence(
         source.open_source(source.locate("owner/name", None), tmp_path)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")
-def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    (tmp_path / "closed").mkdir(mode=0)
+def test_a_folder_that_cannot_be_read_is_named(unprivileged_folder: Path) -> None:
+    (unprivileged_folder / "closed").mkdir(mode=0)
     with pytest.raises(ModelArtifactError, match="closed"):
-        source.locate(None, tmp_path / "closed")
+        source.locate(None, unprivileged_folder / "closed")
