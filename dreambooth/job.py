@@ -96,9 +96,10 @@ def _signals_stop() -> Iterator[None]:
 
 
 def _log_to_stderr(level: str) -> None:
+    over_the_bar = "\r\033[K" if sys.stderr.isatty() else ""  # a progress bar may stand there
     logging.basicConfig(
         level=level.upper(),
-        format="%(asctime)s %(levelname)s %(message)s",
+        format=over_the_bar + "%(asctime)s %(levelname)s %(message)s",
         datefmt="%H:%M:%S",
         stream=sys.stderr,
         force=True,
@@ -126,7 +127,7 @@ def _prepare(environment: container.Environment) -> Job:
 
 
 def _print_plan(job: Job, plan: TrainingPlan) -> None:
-    print(plans.describe(plan, job.hyperparameters), file=sys.stderr, flush=True)
+    print(plans.describe(plan, job.hyperparameters), flush=True)
     sizes = dataset_info.size_warnings(job.dataset, plan.resolution) if plan.resolution else ()
     for warning in (*plan.warnings, *sizes):
         log.warning(warning)

@@ -315,7 +315,7 @@ def test_dry_run_prints_the_plan_quickly_and_loads_nothing(
     )
     assert done.returncode == 0, done.stderr
     for part in ("steps", "60 (20 epochs of 3", "pictures", "fp32", "learning rate", "expected"):
-        assert part in done.stderr
+        assert part in done.stdout
     assert not (tmp_path / "model").exists()
 
 
