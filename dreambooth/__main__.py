@@ -8,19 +8,23 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dreambooth import __version__, hyperparameter_text
+from dreambooth import __version__, hyperparameter_text, logs
 from dreambooth.errors import DreamBoothError
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one verb; returns the exit code."""
-    if argv and argv[0] == "train":  # its options are the table of hyperparameters
-        from dreambooth import job
-
-        return job.run(argv[1:], os.environ)
-    arguments = parser().parse_args(argv)
+    """Run one verb; returns the exit code (1 after an error, 130 where SIGINT stopped it)."""
     try:
+        if argv and argv[0] == "train":  # its options are the table of hyperparameters
+            from dreambooth import job
+
+            return job.run(argv[1:], os.environ)
+        arguments = parser().parse_args(argv)
+        logs.to_stderr("warning")
         return _run(arguments)
+    except KeyboardInterrupt:
+        print("stopped by SIGINT", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # `... | head` has read enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return 0
@@ -31,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line: one sub-command per verb."""
-    from dreambooth import demo, generate
+    from dreambooth import demo, generate_options
 
     made = argparse.ArgumentParser(prog="python -m dreambooth", description=__doc__)
     made.add_argument("--version", action="version", version=__version__)
@@ -42,7 +46,9 @@ def parser() -> argparse.ArgumentParser:
         )
     )
     verbs.add_parser("train", help="fine-tune a model (as transfer_learning.py)", add_help=False)
-    generate.add_arguments(verbs.add_parser("generate", help="draw pictures from a model folder"))
+    generate_options.add_arguments(
+        verbs.add_parser("generate", help="draw pictures from a model folder")
+    )
     table = verbs.add_parser("hyperparameters", help="print the table of hyperparameters")
     table.add_argument("--format", choices=("text", "json", "markdown"), default="text")
     convert = verbs.add_parser("convert", help="turn old .bin weights into safetensors")

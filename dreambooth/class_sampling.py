@@ -15,6 +15,7 @@ from dreambooth.data import class_images
 from dreambooth.diffusion import model as models
 from dreambooth.diffusion import sampling
 from dreambooth.diffusion.model import DiffusionModel
+from dreambooth.limits import LIMITS
 from dreambooth.progress import Progress
 from dreambooth.task import Task
 from dreambooth.training.precision import DTYPES
@@ -50,7 +51,7 @@ def class_image_paths(task: Task) -> Sequence[Path]:
             folder,
             given=task.dataset.class_images,
             count=task.hyperparameters.num_class_images,
-            batch_size=task.hyperparameters.batch_size,
+            batch_size=min(task.hyperparameters.batch_size, LIMITS.max_generated_batch),
             seed=task.hyperparameters.seed,
             sample=sampler,
             fingerprint=fingerprint,
@@ -83,8 +84,7 @@ class _Sampler:
             )
             for seed in seeds
         ]
-        batch_size = task.hyperparameters.batch_size
-        return list(sampling.generate(self._model, requests, batch_size=batch_size))
+        return list(sampling.generate(self._model, requests, batch_size=len(requests)))
 
     def unload(self) -> None:
         """Give the memory back before training begins."""

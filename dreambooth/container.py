@@ -2,29 +2,28 @@
 
 A job is started by a plain command line, in SageMaker's script mode (arguments and ``SM_*``
 variables) or in a SageMaker container (files under ``/opt/ml``). Precedence of every setting:
-argument > ``SM_*`` variable > file under the root > default. Nothing is read but the arguments,
-the environment and the root's own files; values stay raw, :mod:`dreambooth.hyperparameters`
-parses them. Paths and files: AWS, "How Amazon SageMaker AI provides training information".
+argument > ``SM_*`` variable > file under the root > default (:mod:`dreambooth.sources`). Nothing
+is read but the arguments, the environment and the root's own files; hyperparameters stay raw,
+:mod:`dreambooth.hyperparameters` parses them. Paths: AWS, "How Amazon SageMaker AI provides
+training information".
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from dreambooth import hyperparameter_text, hyperparameters
+from dreambooth import hyperparameter_text, hyperparameters, sources
 from dreambooth.errors import HyperparameterError
-from dreambooth.knob import BARE_FLAG
+from dreambooth.knob import quoted
 from dreambooth.limits import LIMITS, Limits
+from dreambooth.sources import DRY_RUN, LOG_LEVEL, LOG_LEVELS
 
 DEFAULT_ROOT: Final = "/opt/ml"
-LOG_LEVELS: Final = ("debug", "info", "warning", "error", "critical")
 
 _PATH_OPTIONS: Final = {
     "train": "folder with the instance images and dataset_info.json",
@@ -32,13 +31,15 @@ _PATH_OPTIONS: Final = {
     "output_data_dir": "folder for metrics, report and sample pictures",
     "checkpoint_dir": "folder for checkpoints, from which a stopped run goes on",
 }
-_LOG_LEVEL: Final = "log_level"
-_DRY_RUN: Final = "dry_run"
+_OPTIONS: Final = (*_PATH_OPTIONS, LOG_LEVEL, DRY_RUN)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Environment:
-    """Where a job reads and writes, and its settings as they came; nothing is created by it."""
+    """Where a job reads and writes, and its settings as they came; nothing is created by it.
+
+    `settings` holds hyperparameters and unknown names; the options of this class are taken out.
+    """
 
     root: Path
     training: Path
@@ -50,17 +51,6 @@ class Environment:
     settings: Mapping[str, object]
     dry_run: bool
     log_level: str
-    num_gpus: int | None
-    in_container: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Arguments:
-    """A command line, sorted: options that name hyperparameters or nothing known are settings."""
-
-    options: Mapping[str, object]
-    settings: Mapping[str, object]
-    faults: tuple[str, ...]
 
 
 def read(
@@ -75,58 +65,44 @@ def read(
     if _asks_for_help(argv):
         parser().print_help()
         raise SystemExit(0)
-    arguments = _read_arguments(argv)
     root = _root(environ)
-    faults = list(arguments.faults)
+    faults: list[str] = []
+    arguments = sources.from_arguments(argv, faults)
+    variables = sources.from_variables(environ, faults, limits)
+    file = sources.from_file(root / "input" / "config" / "hyperparameters.json", faults, limits)
     settings = {
-        **_from_file(root / "input" / "config" / "hyperparameters.json", faults, limits),
-        **_from_variables(environ, faults, limits),
-        **arguments.settings,
+        name: value
+        for name, value in {**file, **variables, **arguments}.items()
+        if name not in _OPTIONS
     }
-    dry_run = _dry_run(arguments.options, faults)
-    log_level = _log_level(arguments.options, environ, faults)
-    if faults:
-        raise HyperparameterError([*faults, *_wrong_hyperparameters(settings, limits)])
-
-    in_container = (root / "input").is_dir() or any(name.startswith("SM_") for name in environ)
-
-    def path(option: str, variable: str, default: Path) -> Path:
-        chosen = arguments.options.get(option) or environ.get(variable)
-        return Path(os.path.expanduser(str(chosen))) if chosen else default
-
-    model_dir = path("model_dir", "SM_MODEL_DIR", root / "model")
-    output = root / "output" / "data" if in_container else _beside(model_dir)
-    channel = path("", "SM_CHANNEL_MODEL", root / "input" / "data" / "model")
-    checkpoints = path("checkpoint_dir", "", root / "checkpoints")
-    return Environment(
+    chosen = sources.Chosen(arguments, variables, environ, file, faults)
+    dry_run = _dry_run(chosen.text(DRY_RUN), faults)
+    log_level = _log_level(chosen.text(LOG_LEVEL), faults)
+    channel = Path(environ.get("SM_CHANNEL_MODEL") or root / "input" / "data" / "model")
+    checkpoints = chosen.path("checkpoint_dir")
+    if checkpoints is None and (root / "checkpoints").is_dir():
+        checkpoints = root / "checkpoints"
+    environment = Environment(
         root=root,
-        training=path("train", "SM_CHANNEL_TRAINING", root / "input" / "data" / "training"),
+        training=chosen.path("train") or root / "input" / "data" / "training",
         model_channel=channel if channel.exists() or environ.get("SM_CHANNEL_MODEL") else None,
-        model_dir=model_dir,
-        output_data_dir=path("output_data_dir", "SM_OUTPUT_DATA_DIR", output),
+        model_dir=chosen.path("model_dir") or root / "model",
+        output_data_dir=chosen.path("output_data_dir") or _default_output(chosen, root),
         failure_file=failure_file(environ),
-        checkpoint_dir=(
-            checkpoints if arguments.options.get("checkpoint_dir") or checkpoints.is_dir() else None
-        ),
+        checkpoint_dir=checkpoints,
         settings=settings,
         dry_run=dry_run,
         log_level=log_level,
-        num_gpus=_count(environ.get("SM_NUM_GPUS", "")),
-        in_container=in_container,
     )
+    if faults:
+        faults = list(dict.fromkeys(faults))
+        raise HyperparameterError([*faults, *_wrong_hyperparameters(settings, limits)])
+    return environment
 
 
 def failure_file(environ: Mapping[str, str]) -> Path:
     """Where SageMaker looks for the reason of a failure: ``<root>/output/failure``."""
     return _root(environ) / "output" / "failure"
-
-
-def describe_missing_training(environment: Environment) -> str:
-    """The sentence for a job whose training folder does not exist."""
-    return (
-        f"There is no training folder {environment.training}: give the folder with the instance "
-        "images and dataset_info.json with --train, or as the channel called training."
-    )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -152,6 +128,20 @@ def _root(environ: Mapping[str, str]) -> Path:
     return Path(environ.get("SAGEMAKER_BASE_DIR") or DEFAULT_ROOT)
 
 
+def _default_output(chosen: sources.Chosen, root: Path) -> Path:
+    """``<root>/output/data`` in a container and in script mode, else beside the model.
+
+    A root without ``input`` is no container: there the user's own model_dir counts more than a
+    variable of the platform's.
+    """
+    in_container = (root / "input").is_dir()
+    model_dir = chosen.path("model_dir") or root / "model"
+    by_user = chosen.named("model_dir") is not None
+    if in_container or (not by_user and chosen.platform("model_dir")):
+        return root / "output" / "data"
+    return _beside(model_dir)
+
+
 def _beside(model_dir: Path) -> Path:
     """``model`` -> ``model-output``, also for a folder that is given as ``.`` or ``..``."""
     if model_dir.name in ("", ".."):
@@ -159,99 +149,8 @@ def _beside(model_dir: Path) -> Path:
     return model_dir.with_name(f"{model_dir.name}-output") if model_dir.name else Path("/output")
 
 
-def _count(text: str) -> int | None:
-    return int(text) if re.fullmatch("[0-9]{1,6}", text) else None
-
-
-# Settings
-
-
 def _asks_for_help(argv: Sequence[str]) -> bool:
     return "-h" in argv or "--help" in argv
-
-
-def _read_arguments(argv: Sequence[str]) -> _Arguments:
-    """Sort a command line without refusing names: ``--x v``, ``--x=v`` and the bare ``--x``.
-
-    argparse is not used here: it takes ``-1e-6`` for an option, and cannot tell which value
-    belonged to an option that it does not know.
-    """
-    options: dict[str, object] = {}
-    settings: dict[str, object] = {}
-    faults: list[str] = []
-    words = list(reversed(argv))
-    while words:
-        word = words.pop()
-        if not re.match("--[A-Za-z_]", word):
-            faults.append(f"The argument {word[:60]!r} belongs to no option.")
-            continue
-        spelled, equals, value = word.partition("=")
-        name = hyperparameters.normalised(spelled)
-        given: object = value
-        if not equals:
-            given = BARE_FLAG
-            if words and not words[-1].startswith("--") and _takes(name, words[-1]):
-                given = words.pop()
-        known = name in _PATH_OPTIONS or name in (_LOG_LEVEL, _DRY_RUN)
-        if known and given is BARE_FLAG and name != _DRY_RUN:
-            faults.append(f"--{name} needs a value.")
-        (options if known else settings)[name] = given
-    return _Arguments(options=options, settings=settings, faults=tuple(faults))
-
-
-def _takes(name: str, word: str) -> bool:
-    """Whether a word is an option's value; after ``--dry-run`` only True or False is."""
-    return name != _DRY_RUN or word.lower() in ("true", "false", "")
-
-
-def _from_variables(
-    environ: Mapping[str, str], faults: list[str], limits: Limits
-) -> dict[str, object]:
-    """``SM_HPS`` (one JSON object), then ``SM_HP_<NAME>`` (one value each)."""
-    whole = environ.get("SM_HPS", "")
-    settings = _from_json(whole, "The variable SM_HPS", faults, limits) if whole.strip() else {}
-    for variable, value in environ.items():
-        if variable.startswith("SM_HP_"):
-            settings[hyperparameters.normalised(variable[len("SM_HP_") :]).lower()] = value
-    return settings
-
-
-def _from_file(path: Path, faults: list[str], limits: Limits) -> dict[str, object]:
-    """SageMaker's hyperparameters.json, where there is one."""
-    if not path.exists():
-        return {}
-    told = f"The file {path}"
-    if not path.is_file():
-        faults.append(f"{told} is not a regular file.")
-        return {}
-    try:
-        with path.open("rb") as file:
-            data = file.read(limits.max_hyperparameters_bytes + 1)
-        text = data.decode("utf-8-sig")
-    except OSError as error:
-        faults.append(f"{told} cannot be read: {error.strerror}.")
-        return {}
-    except UnicodeDecodeError:
-        faults.append(f"{told} is not UTF-8 text.")
-        return {}
-    return _from_json(text, told, faults, limits)
-
-
-def _from_json(text: str, told: str, faults: list[str], limits: Limits) -> dict[str, object]:
-    """One flat JSON object; numbers stay text, so that no digit is lost before parsing."""
-    if len(text) > limits.max_hyperparameters_bytes:
-        faults.append(f"{told} is longer than {limits.max_hyperparameters_bytes} bytes.")
-        return {}
-    try:
-        found = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
-    except (ValueError, RecursionError) as error:
-        where = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
-        faults.append(f"{told} is not valid JSON{where}.")
-        return {}
-    if not isinstance(found, dict):
-        faults.append(f"{told} must hold one JSON object of names and values.")
-        return {}
-    return {hyperparameters.normalised(name): value for name, value in found.items()}
 
 
 def _wrong_hyperparameters(settings: Mapping[str, object], limits: Limits) -> tuple[str, ...]:
@@ -262,24 +161,15 @@ def _wrong_hyperparameters(settings: Mapping[str, object], limits: Limits) -> tu
     return ()
 
 
-def _dry_run(options: Mapping[str, object], faults: list[str]) -> bool:
-    given = options.get(_DRY_RUN, "False")
-    if given is BARE_FLAG:
-        return True
-    text = str(given).lower()
-    if text not in ("true", "false", ""):
-        faults.append(f"--dry-run must be True or False, not {text[:60]!r}.")
+def _dry_run(given: str | None, faults: list[str]) -> bool:
+    text = (given or "False").lower()
+    if text not in ("true", "false"):
+        faults.append(f"{DRY_RUN} must be True or False, not {quoted(given)}.")
     return text == "true"
 
 
-def _log_level(options: Mapping[str, object], environ: Mapping[str, str], faults: list[str]) -> str:
-    """A name of LOG_LEVELS; SageMaker gives numbers (``SM_LOG_LEVEL=20``)."""
-    given = options.get(_LOG_LEVEL)
-    level = str(given or environ.get("SM_LOG_LEVEL") or "info").lower()
-    if re.fullmatch("[1-5]0", level):
-        level = LOG_LEVELS[int(level) // 10 - 1]
-    if level in LOG_LEVELS:
-        return level
-    if isinstance(given, str):
-        faults.append(f"--log_level must be one of {', '.join(LOG_LEVELS)}, not {given[:60]!r}.")
-    return "info"
+def _log_level(given: str | None, faults: list[str]) -> str:
+    level = sources.level_of(given or "info")
+    if level is None:
+        faults.append(f"{LOG_LEVEL} must be one of {', '.join(LOG_LEVELS)}, not {quoted(given)}.")
+    return level or "info"

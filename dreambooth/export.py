@@ -12,8 +12,6 @@ half is a float), "fp16" casts them all.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import os
 import re
@@ -26,26 +24,15 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 
 from dreambooth import model_card
-from dreambooth.diffusion import layout, vocabulary, weights
-from dreambooth.errors import ModelArtifactError, ResourceError, TrainingDivergedError, UserError
+from dreambooth.diffusion import destination, layout, vocabulary, weights
+from dreambooth.diffusion.destination import ENTRIES, clear
+from dreambooth.errors import ModelArtifactError, TrainingDivergedError, UserError
 from dreambooth.model_card import ModelCard, licence_of
 
-__all__ = ["ModelCard", "TrainedParts", "clear", "licence_of", "write"]
+__all__ = ["ENTRIES", "ModelCard", "TrainedParts", "clear", "licence_of", "write"]
 
-# In the order in which they are moved into place; cleared in the reverse order. The first one is
-# the mark by which a later job knows that an earlier one wrote here.
-_MARK = "hyperparameters.json"
-ENTRIES = (
-    *(_MARK, "README.md", "samples", layout.MODEL_INFO),
-    *("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
-    *(*layout.OPTIONAL_PARTS, layout.INDEX),
-)
-# Names that a folder which is not ours may well hold, too.
-_COMMON_NAMES = ("README.md", "samples")
-_PARTIAL = ".partial-"
 _WEIGHTS = {
     "unet": "diffusion_pytorch_model.safetensors",
     "vae": "diffusion_pytorch_model.safetensors",
@@ -73,33 +60,6 @@ class TrainedParts:
     text_encoder: torch.nn.Module | None = None
 
 
-def clear(model_dir: Path, *, base_folder: Path | None = None) -> None:
-    """Remove what an earlier run of ours left in `model_dir`; files of others stay.
-
-    Only leftovers (`.partial-*`) and the names of ENTRIES go. Raises UserError rather than
-    delete a model that no run of ours wrote, or the folder that the base model is read from.
-    """
-    if not model_dir.exists():
-        return
-    if base_folder is not None and _same_or_inside(base_folder, model_dir):
-        raise UserError(
-            f"The model would be written over the base model that it starts from ({base_folder}): "
-            "choose another --model_dir."
-        )
-    with _told(model_dir):
-        for leftover in sorted(model_dir.glob(_PARTIAL + "*")):
-            _remove(leftover)
-        ours = (model_dir / _MARK).exists()
-        if not ours and _is_model(model_dir):
-            raise UserError(
-                f"{model_dir} holds a model that was not written by an earlier run: it is not "
-                "overwritten; choose another --model_dir."
-            )
-        for name in reversed(ENTRIES):
-            if ours or name not in _COMMON_NAMES:
-                _remove(model_dir / name)
-
-
 def write(
     model_dir: Path,
     *,
@@ -117,19 +77,21 @@ def write(
     until the new one is complete on the disk. Raises TrainingDivergedError where a trained weight
     is not finite, ResourceError where the disk is full or model_dir cannot be written.
     """
-    with _told(model_dir):
+    with destination.told(model_dir):
         model_dir.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=model_dir))
+        stage = Path(tempfile.mkdtemp(prefix=destination.PARTIAL, dir=model_dir))
         try:
             _write_parts(stage, base_folder, trained, precision, card.steps)
             _write_index(stage, base_folder)
             _write_model_info(stage, base_folder, card, resolution)
-            (stage / _MARK).write_text(hyperparameters_json.rstrip("\n") + "\n", encoding="utf-8")
+            (stage / "hyperparameters.json").write_text(
+                hyperparameters_json.rstrip("\n") + "\n", encoding="utf-8"
+            )
             named = _write_samples(stage, samples or {})
             text = model_card.render(card, samples=named)
             (stage / "README.md").write_text(text, encoding="utf-8")
             _flush(stage)
-            _move(stage, model_dir)
+            destination.move(stage, model_dir)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
 
@@ -232,6 +194,7 @@ def _write_model_info(stage: Path, base: Path, card: ModelCard, resolution: int)
         "instance_prompt": card.instance_prompt,
         "class_prompt": card.class_prompt,
         "steps": card.steps,
+        **destination.MARK,
     }
     _write_json(stage / layout.MODEL_INFO, {**info, **own})
 
@@ -252,44 +215,7 @@ def _write_samples(stage: Path, samples: Mapping[str, Image.Image]) -> list[tupl
 def _flush(stage: Path) -> None:
     for folder, _, names in os.walk(stage, topdown=False):
         for path in (*(Path(folder) / name for name in names), Path(folder)):
-            _fsync(path)
-
-
-def _move(stage: Path, model_dir: Path) -> None:
-    # The old model ends here, the new one begins with the last move.
-    for name in reversed(ENTRIES):
-        if name not in _COMMON_NAMES or (stage / name).exists():
-            _remove(model_dir / name)
-    for name in ENTRIES:
-        if (stage / name).exists():
-            if name == layout.INDEX:
-                _fsync(model_dir)
-            os.replace(stage / name, model_dir / name)
-    _fsync(model_dir)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _told(model_dir: Path) -> Iterator[None]:
-    """Turn a failing disk into a sentence for the user."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            why = f"the folder cannot be written ({error})"
-        else:
-            why = f"the disk is full or cannot be written ({error})"
-        raise ResourceError(
-            f"The model could not be written to {model_dir}: {why}; free some space, choose "
-            "another --model_dir, or set export_precision=fp16, which halves its size."
-        ) from error
+            destination.fsync(path)
 
 
 def _parts(base: Path) -> Iterator[str]:
@@ -301,25 +227,6 @@ def _parts(base: Path) -> Iterator[str]:
         elif not (base / part).is_dir():
             raise ModelArtifactError(f"{base / part} of the base model is not there any more.")
         yield part
-
-
-def _is_model(folder: Path) -> bool:
-    try:
-        layout.validate_folder(folder)
-    except ModelArtifactError:
-        return False
-    return True
-
-
-def _same_or_inside(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(folder.resolve())
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -12,25 +12,22 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import accelerate
-import diffusers
 import torch
-import transformers
 from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
-import dreambooth
-from dreambooth import class_sampling, export, hyperparameter_text
-from dreambooth.data import cache, fingerprint, pairs
+from dreambooth import class_sampling, export, fid, hyperparameter_text, recorder
+from dreambooth.data import cache, fingerprint
 from dreambooth.diffusion import model as models
-from dreambooth.diffusion import sampling
 from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.errors import ResourceError
+from dreambooth.previews import Previews
 from dreambooth.progress import Progress
+from dreambooth.recorder import Recorder
 from dreambooth.task import Task
 from dreambooth.training import loop, optimizer
 from dreambooth.training import state as states
@@ -40,14 +37,11 @@ from dreambooth.training.report import Report
 
 log = logging.getLogger(__name__)
 
-SAMPLE_STEPS = 25
-GUIDANCE_SCALE = 7.5
-
 Text = dict[str, torch.Tensor]
 
 
 def run(task: Task, accelerator: Accelerator) -> None:
-    """Train and write the model folder.
+    """Train, write the model folder and the report of the run.
 
     Raises DreamBoothError; running out of GPU memory is a ResourceError.
     """
@@ -57,9 +51,11 @@ def run(task: Task, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
         export.clear(task.environment.model_dir, base_folder=task.model_folder)
     try:
-        with accelerator.main_process_first():  # it samples, the others find all there
-            class_paths = class_sampling.class_image_paths(task)
-        _fine_tune(task, class_paths, accelerator)
+        with Recorder(task=task, writes=accelerator.is_main_process) as record:
+            with accelerator.main_process_first(), record.timings.phase("class images"):
+                # The main process samples, the others find all there.
+                record.class_paths = class_sampling.class_image_paths(task)
+            _fine_tune(task, record, accelerator)
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             f"The GPU ran out of memory (memory_plan {task.plan.memory_plan}): lower batch_size or "
@@ -74,12 +70,14 @@ def _ask_for_determinism() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def _fine_tune(task: Task, class_paths: Sequence[Path], accelerator: Accelerator) -> None:
+def _fine_tune(task: Task, record: Recorder, accelerator: Accelerator) -> None:
     """Load, cache, train, export."""
-    settings, plan = task.hyperparameters, task.plan
-    model = models.load(task.model_folder, device=task.device)
+    settings, plan, phase = task.hyperparameters, task.plan, record.timings.phase
+    with phase("loading the model"):
+        model = models.load(task.model_folder, device=task.device)
     noise_scheduler = models.training_noise_scheduler(model)
-    data, sample_text = _cache(task, model, class_paths)
+    with phase("encoding"):
+        data, text = _cache(task, model, record.class_paths)
     prior_unet = None
     if settings.with_prior_preservation and not task.samples_class_images:
         prior_unet = copy.deepcopy(model.unet)
@@ -88,12 +86,14 @@ def _fine_tune(task: Task, class_paths: Sequence[Path], accelerator: Accelerator
     state = _training_state(task, model)
     identity = task.identity()
     checkpoints = _checkpoint_folder(task)
-    resumable = checkpoints if settings.resume == "auto" else None
-    if resumable is not None and states.load_newest(state, resumable, identity=identity):
-        log.info("resumed at step %d from %s", state.step, resumable)
+    if checkpoints is not None:
+        _resume(state, checkpoints, identity, settings.resume, accelerator)
+
+    previews = Previews(task=task, model=model, precision=state.precision, text=text)
 
     def draw_sample() -> Image.Image | None:
-        return _draw_sample(task, model, state.precision, sample_text)
+        with phase("sample pictures"):
+            return previews.sample()
 
     steps = loop.train(
         state,
@@ -118,18 +118,24 @@ def _fine_tune(task: Task, class_paths: Sequence[Path], accelerator: Accelerator
         draw_sample=draw_sample,
     )
     saved_at = time.monotonic()
-    with report:
+    with report, phase("training"):
         for metrics in steps:
             report.step(metrics)
             if checkpoints is not None and _checkpoint_due(plan, state.step, saved_at):
                 keep = settings.checkpoints_total_limit
-                states.save(state, checkpoints, identity=identity, keep=keep)
+                with phase("checkpoints"):
+                    states.save(state, checkpoints, identity=identity, keep=keep)
                 saved_at = time.monotonic()
-    report.finish()
+    report.finish(state.loss_total / state.step)
     if state.skipped_steps:
         log.info("%d fp16 steps overflowed and were tried again", state.skipped_steps)
     state.optimizer.state.clear()  # its memory is free for the sample picture
-    _export(task, state, draw_sample())
+    record.final = draw_sample()
+    if settings.compute_fid:
+        with phase("fid_score"):
+            fid.log_score(task, model, previews)
+    with phase("export"):
+        _export(task, state, record.final)
 
 
 def _cache(
@@ -139,13 +145,14 @@ def _cache(
     settings, dataset = task.hyperparameters, task.dataset
     total = len(dataset.instance_images) + len(class_paths)
 
-    def posteriors(paths: Sequence[Path], done: int) -> cache.LatentPosteriors:
+    def posteriors(stream: str, paths: Sequence[Path], done: int) -> cache.LatentPosteriors:
         return cache.build(
             paths,
             resolution=task.resolution,
             center_crop=settings.center_crop,
             crops=task.plan.cached_crops,
             seed=settings.seed,
+            stream=stream,
             encode_image=lambda pixels: models.encode_posterior(model, pixels),
             on_image=lambda count: progress.update(done + count),
         ).to(task.device)
@@ -159,8 +166,9 @@ def _cache(
         return text(prompt)
 
     with Progress(total, "encoding", stream=sys.stderr, unit="pictures") as progress:
-        instance = posteriors(dataset.instance_images, 0)
-        class_ = posteriors(class_paths, len(dataset.instance_images)) if class_paths else None
+        first = len(dataset.instance_images)
+        instance = posteriors("instance", dataset.instance_images, 0)
+        class_ = posteriors("class", class_paths, first) if class_paths else None
     class_prompt = dataset.class_prompt if settings.with_prior_preservation else None
     data = loop.TrainingData(
         instance=instance,
@@ -168,10 +176,16 @@ def _cache(
         instance_text=train_text(dataset.instance_prompt),
         class_text=train_text(class_prompt) if class_prompt is not None else None,
         latent_scale=float(model.vae.config.scaling_factor),
+        prior_text=text(class_prompt) if class_prompt is not None else None,
     )
     if settings.train_text_encoder:
         return data, {}
-    return data, {prompt: text(prompt) for prompt in (task.sample_prompt, "")}
+    return data, {prompt: text(prompt) for prompt in _sampled_prompts(task)}
+
+
+def _sampled_prompts(task: Task) -> tuple[str, ...]:
+    """What pictures are drawn with, and the empty negative prompt."""
+    return (task.sample_prompt, task.dataset.instance_prompt, "")
 
 
 def _leave_the_device(model: DiffusionModel, *, text_encoder: bool) -> None:
@@ -205,6 +219,20 @@ def _training_state(task: Task, model: DiffusionModel) -> states.TrainingState:
     )
 
 
+def _resume(
+    state: states.TrainingState,
+    checkpoints: Path,
+    identity: Mapping[str, str],
+    resume: str,
+    accelerator: Accelerator,
+) -> None:
+    if resume == "auto":
+        if states.load_newest(state, checkpoints, identity=identity):
+            log.info("resumed at step %d from %s", state.step, checkpoints)
+    elif accelerator.is_main_process:
+        states.clear(checkpoints)
+
+
 def _checkpoint_folder(task: Task) -> Path | None:
     """The folder given for checkpoints; where only an interval is set, one beside the metrics."""
     if task.environment.checkpoint_dir is not None:
@@ -221,25 +249,6 @@ def _checkpoint_due(plan: TrainingPlan, step: int, saved_at: float) -> bool:
     return minutes is not None and time.monotonic() - saved_at >= 60 * minutes
 
 
-def _draw_sample(
-    task: Task, model: DiffusionModel, precision: Precision, text: Text
-) -> Image.Image | None:
-    """One picture of the weights as they are now: fixed prompt and seed, a generator of its own."""
-    model.vae.to(task.device)
-    request = sampling.SamplingRequest(
-        prompt=task.sample_prompt,
-        num_inference_steps=SAMPLE_STEPS,
-        guidance_scale=GUIDANCE_SCALE,
-        width=task.resolution,
-        height=task.resolution,
-        seed=pairs.derive_seed(task.hyperparameters.seed, "sample picture"),
-    )
-    with precision.autocast():
-        picture = next(iter(sampling.generate(model, [request], text=text or None)))
-    model.vae.to("cpu")
-    return None if picture is None else Image.fromarray(picture)
-
-
 def _export(task: Task, state: states.TrainingState, sample: Image.Image | None) -> None:
     dataset, settings = task.dataset, task.hyperparameters
     with_class = settings.with_prior_preservation
@@ -254,13 +263,7 @@ def _export(task: Task, state: states.TrainingState, sample: Image.Image | None)
         train_text_encoder=settings.train_text_encoder,
         data_fingerprint=fingerprint.of_dataset(dataset),
         licence=export.licence_of(task.model_folder),
-        versions=(
-            ("dreambooth", dreambooth.__version__),
-            ("torch", torch.__version__),
-            ("diffusers", diffusers.__version__),
-            ("transformers", transformers.__version__),
-            ("accelerate", accelerate.__version__),
-        ),
+        versions=recorder.versions(),
     )
     export.write(
         task.environment.model_dir,

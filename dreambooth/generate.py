@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import math
-import re
 import secrets
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from dreambooth.errors import ResourceError, UserError
-from dreambooth.limits import LIMITS
+from dreambooth.generate_options import Settings, read
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,59 +22,11 @@ if TYPE_CHECKING:
     from dreambooth.diffusion.model import DiffusionModel
     from dreambooth.diffusion.sampling import SamplingRequest
 
-PRECISIONS = ("auto", "fp32", "fp16", "bf16")
-# Every diffusion schedule of Stable Diffusion has 1,000 timesteps; more steps repeat themselves.
-MAX_STEPS = 1_000
-# Beyond it somebody has mistyped: their names alone would fill a terminal for minutes.
-MAX_PICTURES_PER_PROMPT = 10_000
 GRID_COLUMNS = 8
 GRID_PICTURES = 256  # the first ones; a longer sheet nobody reads
 GRID_CELL_PIXELS = 256
-
-Number = TypeVar("Number", int, float)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """The command line, read and checked; seed None: one is to be chosen."""
-
-    model: str
-    prompts: tuple[str, ...]
-    negative_prompt: str
-    steps: int
-    guidance_scale: float
-    width: int | None
-    height: int | None
-    seed: int | None
-    count: int
-    batch_size: int
-    out: Path
-    precision: str
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options, each with `_` or `-`; values stay strings, `read` parses them all."""
-
-    def option(name: str, metavar: str, help: str, default: str | None = None) -> None:
-        spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-        if default is not None:
-            help += f" (default {default})"
-        parser.add_argument(*spellings, dest=name, metavar=metavar, default=default, help=help)
-
-    option("model", "MODEL", "model folder, tarball, hub id, or `tiny` (the embedded model)")
-    parser.add_argument(
-        "--prompt", metavar="P", action="append", help="what to draw; may be given several times"
-    )
-    option("negative_prompt", "P", "what to keep out of the pictures", "")
-    option("steps", "N", "num_inference_steps, denoising steps", "50")
-    option("guidance_scale", "X", "how closely to follow the prompt; 1: no guidance", "7.5")
-    option("width", "PIXELS", "a multiple of 8; without it the model's own resolution")
-    option("height", "PIXELS", "a multiple of 8; without it the model's own resolution")
-    option("seed", "N", "picture i uses seed + i; without it one is chosen and printed")
-    option("count", "N", "pictures per prompt", "1")
-    option("batch_size", "N", "pictures drawn at once; takes memory, changes nothing else", "4")
-    option("out", "DIR", "folder for the pictures", "out/generate")
-    option("precision", "|".join(PRECISIONS), "auto: half precision on a GPU, fp32 else", "auto")
+# Of the words in a file's name; file systems take 255 bytes, encrypted ones 143.
+MAX_NAME_BYTES = 80
 
 
 def main(args: argparse.Namespace) -> int:
@@ -109,75 +59,6 @@ def main(args: argparse.Namespace) -> int:
     return 1 if lost else 0
 
 
-def read(args: argparse.Namespace) -> Settings:
-    """Parse and check the options; raise UserError that tells all faults in one message."""
-    faults: list[str] = []
-
-    def number(
-        name: str, parse: Callable[[str], Number], ok: Callable[[Number], bool], want: str
-    ) -> Number | None:
-        text: str | None = getattr(args, name)
-        if text is None:
-            return None
-        try:
-            value = parse(text)
-        except ValueError:
-            value = None
-        if value is None or not ok(value):
-            faults.append(f"--{name} must be {want}, not {text!r}.")
-            return None
-        return value
-
-    def counted(name: str, most: int) -> int:
-        return number(name, int, lambda n: 1 <= n <= most, f"a whole number from 1 to {most}") or 1
-
-    def side(name: str) -> int | None:
-        return number(name, int, lambda n: n >= 8 and n % 8 == 0, "a positive multiple of 8")
-
-    prompts = tuple(args.prompt or ())
-    if not args.model:
-        faults.append("--model is missing: name a model folder or tarball, or `tiny`.")
-    if not prompts:
-        faults.append('--prompt is missing: say what to draw, as in --prompt "a photo of a cat".')
-    faults += _prompt_faults((*prompts, args.negative_prompt))
-    if args.precision not in PRECISIONS:
-        faults.append(
-            f"--precision must be one of {', '.join(PRECISIONS)}, not {args.precision!r}."
-        )
-    count = counted("count", MAX_PICTURES_PER_PROMPT)
-    last = 2**64 - len(prompts) * count
-    settings = Settings(
-        model=args.model or "",
-        prompts=prompts,
-        negative_prompt=args.negative_prompt,
-        steps=counted("steps", MAX_STEPS),
-        guidance_scale=number("guidance_scale", float, math.isfinite, "a finite number") or 0.0,
-        width=side("width"),
-        height=side("height"),
-        seed=number("seed", int, lambda n: 0 <= n <= last, "a whole number from 0 to 2**64 - 1"),
-        count=count,
-        batch_size=counted("batch_size", MAX_PICTURES_PER_PROMPT),
-        out=Path(args.out),
-        precision=args.precision,
-    )
-    if faults:
-        raise UserError(" ".join(faults))
-    return settings
-
-
-def _prompt_faults(prompts: Iterable[str]) -> list[str]:
-    faults = []
-    for prompt in prompts:
-        if len(prompt) > LIMITS.max_prompt_characters:
-            faults.append(
-                f"A prompt has {len(prompt)} characters; at most {LIMITS.max_prompt_characters} "
-                "are taken."
-            )
-        if any("\ud800" <= character <= "\udfff" for character in prompt):
-            faults.append(f"The prompt {prompt!r} is not valid UTF-8 text.")
-    return faults
-
-
 def _load(settings: Settings, workspace: Path) -> DiffusionModel:
     import torch
 
@@ -185,12 +66,25 @@ def _load(settings: Settings, workspace: Path) -> DiffusionModel:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = source.open_source(source.locate(settings.model, None), workspace)
+    _check_steps(settings.steps, folder)
     try:
         return model.load(folder, device=device, dtype=_dtype(settings.precision, device))
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             "The model does not fit in the GPU's free memory; --precision fp16 halves its need."
         ) from error
+
+
+def _check_steps(steps: int, folder: Path) -> None:
+    """Refuse more steps than the model's noise schedule has, before its weights are read."""
+    from dreambooth.diffusion import layout, sampling
+
+    layout.validate_folder(folder)
+    most = sampling.max_steps(layout.component_config(folder, "scheduler"))
+    if steps > most:
+        raise UserError(
+            f"--steps must be a whole number from 1 to {most} with this model, not {steps}."
+        )
 
 
 def _dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -257,9 +151,26 @@ def _draw(
 
 def file_name(number: int, total: int, request: SamplingRequest) -> str:
     """Name a picture so that names sort in order: 003_a-photo-of-a-cat_seed42.png."""
-    words = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower()).strip("-")[:60].strip("-")
+    words = _words(request.prompt)
     parts = (str(number).zfill(max(3, len(str(total - 1)))), words, f"seed{request.seed}")
     return "_".join(part for part in parts if part) + ".png"
+
+
+def _words(prompt: str) -> str:
+    """The letters and digits of a prompt, of any script, with dashes between the words."""
+    text = ""
+    for character in unicodedata.normalize("NFC", prompt).lower():
+        # A vowel sign, an accent: it belongs to the letter before it.
+        mark = unicodedata.category(character).startswith("M") and text[-1:] not in ("", "-")
+        if character.isalnum() or mark:
+            text += character
+        elif text[-1:] != "-":
+            text += "-"
+        if len(text) > MAX_NAME_BYTES:
+            break
+    encoding = sys.getfilesystemencoding()
+    cut = text.strip("-").encode(encoding, "ignore")[:MAX_NAME_BYTES]
+    return cut.decode(encoding, "ignore").strip("-")
 
 
 def _write_picture(

@@ -178,7 +178,6 @@ class ParsedHyperparameters:
 
     hyperparameters: Hyperparameters
     warnings: tuple[str, ...]
-    ignored: tuple[str, ...]
 
 
 def parse(raw: Mapping[str, object], *, limits: Limits = LIMITS) -> ParsedHyperparameters:
@@ -191,12 +190,10 @@ def parse(raw: Mapping[str, object], *, limits: Limits = LIMITS) -> ParsedHyperp
     values: dict[str, Any] = {}
     faults: dict[str, str] = {}
     warnings: list[str] = []
-    ignored: list[str] = []
     for given, value in raw.items():
         name = normalised(given)
         knob = _BY_NAME.get(name)
         if knob is None:
-            ignored.append(name)
             if not _is_platform_name(name):
                 warnings.append(_unknown(name))
             continue
@@ -213,9 +210,7 @@ def parse(raw: Mapping[str, object], *, limits: Limits = LIMITS) -> ParsedHyperp
     ]
     if faults or wrong:
         raise HyperparameterError([*faults.values(), *wrong])
-    return ParsedHyperparameters(
-        hyperparameters=hyperparameters, warnings=tuple(warnings), ignored=tuple(ignored)
-    )
+    return ParsedHyperparameters(hyperparameters=hyperparameters, warnings=tuple(warnings))
 
 
 def normalised(name: str) -> str:

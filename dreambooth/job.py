@@ -6,6 +6,7 @@ Builds the objects and hands them down; the heavy half is `fine_tune`, imported 
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import signal
 import sys
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from dreambooth import container, failure, hyperparameters
+from dreambooth import container, failure, hyperparameters, logs, outputs
 from dreambooth.data import dataset_info
 from dreambooth.data.dataset_info import DatasetInfo
 from dreambooth.diffusion import facts as model_facts
@@ -39,6 +40,9 @@ class Job:
     hyperparameters: Hyperparameters
     dataset: DatasetInfo
     source: model_source.ModelSource
+    warnings: tuple[str, ...]
+    processes: int
+    is_main_process: bool
 
 
 def run(argv: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -48,14 +52,15 @@ def run(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     SIGINT stopped it.
     """
     failure_file = container.failure_file(environ)
+    _mend_streams()
     try:
         environment = container.read(argv, environ)
-        _log_to_stderr(environment.log_level)
+        logs.to_stderr(environment.log_level)
         with _signals_stop():
             if environment.dry_run:
-                _dry_run(environment)
+                _dry_run(_prepare(environment, environ))
             else:
-                _train(environment)
+                _train(_prepare(environment, environ))
     except DreamBoothError as error:
         print(f"error: {error}", file=sys.stderr)
         failure.write_failure(failure_file, error)
@@ -71,6 +76,13 @@ def run(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         failure.write_failure(failure_file, error)
         return 1
     return 0
+
+
+def _mend_streams() -> None:
+    """A job that was started with a stream closed runs all the same."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
 class _Terminated(BaseException):
@@ -95,20 +107,7 @@ def _signals_stop() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _log_to_stderr(level: str) -> None:
-    over_the_bar = "\r\033[K" if sys.stderr.isatty() else ""  # a progress bar may stand there
-    logging.basicConfig(
-        level=level.upper(),
-        format=over_the_bar + "%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-        force=True,
-    )
-    for name in ("httpx", "httpcore", "urllib3", "PIL", "bitsandbytes"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _prepare(environment: container.Environment) -> Job:
+def _prepare(environment: container.Environment, environ: Mapping[str, str]) -> Job:
     """Read settings and data and find the model; all wrong settings are told at once."""
     parsed = hyperparameters.parse(environment.settings)
     for warning in parsed.warnings:
@@ -123,11 +122,25 @@ def _prepare(environment: container.Environment) -> Job:
     for warning in dataset.warnings:
         log.warning(warning)
     source = model_source.locate(settings.pretrained_model, environment.model_channel)
-    return Job(environment=environment, hyperparameters=settings, dataset=dataset, source=source)
+    outputs.check(environment, source.path)
+    return Job(
+        environment=environment,
+        hyperparameters=settings,
+        dataset=dataset,
+        source=source,
+        warnings=parsed.warnings,
+        processes=int(environ.get("WORLD_SIZE") or 1),  # set by torchrun and accelerate launch
+        is_main_process=environ.get("RANK", "0") == "0",
+    )
 
 
 def _print_plan(job: Job, plan: TrainingPlan) -> None:
-    print(plans.describe(plan, job.hyperparameters), flush=True)
+    if not job.is_main_process:
+        return
+    try:
+        print(plans.describe(plan, job.hyperparameters), flush=True)
+    except OSError:  # nobody reads (a closed pipe), or a full disk: no reason not to train
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sizes = dataset_info.size_warnings(job.dataset, plan.resolution) if plan.resolution else ()
     for warning in (*plan.warnings, *sizes):
         log.warning(warning)
@@ -142,16 +155,21 @@ def _plan(
         facts,
         device,
         has_checkpoint_dir=job.environment.checkpoint_dir is not None,
+        processes=job.processes,
     )
 
 
-def _dry_run(environment: container.Environment) -> None:
-    job = _prepare(environment)
+def _dry_run(job: Job) -> None:
+    if job.source.kind == "hub":
+        log.warning(
+            "there is no folder or file %s here: it would be fetched from the hub",
+            job.source.location,
+        )
     _print_plan(job, _plan(job, model_source.peek(job.source), devices.from_driver()))
 
 
-def _train(environment: container.Environment) -> None:
-    job = _prepare(environment)
+def _train(job: Job) -> None:
+    outputs.make(job.environment)
     workspace = Path(tempfile.mkdtemp(prefix="dreambooth-"))
     try:
         folder = model_source.open_source(job.source, workspace)
@@ -164,15 +182,17 @@ def _train(environment: container.Environment) -> None:
         from dreambooth import fine_tune
         from dreambooth.task import Task
 
-        accelerator = Accelerator()
+        # Precision is the loop's business, whatever an accelerate configuration says.
+        accelerator = Accelerator(mixed_precision="no")
         task = Task(
-            environment=environment,
+            environment=job.environment,
             hyperparameters=job.hyperparameters,
             dataset=job.dataset,
             plan=plan,
             model_folder=folder,
             base_name=job.source.location,
             device=accelerator.device,
+            warnings=job.warnings,
         )
         fine_tune.run(task, accelerator)
     finally:

@@ -107,7 +107,7 @@ class Knob:
         if isinstance(raw, str) and len(raw) > limits.max_hyperparameter_characters:
             longest = limits.max_hyperparameter_characters
             raise ValueError(f"{self.name} has {len(raw)} characters; at most {longest} are read.")
-        text = _unwrapped(raw)
+        text = unwrapped(raw)
         if text in ("", "None", "null"):
             return self.default
         value = None if text is None else _PARSERS[self.kind](text)
@@ -132,7 +132,7 @@ class Knob:
 _KIND_IN_WORDS: Final = {"bool": "True or False", "int": "a whole number", "float": "a number"}
 
 
-def _unwrapped(raw: object) -> str | None:
+def unwrapped(raw: object) -> str | None:
     """A client's value as text, one JSON layer and one pair of single quotes taken off.
 
     None for what no client can mean as a value (a list, an object).

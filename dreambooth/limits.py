@@ -41,6 +41,14 @@ class Limits:
     # One value as SageMaker's API caps it is 2,500 characters; local runs may pass longer prompts.
     max_hyperparameter_characters: int = 20_000
 
+    # Pictures to draw. At 4,096 x 1,024 or 2,048 x 2,048 decoding one takes some 16 GB in fp32; a
+    # mistyped size must not take the whole machine's memory.
+    max_generated_side_pixels: int = 4_096
+    # Of one picture; also the square of the largest side that training knows.
+    max_generated_pixels: int = 4_194_304
+    # Pictures in one U-Net call: far beyond what fills any GPU.
+    max_generated_batch: int = 256
+
     # Archives. Stable Diffusion 2.1 in fp32 is 5.2 GB, with a safety checker, fp16 copies and a
     # single-file twin about 16 GB.
     archive_max_bytes: int = 40 * GIB

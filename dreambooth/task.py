@@ -29,7 +29,8 @@ _NOT_IDENTITY = frozenset(
 class Task:
     """One job, ready to run.
 
-    model_folder is a diffusers folder, base_name what the user called it.
+    model_folder is a diffusers folder, base_name what the user called it; warnings are those of
+    the settings.
     """
 
     environment: Environment
@@ -39,6 +40,7 @@ class Task:
     model_folder: Path
     base_name: str
     device: torch.device
+    warnings: tuple[str, ...] = ()
 
     @property
     def resolution(self) -> int:

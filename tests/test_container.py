@@ -62,8 +62,6 @@ def test_paths_in_a_container(root: Path) -> None:
         settings={},
         dry_run=False,
         log_level="info",
-        num_gpus=None,
-        in_container=True,
     )
 
 
@@ -85,12 +83,10 @@ def test_paths_in_script_mode(tmp_path: Path) -> None:
         SM_LOG_LEVEL="10",
     )
 
-    assert environment.in_container
     assert environment.training == Path("/data/pictures")
     assert environment.model_channel == Path("/data/base")
     assert environment.model_dir == Path("/data/model")
     assert environment.output_data_dir == Path("/data/extras")
-    assert environment.num_gpus == 1
     assert environment.log_level == "debug"
 
 
@@ -133,7 +129,6 @@ def test_outside_a_container_extras_lie_beside_the_model(tmp_path: Path) -> None
 
     environment = read(outside, "--train", "cat", "--model_dir", "out/model/")
 
-    assert not environment.in_container
     assert environment.model_dir == Path("out/model")
     assert environment.output_data_dir == Path("out/model-output")
     assert environment.failure_file == outside / "output" / "failure"
@@ -262,7 +257,7 @@ def test_all_faults_of_a_job_are_told_at_once(root: Path) -> None:
         root, "stray", "--max_steps", "x", "--train", "--log_level", "loud", SM_HPS="[]"
     )
 
-    for told in ("'stray'", "--train needs", "--log_level", "SM_HPS", "learning_rate", "resume"):
+    for told in ("'stray'", "--train needs", "log_level must", "SM_HPS", "learning_rate", "resume"):
         assert any(told in fault for fault in faults), told
     assert any(fault.startswith("max_steps must") for fault in faults)
     assert len(faults) == 7
@@ -360,7 +355,7 @@ def test_dry_run(root: Path, argv: list[str], dry: bool) -> None:
 
 def test_a_dry_run_takes_no_other_word(root: Path) -> None:
     assert "'folder'" in faults_of(root, "--dry-run", "folder")[0]
-    assert "--dry-run must be" in faults_of(root, "--dry-run=folder")[0]
+    assert "dry_run must be" in faults_of(root, "--dry-run=folder")[0]
 
 
 @pytest.mark.parametrize(
@@ -391,7 +386,132 @@ def test_help_names_every_option_and_ends_well(
     assert "--log_level" in told
 
 
-def test_a_missing_training_folder_has_a_sentence(root: Path) -> None:
-    told = container.describe_missing_training(read(root))
-    assert str(root / "input" / "data" / "training") in told
-    assert "--train" in told
+# Nothing lies under the root: (arguments, variables, output_data_dir); B is the base folder.
+MODEL_ARGUMENT = ["--model_dir=B/x"]
+OUTPUTS: dict[str, tuple[list[str], dict[str, str], str]] = {
+    "nothing given": ([], {}, "ml/model-output"),
+    "a stray variable": ([], {"SM_CHANNEL_MODEL": "/base"}, "ml/model-output"),
+    "a model folder": (MODEL_ARGUMENT, {}, "x-output"),
+    "a model folder, a stray variable": (MODEL_ARGUMENT, {"SM_CHANNEL_MODEL": "/b"}, "x-output"),
+    "a model folder, the platform's": (MODEL_ARGUMENT, {"SM_MODEL_DIR": "/ml/model"}, "x-output"),
+    "a hyperparameter": ([], {"SM_HP_MODEL_DIR": "B/x", "SM_MODEL_DIR": "/ml/model"}, "x-output"),
+    "script mode": ([], {"SM_MODEL_DIR": "B/x"}, "ml/output/data"),
+    "script mode, its output": ([], {"SM_MODEL_DIR": "B/x", "SM_OUTPUT_DATA_DIR": "B/y"}, "y"),
+    "its output and a model folder": (MODEL_ARGUMENT, {"SM_OUTPUT_DATA_DIR": "B/y"}, "y"),
+    "an output folder": (["--output_data_dir=B/z"], {"SM_OUTPUT_DATA_DIR": "B/y"}, "z"),
+    "empty words": (
+        ["--model_dir=", "--output_data_dir="],
+        {"SM_MODEL_DIR": ""},
+        "ml/model-output",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OUTPUTS)
+def test_where_extras_go_outside_a_container(tmp_path: Path, case: str) -> None:
+    argv, variables, expected = OUTPUTS[case]
+    base = str(tmp_path)
+    environment = read(
+        tmp_path / "ml",
+        *(word.replace("B/", f"{base}/") for word in argv),
+        **{name: value.replace("B/", f"{base}/") for name, value in variables.items()},
+    )
+    assert environment.output_data_dir == tmp_path / expected
+
+
+@pytest.mark.parametrize("variables", [{}, {"SM_MODEL_DIR": "/v"}, {"SM_CHANNEL_MODEL": "/v"}])
+def test_in_a_container_extras_go_under_the_root(root: Path, variables: dict[str, str]) -> None:
+    for argv in ([], ["--model_dir=/x"]):
+        assert read(root, *argv, **variables).output_data_dir == root / "output" / "data"
+
+
+# The attribute that each option sets, and the platform's own variable for it.
+PATHS = {
+    "train": ("training", "SM_CHANNEL_TRAINING"),
+    "model_dir": ("model_dir", "SM_MODEL_DIR"),
+    "output_data_dir": ("output_data_dir", "SM_OUTPUT_DATA_DIR"),
+    "checkpoint_dir": ("checkpoint_dir", None),
+}
+
+
+@pytest.mark.parametrize("option", PATHS)
+def test_the_precedence_of_every_path(root: Path, option: str) -> None:
+    attribute, variable = PATHS[option]
+
+    def found(*argv: str, **variables: str) -> object:
+        return getattr(read(root, *argv, **variables), attribute)
+
+    default = found()
+    write_settings(root, {option: "/file"})
+    assert found() == Path("/file")
+    variables = {variable: "/platform"} if variable else {}
+    assert found(**variables) == Path("/platform" if variable else "/file")
+    variables["SM_HPS"] = json.dumps({option: "/hps"})
+    assert found(**variables) == Path("/hps")
+    variables[f"SM_HP_{option.upper()}"] = "/hp"
+    assert found(**variables) == Path("/hp")
+    argument = f"--{option.replace('_', '-')}"
+    assert found(argument, "/argument", **variables) == Path("/argument")
+    assert found(argument, "", **variables) == Path("/hp")  # says nothing
+    for unset in ("", "None", "null", '""', None):
+        write_settings(root, {option: unset})
+        assert found() == default
+
+
+def test_the_precedence_of_the_log_level(root: Path) -> None:
+    write_settings(root, {"log_level": '"error"'})
+    assert read(root).log_level == "error"
+    assert read(root, SM_LOG_LEVEL="nonsense").log_level == "error"
+    assert read(root, SM_LOG_LEVEL="10").log_level == "debug"
+    variables = {"SM_LOG_LEVEL": "10", "SM_HP_LOG_LEVEL": "30"}
+    assert read(root, **variables).log_level == "warning"
+    assert read(root, "--log_level=critical", **variables).log_level == "critical"
+
+
+def test_the_precedence_of_a_dry_run(root: Path) -> None:
+    write_settings(root, {"dry_run": '"True"'})
+    assert read(root).dry_run
+    assert not read(root, SM_HP_DRY_RUN="false").dry_run
+    assert read(root, "--dry-run", SM_HP_DRY_RUN="false").dry_run
+    assert not read(root, "--dry-run=False").dry_run
+
+
+@pytest.mark.parametrize("value", ["/x", '"/x"', "\"'/x'\"", " /x "])
+def test_a_path_in_every_encoding(root: Path, value: str) -> None:
+    write_settings(root, {"model_dir": value})
+    assert read(root).model_dir == Path("/x")
+
+
+def test_options_among_the_hyperparameters_are_not_called_unknown(root: Path) -> None:
+    values = {"log_level": "info", "dry_run": "False", "max_steps": "3", "max_stepz": "4"}
+    write_settings(root, {**dict.fromkeys(PATHS, "/x"), **values})
+    environment = read(root, SM_HPS=json.dumps({"train": "/y"}), SM_HP_MODEL_DIR="/z")
+    assert environment.settings == {"max_steps": "3", "max_stepz": "4"}
+    (warning,) = parse(environment.settings).warnings
+    assert "'max_stepz'" in warning
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"model_dir": ["a"]}, "model_dir must be one text, not ['a']."),
+        ({"train": "a\0b"}, "train must be the path of a folder, not 'a\\x00b'."),
+        ({"train": "\ud800"}, "train must be the path of a folder, not '\\ud800'."),
+        ({"dry_run": "perhaps"}, "dry_run must be True or False, not 'perhaps'."),
+        (
+            {"log_level": "loud"},
+            "log_level must be one of debug, info, warning, error, critical, not 'loud'.",
+        ),
+    ],
+)
+def test_wrong_options_in_the_file_are_one_sentence(
+    root: Path, settings: dict[str, object], told: str
+) -> None:
+    write_settings(root, settings)
+    assert faults_of(root) == (told,)
+    (name,) = settings
+    read(root, f"--{name}", "True" if name == "dry_run" else "debug")  # an argument counts more
+
+
+def test_names_that_are_no_utf8_stay_paths(root: Path) -> None:
+    assert read(root, "--train", "caf\udce9").training == Path("caf\udce9")

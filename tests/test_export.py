@@ -20,8 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from dreambooth import export
+from dreambooth.diffusion import destination, source
 from dreambooth.diffusion import model as models
-from dreambooth.diffusion import source
 from dreambooth.errors import ResourceError, TrainingDivergedError, UserError
 
 Make = Callable[..., Path]
@@ -433,44 +433,67 @@ def test_a_place_that_cannot_be_written_is_one_sentence(
         write(tmp_path / "file", small_model_folder, trained_model(small_model_folder))
 
 
-def test_clear_removes_an_earlier_run_and_nothing_else(
+def test_a_run_writes_again_where_an_earlier_one_wrote(
     small_model_folder: Path, tmp_path: Path
 ) -> None:
-    model_dir, outside = tmp_path / "model", tmp_path / "outside"
     picture = Image.new("RGB", (8, 8))
-    write(model_dir, small_model_folder, trained_model(small_model_folder), samples={"a": picture})
-    for name in ("mine.txt", "unet_of_mine/x", "code/inference.py"):
-        (model_dir / name).parent.mkdir(exist_ok=True)
-        (model_dir / name).write_text("mine")
-    (model_dir / ".partial-xyz").mkdir()
-    (model_dir / ".partial-xyz" / "half").touch()
-    outside.mkdir()
-    (outside / "precious").touch()
-    (model_dir / "safety_checker").symlink_to(outside)
-    export.clear(model_dir)
-    assert files(model_dir) == {"mine.txt", "unet_of_mine/x", "code/inference.py"}
-    assert files(outside) == {"precious"}
-    export.clear(model_dir)
-    export.clear(tmp_path / "missing")
+    for seed in (1, 2):
+        export.clear(tmp_path, base_folder=small_model_folder)
+        model = trained_model(small_model_folder, seed=seed)
+        write(tmp_path, small_model_folder, model, samples={"a": picture} if seed == 1 else {})
+        expected = FILES | ({"samples/01_a.png"} if seed == 1 else set())
+        assert files(tmp_path) == expected
+        stored = load_file(tmp_path / "unet/diffusion_pytorch_model.safetensors")
+        assert equal(stored, model.unet.state_dict())
+    # The mark is there also where the base itself carries a __model_info__.json of its own.
+    info = json.loads((tmp_path / "__model_info__.json").read_text("utf-8"))
+    assert info["written_by"] == "dreambooth"
 
 
-def test_clear_removes_what_a_crashed_run_left(tmp_path: Path) -> None:
-    (tmp_path / "unet").mkdir()
-    (tmp_path / "unet" / "config.json").touch()
-    (tmp_path / "model_index.json").touch()
-    (tmp_path / "README.md").write_text("of the user's project")
+@pytest.mark.parametrize("removed", range(1, 9))
+def test_a_crash_while_clearing_leaves_what_the_next_run_clears(
+    small_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removed: int
+) -> None:
+    write(tmp_path, small_model_folder, trained_model(small_model_folder))
+    remove, done = destination.remove, 0
+
+    def fail_later(path: Path) -> None:
+        nonlocal done
+        if done == removed:
+            raise KeyboardInterrupt
+        done += 1
+        remove(path)
+
+    monkeypatch.setattr(destination, "remove", fail_later)
+    with pytest.raises(KeyboardInterrupt):
+        export.clear(tmp_path)
+    monkeypatch.undo()
+    assert (tmp_path / "__model_info__.json").exists()
+    assert not (tmp_path / "model_index.json").exists()
     export.clear(tmp_path)
-    assert files(tmp_path) == {"README.md"}
+    assert not list(tmp_path.iterdir())
 
 
-def test_clear_never_deletes_somebody_elses_model(
+def test_what_somebody_adds_while_we_train_is_set_aside(
+    small_model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    export.clear(tmp_path)
+    (tmp_path / "README.md").write_text("mine")
+    write(tmp_path, small_model_folder, trained_model(small_model_folder))
+    (kept,) = files(tmp_path) - FILES
+    assert (tmp_path / kept).read_text() == "mine"
+    assert files(tmp_path) >= FILES
+    assert "README.md" in caplog.text
+
+
+def test_a_run_never_deletes_the_model_that_it_starts_from(
     make_model_folder: Make, small_model_folder: Path, tmp_path: Path
 ) -> None:
     other = make_model_folder()
     with pytest.raises(UserError, match="not written by an earlier run"):
         export.clear(other)
+    assert source.read_facts(other)
     ours = write(tmp_path / "a", small_model_folder, trained_model(small_model_folder))
     with pytest.raises(UserError, match="over the base model"):
         export.clear(ours, base_folder=ours)
     assert files(ours) == FILES
-    assert source.read_facts(other)

@@ -227,7 +227,6 @@ def test_unknown_names_are_warned_of_with_the_nearest_one() -> None:
     assert "Did you mean max_steps?" in parsed.warnings[0]
     assert "mean" not in parsed.warnings[1]
     assert max(map(len, parsed.warnings)) < 200
-    assert parsed.ignored[:2] == ("max_step", "zzz")
 
 
 def test_what_the_sdk_adds_is_set_aside_silently() -> None:
@@ -243,7 +242,7 @@ def test_what_the_sdk_adds_is_set_aside_silently() -> None:
     parsed = parse({name: '"x"' for name in names})
 
     assert parsed.warnings == ()
-    assert len(parsed.ignored) == len(names)
+    assert parsed.hyperparameters == Hyperparameters()
 
 
 def test_a_tuners_mixture() -> None:
@@ -282,7 +281,6 @@ def test_dashes_in_names() -> None:
 def test_whatever_is_sent_gives_settings_or_one_error(raw: dict[str, object]) -> None:
     with contextlib.suppress(HyperparameterError):
         parsed = parse(raw)
-        assert set(parsed.ignored).isdisjoint(knob.name for knob in KNOBS)
         assert list(hyperparameter_text.as_strings(parsed.hyperparameters)) == list(OFF_DEFAULT)
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -14,10 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import load_file
 
-from dreambooth import fine_tune, job
+from dreambooth import job
 from dreambooth.hyperparameters import Hyperparameters
 from dreambooth.training import optimizer
 
@@ -56,7 +58,7 @@ def run_job(
     prompts = {"instance_prompt": "a photo of riobugger cat", "class_prompt": "a photo of cat"}
     (photos / "dataset_info.json").write_text(json.dumps(prompts))
     monkeypatch.setattr("dreambooth.class_sampling.NUM_INFERENCE_STEPS", 4)
-    monkeypatch.setattr(fine_tune, "SAMPLE_STEPS", 2)
+    monkeypatch.setattr("dreambooth.previews.NUM_INFERENCE_STEPS", 2)
     count = iter(range(100))
 
     def start(**settings: object) -> Run:
@@ -119,7 +121,7 @@ def test_batch_size(run_job: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "generate", generate)
     run = run_job(**PRIOR, num_class_images=5, batch_size=3)
     assert run.metrics[0]["epoch"] == 1.0
-    assert batches[0] == 3
+    assert batches[0] == 3  # class images are sampled so many at once
 
 
 def test_learning_rate(run_job: Start) -> None:
@@ -294,15 +296,33 @@ def test_prior_preservation_mode(run_job: Start) -> None:
     assert run.metrics[1]["class_loss"] > 0
 
 
-def test_compute_fid(run_job: Start, capsys: pytest.CaptureFixture[str]) -> None:
-    run_job(compute_fid=True, fid_features="features.safetensors")
-    assert (
-        "compute_fid is accepted" in capsys.readouterr().err
-    )  # nobody waits for a score that does not come
+def test_compute_fid_and_fid_features(
+    run_job: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_job()
+    assert "fid_score" not in capsys.readouterr().err
+    run_job(compute_fid=True)
+    shown = capsys.readouterr().err
+    [score] = re.findall(r"fid_score=([-+]?\d\.?\d*)", shown)  # the tuner's expression
+    assert float(score) >= 0
+    assert "features: the model's own VAE encoder" in shown
+    config = transformers.CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+        projection_dim=8,
+    )
+    transformers.CLIPVisionModelWithProjection(config).save_pretrained(tmp_path / "clip")
+    run_job(compute_fid=True, fid_features=tmp_path / "clip")
+    assert "features: CLIPVisionModelWithProjection" in capsys.readouterr().err
 
 
 EFFECTS = {
-    "fid_features": "test_compute_fid",
+    "compute_fid": "test_compute_fid_and_fid_features",
+    "fid_features": "test_compute_fid_and_fid_features",
     "epochs": "test_epochs_and_max_steps",
     "max_steps": "test_epochs_and_max_steps",
     "lr_scheduler": "test_lr_scheduler_and_lr_warmup_steps",

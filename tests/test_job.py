@@ -280,6 +280,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(
 ) -> None:
     common = ["transfer_learning.py", "--pretrained-model", str(small_model_folder)]
     common += ["--train", str(photos), "--max_steps=5", "--learning_rate=0.0001"]
+    common += ["--train_text_encoder"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     for name, command in (
         ("one", [sys.executable, *common, "--batch_size=2"]),
@@ -292,13 +293,28 @@ def test_two_processes_equal_one_with_the_doubled_batch(
             env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
             capture_output=True,
         )
-    base, one, two = (unet_of(f) for f in (small_model_folder, tmp_path / "one", tmp_path / "two"))
-    moved = np.concatenate([(one[name] - base[name]).ravel() for name in base])
-    other = np.concatenate([(two[name] - base[name]).ravel() for name in base])
-    # Without gradients in common it would be 0.85; weights whose gradient is zero but for rounding
-    # keep it from 1.
-    cosine = moved @ other / np.linalg.norm(moved) / np.linalg.norm(other)
-    assert cosine > 0.99
+    for part, name in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        path = f"{part}/{name}.safetensors"
+        base, one, two = (
+            load_file(folder / path)
+            for folder in (small_model_folder, tmp_path / "one", tmp_path / "two")
+        )
+        moved = np.concatenate([(one[name] - base[name]).ravel() for name in base])
+        other = np.concatenate([(two[name] - base[name]).ravel() for name in base])
+        # Without gradients in common it would be 0.85; weights whose gradient is zero but for
+        # rounding keep it from 1.
+        cosine = moved @ other / np.linalg.norm(moved) / np.linalg.norm(other)
+        assert cosine > 0.99, part
+
+
+def test_an_epoch_of_two_processes_is_one_pass_over_the_pictures(
+    small_model_folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--pretrained-model", str(small_model_folder), "--train", str(photos), "--dry-run"]
+    assert job.run([*argv, "--epochs=4"], {"WORLD_SIZE": "2"}) == 0
+    assert "6 (4 epochs of 3 instance images, 2 processes)" in capsys.readouterr().out
+    assert job.run([*argv, "--epochs=4"], {"WORLD_SIZE": "2", "RANK": "1"}) == 0
+    assert "epochs" not in capsys.readouterr().out
 
 
 def test_dry_run_prints_the_plan_quickly_and_loads_nothing(
@@ -368,3 +384,42 @@ def test_a_stop_signal_ends_with_its_exit_code(
     _, shown = process.communicate(timeout=60)
     assert process.returncode == code, shown
     assert not (tmp_path / "model" / "model_index.json").exists()
+
+
+def test_accelerates_configuration_does_not_change_the_precision(
+    small_model_folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate.state import AcceleratorState
+
+    assert train(small_model_folder, photos, tmp_path / "plain") == 0
+    AcceleratorState._reset_state(True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert train(small_model_folder, photos, tmp_path / "set") == 0
+    a, b = unet_of(tmp_path / "plain"), unet_of(tmp_path / "set")
+    assert all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def test_a_plan_that_nobody_reads_is_no_error(
+    small_model_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    common = f"{sys.executable} transfer_learning.py --pretrained-model {small_model_folder}"
+    common += f" --train {photos} --model_dir {tmp_path / 'model'} --dry-run"
+    for redirection in ("| true", ">/dev/full", ">&-", "2>&-"):
+        command = f"set -o pipefail; {common} {redirection}"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, (redirection, done.stderr)
+        assert "Traceback" not in done.stderr
+        assert "Exception ignored" not in done.stderr
+
+
+def test_the_average_loss_of_a_resumed_run_is_that_of_all_steps(
+    small_model_folder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--checkpointing_steps=1", f"--checkpoint_dir={tmp_path / 'c'}"]
+    last_lines = []
+    for _ in range(2):  # the second run finds all steps done
+        assert train(small_model_folder, photos, tmp_path / "model", *options) == 0
+        shown = capsys.readouterr().err
+        last_lines.append(re.findall(r"End of training: train_avg_loss=([\d.]+)", shown))
+    assert last_lines[0] == last_lines[1]
+    assert len(last_lines[0]) == 1

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -72,3 +73,41 @@ def test_an_error_is_one_sentence_and_exit_code_1(
     shown = capsys.readouterr().err
     assert shown.startswith("error: ")
     assert str(tmp_path / "none") in shown
+
+
+def test_an_interrupt_is_one_line_and_exit_code_130(
+    small_model_folder: Path, tmp_path: Path
+) -> None:
+    argv = ["--model", str(small_model_folder), "--prompt", "a cat", "--count", "10000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dreambooth", "generate", *argv, "--out", str(tmp_path)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Whoever runs the tests in the background has SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("generate: 0/")
+    process.send_signal(signal.SIGINT)
+    _, shown = process.communicate(timeout=60)
+    assert process.returncode == 130, shown
+    *progress, last = shown.splitlines()
+    assert last == "stopped by SIGINT"
+    assert all(line.startswith("generate: ") for line in progress)
+
+
+def test_generate_says_nothing_but_its_progress(small_model_folder: Path, tmp_path: Path) -> None:
+    options = ("--prompt", "a cat", "--steps", "2", "--seed", "1", "--out", str(tmp_path))
+    done = run("generate", "--model", str(small_model_folder), *options)
+    assert done.returncode == 0
+    assert [line.partition(":")[0] for line in done.stderr.splitlines()] == ["generate"] * 2
+
+
+def test_warnings_of_ours_are_shown(small_model_folder: Path, tmp_path: Path) -> None:
+    options = ("--steps", "1", "--seed", "1", "--out", str(tmp_path))
+    prompt = "a photo of a cat " * 50
+    done = run("generate", "--model", str(small_model_folder), "--prompt", prompt, *options)
+    assert done.returncode == 0
+    assert " WARNING " in done.stderr

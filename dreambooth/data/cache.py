@@ -60,12 +60,22 @@ def to_pixels(picture: np.ndarray) -> torch.Tensor:
 
 
 def crop_boxes(
-    size: tuple[int, int], *, resolution: int, center: bool, crops: int, seed: int, key: str | int
+    size: tuple[int, int],
+    *,
+    resolution: int,
+    center: bool,
+    crops: int,
+    seed: int,
+    stream: str,
+    key: str | int,
 ) -> list[tuple[int, int]]:
-    """(left, top) of each crop to cache of a picture of `size`: one where there is no choice."""
+    """(left, top) of each crop to cache of a picture of `size`: one where there is no choice.
+
+    A function of (seed, stream, key) alone; key: the picture's number in its stream.
+    """
     if center or size == (resolution, resolution):
         crops = 1
-    generator = random.Random(pairs.derive_seed(seed, "crop", key))
+    generator = random.Random(pairs.derive_seed(seed, stream, "crop", key))
     return [
         images.crop_offsets(size, resolution, center=center, random=generator) for _ in range(crops)
     ]
@@ -78,13 +88,15 @@ def build(
     center_crop: bool,
     crops: int,
     seed: int,
+    stream: str,
     encode_image: EncodeImage,
     on_image: Callable[[int], None] = lambda done: None,
 ) -> LatentPosteriors:
     """Encode every picture; one picture is in memory at a time.
 
-    crops: how many random crops to cache of a picture that is not square. encode_image: float32
-    -1..1 [1,3,H,W] -> (mean, std) [1,C,h,w]. on_image is told the count of pictures done.
+    crops: how many random crops to cache of a picture that is not square. stream: "instance" or
+    "class", as in `pairs.draw`; each draws crops of its own. encode_image: float32 -1..1 [1,3,H,W]
+    -> (mean, std) [1,C,h,w]. on_image is told the count of pictures done.
     Raises DatasetError, naming the file, where a picture cannot be read.
     """
     means: list[torch.Tensor] = []
@@ -99,6 +111,7 @@ def build(
             center=center_crop,
             crops=crops,
             seed=seed,
+            stream=stream,
             key=number,
         )
         first.append(len(means))

@@ -43,7 +43,7 @@ def read_pictures(
 ) -> Pictures:
     """Sort the entries of a folder by what their first bytes say, then prove the pictures.
 
-    `ignored` is the name of an entry (the class images' folder) that is not worth a mention.
+    `ignored` is the name of a sub-folder (the class images') that is not worth a mention.
     Raises DatasetError for a folder that cannot be listed or holds more than `most` pictures.
     """
     candidates: list[Path] = []
@@ -51,7 +51,7 @@ def read_pictures(
     others: list[str] = []
     for entry in _entries(folder, limits):
         path = Path(entry.path)
-        if entry.name in (INFO_NAME, ignored):
+        if entry.name == INFO_NAME or (entry.name == ignored and _is_folder(entry)):
             continue
         verdict = _verdict(entry, limits)
         if verdict == "picture":

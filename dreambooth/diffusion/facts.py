@@ -11,13 +11,15 @@ from dreambooth.diffusion.layout import (
     MODEL_INFO,
     TRAINED_PARTS,
     component_config,
-    read_index,
     read_json,
     validate_folder,
     weight_files,
 )
 from dreambooth.errors import ModelArtifactError
 from dreambooth.limits import LIMITS, Limits
+
+# What diffusion.loss has a target for.
+TRAINABLE = ("epsilon", "v_prediction")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +30,6 @@ class ModelFacts:
     resolution: what its activations are proportional to.
     """
 
-    pipeline_class: str
     prediction_type: str
     resolution: int
     latent_channels: int
@@ -37,15 +38,14 @@ class ModelFacts:
     unet_parameters: int
     text_encoder_parameters: int
     vae_parameters: int
-    weights_bytes: int
 
 
-def read_facts(folder: Path, *, limits: Limits = LIMITS) -> ModelFacts:
+def read_facts(folder: Path, *, to_train: bool = True, limits: Limits = LIMITS) -> ModelFacts:
     """Read the facts of a model folder in milliseconds.
 
     Parameter counts come from safetensors headers; for old `.bin` files they are estimated from
-    the file size. `weights_bytes` is the size on disk of the weights that would be read.
-    Raises ModelArtifactError for a folder that is no Stable Diffusion model.
+    the file size. Raises ModelArtifactError for a folder that is no Stable Diffusion model, and
+    for one that can draw but not be trained, unless `to_train` is False.
     """
     validate_folder(folder, limits=limits)
     unet = component_config(folder, "unet", limits=limits)
@@ -69,28 +69,41 @@ def read_facts(folder: Path, *, limits: Limits = LIMITS) -> ModelFacts:
         )
     resolution = _resolution(folder, unet, scale, limits)
     counted = {part: _count(folder / part, limits) for part in TRAINED_PARTS}
-    return ModelFacts(
-        pipeline_class=str(read_index(folder, limits=limits)["_class_name"]),
+    facts = ModelFacts(
         prediction_type=prediction_type,
         resolution=resolution,
         latent_channels=channels,
         vae_scale_factor=scale,
         unet_layer_elements=_layer_elements(unet, resolution // scale),
-        unet_parameters=counted["unet"][0],
-        text_encoder_parameters=counted["text_encoder"][0],
-        vae_parameters=counted["vae"][0],
-        weights_bytes=sum(size for _, size in counted.values()),
+        unet_parameters=counted["unet"],
+        text_encoder_parameters=counted["text_encoder"],
+        vae_parameters=counted["vae"],
     )
+    if to_train:
+        check_trainable(facts, folder / "scheduler" / "scheduler_config.json")
+    return facts
 
 
-def _count(component: Path, limits: Limits) -> tuple[int, int]:
-    """Parameters and bytes on disk of one component."""
+def check_trainable(facts: ModelFacts, origin: Path) -> None:
+    """Refuse a model whose U-Net predicts what the DreamBooth loss has no target for.
+
+    `origin` is the file that is named in the ModelArtifactError.
+    """
+    if facts.prediction_type not in TRAINABLE:
+        raise ModelArtifactError(
+            f"The noise scheduler's prediction_type is {facts.prediction_type!r} ({origin}); "
+            "models that predict 'epsilon' or 'v_prediction' can be trained."
+        )
+
+
+def _count(component: Path, limits: Limits) -> int:
+    """The parameters of one component."""
     chosen, files = weight_files(component, limits=limits)
-    size = sum(path.stat().st_size for path in files)
     if chosen.pickled:
-        return size // (2 if chosen.variant in ("fp16", "bf16") else 4), size
+        size = sum(path.stat().st_size for path in files)
+        return size // (2 if chosen.variant in ("fp16", "bf16") else 4)
     entries = [entry for path in files for entry in read_header(path, limits=limits)]
-    return sum(entry.count for entry in entries if entry.is_float), size
+    return sum(entry.count for entry in entries if entry.is_float)
 
 
 def _resolution(folder: Path, unet: dict[str, Any], scale: int, limits: Limits) -> int:

@@ -105,7 +105,7 @@ def weight_files(component: Path, *, limits: Limits = LIMITS) -> tuple[WeightFil
             "an old .bin is ever opened."
         )
     if not chosen.sharded:
-        return chosen, [component / chosen.name]
+        return chosen, _present([component / chosen.name])
     index = component / chosen.name
     weight_map = read_json(index, limits=limits).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -117,7 +117,15 @@ def weight_files(component: Path, *, limits: Limits = LIMITS) -> tuple[WeightFil
             raise ModelArtifactError(f"{index} names the weight file {name!r}, which is missing.")
     if len(files) > limits.max_weight_files:
         raise ModelArtifactError(f"{index} names {len(files)} weight files.")
-    return chosen, [component / name for name in files]
+    return chosen, _present([component / name for name in files])
+
+
+def _present(files: list[Path]) -> list[Path]:
+    for path in files:
+        if not path.is_file():
+            what = "a link to nothing" if path.is_symlink() else "no regular file"
+            raise ModelArtifactError(f"{path} is {what}: copy the model with the files themselves.")
+    return files
 
 
 def read_json(path: Path, *, limits: Limits = LIMITS) -> dict[str, Any]:

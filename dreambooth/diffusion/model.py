@@ -113,7 +113,7 @@ def load(
     """
     layout.validate_folder(folder, limits=limits)
     index = layout.read_index(folder, limits=limits)
-    facts = read_facts(folder, limits=limits)
+    facts = read_facts(folder, to_train=False, limits=limits)
     unet = _build(folder, "unet", diffusers.UNet2DConditionModel.from_config, limits)
     vae = _build(folder, "vae", diffusers.AutoencoderKL.from_config, limits)
     text_encoder = _build(folder, "text_encoder", _text_encoder, limits)

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,8 @@ from dreambooth.diffusion.model import (
     sampling_scheduler,
     tokenize,
 )
-from dreambooth.errors import RequestError, ResourceError
+from dreambooth.errors import ModelArtifactError, RequestError, ResourceError
+from dreambooth.limits import LIMITS, Limits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +66,7 @@ def generate(
     batch_size: int = 4,
     on_step: Callable[[int, int], None] | None = None,
     text: Mapping[str, Tensor] | None = None,
+    limits: Limits = LIMITS,
 ) -> Iterator[np.ndarray | None]:
     """Sample every request; yield uint8 [H, W, 3] pictures (0..255) in the order of the requests.
 
@@ -81,9 +84,11 @@ def generate(
     ResourceError when the device runs out of memory.
     """
     for request in requests:
-        check(model, request)
-    if batch_size < 1:
-        raise RequestError(f"batch_size must be at least 1, not {batch_size}.")
+        check(model, request, limits=limits)
+    if not 1 <= batch_size <= limits.max_generated_batch:
+        raise RequestError(
+            f"batch_size must lie between 1 and {limits.max_generated_batch}, not {batch_size}."
+        )
     return _generate(model, requests, batch_size, on_step, dict(text or {}))
 
 
@@ -124,15 +129,21 @@ def count_steps(
     return total
 
 
-def check(model: DiffusionModel, request: SamplingRequest) -> None:
+def check(model: DiffusionModel, request: SamplingRequest, *, limits: Limits = LIMITS) -> None:
     """Raise RequestError, in one sentence, if the model cannot serve the request."""
-    unit = max(8, model.vae_scale_factor)
-    for name, side in zip(("width", "height"), picture_size(model, request), strict=True):
-        if side < unit or side % unit:
-            raise RequestError(f"{name} must be a positive multiple of {unit}, not {side}.")
-    settings = model.scheduler_config
-    # Beyond it the offset pushes the first timestep over the end of the noise schedule.
-    most = int(settings.get("num_train_timesteps", 1000)) - int(settings.get("steps_offset", 0))
+    unit, longest = max(8, model.vae_scale_factor), limits.max_generated_side_pixels
+    width, height = picture_size(model, request)
+    for name, side in (("width", width), ("height", height)):
+        if side < unit or side % unit or side > longest:
+            raise RequestError(
+                f"{name} must be a multiple of {unit} from {unit} to {longest}, not {side}."
+            )
+    if width * height > limits.max_generated_pixels:
+        raise RequestError(
+            f"width x height must be at most {limits.max_generated_pixels} pixels, "
+            f"not {width} x {height}."
+        )
+    most = max_steps(model.scheduler_config)
     if not 1 <= request.num_inference_steps <= most:
         raise RequestError(
             f"num_inference_steps must lie between 1 and {most}, not {request.num_inference_steps}."
@@ -143,6 +154,22 @@ def check(model: DiffusionModel, request: SamplingRequest) -> None:
         raise RequestError(f"eta must lie between 0 and 1, not {request.eta}.")
     if not 0 <= request.seed < 2**64:
         raise RequestError(f"seed must lie between 0 and 2**64 - 1, not {request.seed}.")
+
+
+def max_steps(scheduler_config: Mapping[str, Any]) -> int:
+    """Return the largest num_inference_steps of a noise schedule.
+
+    Beyond it steps_offset pushes the first timestep over the end of the schedule. Raises
+    ModelArtifactError for a configuration without whole numbers.
+    """
+    timesteps = scheduler_config.get("num_train_timesteps", 1000)
+    offset = scheduler_config.get("steps_offset", 0)
+    if not isinstance(timesteps, int) or not isinstance(offset, int):
+        raise ModelArtifactError(
+            "scheduler_config.json must give whole numbers as num_train_timesteps and "
+            f"steps_offset, not {timesteps!r} and {offset!r}."
+        )
+    return timesteps - offset
 
 
 def picture_size(model: DiffusionModel, request: SamplingRequest) -> tuple[int, int]:

@@ -1,7 +1,6 @@
 """Where the pretrained model comes from: finding it and making a folder of it.
 
-Standard library only, and quick: the plan of a job looks here before torch is imported. The hub
-client is imported in the one function that downloads.
+Standard library only, and quick: the plan of a job looks here before torch is imported.
 """
 
 from __future__ import annotations
@@ -11,17 +10,14 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal
 
 from dreambooth import archives, tiny
-from dreambooth.diffusion.facts import ModelFacts, read_facts
+from dreambooth.diffusion import hub
+from dreambooth.diffusion.facts import ModelFacts, check_trainable, read_facts
 from dreambooth.diffusion.layout import (
     INDEX,
-    MODEL_INFO,
-    OPTIONAL_PARTS,
-    TRAINED_PARTS,
-    choose_weights,
     refuse_single_file,
     validate_folder,
 )
@@ -32,7 +28,6 @@ __all__ = [
     "ModelFacts",
     "ModelSource",
     "locate",
-    "needed_files",
     "open_source",
     "peek",
     "peek_facts",
@@ -78,9 +73,12 @@ def locate(
 def _by_name(name: str, limits: Limits) -> ModelSource:
     if name == "tiny":
         return ModelSource(kind="folder", location=name, path=tiny.WEIGHTS)
-    path = Path(name).expanduser()
-    if path.exists():
-        return _at(path, limits)
+    try:
+        path = Path(name).expanduser()
+        if path.exists():
+            return _at(path, limits)
+    except (OSError, RuntimeError) as error:  # of parents closed to us, too long, no such ~user
+        raise ModelArtifactError(f"The model {name} cannot be read: {error}.") from error
     if _HUB_ID.fullmatch(name) and not name.lower().endswith(_ARCHIVE_SUFFIXES):
         return ModelSource(kind="hub", location=name, path=None)
     raise ModelArtifactError(f"There is no pretrained model at {name}: {_HOW}.")
@@ -159,7 +157,7 @@ def open_source(source: ModelSource, workspace: Path, *, limits: Limits = LIMITS
     ResourceError where the hub cannot be reached.
     """
     if source.path is None:
-        folder = _download(source.location)
+        folder = hub.download(source.location)
     elif source.kind == "archive":
         folder = workspace / "pretrained_model"
         if folder.exists():  # of an earlier attempt
@@ -179,7 +177,10 @@ def open_source(source: ModelSource, workspace: Path, *, limits: Limits = LIMITS
 
 
 def peek(source: ModelSource, *, limits: Limits = LIMITS) -> ModelFacts | None:
-    """The facts of a source for a plan: of a folder or a small archive, None of all others."""
+    """The facts of a source for a plan: of a folder or a small archive, None of all others.
+
+    Raises ModelArtifactError for a folder that is at fault, and for a model that cannot be trained.
+    """
     if source.path is None:
         return None
     if source.kind == "archive":
@@ -190,7 +191,8 @@ def peek(source: ModelSource, *, limits: Limits = LIMITS) -> ModelFacts | None:
 def peek_facts(archive: Path, *, limits: Limits = LIMITS) -> ModelFacts | None:
     """Look at the facts of the model in a small archive; None where looking would take long.
 
-    None also for an archive that is at fault: the job itself will say so when it opens it.
+    None also for an archive that is at fault: the job itself will say so when it opens it. Raises
+    ModelArtifactError for a sound model that cannot be trained.
     """
     small = replace(limits, archive_max_bytes=min(limits.archive_max_bytes, _PEEK_EXTRACTED_BYTES))
     try:
@@ -198,56 +200,9 @@ def peek_facts(archive: Path, *, limits: Limits = LIMITS) -> ModelFacts | None:
             return None
         with tempfile.TemporaryDirectory(prefix="peek-") as workspace:
             source = ModelSource(kind="archive", location=str(archive), path=archive)
-            return read_facts(open_source(source, Path(workspace), limits=small), limits=small)
+            folder = open_source(source, Path(workspace), limits=small)
+            facts = read_facts(folder, to_train=False, limits=small)
     except (ModelArtifactError, ResourceError, OSError):
         return None
-
-
-def needed_files(names: Iterable[str]) -> list[str]:
-    """Of a hub repository's files, those that a job needs: one copy of the weights, no others."""
-    names = sorted(names)
-    needed = [name for name in names if name in (INDEX, MODEL_INFO, "README.md")]
-    for part in (*TRAINED_PARTS, *OPTIONAL_PARTS, "tokenizer", "scheduler"):
-        inside = [name for name in names if PurePosixPath(name).parent.as_posix() == part]
-        needed += [n for n in inside if n.endswith((".json", ".txt")) and ".index." not in n]
-        chosen = choose_weights(PurePosixPath(name).name for name in inside)
-        if chosen is None:
-            continue
-        needed.append(f"{part}/{chosen.name}")
-        if chosen.sharded:
-            suffix = ".bin" if chosen.pickled else ".safetensors"
-            needed += [
-                name
-                for name in inside
-                if "-of-" in name and name.endswith(suffix) and f".{chosen.variant}" in name
-            ]
-    return needed
-
-
-def _download(name: str) -> Path:
-    # huggingface_hub is not in the standard library, and its import takes a while.
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    try:
-        files = needed_files(HfApi().list_repo_files(name))
-        return Path(snapshot_download(name, allow_patterns=files))
-    except (RepositoryNotFoundError, GatedRepoError) as error:
-        raise ModelArtifactError(
-            f"The hub has no model {name} that can be read without logging in: check the name, or "
-            "log in with `hf auth login`."
-        ) from error
-    except (HTTPError, OSError):
-        pass  # no network, or the hub is down: an earlier download may be there
-    try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except (LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise ResourceError(
-            f"The model {name} cannot be downloaded, for the hub cannot be reached from here, and "
-            "no earlier download is there: give a folder or a tarball instead."
-        ) from error
+    check_trainable(facts, archive)
+    return facts

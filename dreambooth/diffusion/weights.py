@@ -7,6 +7,8 @@ goes through `torch.load(weights_only=True)` alone, which builds tensors and run
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import json
 import logging
 import pickle
@@ -82,16 +84,22 @@ def read_tensors(
     """Yield (file, name, tensor on the CPU) of a component folder; tensors may map the file."""
     chosen, files = layout.weight_files(component, limits=limits)
     if chosen.pickled:
-        logger.warning(
-            "%s holds old pickled weights: tensors are read from it and nothing else "
-            "(`python -m dreambooth convert` turns such a folder into safetensors).",
-            component,
-        )
+        _warn_of_pickles(component.parent)
     for path in files:
         if chosen.pickled:
             yield from ((path, key, tensor) for key, tensor in read_bin(path).items())
         else:
             yield from _read_safetensors(path, limits)
+
+
+@functools.cache
+def _warn_of_pickles(folder: Path) -> None:
+    """Once per model and process: a job reads the parts of its model several times."""
+    logger.warning(
+        "%s holds old pickled weights (.bin): only tensors are read from them, and any model that "
+        "is written from them is safetensors (`python -m dreambooth convert` makes it so for good)",
+        folder,
+    )
 
 
 def _read_safetensors(path: Path, limits: Limits) -> Iterator[tuple[Path, str, torch.Tensor]]:
@@ -156,12 +164,17 @@ def convert(origin: Path, destination: Path, *, limits: Limits = LIMITS) -> None
     """Copy a model folder (or a tarball of one) with every old `.bin` turned into safetensors.
 
     Nothing else is changed. `destination` must not exist or be empty; it appears only when whole.
-    Raises ModelArtifactError for anything that is no model, and for pickles that hold more than
-    weights or are no `.bin`.
+    Raises ModelArtifactError for anything that is no model here (nothing is downloaded), for links
+    to folders, and for pickles that hold more than weights or are no `.bin`.
     """
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ModelArtifactError(f"{destination} exists already: give a new or an empty folder.")
     found = source.locate(str(origin), None, limits=limits)
+    if found.path is None:  # it could be the name of a model on a hub
+        raise ModelArtifactError(
+            f"There is no folder or file {origin} in {Path.cwd()}: give a model folder or a "
+            "tarball of one."
+        )
     parent = destination.absolute().parent
     with contextlib.ExitStack() as stack:
         stack.enter_context(_told(destination))
@@ -183,9 +196,10 @@ def _told(destination: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
+        full = isinstance(error, SafetensorError) or error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise ResourceError(
-            f"{destination} could not be written ({error}): free some space, or choose "
-            "another place."
+            f"{destination} could not be written ({error}): "
+            + ("free some space, or choose another place." if full else "choose another place.")
         ) from error
 
 
@@ -196,7 +210,14 @@ def _convert_folder(folder: Path, target: Path, limits: Limits) -> None:
             continue  # .git, .cache and the like are no part of a model
         copy = target / _safetensors_name(entry.name)
         if entry.is_dir():
+            if entry.is_symlink():  # it may lead anywhere, and back to where we are
+                raise ModelArtifactError(
+                    f"{entry} is a link to a folder, which is not followed: put the folder itself "
+                    "there, or remove the link."
+                )
             _convert_folder(entry, copy, limits)
+        elif not entry.is_file():
+            raise ModelArtifactError(f"{entry} is no regular file, or a link to nothing.")
         elif copy.name != entry.name and (folder / copy.name).exists():
             continue  # a safetensors twin is there already
         elif entry.suffix in _OTHER_PICKLES:

@@ -6,6 +6,7 @@ handed the module), and both give the same facts.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -54,6 +55,14 @@ def from_driver() -> DeviceFacts:
         compute_capability=(int(major), int(minor)),
         memory_bytes=int(mebibytes) * 2**20,
     )
+
+
+def host_memory_bytes() -> int:
+    """Physical memory of the machine; 0 where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError):
+        return 0
 
 
 def from_torch(torch: ModuleType) -> DeviceFacts:

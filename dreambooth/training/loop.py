@@ -32,6 +32,7 @@ class TrainingData:
 
     instance, class_: latent posteriors; class_ is None without class images. instance_text,
     class_text: encoder_hidden_states [1,L,D], or token ids [1,L] where the text encoder is trained.
+    prior_text: encoder_hidden_states [1,L,D] of the class prompt as the frozen base model has them.
     latent_scale: latents are multiplied by it, as the VAE's scaling_factor says.
     """
 
@@ -40,6 +41,7 @@ class TrainingData:
     instance_text: torch.Tensor
     class_text: torch.Tensor | None
     latent_scale: float
+    prior_text: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +68,27 @@ class MicroBatch:
     instances: int
 
 
+class TrainedNetworks(nn.Module):
+    """All that is trained, as one network: several processes average the gradients of it all."""
+
+    def __init__(
+        self, state: TrainingState, encode_text: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        super().__init__()
+        self.unet = state.unet
+        self.text_encoder = state.text_encoder
+        self._encode_text = encode_text
+
+    def forward(
+        self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor
+    ) -> torch.Tensor:
+        """The prediction [B,C,h,w]; text as in MicroBatch."""
+        if self.text_encoder is not None:
+            text = self._encode_text(text)
+        model_pred: torch.Tensor = self.unet(noisy_latents, timesteps, text).sample
+        return model_pred
+
+
 def train(
     state: TrainingState,
     data: TrainingData,
@@ -83,7 +106,7 @@ def train(
     trained. prior_unet: the frozen base model, whose prediction is the class target
     (prior_preservation_mode=prediction). Raises TrainingDivergedError.
     """
-    unet = accelerator.prepare(state.unet)
+    networks = accelerator.prepare(TrainedNetworks(state, encode_text))
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     precision = state.precision
     skipped_in_a_row = 0
@@ -101,7 +124,7 @@ def train(
             group["lr"] = learning_rate
 
         # Accumulate gradients: every window has the same number of micro-batches
-        instance_loss, class_loss, loss_sum = 0.0, 0.0, 0.0
+        sums = torch.zeros(3)  # loss, instance loss, class loss
         for micro_batch in range(plan.gradient_accumulation_steps):
             samples = pairs.sample_numbers(
                 step=state.step,
@@ -115,8 +138,7 @@ def train(
                 batch = make_micro_batch(
                     data, samples, noise_scheduler, hyperparameters.seed, prior_unet
                 )
-                text = batch.text if state.text_encoder is None else encode_text(batch.text)
-                model_pred = unet(batch.noisy_latents, batch.timesteps, text).sample
+                model_pred = networks(batch.noisy_latents, batch.timesteps, batch.text)
             losses = dreambooth_loss(
                 model_pred,
                 batch.target,
@@ -124,31 +146,32 @@ def train(
                 prior_loss_weight=hyperparameters.prior_loss_weight,
             )
             precision.backward(losses.total / plan.gradient_accumulation_steps)
-            loss_sum += losses.total.item()
-            instance_loss += losses.instance.item()
-            class_loss += losses.class_.item() if losses.class_ is not None else 0.0
+            class_loss = torch.zeros(()) if losses.class_ is None else losses.class_
+            parts = (losses.total, losses.instance, class_loss)
+            sums += torch.stack([part.detach().float().cpu() for part in parts])
+        means = accelerator.reduce(sums / plan.gradient_accumulation_steps, "mean").tolist()
 
         # Clip by global norm, update the weights
         precision.unscale(state.optimizer)
         grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, hyperparameters.max_grad_norm))
-        _refuse_not_finite(loss_sum, grad_norm, state, learning_rate)
+        _refuse_not_finite(means[0], grad_norm, state, learning_rate)
         updated = precision.step(state.optimizer)
         state.optimizer.zero_grad(set_to_none=True)
         if not updated:  # fp16 overflow: the scale is lower now, the same step is tried again
             state.skipped_steps += 1
             skipped_in_a_row += 1
             if skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
-                _refuse_not_finite(loss_sum, math.nan, state, learning_rate, force=True)
+                _refuse_not_finite(means[0], math.nan, state, learning_rate, force=True)
             continue
         skipped_in_a_row = 0
         state.step += 1
-        micro_batches = plan.gradient_accumulation_steps
+        state.loss_total += means[0]
         yield StepMetrics(
             step=state.step,
             epoch=plan.epoch(state.step),
-            loss=loss_sum / micro_batches,
-            instance_loss=instance_loss / micro_batches,
-            class_loss=class_loss / micro_batches if data.class_text is not None else None,
+            loss=means[0],
+            instance_loss=means[1],
+            class_loss=means[2] if data.class_text is not None else None,
             learning_rate=learning_rate,
             grad_norm=grad_norm,
         )
@@ -171,7 +194,9 @@ def make_micro_batch(
         class_text = data.class_text.expand(len(samples), *data.class_text.shape[1:])
         if prior_unet is not None:
             with torch.no_grad():
-                base_prediction = prior_unet(noisy, timesteps, class_text).sample
+                assert data.prior_text is not None  # given with the frozen model
+                prior_text = data.prior_text.expand(len(samples), *data.prior_text.shape[1:])
+                base_prediction = prior_unet(noisy, timesteps, prior_text).sample
             halves.append((noisy, timesteps, class_text, base_prediction.to(target.dtype)))
         elif data.class_ is not None:
             noisy, timesteps, target = _draw_half(
@@ -219,8 +244,10 @@ def _refuse_not_finite(
     if math.isfinite(loss) and (math.isfinite(grad_norm) or scaled):
         return
     what = "gradient" if math.isfinite(loss) else "loss"
+    half = state.precision.dtype != torch.float32
+    kept = f" The last good checkpoint is {state.checkpoint}." if state.checkpoint else ""
     raise TrainingDivergedError(
         f"The {what} is not finite at step {state.step + 1} (learning rate {learning_rate:g}): "
-        "training has diverged. Lower learning_rate, or set mixed_precision to no.",
+        f"training has diverged. Lower learning_rate{' or set mixed_precision=no' * half}.{kept}",
         step=state.step + 1,
     )

@@ -13,7 +13,9 @@ POLYNOMIAL_END = 1e-7  # the final learning rate of diffusers' polynomial curve,
 
 def default_warmup_steps(lr_scheduler: str, steps: int) -> int:
     """0, or a tenth of the steps for constant_with_warmup, whose point it is."""
-    return math.ceil(steps / 10) if lr_scheduler == "constant_with_warmup" else 0
+    if lr_scheduler != "constant_with_warmup":
+        return 0
+    return min(math.ceil(steps / 10), steps - 1)  # a run of one step learns at the full rate
 
 
 def factor(

@@ -12,7 +12,7 @@ from dreambooth.data.dataset_info import DatasetInfo
 from dreambooth.diffusion.facts import ModelFacts
 from dreambooth.hyperparameters import MEMORY_PLANS, Hyperparameters
 from dreambooth.training import lr_schedulers
-from dreambooth.training.device import DeviceFacts
+from dreambooth.training.device import DeviceFacts, host_memory_bytes
 
 MAX_CACHED_CROPS = 8  # random crops per picture that is not square
 CHECKPOINT_MINUTES = 10.0  # where a checkpoint folder is given and no interval
@@ -41,6 +41,7 @@ class TrainingPlan:
     class_images_to_sample: int
     batch_size: int
     gradient_accumulation_steps: int
+    processes: int
     resolution: int | None
     cached_crops: int
     mixed_precision: str
@@ -57,15 +58,20 @@ class TrainingPlan:
 
     def epoch(self, step: int) -> float:
         """Passes over the instance images after `step` steps."""
-        return step * self.batch_size * self.gradient_accumulation_steps / self.instance_images
+        per_step = self.batch_size * self.gradient_accumulation_steps * self.processes
+        return step * per_step / self.instance_images
 
 
-def count_steps(hyperparameters: Hyperparameters, images: int) -> int:
+def samples_per_step(hyperparameters: Hyperparameters, processes: int) -> int:
+    """Instance images that one step learns from."""
+    return hyperparameters.batch_size * hyperparameters.gradient_accumulation_steps * processes
+
+
+def count_steps(hyperparameters: Hyperparameters, images: int, processes: int) -> int:
     """max_steps, else the steps of `epochs` passes over the pictures."""
     if hyperparameters.max_steps is not None:
         return hyperparameters.max_steps
-    per_step = hyperparameters.batch_size * hyperparameters.gradient_accumulation_steps
-    return math.ceil(hyperparameters.epochs * images / per_step)
+    return math.ceil(hyperparameters.epochs * images / samples_per_step(hyperparameters, processes))
 
 
 def make(
@@ -75,10 +81,12 @@ def make(
     device: DeviceFacts,
     *,
     has_checkpoint_dir: bool = False,
+    processes: int = 1,
 ) -> TrainingPlan:
     """Derive the plan; `facts` is None where the model is yet to be unpacked or fetched."""
     instances = len(dataset.instance_images)
-    steps = count_steps(hyperparameters, instances)
+    steps = count_steps(hyperparameters, instances, processes)
+    samples = steps * samples_per_step(hyperparameters, processes)
     needs_class_images = (
         hyperparameters.with_prior_preservation
         and hyperparameters.prior_preservation_mode == "images"
@@ -97,24 +105,26 @@ def make(
     if has_checkpoint_dir and checkpointing_steps is None and checkpointing_minutes is None:
         checkpointing_minutes = CHECKPOINT_MINUTES
     keeps = bool(checkpointing_steps or checkpointing_minutes)
-    uses = math.ceil(
-        steps * hyperparameters.batch_size * hyperparameters.gradient_accumulation_steps / instances
+    memory_bytes = expected_memory_bytes(
+        hyperparameters,
+        facts,
+        mixed_precision=mixed_precision,
+        use_8bit_adam=use_8bit_adam,
+        gradient_checkpointing=gradient_checkpointing,
     )
     return TrainingPlan(
         device=device,
         steps=steps,
-        epochs=steps
-        * hyperparameters.batch_size
-        * hyperparameters.gradient_accumulation_steps
-        / instances,
-        steps_by_longer_set=count_steps(hyperparameters, max(instances, class_images)),
+        epochs=samples / instances,
+        steps_by_longer_set=count_steps(hyperparameters, max(instances, class_images), processes),
         instance_images=instances,
         class_images=class_images,
         class_images_to_sample=class_images - given,
         batch_size=hyperparameters.batch_size,
         gradient_accumulation_steps=hyperparameters.gradient_accumulation_steps,
+        processes=processes,
         resolution=hyperparameters.resolution or (facts.resolution if facts else None),
-        cached_crops=max(1, min(MAX_CACHED_CROPS, uses)),
+        cached_crops=max(1, min(MAX_CACHED_CROPS, math.ceil(samples / instances))),
         mixed_precision=mixed_precision,
         prior_generation_precision=_prior_precision(hyperparameters, device),
         use_8bit_adam=use_8bit_adam,
@@ -123,24 +133,16 @@ def make(
         lr_warmup_steps=warmup,
         checkpointing_steps=checkpointing_steps,
         checkpointing_minutes=checkpointing_minutes,
-        memory_bytes=expected_memory_bytes(
-            hyperparameters,
-            facts,
-            mixed_precision=mixed_precision,
-            use_8bit_adam=use_8bit_adam,
-            gradient_checkpointing=gradient_checkpointing,
-        ),
+        memory_bytes=memory_bytes,
         disk_bytes=_expected_disk_bytes(
             hyperparameters, facts, class_images - given, use_8bit_adam, keeps
         ),
-        warnings=_warnings(hyperparameters, device, steps, warmup),
+        warnings=_warnings(hyperparameters, device, steps, warmup, memory_bytes),
     )
 
 
 def _prior_precision(hyperparameters: Hyperparameters, device: DeviceFacts) -> str:
-    wanted = hyperparameters.prior_generation_precision
-    if wanted is None:
-        return device.mixed_precision
+    wanted = hyperparameters.prior_generation_precision or device.mixed_precision
     return "no" if wanted == "fp32" else wanted
 
 
@@ -240,9 +242,19 @@ def _expected_disk_bytes(
 
 
 def _warnings(
-    hyperparameters: Hyperparameters, device: DeviceFacts, steps: int, warmup: int
+    hyperparameters: Hyperparameters,
+    device: DeviceFacts,
+    steps: int,
+    warmup: int,
+    memory_bytes: int,
 ) -> tuple[str, ...]:
     notes = []
+    there = device.memory_bytes or host_memory_bytes()
+    if there and memory_bytes > there:
+        notes.append(
+            f"The run is expected to take {_bytes(memory_bytes)} of memory, and {device.name} has "
+            f"{_bytes(there)}: lower batch_size or resolution, or choose a smaller memory_plan."
+        )
     if hyperparameters.lr_scheduler == "constant" and warmup:
         notes.append(
             f"lr_warmup_steps={warmup} has no effect with lr_scheduler=constant; "
@@ -253,8 +265,6 @@ def _warnings(
             f"lr_warmup_steps={warmup} is not below the {steps} steps of this run: "
             "the learning rate never reaches its full value."
         )
-    if hyperparameters.compute_fid:
-        notes.append("compute_fid is accepted, but this version prints no fid_score yet.")
     if hyperparameters.mixed_precision == "bf16" and device.mixed_precision == "fp16":
         notes.append(
             f"{device.name} computes bf16 slowly (compute capability below 8.0); use fp16."
@@ -266,13 +276,19 @@ def _warnings(
 
 def describe(plan: TrainingPlan, hyperparameters: Hyperparameters) -> str:
     """The plan as the lines that the job prints first."""
+    shown = (f"  {name:<16} {text}" for name, text in rows(plan, hyperparameters))
+    return "\n".join(["Plan", *shown])
+
+
+def rows(plan: TrainingPlan, hyperparameters: Hyperparameters) -> list[tuple[str, str]]:
+    """What the plan decides, as (name, text)."""
     curve = lr_schedulers.sketch(
         hyperparameters.lr_scheduler,
         steps=plan.steps,
         warmup_steps=plan.lr_warmup_steps,
         learning_rate=hyperparameters.learning_rate,
     )
-    rows = [
+    lines = [
         ("steps", _steps_line(plan, hyperparameters)),
         ("pictures", _pictures_line(plan)),
         (
@@ -291,14 +307,16 @@ def describe(plan: TrainingPlan, hyperparameters: Hyperparameters) -> str:
             if plan.checkpointing_steps
             else f"{plan.checkpointing_minutes:g} minutes"
         )
-        rows.append(("checkpoint every", every))
-    return "\n".join(["Plan", *(f"  {name:<16} {text}" for name, text in rows)])
+        lines.append(("checkpoint every", every))
+    return lines
 
 
 def _steps_line(plan: TrainingPlan, hyperparameters: Hyperparameters) -> str:
     line = f"{plan.steps} ({plan.epochs:g} epochs of {plan.instance_images} instance images"
     if plan.batch_size * plan.gradient_accumulation_steps > 1:
         line += f", batch {plan.batch_size} x {plan.gradient_accumulation_steps} accumulated"
+    if plan.processes > 1:
+        line += f", {plan.processes} processes"
     line += ")"
     if hyperparameters.max_steps is None and plan.steps_by_longer_set != plan.steps:
         line += (

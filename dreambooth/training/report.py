@@ -6,7 +6,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -14,11 +15,14 @@ from typing import Any, TextIO
 
 from PIL import Image
 
+from dreambooth.errors import ResourceError
 from dreambooth.progress import Progress
 from dreambooth.training.loop import StepMetrics
 from dreambooth.training.plan import TrainingPlan
 
 log = logging.getLogger(__name__)
+
+_OUR_SAMPLES = "step-[0-9][0-9][0-9][0-9][0-9][0-9]*.png"
 
 
 class Report:
@@ -39,19 +43,19 @@ class Report:
         draw_sample: Callable[[], Image.Image | None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._plan = plan
         self._sample_steps = sample_steps
         self._draw_sample = draw_sample
         self._clock = clock
-        self._metrics = _open_metrics(folder / "metrics.jsonl", first_step)
-        for old in (folder / "samples").glob("step-*.png") if first_step == 0 else ():
-            old.unlink()
+        with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._metrics = _open_metrics(folder / "metrics.jsonl", first_step)
+            for old in (folder / "samples").glob(_OUR_SAMPLES) if first_step == 0 else ():
+                old.unlink()
         self._progress = Progress(plan.steps, "training", stream=stream, initial=first_step)
         self._tensorboard = _tensorboard(folder)
         self._epoch_losses: list[float] = []
-        self._losses: list[float] = []
         self._last_time = clock()
 
     def __enter__(self) -> Report:
@@ -77,8 +81,9 @@ class Report:
             "steps_per_second": round(steps_per_second, 4),
             "time": round(time.time(), 3),
         }
-        self._metrics.write(json.dumps(row) + "\n")
-        self._metrics.flush()
+        with _writing(self._folder):
+            self._metrics.write(json.dumps(row) + "\n")
+            self._metrics.flush()
         self._progress.update(
             metrics.step, loss=metrics.loss, learning_rate=f"{metrics.learning_rate:.2e}"
         )
@@ -91,14 +96,11 @@ class Report:
             self._save_sample(metrics.step)
         self._last_time = self._clock()  # drawing and writing is not the step's time
 
-    def finish(self) -> None:
-        """The last line that SageMaker's metric definitions read."""
-        if self._losses:
-            average = sum(self._losses) / len(self._losses)
-            log.info("End of training: train_avg_loss=%s", plain_decimal(average))
+    def finish(self, average_loss: float) -> None:
+        """The last line that SageMaker's metric definitions read; the average is of all steps."""
+        log.info("End of training: train_avg_loss=%s", plain_decimal(average_loss))
 
     def _count_epoch(self, metrics: StepMetrics) -> None:
-        self._losses.append(metrics.loss)
         self._epoch_losses.append(metrics.loss)
         epoch = math.floor(metrics.epoch + 1e-9)
         if epoch > math.floor(self._plan.epoch(metrics.step - 1) + 1e-9):
@@ -112,13 +114,26 @@ class Report:
             log.warning("the sample picture of step %d is not finite and is left out", step)
             return
         path = self._folder / "samples" / f"step-{step:06d}.png"
-        path.parent.mkdir(exist_ok=True)
-        picture.save(path)
+        with _writing(self._folder):
+            path.parent.mkdir(exist_ok=True)
+            picture.save(path)
 
 
 def plain_decimal(value: float) -> str:
     """A number as SageMaker's metric expressions read it: digits and a point, never an exponent."""
     return f"{value:.8f}"
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """A full or unwritable disk ends the job in one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(
+            f"The output folder {folder} cannot be written: {error.strerror or error}. "
+            "Free some disk or give another --output_data_dir."
+        ) from error
 
 
 def _open_metrics(path: Path, first_step: int) -> TextIO:

@@ -34,7 +34,10 @@ PREFIX = "step-"
 
 @dataclass(slots=True, kw_only=True)
 class TrainingState:
-    """step: updates done. skipped_steps: fp16 updates that overflowed and were tried again."""
+    """step: updates done. skipped_steps: fp16 updates that overflowed and were tried again.
+
+    loss_total: the losses of all steps, summed. checkpoint: the last one written or gone on from.
+    """
 
     unet: nn.Module
     text_encoder: nn.Module | None
@@ -42,6 +45,8 @@ class TrainingState:
     precision: Precision
     step: int = 0
     skipped_steps: int = 0
+    loss_total: float = 0.0
+    checkpoint: Path | None = None
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
         """The trained parts by the name of their folder."""
@@ -70,6 +75,7 @@ def save(state: TrainingState, folder: Path, *, identity: Mapping[str, str], kee
             "format": FORMAT,
             "step": state.step,
             "skipped_steps": state.skipped_steps,
+            "loss_total": state.loss_total,
             "scaler": state.precision.scaler.state_dict(),
             "identity": dict(identity),
             "environment": environment(),
@@ -85,11 +91,19 @@ def save(state: TrainingState, folder: Path, *, identity: Mapping[str, str], kee
         shutil.rmtree(partial, ignore_errors=True)
         raise ResourceError(
             f"The checkpoint of step {state.step} cannot be written to {folder}: {error.strerror}. "
-            "Free some disk, or set checkpointing_steps higher or checkpoints_total_limit lower."
+            "Free some disk, lower checkpoints_total_limit, or give another --checkpoint_dir."
         ) from error
-    for old in _checkpoints(folder)[keep:]:
+    others = [path for path in _checkpoints(folder) if path != final]
+    for old in others[keep - 1 :]:
         shutil.rmtree(old, ignore_errors=True)
+    state.checkpoint = final
     return final
+
+
+def clear(folder: Path) -> None:
+    """Remove all checkpoints, for a run that starts over; anything else in the folder stays."""
+    for path in _checkpoints(folder):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def load_newest(state: TrainingState, folder: Path, *, identity: Mapping[str, str]) -> bool:
@@ -120,6 +134,8 @@ def load_newest(state: TrainingState, folder: Path, *, identity: Mapping[str, st
         state.precision.scaler.load_state_dict(manifest["scaler"])
         state.step = manifest["step"]
         state.skipped_steps = manifest["skipped_steps"]
+        state.loss_total = manifest["loss_total"]
+        state.checkpoint = path
         return True
     return False
 

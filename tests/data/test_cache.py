@@ -33,11 +33,11 @@ def photos(tmp_path: Path) -> list[Path]:
 def build(
     photos: list[Path], model: models.DiffusionModel, **changes: object
 ) -> cache.LatentPosteriors:
-    settings: dict[str, object] = {"resolution": 32, "center_crop": False, "crops": 5, "seed": 0}
+    settings: dict[str, object] = {"resolution": 32, "center_crop": False, "crops": 5}
     return cache.build(
         photos,
         encode_image=lambda pixels: models.encode_posterior(model, pixels),
-        **{**settings, **changes},
+        **{**settings, "seed": 0, "stream": "instance", **changes},
     )
 
 
@@ -58,6 +58,16 @@ def test_random_crops_differ_and_are_a_function_of_the_seed(
     assert len({crop.numpy().tobytes() for crop in crops}) > 1
 
 
+def test_instance_and_class_images_of_one_number_are_cropped_apart(
+    photos: list[Path], model: models.DiffusionModel
+) -> None:
+    instance, class_ = build(photos, model), build(photos, model, stream="class")
+    assert torch.equal(instance.mean[0], class_.mean[0])  # square: nothing to choose
+    for picture in (1, 2):
+        rows = slice(instance.first[picture], instance.first[picture] + 5)
+        assert not torch.equal(instance.mean[rows], class_.mean[rows])
+
+
 def test_a_cached_sample_equals_encoding_the_crop_at_that_step(
     photos: list[Path], model: models.DiffusionModel
 ) -> None:
@@ -75,7 +85,13 @@ def test_a_cached_sample_equals_encoding_the_crop_at_that_step(
         picture, crop = int(samples.images[row]), int(samples.crops[row])
         resized = images.resize(images.open_image(photos[picture]), 32)
         left, top = cache.crop_boxes(
-            resized.size, resolution=32, center=False, crops=5, seed=0, key=picture
+            resized.size,
+            resolution=32,
+            center=False,
+            crops=5,
+            seed=0,
+            stream="instance",
+            key=picture,
         )[crop]
         pixels = cache.to_pixels(images.to_array(resized.crop((left, top, left + 32, top + 32))))
         posterior = model.vae.encode(pixels[None]).latent_dist

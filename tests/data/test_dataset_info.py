@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import os
+import struct
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,6 +87,35 @@ def test_a_missing_or_junk_filled_class_folder_is_no_fault(folder: Path) -> None
 def test_a_class_data_dir_that_cannot_be_one(folder: Path, name: str) -> None:
     with pytest.raises(DatasetError, match="class_data_dir points at"):
         dataset_info.read(folder, class_data_dir=name, with_prior_preservation=True)
+
+
+def test_a_picture_named_as_class_data_dir_stays_an_instance_image(folder: Path) -> None:
+    info = dataset_info.read(folder, class_data_dir="0.jpg")
+    assert [path.name for path in info.instance_images] == ["0.jpg", "1.jpg", "2.jpg"]
+
+
+def test_a_large_png_with_a_broken_stream_is_named_and_skipped(folder: Path) -> None:
+    broken_png(folder / "broken.png")
+    info = dataset_info.read(folder)
+    assert len(info.instance_images) == 3
+    (warning,) = info.warnings
+    assert "broken.png (is damaged" in warning
+    for number in range(3):
+        (folder / f"{number}.jpg").unlink()
+    with pytest.raises(DatasetError, match=r"holds no picture to train on.*broken\.png"):
+        dataset_info.read(folder)
+
+
+def broken_png(path: Path) -> None:
+    """A PNG of 3 megapixels whose checksums are right around a stream that ends in garbage."""
+    rows = zlib.compress(bytes(2001 * 1500))
+    rows = rows[: len(rows) // 2] + b"\xff" * (len(rows) // 2)
+    data = b"\x89PNG\r\n\x1a\n"
+    header = struct.pack(">IIBBBBB", 2000, 1500, 8, 0, 0, 0, 0)
+    for name, body in ((b"IHDR", header), (b"IDAT", rows), (b"IEND", b"")):
+        data += struct.pack(">I", len(body)) + name + body
+        data += struct.pack(">I", zlib.crc32(name + body))
+    path.write_bytes(data)
 
 
 def test_a_damaged_picture_is_named_and_skipped(folder: Path) -> None:

@@ -31,6 +31,16 @@ def test_pictures_are_sorted_and_measured(tmp_path: Path) -> None:
     assert skipped(found, "here") == []
 
 
+def test_only_a_sub_folder_is_ignored_by_name(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "riobugger_00.png")
+    (tmp_path / "more").mkdir()
+    found = read_pictures(tmp_path, ignored="riobugger_00.png", most=9)
+    assert [path.name for path in found.paths] == ["a.png", "riobugger_00.png"]
+    assert found.others == ("more/",)
+    assert read_pictures(tmp_path, ignored="more", most=9).others == ()
+
+
 def test_junk_is_skipped_in_one_line_that_names_it(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     picture(tmp_path / "._a.png")

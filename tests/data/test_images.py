@@ -390,6 +390,23 @@ def test_check_images_keeps_order_and_returns_faults(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("megapixels", [0.01, 3])
+def test_right_checksums_around_a_broken_stream_are_not_enough(
+    tmp_path: Path, megapixels: float
+) -> None:
+    side = int((megapixels * 1e6) ** 0.5)
+    whole = png(struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0), bytes((side + 1) * side))
+    start = whole.index(b"IDAT")
+    (length,) = struct.unpack(">I", whole[start - 4 : start])
+    body = whole[start + 4 : start + 4 + length // 2] + b"\xff" * (length - length // 2)
+    crc = struct.pack(">I", zlib.crc32(b"IDAT" + body))
+    path = tmp_path / "a.png"
+    path.write_bytes(whole[: start + 4] + body + crc + whole[start + 8 + length :])
+    for read in (images.open_image, images.check_image):
+        with pytest.raises(PictureError, match=r"a\.png is damaged"):
+            read(path)
+
+
 @given(
     width=st.integers(1, 5000),
     height=st.integers(1, 5000),

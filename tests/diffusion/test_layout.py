@@ -177,3 +177,13 @@ def test_a_single_file_checkpoint_is_told_how_to_convert(tmp_path: Path, name: s
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(ModelArtifactError, match="from_single_file"):
         validate_folder(tmp_path / name)
+
+
+def test_a_link_to_nothing_is_no_weights(make_model_folder: Make) -> None:
+    for options in ({}, {"bin": True}, {"sharded": True}):
+        folder = make_model_folder(**options)
+        file = next((folder / "unet").glob("*1-of*" if "sharded" in options else "*model.*"))
+        file.unlink()
+        file.symlink_to(folder / "blobs" / "gone")
+        with pytest.raises(ModelArtifactError, match=f"{file.name} is a link to nothing"):
+            validate_folder(folder)

@@ -31,6 +31,7 @@ LAYOUTS = [
     {"text_model_prefix": False},
     {"use_linear_projection": False},
     {"prediction_type": "v_prediction", "pixels": 64},
+    {"prediction_type": "sample"},  # cannot be trained, but drawn from
 ]
 
 
@@ -69,6 +70,12 @@ def test_every_layout_loads_to_the_weights_that_the_library_loads(
         assert not getattr(model, part).training
     assert model.resolution == options.get("pixels", 32)
     assert model.prediction_type == options.get("prediction_type", "epsilon")
+
+
+def test_a_loop_of_links_inside_a_part_is_never_walked(make_model_folder: Make) -> None:
+    folder = make_model_folder()
+    (folder / "unet" / "loop").symlink_to("..")
+    assert models.load(folder, device=CPU).resolution == 32
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -14,7 +14,8 @@ from dreambooth.diffusion import model as models
 from dreambooth.diffusion import sampling
 from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.diffusion.sampling import SamplingRequest, generate
-from dreambooth.errors import RequestError
+from dreambooth.errors import ModelArtifactError, RequestError
+from dreambooth.limits import LIMITS
 
 CAT, DOG = "a photo of a cat", "a photo of a dog on the beach"
 CPU = torch.device("cpu")
@@ -321,7 +322,9 @@ def test_a_batch_is_drawn_only_when_its_first_picture_is_asked_for(model: Diffus
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"width": 20}, "width must be a positive multiple of 8, not 20"),
+        ({"width": 20}, "width must be a multiple of 8 from 8 to 4096, not 20"),
+        ({"width": 80_000}, "width must be a multiple of 8 from 8 to 4096, not 80000"),
+        ({"width": 2048, "height": 2056}, "at most 4194304 pixels, not 2048 x 2056"),
         ({"height": 0}, "height must be"),
         ({"height": -8}, "height must be"),
         ({"num_inference_steps": 0}, "num_inference_steps must lie between 1 and 999, not 0"),
@@ -340,9 +343,25 @@ def test_a_request_that_cannot_be_served_is_refused_before_any_work(
         generate(model, [*requests(1), wrong])
 
 
-def test_a_batch_of_no_pictures_is_refused(model: DiffusionModel) -> None:
-    with pytest.raises(RequestError, match="batch_size"):
-        generate(model, requests(1), batch_size=0)
+@pytest.mark.parametrize("size", [0, 257])
+def test_a_batch_outside_its_cap_is_refused(model: DiffusionModel, size: int) -> None:
+    with pytest.raises(RequestError, match=f"batch_size must lie between 1 and 256, not {size}"):
+        generate(model, requests(1), batch_size=size)
+
+
+def test_the_caps_are_those_given(model: DiffusionModel) -> None:
+    limits = dataclasses.replace(LIMITS, max_generated_pixels=32 * 24)
+    request = dataclasses.replace(requests(1)[0], width=32, height=24)
+    sampling.check(model, request, limits=limits)
+    too_large = dataclasses.replace(request, height=32)
+    with pytest.raises(RequestError, match="at most 768 pixels, not 32 x 32"):
+        generate(model, [too_large], limits=limits)
+
+
+@pytest.mark.parametrize("config", [{"num_train_timesteps": "many"}, {"steps_offset": None}])
+def test_a_noise_schedule_without_numbers_is_told(config: dict[str, object]) -> None:
+    with pytest.raises(ModelArtifactError, match="whole numbers"):
+        sampling.max_steps(config)
 
 
 def test_no_requests_no_pictures(model: DiffusionModel) -> None:

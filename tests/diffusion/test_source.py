@@ -8,7 +8,7 @@ import pytest
 
 from dreambooth import tiny
 from dreambooth.diffusion import source
-from dreambooth.errors import ModelArtifactError, ResourceError
+from dreambooth.errors import ModelArtifactError
 
 Make = Callable[..., Path]
 
@@ -150,50 +150,24 @@ def test_a_plan_looks_into_folders_and_small_archives(
     assert source.peek_facts(large) is None
 
 
-HUB = [
-    ".gitattributes",
-    "README.md",
-    "model_index.json",
-    "v2-1_512-ema-pruned.ckpt",
-    "v2-1_512-ema-pruned.safetensors",
-    "feature_extractor/preprocessor_config.json",
-    "scheduler/scheduler_config.json",
-    "text_encoder/config.json",
-    "text_encoder/model.fp16.safetensors",
-    "text_encoder/model.safetensors",
-    "text_encoder/pytorch_model.bin",
-    "tokenizer/merges.txt",
-    "tokenizer/vocab.json",
-    "unet/config.json",
-    "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
-    "unet/diffusion_pytorch_model-00002-of-00002.safetensors",
-    "unet/diffusion_pytorch_model.fp16.bin",
-    "unet/diffusion_pytorch_model.safetensors.index.json",
-    "vae/config.json",
-    "vae/diffusion_pytorch_model.bin",
-    "vae/nested/evil.json",
-]
+def test_a_name_that_cannot_be_looked_up_is_one_sentence(unprivileged_folder: Path) -> None:
+    closed = unprivileged_folder / "closed"
+    closed.mkdir(mode=0)
+    for name in (str(closed / "model"), "x" * 5000, "~no-such-user-here/model"):
+        with pytest.raises(ModelArtifactError, match="cannot be read"):
+            source.locate(name, None)
 
 
-def test_of_a_hub_repository_only_one_copy_of_the_weights_is_fetched() -> None:
-    assert sorted(source.needed_files(HUB)) == sorted(
-        name
-        for name in HUB
-        if not name.endswith((".ckpt", "pruned.safetensors", ".gitattributes", "evil.json"))
-        and "fp16" not in name
-        and name != "text_encoder/pytorch_model.bin"
-    )
-
-
-def test_without_a_network_a_hub_id_is_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_plan_refuses_a_model_that_cannot_be_trained(
+    make_model_folder: Make, tmp_path: Path
 ) -> None:
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ResourceError, match="cannot be reached"):
-        source.open_source(source.locate("owner/name", None), tmp_path)
+    folder = make_model_folder(prediction_type="sample")
+    archive = pack(tmp_path / "m.tar.gz", folder)
+    for given in (folder, archive):
+        with pytest.raises(ModelArtifactError, match="'epsilon' or 'v_prediction' can be trained"):
+            source.peek(source.locate(str(given), None))
+    # Drawing with it is another matter.
+    assert source.open_source(source.locate(str(folder), None), tmp_path) == folder
 
 
 def test_a_folder_that_cannot_be_read_is_named(unprivileged_folder: Path) -> None:

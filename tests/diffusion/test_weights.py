@@ -89,19 +89,26 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path, net: Net) -> None:
 
 
 @pytest.mark.parametrize("old_format", [False, True])
-def test_an_old_bin_is_read_with_one_warning(
-    tmp_path: Path, net: Net, old_format: bool, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_old_bin_is_read(tmp_path: Path, net: Net, old_format: bool) -> None:
     torch.save(
         net.state_dict(),
         tmp_path / "pytorch_model.bin",
         _use_new_zipfile_serialization=not old_format,
     )
     loaded = load(tmp_path)
-    assert len(caplog.records) == 1
-    assert str(tmp_path) in caplog.text
     for key, value in net.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], value)
+
+
+def test_an_old_model_is_warned_of_once(
+    make_model_folder: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    folders = [make_model_folder(bin=True) for _ in range(2)]
+    for folder in (*folders, *folders):
+        tensors(folder)
+    warned = [record.getMessage() for record in caplog.records]
+    assert [str(folder) in text for folder, text in zip(folders, warned, strict=True)] == [True] * 2
+    assert "safetensors" in warned[0]
 
 
 class Evil:
@@ -272,6 +279,42 @@ def test_convert_writes_nothing_where_it_refuses(
     assert names(full) == {"mine"}
     assert not evil_mark.exists()
     assert not (inside / "new").exists()
+
+
+def test_convert_takes_nothing_from_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelArtifactError, match="no folder or file models/stable-diffusion") as e:
+        weights.convert(Path("models/stable-diffusion-2-1-base"), tmp_path / "new")
+    assert "hub" not in str(e.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_convert_follows_links_to_files_and_none_to_folders(
+    make_model_folder: Make, tmp_path: Path
+) -> None:
+    old, blob = make_model_folder(bin=True), tmp_path / "blob"
+    file = old / "unet" / "diffusion_pytorch_model.bin"
+    file.rename(blob)
+    file.symlink_to(blob)  # as the cache of the hub's client is made
+    weights.convert(old, tmp_path / "new")
+    assert not list(path for path in (tmp_path / "new").rglob("*") if path.is_symlink())
+    (old / "unet" / "loop").symlink_to("..")
+    with pytest.raises(ModelArtifactError, match=r"unet/loop is a link to a folder"):
+        weights.convert(old, tmp_path / "newer")
+    (old / "unet" / "loop").unlink()
+    (old / "notes.txt").symlink_to("nowhere")
+    with pytest.raises(ModelArtifactError, match=r"notes\.txt is no regular file, or a link to"):
+        weights.convert(old, tmp_path / "newer")
+    assert not (tmp_path / "newer").exists()
+
+
+def test_convert_asks_for_room_only_where_it_is_short(
+    make_model_folder: Make, tmp_path: Path
+) -> None:
+    (tmp_path / "dangling").symlink_to("nowhere")
+    with pytest.raises(ResourceError) as caught:
+        weights.convert(make_model_folder(), tmp_path / "dangling")
+    assert "free some space" not in str(caught.value)
 
 
 def test_convert_tells_where_it_cannot_write(make_model_folder: Make, tmp_path: Path) -> None:

@@ -98,6 +98,7 @@ def make_training(loaded_small_model: models.DiffusionModel) -> Callable[..., Tr
             instance_text=text[:1],
             class_text=text[1:] if with_class else None,
             latent_scale=0.5,
+            prior_text=models.encode_text(model, ids)[1:] if with_class else None,
         )
         state = TrainingState(
             unet=model.unet,

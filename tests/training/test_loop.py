@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from dreambooth.errors import TrainingDivergedError
 from dreambooth.training import loop
+from dreambooth.training import state as states
 
 Make = Callable[..., Any]
 
@@ -178,3 +180,34 @@ def test_masters_stay_fp32_under_autocast(make_training: Make) -> None:
     training = make_training(mixed_precision="bf16", max_steps=2)
     list(training.steps())
     assert {p.dtype for p in training.state.unet.parameters()} == {torch.float32}
+
+
+def test_prior_prediction_works_while_the_text_encoder_learns(make_training: Make) -> None:
+    training = make_training(
+        with_prior_preservation=True,
+        prior_preservation_mode="prediction",
+        train_text_encoder=True,
+        max_steps=2,
+    )
+    metrics = list(training.steps())
+    assert metrics[0].class_loss == pytest.approx(0.0, abs=1e-9)
+    assert metrics[1].class_loss > 1e-8
+
+
+def test_divergence_names_the_last_good_checkpoint(make_training: Make, tmp_path: Path) -> None:
+    training = make_training()
+    steps = training.steps()
+    next(steps)
+    kept = states.save(training.state, tmp_path, identity={}, keep=1)
+    next(training.state.unet.parameters()).data.fill_(math.nan)
+    with pytest.raises(TrainingDivergedError, match=f"last good checkpoint is {kept}"):
+        next(steps)
+
+
+def test_advice_on_divergence_depends_on_the_precision(make_training: Make) -> None:
+    for precision, advised in (("no", False), ("bf16", True)):
+        training = make_training(mixed_precision=precision)
+        next(training.state.unet.parameters()).data.fill_(math.nan)
+        with pytest.raises(TrainingDivergedError) as caught:
+            next(training.steps())
+        assert ("mixed_precision=no" in str(caught.value)) is advised

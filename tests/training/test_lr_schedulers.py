@@ -27,6 +27,7 @@ def test_warm_up_is_off_unless_the_curve_is_about_it() -> None:
     assert lr_schedulers.default_warmup_steps("linear", 400) == 0
     assert lr_schedulers.default_warmup_steps("constant_with_warmup", 400) == 40
     assert lr_schedulers.default_warmup_steps("constant_with_warmup", 5) == 1
+    assert lr_schedulers.default_warmup_steps("constant_with_warmup", 1) == 0
 
 
 def test_polynomial_below_its_customary_end_falls_to_zero() -> None:

@@ -17,7 +17,6 @@ A10G = DeviceFacts(
     kind="cuda", name="NVIDIA A10G", compute_capability=(8, 6), memory_bytes=22 * GIB
 )
 STABLE_DIFFUSION_21_BASE = ModelFacts(
-    pipeline_class="StableDiffusionPipeline",
     prediction_type="epsilon",
     resolution=512,
     latent_channels=4,
@@ -26,7 +25,6 @@ STABLE_DIFFUSION_21_BASE = ModelFacts(
     unet_parameters=865_910_724,
     text_encoder_parameters=340_387_840,
     vae_parameters=83_653_863,
-    weights_bytes=5_160_000_000,
 )
 
 

@@ -131,3 +131,18 @@ def test_the_manifest_names_versions_threads_and_hashes(
     assert manifest["environment"]["torch"] == torch.__version__
     assert manifest["environment"]["threads"] == str(torch.get_num_threads())
     assert set(manifest["files"]) == {"unet.safetensors", "optimizer.pt"}
+
+
+def test_a_run_that_starts_over_below_an_old_checkpoint_keeps_its_own(
+    make_training: Make, tmp_path: Path
+) -> None:
+    old = make_training(max_steps=4)
+    for _ in old.steps():
+        pass
+    states.save(old.state, tmp_path, identity=IDENTITY, keep=1)
+    fresh = make_training(max_steps=2)
+    for _ in fresh.steps():  # without clearing: what was just written is never the one removed
+        states.save(fresh.state, tmp_path, identity=IDENTITY, keep=1)
+        assert [path.name for path in tmp_path.iterdir()] == [f"step-{fresh.state.step:08d}"]
+    states.clear(tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,63 @@
+"""Pictures of the weights as they are now: previews, the last sample, the pictures of fid_score."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from dreambooth.data.pairs import derive_seed
+from dreambooth.diffusion import sampling
+from dreambooth.diffusion.model import DiffusionModel
+from dreambooth.limits import LIMITS
+from dreambooth.task import Task
+from dreambooth.training.precision import Precision
+
+NUM_INFERENCE_STEPS = 25
+GUIDANCE_SCALE = 7.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Previews:
+    """Draws with the model in training; its noise comes from generators of its own.
+
+    text: encoder_hidden_states of prompts, where the text encoder has left the device.
+    """
+
+    task: Task
+    model: DiffusionModel
+    precision: Precision
+    text: Mapping[str, torch.Tensor]
+
+    def sample(self) -> Image.Image | None:
+        """The sample picture: fixed prompt and seed; None where it is not finite."""
+        seed = derive_seed(self.task.hyperparameters.seed, "sample picture")
+        picture = next(self.draw(self.task.sample_prompt, [seed]))
+        return None if picture is None else Image.fromarray(picture)
+
+    def draw(self, prompt: str, seeds: Sequence[int]) -> Iterator[npt.NDArray[np.uint8] | None]:
+        """One picture uint8 [H,W,3] per seed; the VAE is on the device only meanwhile."""
+        requests = [
+            sampling.SamplingRequest(
+                prompt=prompt,
+                num_inference_steps=NUM_INFERENCE_STEPS,
+                guidance_scale=GUIDANCE_SCALE,
+                width=self.task.resolution,
+                height=self.task.resolution,
+                seed=seed,
+            )
+            for seed in seeds
+        ]
+        batch_size = min(self.task.hyperparameters.batch_size, LIMITS.max_generated_batch)
+        self.model.vae.to(self.task.device)
+        try:
+            with self.precision.autocast():
+                yield from sampling.generate(
+                    self.model, requests, batch_size=batch_size, text=self.text
+                )
+        finally:
+            self.model.vae.to("cpu")

@@ -1,0 +1,184 @@
+"""Listens to a training job and writes its report.html in the end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+
+import accelerate
+import diffusers
+import torch
+import transformers
+from PIL import Image
+
+import dreambooth
+from dreambooth.data import cache, dataset_info, fingerprint, images
+from dreambooth.errors import DreamBoothError, TrainingDivergedError
+from dreambooth.report import page, record
+from dreambooth.report.record import InstancePicture, Rows, RunRecord
+from dreambooth.report.timings import Timings, peak_memory_bytes
+from dreambooth.task import Task
+from dreambooth.training import plan as plans
+
+log = logging.getLogger(__name__)
+
+REPORT_NAME = "report.html"
+_SHORTEST_S = 0.001  # what was skipped, such as class images of a run without them, is no phase
+_GIB = 2**30
+
+
+@dataclass(slots=True, kw_only=True)
+class Recorder:
+    """Collects what only the running job knows: times, class images, the last picture, warnings.
+
+    A context manager around the job; the report is written when the job is done or has diverged,
+    by the process that `writes`.
+    """
+
+    task: Task
+    writes: bool = True
+    timings: Timings = field(default_factory=Timings)
+    class_paths: Sequence[Path] = ()
+    final: Image.Image | None = None
+    _warnings: list[str] = field(default_factory=list)
+    _listener: _Listener | None = None
+
+    def __enter__(self) -> Recorder:
+        if self.writes:  # what lies there is of an earlier run
+            with contextlib.suppress(OSError):
+                (self.task.environment.output_data_dir / REPORT_NAME).unlink()
+        self._listener = _Listener(self._warnings)
+        logging.getLogger("dreambooth").addHandler(self._listener)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._listener is not None:
+            logging.getLogger("dreambooth").removeHandler(self._listener)
+        if self.writes and (error is None or isinstance(error, TrainingDivergedError)):
+            self._write(error)
+
+    def _write(self, diverged: TrainingDivergedError | None) -> None:
+        """Write the report as well as it can be: it must not cost the job a trained model."""
+        folder = self.task.environment.output_data_dir
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            page.write(folder / REPORT_NAME, self._record(folder, diverged))
+        except (OSError, ValueError, ArithmeticError, DreamBoothError) as error:
+            log.warning("%s could not be written: %s", REPORT_NAME, error)
+            return
+        log.info("the report is in %s", folder / REPORT_NAME)
+
+    def _record(self, folder: Path, diverged: TrainingDivergedError | None) -> RunRecord:
+        task = self.task
+        metrics = record.read_metrics(folder / "metrics.jsonl")
+        return RunRecord(
+            instance_prompt=task.dataset.instance_prompt,
+            class_prompt=task.dataset.class_prompt,
+            sample_prompt=task.sample_prompt,
+            base=task.base_name,
+            finished_at=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+            device=task.plan.device.name,
+            steps=metrics[-1].step if metrics else 0,
+            planned_steps=task.plan.steps,
+            stopped=(diverged.step, str(diverged)) if diverged is not None else None,
+            resolution=task.resolution,
+            metrics=metrics,
+            final=self.final,
+            step_pictures=_step_pictures(folder / "samples"),
+            instance_pictures=_instance_pictures(task),
+            class_images=self.class_paths,
+            settings=task.hyperparameters,
+            plan=tuple(plans.rows(task.plan, task.hyperparameters)),
+            phases=[one for one in self.timings.phases() if one[1] >= _SHORTEST_S],
+            memory=_memory(task),
+            versions=versions(),
+            data_fingerprint=fingerprint.of_dataset(task.dataset),
+            warnings=(
+                *task.warnings,
+                *task.dataset.warnings,
+                *task.plan.warnings,
+                *dataset_info.size_warnings(task.dataset, task.resolution),
+                *self._warnings,
+            ),
+        )
+
+
+class _Listener(logging.Handler):
+    """Keeps each warning of the job's own modules once."""
+
+    def __init__(self, heard: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self._heard = heard
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if message not in self._heard:
+            self._heard.append(message)
+
+
+def versions() -> Rows:
+    """(name, version) of what the result depends on."""
+    return (
+        ("dreambooth", dreambooth.__version__),
+        ("torch", torch.__version__),
+        ("diffusers", diffusers.__version__),
+        ("transformers", transformers.__version__),
+        ("accelerate", accelerate.__version__),
+    )
+
+
+def _instance_pictures(task: Task) -> tuple[InstancePicture, ...]:
+    """The crops as `cache.build` chose them: a function of the seed and the picture's number."""
+    settings, found = task.hyperparameters, []
+    pairs = zip(task.dataset.instance_images, task.dataset.instance_facts, strict=True)
+    for number, (path, facts) in enumerate(pairs):
+        size = images.resized_size(facts.width, facts.height, task.resolution)
+        offsets = cache.crop_boxes(
+            size,
+            resolution=task.resolution,
+            center=settings.center_crop,
+            crops=task.plan.cached_crops,
+            seed=settings.seed,
+            stream="instance",
+            key=number,
+        )
+        found.append(InstancePicture(path=path, size=size, offsets=tuple(offsets)))
+    return tuple(found)
+
+
+def _step_pictures(folder: Path) -> tuple[tuple[int, Path], ...]:
+    """(step, file) of samples/step-000123.png, ascending."""
+    found = [
+        (int(path.stem.removeprefix("step-")), path)
+        for path in folder.glob("step-*.png")
+        if path.stem.removeprefix("step-").isdecimal()
+    ]
+    return tuple(sorted(found))
+
+
+def _memory(task: Task) -> Rows:
+    rows = [("peak memory", _size(peak_memory_bytes()))]
+    if task.device.type == "cuda":
+        rows += [
+            ("peak GPU memory, reserved", _size(torch.cuda.max_memory_reserved(task.device))),
+            ("peak GPU memory, allocated", _size(torch.cuda.max_memory_allocated(task.device))),
+        ]
+    where = "GPU memory" if task.device.type == "cuda" else "training memory"
+    rows.append((f"{where} expected by the plan", _size(task.plan.memory_bytes)))
+    return tuple(rows)
+
+
+def _size(count: int) -> str:
+    if count <= 0:
+        return "unknown"
+    return f"{count / _GIB:.2f} GiB" if count >= _GIB / 10 else f"{count / 2**20:.0f} MiB"

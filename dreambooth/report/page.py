@@ -1,0 +1,215 @@
+"""A training run -> `report.html`: one page that shows what training did.
+
+It holds everything itself (style, SVG charts, pictures as data URIs), asks nothing of the network,
+needs no JavaScript, and is readable on a phone.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from dreambooth.hyperparameters import KNOBS, Hyperparameters
+from dreambooth.report import charts, pictures
+from dreambooth.report.html import STYLE, duration, section, table, text
+from dreambooth.report.pictures import Thumbnails
+from dreambooth.report.record import MetricsRow, RunRecord
+
+MAX_PICTURE_BYTES = 8_000_000
+"""Of all data URIs together: several times what an ordinary run takes; a phone still opens it."""
+MAX_WARNINGS = 40
+
+
+def write(path: Path, record: RunRecord, *, max_picture_bytes: int = MAX_PICTURE_BYTES) -> None:
+    """Write the page, whole or not at all. Raises OSError where the folder takes no file."""
+    page = render(record, max_picture_bytes=max_picture_bytes)
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_bytes(page.encode("utf-8", "backslashreplace"))
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def render(record: RunRecord, *, max_picture_bytes: int = MAX_PICTURE_BYTES) -> str:
+    """The page as HTML; pictures whose URIs would pass `max_picture_bytes` are left out, counted.
+
+    A picture that cannot be read any more is left out too.
+    """
+    thumbnails = Thumbnails(max_picture_bytes)
+    sections = [
+        _head(record),
+        _warnings(record.warnings),
+        pictures.drawn(record, thumbnails),
+        _curves(record),
+        pictures.instance_images(record, thumbnails),
+        pictures.class_images(record, thumbnails),
+        '<div class="twin">',
+        section("Time and memory", _costs(record)),
+        section("Plan", table(record.plan)),
+        section("Hyperparameters", _hyperparameters(record.settings)),
+        section("Versions", _versions(record)),
+        "</div>",
+    ]
+    if thumbnails.left_out:
+        sections.append(
+            f'<p class="note">{thumbnails.left_out} more pictures are left out to keep this page '
+            f"small ({max_picture_bytes / 1e6:g} MB of pictures at most).</p>"
+        )
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        # The browser itself holds the page to its promise.
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+        "img-src data:; style-src 'unsafe-inline'\">"
+        f"<title>{text(record.instance_prompt)} – training report</title>"
+        f"<style>{STYLE}</style></head>\n<body><main>\n"
+        + "\n".join(part for part in sections if part)
+        + "\n</main></body></html>\n"
+    )
+
+
+def _head(record: RunRecord) -> str:
+    total = sum(seconds for _, seconds in record.phases)
+    tiles = [("steps", f"{record.steps}"), ("in all", duration(total))]
+    if record.steps != record.planned_steps:
+        tiles[0] = ("steps of " + str(record.planned_steps), str(record.steps))
+    per_step = _seconds_per_step(record.metrics)
+    if per_step is not None:
+        tiles.append(("per step (median)", duration(per_step)))
+    tiles += [(name, text) for name, text in record.memory if name.startswith("peak")][-1:]
+    shown_tiles = "".join(
+        f"<div><b>{text(value)}</b><span>{text(name)}</span></div>" for name, value in tiles
+    )
+    stopped = ""
+    if record.stopped is not None:
+        stopped = f'<p class="alarm"><b>The run was stopped.</b> {text(record.stopped[1])}</p>'
+    return (
+        f'<header><p class="kicker">DreamBooth training report</p>'
+        f"<h1>{text(record.instance_prompt)}</h1>"
+        f"<p>Fine-tuned from <b>{text(record.base)}</b> on {text(record.device)}, "
+        f"{text(record.finished_at)}.</p>{stopped}"
+        f'<div class="tiles">{shown_tiles}</div></header>'
+    )
+
+
+def _warnings(warnings: Sequence[str]) -> str:
+    if not warnings:
+        return ""
+    items = "".join(f"<li>{text(warning)}</li>" for warning in warnings[:MAX_WARNINGS])
+    if len(warnings) > MAX_WARNINGS:
+        items += f"<li>and {len(warnings) - MAX_WARNINGS} more in the log</li>"
+    return section("Warnings", f'<ul class="warnings">{items}</ul>')
+
+
+def _curves(record: RunRecord) -> str:
+    rows = record.metrics
+    steps = [row.step for row in rows]
+    marks = []
+    if record.stopped is not None:
+        marks.append((float(record.stopped[0]), "stopped"))
+    losses = [("instance loss", [row.instance_loss for row in rows])]
+    if any(row.class_loss is not None for row in rows):
+        class_loss = [math.nan if row.class_loss is None else row.class_loss for row in rows]
+        losses.append(("class loss", class_loss))
+    curves = [
+        ("Loss", losses, True),
+        ("Gradient norm", [("before clipping", [row.grad_norm for row in rows])], True),
+        ("Learning rate", [("learning rate", [row.learning_rate for row in rows])], False),
+    ]
+    figures = []
+    for title, named, smoothed in curves:
+        series = [
+            charts.Series(label=label, x=steps, y=values, smoothed=smoothed)
+            for label, values in named
+        ]
+        chart = charts.line_chart(series, label=_summary(title, named), marks=marks)
+        key = "".join(
+            f'<span class="key"><i style="background:{charts.legend_colour(number)}"></i>'
+            f"{label}</span>"
+            for number, (label, _) in enumerate(named)
+            if label != title.lower()
+        )
+        figures.append(f"<figure><figcaption><b>{title}</b> {key}</figcaption>{chart}</figure>")
+    window = charts.smoothing_window(len(rows))
+    dots = f"Dots are single steps, lines their means over {window} steps. " if window > 1 else ""
+    note = (
+        f"{dots}The loss hangs mostly on the timestep that a step happens to draw: look at the "
+        "line, and at the pictures more than at either."
+    )
+    return section("Curves", f'<div class="charts">{"".join(figures)}</div>', note)
+
+
+def _summary(title: str, named: Sequence[tuple[str, Sequence[float]]]) -> str:
+    """What a chart shows, for those who cannot see it."""
+    told = []
+    for label, values in named:
+        finite = [value for value in values if math.isfinite(value)]
+        if finite:
+            fifth = max(1, len(finite) // 5)
+            first, last = statistics.fmean(finite[:fifth]), statistics.fmean(finite[-fifth:])
+            told.append(f"{label}: mean of the first fifth {first:.3g}, of the last {last:.3g}")
+    return f"{title} over the steps. " + "; ".join(told)
+
+
+def _costs(record: RunRecord) -> str:
+    longest = max((seconds for _, seconds in record.phases), default=0.0) or 1.0
+    rows = "".join(
+        f'<tr><th>{text(name)}</th><td class="num">{duration(seconds)}</td><td class="bar">'
+        f'<i style="width:{100 * seconds / longest:.1f}%"></i></td></tr>'
+        for name, seconds in record.phases
+    )
+    more = []
+    timed = sorted(row.seconds for row in record.metrics if row.seconds is not None)
+    if timed:
+        slow = timed[min(len(timed) - 1, math.ceil(0.9 * len(timed)) - 1)]
+        more.append(
+            (
+                "seconds per step",
+                f"median {statistics.median(timed):.3g}, nine of ten at most {slow:.3g}",
+            )
+        )
+    return f'<table class="phases">{rows}</table>' + table((*more, *record.memory))
+
+
+def _hyperparameters(settings: Hyperparameters) -> str:
+    rows, changed = [], []
+    for knob in KNOBS:
+        value = getattr(settings, knob.name)
+        kind, note = "", ""
+        if value != knob.default:
+            kind, note = ' class="changed"', f"default {_breakable(knob.default)}"
+        row = (
+            f'<tr{kind}><th title="{text(knob.sentence)}">{_breakable(knob.name)}</th>'
+            f"<td>{_breakable(value)}</td><td>{note}</td></tr>"
+        )
+        rows.append(row)
+        if note:
+            changed.append(row)
+    first = (
+        f'<table class="settings">{"".join(changed)}</table>'
+        if changed
+        else "<p>All are at their defaults.</p>"
+    )
+    return (
+        f"{first}<details><summary>All {len(KNOBS)}; those off their default are marked</summary>"
+        f'<table class="settings">{"".join(rows)}</table></details>'
+    )
+
+
+def _breakable(value: object) -> str:
+    """A name or value whose lines may be broken after underscores, on a phone."""
+    return text(value).replace("_", "_<wbr>")
+
+
+def _versions(record: RunRecord) -> str:
+    return table((*record.versions, ("fingerprint of the data", record.data_fingerprint)))
+
+
+def _seconds_per_step(rows: Sequence[MetricsRow]) -> float | None:
+    timed = [row.seconds for row in rows if row.seconds is not None]
+    return statistics.median(timed) if timed else None

@@ -1,0 +1,389 @@
+"""report.html: of real small jobs, and of records made by hand."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dreambooth import job
+from dreambooth.data import cache, images
+from dreambooth.hyperparameters import KNOBS, Hyperparameters
+from dreambooth.report import page as report_page
+from dreambooth.report import pictures as report_pictures
+from dreambooth.report.record import InstancePicture, MetricsRow, RunRecord
+
+EVIL = "<script>alert(1)<"  # a file name cannot hold a slash
+PROMPT = 'a photo of <script>alert("x")</script> & riobugger cat'
+SECTIONS = [
+    *("Warnings", "What it draws", "Curves", "Instance images", "Class images"),
+    *("Time and memory", "Plan", "Hyperparameters", "Versions"),
+]
+
+
+class Page(HTMLParser):
+    """What a browser sees: tags with their attributes, texts, texts by the tag around."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[tuple[str, str]] = []
+        self._open: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._open.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append((self._open[-1] if self._open else "", data))
+
+    def of(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    @property
+    def text(self) -> str:
+        return "".join(data for tag, data in self.texts if tag != "style")
+
+    def pictures(self, alt: str) -> list[Image.Image]:
+        """The pictures whose description begins with `alt`."""
+        found = []
+        for attributes in self.of("img"):
+            if (attributes["alt"] or "").startswith(alt):
+                data = (attributes["src"] or "").partition(";base64,")[2]
+                picture = Image.open(io.BytesIO(base64.b64decode(data)))
+                stated = (int(attributes["width"] or 0), int(attributes["height"] or 0))
+                assert picture.size == stated
+                found.append(picture.convert("RGB"))
+        return found
+
+
+def assert_self_contained(html: str, page: Page) -> None:
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "base"}
+    for _, attributes in page.tags:
+        assert not [name for name in attributes if name.startswith("on")]
+        assert not attributes.keys() & {"href", "action", "srcset", "background"}
+        assert (attributes.get("src") or "data:image/").startswith("data:image/")
+    assert not re.search(r"https?:|url\(|@import|javascript:", html, re.IGNORECASE)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A square picture, a broad one under an evil name, and one that stands by its EXIF."""
+    folder = tmp_path_factory.mktemp("photos")
+    generator = np.random.default_rng(0)
+    Image.fromarray(noise(generator, 32, 32)).save(folder / "square.png")
+    Image.fromarray(noise(generator, 40, 100)).save(folder / f"{EVIL}.png")
+    turned = Image.new("RGB", (96, 64), "red")
+    turned.paste("blue", (0, 0, 48, 64))  # the left half: the upper one of the picture as it stands
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(folder / "turned.jpg", exif=exif, quality=95)
+    prompts = {"instance_prompt": PROMPT, "class_prompt": "a photo of cat"}
+    (folder / "dataset_info.json").write_text(json.dumps(prompts))
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def noise(generator: np.random.Generator, height: int, width: int) -> np.ndarray:
+    return generator.integers(0, 255, (height, width, 3), dtype=np.uint8)
+
+
+def train(model: Path, photos: Path, out: Path, *more: str) -> int:
+    argv = ["--pretrained-model", str(model), "--train", str(photos), "--model_dir", str(out)]
+    return job.run([*argv, *more], {})
+
+
+OPTIONS = (
+    *("--max_steps=24", "--learning_rate=0.0001", "--sample_steps=12", "--seed=3"),
+    *("--with_prior_preservation", "--num_class_images=3"),
+)
+
+
+@pytest.fixture(scope="module")
+def html(small_model_folder: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    out = tmp_path_factory.mktemp("run") / "model"
+    assert train(small_model_folder, photos, out, *OPTIONS) == 0
+    return (out.parent / "model-output" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(html: str) -> Page:
+    return Page(html)
+
+
+def test_the_page_needs_nothing_but_itself(html: str, page: Page) -> None:
+    assert_self_contained(html, page)
+    metas = {m.get("name") or m.get("http-equiv"): m.get("content") for m in page.of("meta")}
+    assert metas["viewport"] == "width=device-width, initial-scale=1"
+    assert (metas["Content-Security-Policy"] or "").startswith("default-src 'none'")
+
+
+def test_prompts_and_file_names_are_text_only(page: Page) -> None:
+    assert ("h1", PROMPT) in page.texts
+    assert f"{EVIL}.png" in page.text
+    assert PROMPT in [data for tag, data in page.texts if tag == "q"]
+    assert any((image["alt"] or "").startswith(EVIL) for image in page.of("img"))
+
+
+def test_all_sections_of_a_real_run_are_there(page: Page) -> None:
+    assert [data for tag, data in page.texts if tag == "h2"] == SECTIONS
+    assert "notes.txt" in page.text  # a warning
+    for phase in ("class images", "encoding", "training", "sample pictures", "export"):
+        assert ("th", phase) in page.texts
+    for name in ("seconds per step", "peak memory", "torch", "fingerprint of the data", "steps"):
+        assert ("th", name) in page.texts
+    charts = [svg["aria-label"] or "" for svg in page.of("svg") if svg.get("role") == "img"]
+    assert [label.partition(" over")[0] for label in charts] == [
+        *("Loss", "Gradient norm", "Learning rate"),
+    ]
+    assert "class loss" in charts[0]
+    assert len(page.pictures("class_0000")) == 3
+    assert len(page.pictures(f"{PROMPT}, step")) == 2
+    assert len(page.pictures(PROMPT)) == 3  # and the final one
+
+
+def test_settings_off_their_default_are_marked(html: str, page: Page) -> None:
+    plain = html.replace("<wbr>", "")
+    marked = set(re.findall(r'<tr class="changed"><th title="[^"]*">(\w+)</th>', plain))
+    assert marked == {
+        *("max_steps", "learning_rate", "sample_steps", "seed", "with_prior_preservation"),
+        *("num_class_images", "pretrained_model"),
+    }
+    told = set(re.findall(r'<tr[^>]*><th title="[^"]*">(\w+)</th>', plain))
+    assert told == {knob.name for knob in KNOBS}
+
+
+def test_a_turned_picture_stands_upright_and_whole_beside_its_crops(page: Page) -> None:
+    (whole,) = page.pictures("turned.jpg")
+    assert whole.size == (64, 96)
+    top, bottom = whole.getpixel((32, 20)), whole.getpixel((32, 76))
+    assert isinstance(top, tuple)
+    assert isinstance(bottom, tuple)
+    assert top[2] > 200 > 100 > top[0]
+    assert bottom[0] > 200 > 100 > bottom[2]
+    assert len(page.pictures("crop")) == 1 + 2 * report_pictures.MAX_CROPS
+
+
+def test_the_crops_shown_are_those_that_were_cached(page: Page, photos: Path) -> None:
+    cached: list[np.ndarray] = []
+
+    def keep(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        picture = (pixels[0].permute(1, 2, 0) + 1) * 127.5
+        cached.append(picture.round().to(torch.uint8).numpy())
+        return torch.zeros(1, 4, 4, 4), torch.zeros(1, 4, 4, 4)
+
+    names = [f"{EVIL}.png", "square.png", "turned.jpg"]
+    cache.build(
+        [photos / name for name in names],
+        resolution=32,
+        center_crop=False,
+        crops=8,
+        seed=3,
+        stream="instance",
+        encode_image=keep,
+    )
+    of_first, of_last = cached[:8], cached[9:]
+    for expected, name in ((of_first, names[0]), ([cached[8]], names[1]), (of_last, names[2])):
+        for number, picture in enumerate(expected[: report_pictures.MAX_CROPS]):
+            (shown,) = page.pictures(f"crop {number + 1} of {name}")
+            assert np.array_equal(np.asarray(shown), picture)
+
+
+def test_a_diverging_run_shows_its_curve_up_to_there(
+    small_model_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    options = ["--learning_rate=1", "--max_steps=200", "--max_grad_norm=1e9"]
+    options += ["--adam_epsilon=1e-30", "--adam_weight_decay=1000"]
+    output = tmp_path / "model-output"
+    output.mkdir()
+    (output / "report.html").write_text("of an earlier run")
+    assert train(small_model_folder, photos, tmp_path / "model", *options) == 1
+    html = (output / "report.html").read_text(encoding="utf-8")
+    assert_self_contained(html, Page(html))
+    text = Page(html).text
+    assert "The run was stopped." in text
+    assert "training has diverged" in text
+    assert "steps of 200" in text
+    steps = len((output / "metrics.jsonl").read_text().splitlines())
+    assert 0 < steps < 200
+    assert not (tmp_path / "model" / "model_index.json").exists()
+
+
+def test_a_resumed_run_shows_the_whole_curve(
+    small_model_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    options = ["--max_steps=4", "--checkpointing_steps=2", "--checkpoints_total_limit=2"]
+    options.append(f"--checkpoint_dir={checkpoints}")
+    for _ in range(2):
+        assert train(small_model_folder, photos, tmp_path / "model", *options) == 0
+        shutil.rmtree(checkpoints / "step-00000004")  # as if stopped after step 2
+    html = (tmp_path / "model-output" / "report.html").read_text(encoding="utf-8")
+    (line,) = re.findall(r"<title>learning rate</title><path d=\"([^\"]*)\"", html)
+    assert line.count("L") == 3  # four points
+    assert ("th", "checkpoints") in Page(html).texts
+
+
+def test_a_page_that_cannot_be_written_costs_no_model(
+    small_model_folder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model-output" / "report.html").mkdir(parents=True)
+    assert train(small_model_folder, photos, tmp_path / "model", "--max_steps=1") == 0
+    assert (tmp_path / "model" / "model_index.json").is_file()
+    assert "report.html could not be written" in capsys.readouterr().err
+    assert not list((tmp_path / "model-output").glob("*.part"))
+
+
+@pytest.fixture
+def make_record(tmp_path: Path) -> Callable[..., RunRecord]:
+    """Records by hand: `pictures` large instance images and as many class images."""
+
+    def make(pictures: int = 0, **changes: object) -> RunRecord:
+        generator = np.random.default_rng(0)
+        paths = [tmp_path / f"{number:04d}.png" for number in range(pictures)]
+        for path in paths:
+            Image.fromarray(noise(generator, 400, 300)).save(path)
+        values: dict[str, object] = {
+            "instance_prompt": "a photo of a riobugger cat",
+            "class_prompt": None,
+            "sample_prompt": "a photo of a riobugger cat",
+            "base": "tiny",
+            "finished_at": "2024-02-29 12:00 UTC",
+            "device": "CPU",
+            "steps": 0,
+            "planned_steps": 10,
+            "stopped": None,
+            "resolution": 256,
+            "metrics": (),
+            "final": None,
+            "step_pictures": (),
+            "instance_pictures": [
+                InstancePicture(path=path, size=(256, 341), offsets=((0, 0), (0, 85)))
+                for path in paths
+            ],
+            "class_images": paths,
+            "settings": Hyperparameters(),
+            "plan": (("steps", "10"), ("", "a row without a name")),
+            "phases": (("training", 75.0),),
+            "memory": (("peak memory", "1.00 GiB"),),
+            "versions": (("torch", "2.13.0"),),
+            "data_fingerprint": "0123456789abcdef",
+            "warnings": (),
+        }
+        return RunRecord(**(values | changes))  # type: ignore[arg-type]
+
+    return make
+
+
+def test_an_empty_run_makes_a_page(make_record: Callable[..., RunRecord]) -> None:
+    html = report_page.render(make_record())
+    page = Page(html)
+    assert_self_contained(html, page)
+    assert "no values" in page.text
+    assert "All are at their defaults." in page.text
+    assert "1 min 15 s" in page.text
+
+
+def test_pictures_stop_at_the_cap_and_the_page_says_so(
+    make_record: Callable[..., RunRecord],
+) -> None:
+    record = make_record(12)
+    whole = report_page.render(record)
+    assert "left out" not in Page(whole).text
+    html = report_page.render(record, max_picture_bytes=200_000)
+    assert len(html) < 200_000 + 40_000 < len(whole)
+    page = Page(html)
+    assert 1 <= len(page.pictures("000")) < 12
+    assert re.search(r"\d+ more pictures are left out", page.text)
+
+
+def test_of_many_pictures_a_sample_is_shown(make_record: Callable[..., RunRecord]) -> None:
+    record = make_record(1)
+    many = [record.class_images[0]] * 2000
+    page = Page(report_page.render(make_record(1, instance_pictures=(), class_images=many)))
+    assert len(page.of("img")) == report_pictures.MAX_CLASS_IMAGES
+    assert "2000 in all, 24 of them here" in page.text
+
+
+def test_pictures_that_are_gone_are_left_out(make_record: Callable[..., RunRecord]) -> None:
+    record = make_record(3)
+    record.instance_pictures[1].path.unlink()
+    page = Page(report_page.render(record))
+    assert len(page.pictures("0000")) == 2  # as instance image and as class image
+    assert not page.pictures("0001")
+
+
+def test_every_text_of_a_stranger_is_escaped(make_record: Callable[..., RunRecord]) -> None:
+    evil = "\"'><script>alert(1)</script>\u202e\ud800"
+    settings = Hyperparameters(sample_prompt=evil, pretrained_model=evil)
+    row = MetricsRow(
+        step=1, instance_loss=1, class_loss=None, learning_rate=1, grad_norm=1, seconds=1
+    )
+    record = make_record(
+        instance_prompt=evil,
+        sample_prompt=evil,
+        class_prompt=evil,
+        base=evil,
+        device=evil,
+        stopped=(1, evil),
+        metrics=[row],
+        final=Image.new("RGB", (8, 8)),
+        settings=settings,
+        plan=((evil, evil),),
+        phases=((evil, 1.0),),
+        memory=((evil, evil),),
+        versions=((evil, evil),),
+        warnings=[evil] * 100,
+    )
+    html = report_page.render(record)
+    page = Page(html)
+    assert_self_contained(html, page)
+    assert "\u202e" not in html  # it would turn the rest of the line around
+    html.encode("utf-8")
+    assert f"and {100 - report_page.MAX_WARNINGS} more in the log" in page.text
+
+
+PHOTOS = os.environ.get("DREAMBOOTH_PHOTOS")
+
+
+@pytest.mark.skipif(PHOTOS is None, reason="DREAMBOOTH_PHOTOS names no folder of photographs")
+def test_real_photographs_are_shown_upright_and_whole(
+    small_model_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "photos"
+    shutil.copytree(Path(str(PHOTOS)) / "cat", folder, copy_function=shutil.copyfile)
+    folder.chmod(0o755)
+    names = sorted(path.name for path in folder.iterdir())
+    with images.open_image(folder / names[0]) as first:
+        side = min(first.size)
+        upright = first.crop((0, 0, side * 2 // 3, side))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(folder / "turned.jpg", exif=exif)
+    prompts = {"instance_prompt": "a photo of riobugger cat"}
+    (folder / "dataset_info.json").write_text(json.dumps(prompts))
+    assert train(small_model_folder, folder, tmp_path / "model", "--max_steps=14") == 0
+    html = (tmp_path / "model-output" / "report.html").read_text(encoding="utf-8")
+    page = Page(html)
+    for name in (*names, "turned.jpg"):
+        (shown,) = page.pictures(name)
+        original = images.open_image(folder / name).resize(shown.size)
+        apart = np.abs(np.asarray(shown, dtype=float) - np.asarray(original, dtype=float))
+        assert apart.mean() < 8, name
+    (turned,) = page.pictures("turned.jpg")
+    assert turned.height == 480
+    assert turned.width == 320
+    assert len(page.pictures("crop 2 of turned.jpg")) == 1

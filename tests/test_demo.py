@@ -1,0 +1,63 @@
+"""The main job for real: 400 steps on the embedded model, judged by its pictures."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dreambooth import demo, tiny
+from dreambooth.__main__ import main
+from dreambooth.diffusion import model as models
+from dreambooth.tiny import judge, world
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo")
+    assert main(["demo", "--out", str(folder)]) == 0
+    return folder
+
+
+def verdicts(folder: Path) -> dict[str, list[judge.Verdict]]:
+    drawn = demo._draw(models.load(folder, device=CPU), "drawing")
+    network = judge.load()
+    return {prompt: judge.read(network, np.stack(pictures)) for prompt, pictures in drawn.items()}
+
+
+def share(rows: list[judge.Verdict], look: world.Look) -> float:
+    return sum(row.is_like(look) for row in rows) / len(rows)
+
+
+def test_the_fine_tuned_model_has_learned_the_subject_and_kept_the_beach(out: Path) -> None:
+    cat = world.SUBJECTS["riobugger"]
+    base, tuned = verdicts(tiny.WEIGHTS), verdicts(out / "model")
+    subject, beach, _, dog = demo.PROMPTS
+    assert share(base[subject], cat) <= 0.25
+    assert share(tuned[subject], cat) >= 0.5
+    assert sum(row.setting == "beach" for row in tuned[beach]) >= 6  # of 8
+    assert sum(row.species == "dog" for row in tuned[dog]) >= 7
+
+
+def test_the_sheet_has_a_row_of_eight_for_instances_base_and_fine_tuned(out: Path) -> None:
+    with Image.open(out / "sheet.png") as sheet:
+        assert sheet.width > 8 * 128
+        assert sheet.height > (1 + 2 * len(demo.PROMPTS)) * 128
+
+
+def test_it_prints_the_sheet_and_the_two_lines_for_ones_own_photographs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(vars(tiny), "DEFAULTS", {**tiny.DEFAULTS, "max_steps": "1"})
+    monkeypatch.setattr(demo, "PICTURES_PER_ROW", 1)
+    assert main(["demo", "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert str(tmp_path / "sheet.png") in shown
+    assert re.search(r"transfer_learning\.py --pretrained-model \S+ --train \S+", shown)
+    assert "-m dreambooth generate --model" in shown

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import io
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dreambooth import logs
+
+ROOT = Path(__file__).parents[1]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def _root_logger_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    for handler in handlers:  # or basicConfig would close them
+        root.removeHandler(handler)
+    monkeypatch.delenv("TRANSFORMERS_VERBOSITY", raising=False)
+    monkeypatch.delenv("DIFFUSERS_VERBOSITY", raising=False)
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def test_lines_from_the_level_on_arrive_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    logs.to_stderr("warning")
+    logs.to_stderr("info")
+    logging.getLogger("dreambooth.anything").info("hello")
+    logging.getLogger("dreambooth.anything").debug("unheard")
+    (line,) = stream.getvalue().splitlines()
+    assert line.endswith(" INFO hello")
+
+
+def test_on_a_terminal_a_line_wipes_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    logs.to_stderr("info")
+    logging.getLogger("dreambooth").info("hello")
+    assert stream.getvalue().startswith("\r\033[K")
+
+
+@pytest.mark.parametrize("name", ["bitsandbytes", "bitsandbytes.backends.cpu.ops", "PIL.Image"])
+def test_libraries_are_heard_in_errors_only(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    logs.to_stderr("debug")
+    logging.getLogger(name).warning("Failed to load something nobody needs")
+    logging.getLogger(name).error("broken")
+    (line,) = stream.getvalue().splitlines()
+    assert line.endswith(" ERROR broken")
+
+
+def test_libraries_that_set_their_own_level_are_quiet_too() -> None:
+    code = (
+        "import logging; from dreambooth import logs; logs.to_stderr('info')\n"
+        "import transformers, diffusers\n"
+        "from transformers.utils import logging as t; from diffusers.utils import logging as d\n"
+        "t.get_logger('transformers.x').warning('noise')\n"
+        "d.get_logger('diffusers.x').warning('noise')\n"
+        "t.get_logger('transformers.x').error('broken')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "noise" not in done.stderr
+    assert "broken" in done.stderr
