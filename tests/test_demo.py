@@ -1,4 +1,4 @@
-"""The main job for real: 400 steps on the embedded model, judged by its pictures."""
+"""The main job for real: the demo on the embedded model, judged by its pictures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 from dreambooth import demo, tiny
 from dreambooth.__main__ import main
 from dreambooth.diffusion import model as models
-from dreambooth.tiny import judge, world
+from dreambooth.tiny import judge, judge_network, world
 
 CPU = torch.device("cpu")
 
@@ -27,7 +27,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def verdicts(folder: Path) -> dict[str, list[judge.Verdict]]:
     drawn = demo._draw(models.load(folder, device=CPU), "drawing")
-    network = judge.load()
+    network = judge_network.load()
     return {prompt: judge.read(network, np.stack(pictures)) for prompt, pictures in drawn.items()}
 
 

@@ -15,23 +15,20 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from dreambooth.tiny import WEIGHTS, packaging, world
+from dreambooth.tiny.judge_network import JUDGE_WEIGHTS, Judge, Pictures, load, save, to_pixels
 from dreambooth.tiny.pace import Pace
 
 logger = logging.getLogger(__name__)
 
-JUDGE_WEIGHTS = Path(__file__).parent / "judge_weights" / "judge.safetensors"
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "species": world.SPECIES,
     "fur": tuple(world.FURS),
@@ -41,7 +38,6 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "style": world.STYLES,
 }
 _UNTOLD_IN_SKETCHES = ("fur", "collar")
-Pictures = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,44 +54,6 @@ class Verdict:
     def is_like(self, look: world.Look) -> bool:
         """Whether species, fur, marking and collar are all those of `look`."""
         return (self.species, self.fur, self.marking, self.collar) == look.combination
-
-
-class Judge(nn.Module):
-    """Five convolutions, then one linear head for each attribute: about 0.6 million parameters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        widths = (3, 32, 48, 96, 128, 160)
-        strides = (2, 1, 2, 2, 2)
-        layers: list[nn.Module] = []
-        for (before, after), stride in zip(pairwise(widths), strides, strict=True):
-            layers += [
-                nn.Conv2d(before, after, 3, stride=stride, padding=1),
-                nn.GroupNorm(8, after),
-                nn.SiLU(),
-            ]
-        self.features = nn.Sequential(*layers)
-        self.hidden = nn.Sequential(
-            nn.Flatten(), nn.Dropout(0.2), nn.Linear(widths[-1] * 16, 96), nn.SiLU()
-        )
-        self.heads = nn.ModuleDict(
-            {name: nn.Linear(96, len(labels)) for name, labels in ATTRIBUTES.items()}
-        )
-
-    def embed(self, pixels: Tensor) -> Tensor:
-        """float32 [B,3,64,64] -1..1 -> features [B,96]."""
-        features: Tensor = self.hidden(self.features(pixels))
-        return features
-
-    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        """float32 [B,3,64,64] -1..1 -> logits [B,labels] for each attribute."""
-        features = self.embed(pixels)
-        return {name: head(features) for name, head in self.heads.items()}
-
-
-def to_pixels(pictures: Pictures) -> Tensor:
-    """uint8 [B,64,64,3] -> float32 [B,3,64,64] -1..1."""
-    return torch.tensor(pictures).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
 def labels_of(scenes: Sequence[world.Scene]) -> dict[str, Tensor]:
@@ -125,7 +83,7 @@ def train(
 ) -> tuple[Judge, int]:
     """A judge trained on the given pictures until the time is spent; (judge, steps)."""
     torch.manual_seed(seed)
-    judge = Judge()
+    judge = Judge({name: len(labels) for name, labels in ATTRIBUTES.items()})
     labels = labels_of(scenes)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=1e-2)
     pace, step = Pace(seconds, 2e-3), 0
@@ -146,21 +104,6 @@ def train(
         if step % 100 == 0:
             logger.info("judge step %d, %.0f s, loss %.4f", step, pace.spent, total.item())
     return judge.eval(), step
-
-
-def load(path: Path = JUDGE_WEIGHTS) -> Judge:
-    """The committed judge (kept in half precision, computed in single)."""
-    judge = Judge()
-    judge.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
-    return judge.eval()
-
-
-def save(judge: Judge, path: Path = JUDGE_WEIGHTS) -> None:
-    """Writes the judge in half precision."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.half().contiguous() for name, tensor in judge.state_dict().items()}
-    save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(0o644)
 
 
 @torch.no_grad()

@@ -17,8 +17,11 @@ threads, the other two cores of the machine busy with other work, seed 0):
 
 Three settings of the environment matter on a CPU: `MALLOC_MMAP_MAX_=0`,
 `MALLOC_TRIM_THRESHOLD_=8589934592` (no page faults for every large tensor) and, where the cores are
-free, `GOMP_SPINCOUNT=30000`; never more threads than free cores. What the judge read in the result
-stands in `weights/recipe.json` under `judged` (`python -m dreambooth.tiny.judge measure --record`).
+free, `GOMP_SPINCOUNT=30000`; never more threads than free cores.
+
+What the judge read, 32 pictures for each of 44 prompts at guidance 3.5 and 25 steps: species 1.00,
+fur .995, marking .973 (patched .89, the others 1.00), collar 1.00, setting 1.00, sketch 1.00; by
+prompt in `weights/recipe.json` (`python -m dreambooth.tiny.judge measure --pictures 32 --record`).
 
 This is pre-training only: DreamBooth itself is `dreambooth.job`, for this model as for any other.
 """

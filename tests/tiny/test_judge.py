@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dreambooth.tiny import WEIGHTS, data_sets, world
+from dreambooth.tiny import WEIGHTS, data_sets, judge_network, world
 from dreambooth.tiny import judge as judging
 
 
@@ -17,13 +17,13 @@ def held_out() -> tuple[list[world.Scene], np.ndarray]:
 def test_the_judge_reads_held_out_drawings(
     held_out: tuple[list[world.Scene], np.ndarray],
 ) -> None:
-    shares = judging.accuracy(judging.load(), *held_out)
+    shares = judging.accuracy(judge_network.load(), *held_out)
     assert shares.keys() == judging.ATTRIBUTES.keys()
     assert min(shares.values()) >= 0.97, shares
 
 
 def test_the_judge_knows_the_shipped_subjects_and_tells_them_apart() -> None:
-    judge = judging.load()
+    judge = judge_network.load()
     for data_set in data_sets.DATA_SETS:
         drawn = np.stack([np.asarray(world.draw(scene)) for scene in data_set.scenes()])
         verdicts = judging.read(judge, drawn)
@@ -57,8 +57,8 @@ def test_a_judge_is_trained_and_saved_in_seconds(tmp_path_factory: pytest.TempPa
     judge, steps = judging.train(scenes, pictures, seconds=1.0, seed=0)
     assert steps > 0
     path = tmp_path_factory.mktemp("judge") / "judge.safetensors"
-    judging.save(judge, path)
-    assert len(judging.read(judging.load(path), pictures)) == 32
+    judge_network.save(judge, path)
+    assert len(judging.read(judge_network.load(path), pictures)) == 32
 
 
 def test_every_word_is_asked_for_and_the_committed_judge_is_small() -> None:
@@ -66,7 +66,7 @@ def test_every_word_is_asked_for_and_the_committed_judge_is_small() -> None:
     for name, labels in judging.ATTRIBUTES.items():
         wanted = {label for label in labels if label not in ("none", "photo")}
         assert wanted == {label for _, attribute, label in asked if attribute == name}
-    assert judging.JUDGE_WEIGHTS.stat().st_size <= 1_500_000
+    assert judge_network.JUDGE_WEIGHTS.stat().st_size <= 1_500_000
 
 
 def test_shares_are_averaged_by_attribute() -> None:
@@ -93,7 +93,7 @@ def test_the_committed_model_draws_what_is_asked() -> None:
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in range(len(prompts))],
         output_type="np",
     ).images
-    verdicts = judging.read(judging.load(), (images * 255).round().astype(np.uint8))
+    verdicts = judging.read(judge_network.load(), (images * 255).round().astype(np.uint8))
     right = [
         getattr(verdict, name) == label
         for verdict, prompt in zip(verdicts, prompts, strict=True)
