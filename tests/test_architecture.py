@@ -66,6 +66,7 @@ STDLIB_ONLY_FILES = {  # above the ground, but read by the plan before anything 
     "dreambooth.diffusion.headers",
     "dreambooth.training.plan",
     "dreambooth.training.device",
+    "dreambooth.training.memory",
     "dreambooth.training.lr_schedulers",
 }
 SIBLINGS = [

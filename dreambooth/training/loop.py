@@ -124,7 +124,7 @@ def train(
             group["lr"] = learning_rate
 
         # Accumulate gradients: every window has the same number of micro-batches
-        sums = torch.zeros(3)  # loss, instance loss, class loss
+        sums = torch.zeros(3, device=accelerator.device)  # loss, instance loss, class loss
         for micro_batch in range(plan.gradient_accumulation_steps):
             samples = pairs.sample_numbers(
                 step=state.step,
@@ -146,9 +146,8 @@ def train(
                 prior_loss_weight=hyperparameters.prior_loss_weight,
             )
             precision.backward(losses.total / plan.gradient_accumulation_steps)
-            class_loss = torch.zeros(()) if losses.class_ is None else losses.class_
-            parts = (losses.total, losses.instance, class_loss)
-            sums += torch.stack([part.detach().float().cpu() for part in parts])
+            class_loss = torch.zeros_like(losses.total) if losses.class_ is None else losses.class_
+            sums += torch.stack((losses.total, losses.instance, class_loss)).detach()
         means = accelerator.reduce(sums / plan.gradient_accumulation_steps, "mean").tolist()
 
         # Clip by global norm, update the weights

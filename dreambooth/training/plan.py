@@ -10,19 +10,13 @@ from dataclasses import dataclass
 
 from dreambooth.data.dataset_info import DatasetInfo
 from dreambooth.diffusion.facts import ModelFacts
-from dreambooth.hyperparameters import MEMORY_PLANS, Hyperparameters
-from dreambooth.training import lr_schedulers
+from dreambooth.hyperparameters import Hyperparameters
+from dreambooth.training import lr_schedulers, memory
 from dreambooth.training.device import DeviceFacts, host_memory_bytes
 
 MAX_CACHED_CROPS = 8  # random crops per picture that is not square
 CHECKPOINT_MINUTES = 10.0  # where a checkpoint folder is given and no interval
-MEMORY_SHARE = 0.85  # of the GPU: the rest is context, library workspaces and fragmentation
 GIB = 2**30
-
-# Saved activations per latent cell, channel and layer, in tensors. Fitted to the live bytes of the
-# full-size U-Net (1.74 GiB per 512 x 512 picture in fp32, 0.29 GiB with gradient checkpointing).
-TENSORS_PER_LAYER = 39
-TENSORS_PER_LAYER_CHECKPOINTED = 6.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +88,7 @@ def make(
     given = len(dataset.class_images) if needs_class_images else 0
     class_images = max(given, hyperparameters.num_class_images) if needs_class_images else 0
     mixed_precision = hyperparameters.mixed_precision or device.mixed_precision
-    memory_plan, use_8bit_adam, gradient_checkpointing = _memory_plan(
+    memory_plan, use_8bit_adam, gradient_checkpointing = memory.choose_plan(
         hyperparameters, facts, device, mixed_precision
     )
     warmup = hyperparameters.lr_warmup_steps
@@ -105,7 +99,7 @@ def make(
     if has_checkpoint_dir and checkpointing_steps is None and checkpointing_minutes is None:
         checkpointing_minutes = CHECKPOINT_MINUTES
     keeps = bool(checkpointing_steps or checkpointing_minutes)
-    memory_bytes = expected_memory_bytes(
+    memory_bytes = memory.expected_memory_bytes(
         hyperparameters,
         facts,
         mixed_precision=mixed_precision,
@@ -134,7 +128,7 @@ def make(
         checkpointing_steps=checkpointing_steps,
         checkpointing_minutes=checkpointing_minutes,
         memory_bytes=memory_bytes,
-        disk_bytes=_expected_disk_bytes(
+        disk_bytes=memory.expected_disk_bytes(
             hyperparameters, facts, class_images - given, use_8bit_adam, keeps
         ),
         warnings=_warnings(hyperparameters, device, steps, warmup, memory_bytes),
@@ -144,101 +138,6 @@ def make(
 def _prior_precision(hyperparameters: Hyperparameters, device: DeviceFacts) -> str:
     wanted = hyperparameters.prior_generation_precision or device.mixed_precision
     return "no" if wanted == "fp32" else wanted
-
-
-def _memory_plan(
-    hyperparameters: Hyperparameters,
-    facts: ModelFacts | None,
-    device: DeviceFacts,
-    mixed_precision: str,
-) -> tuple[str, bool, bool]:
-    """(name, use_8bit_adam, gradient_checkpointing): the named plan, or the first that fits."""
-    name = hyperparameters.memory_plan
-    if name == "auto":
-        name = "fp32_adamw"
-        if device.memory_bytes is not None and facts is not None:
-            usable = device.memory_bytes * MEMORY_SHARE
-            for candidate, (eight_bit, checkpointing) in MEMORY_PLANS.items():
-                name = candidate
-                need = expected_memory_bytes(
-                    hyperparameters,
-                    facts,
-                    mixed_precision=mixed_precision,
-                    use_8bit_adam=eight_bit,
-                    gradient_checkpointing=checkpointing,
-                )
-                if need <= usable:
-                    break
-    eight_bit, checkpointing = MEMORY_PLANS[name]
-    # What is set by hand stands; the plan fills in the rest.
-    if hyperparameters.use_8bit_adam is not None:
-        eight_bit = hyperparameters.use_8bit_adam
-    if hyperparameters.gradient_checkpointing is not None:
-        checkpointing = hyperparameters.gradient_checkpointing
-    return name, eight_bit, checkpointing
-
-
-def expected_memory_bytes(
-    hyperparameters: Hyperparameters,
-    facts: ModelFacts | None,
-    *,
-    mixed_precision: str,
-    use_8bit_adam: bool,
-    gradient_checkpointing: bool,
-) -> int:
-    """Peak of the step: fp32 weights, gradients, optimizer states, activations; 0: unknown."""
-    if facts is None:
-        return 0
-    trained = facts.unet_parameters
-    if hyperparameters.train_text_encoder:
-        trained += facts.text_encoder_parameters
-    half = mixed_precision != "no"
-    weights = 4 * trained
-    optimizer = (2 if use_8bit_adam else 8) * trained
-    halves = 2 if hyperparameters.with_prior_preservation else 1
-    resolution = hyperparameters.resolution or facts.resolution
-    tensors = TENSORS_PER_LAYER_CHECKPOINTED if gradient_checkpointing else TENSORS_PER_LAYER
-    activations = (
-        tensors
-        * facts.unet_layer_elements
-        * (resolution / facts.resolution) ** 2
-        * (2.6 if half else 4)  # bytes: matrix products in half, normalisations in fp32
-        * hyperparameters.batch_size
-        * halves
-    )
-    if (
-        hyperparameters.with_prior_preservation
-        and hyperparameters.prior_preservation_mode == "prediction"
-    ):
-        weights += 4 * facts.unet_parameters  # the frozen copy whose prediction is the target
-    # Gradients are whole just when the activations, and autocast's half copies of the weights, are
-    # gone; what overlaps was fitted to the same simulation. The optimizer's states stay throughout.
-    passing = activations + (2 * trained if half else 0)
-    return int(weights + optimizer + max(passing, 4 * trained) + 0.3 * activations)
-
-
-def _expected_disk_bytes(
-    hyperparameters: Hyperparameters,
-    facts: ModelFacts | None,
-    class_images: int,
-    use_8bit_adam: bool,
-    keeps_checkpoints: bool,
-) -> int:
-    """The model folder, the checkpoints (one more than kept, while it is written), class images."""
-    if facts is None:
-        return 0
-    trained = facts.unet_parameters
-    if hyperparameters.train_text_encoder:
-        trained += facts.text_encoder_parameters
-    bytes_per_weight = 2 if hyperparameters.export_precision == "fp16" else 4
-    every = facts.unet_parameters + facts.text_encoder_parameters + facts.vae_parameters
-    model = bytes_per_weight * every
-    checkpoint = (4 + (2 if use_8bit_adam else 8)) * trained
-    checkpoints = (
-        checkpoint * (hyperparameters.checkpoints_total_limit + 1) if keeps_checkpoints else 0
-    )
-    resolution = hyperparameters.resolution or facts.resolution
-    return int(model + checkpoints + class_images * 2 * resolution**2)
 
 
 def _warnings(
