@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -109,9 +109,30 @@ def _fine_tune(task: Task, record: Recorder, accelerator: Accelerator) -> None:
         for _ in steps:
             pass
         return
+    _follow(task, record, state, steps, draw_sample, checkpoints, identity)
+    state.optimizer.state.clear()  # its memory is free for the last pictures
+    record.final = draw_sample()
+    if settings.compute_fid:
+        with phase("fid_score"):
+            fid.log_score(task, model, previews)
+    with phase("export"):
+        _export(task, state, record.final)
+
+
+def _follow(
+    task: Task,
+    record: Recorder,
+    state: states.TrainingState,
+    steps: Iterator[loop.StepMetrics],
+    draw_sample: Callable[[], Image.Image | None],
+    checkpoints: Path | None,
+    identity: Mapping[str, str],
+) -> None:
+    """Run the loop to its end, reporting each step and saving checkpoints when they are due."""
+    settings, phase = task.hyperparameters, record.timings.phase
     report = Report(
         task.environment.output_data_dir,
-        plan,
+        task.plan,
         first_step=state.step,
         stream=sys.stderr,
         sample_steps=settings.sample_steps,
@@ -121,7 +142,7 @@ def _fine_tune(task: Task, record: Recorder, accelerator: Accelerator) -> None:
     with report, phase("training"):
         for metrics in steps:
             report.step(metrics)
-            if checkpoints is not None and _checkpoint_due(plan, state.step, saved_at):
+            if checkpoints is not None and _checkpoint_due(task.plan, state.step, saved_at):
                 keep = settings.checkpoints_total_limit
                 with phase("checkpoints"):
                     states.save(state, checkpoints, identity=identity, keep=keep)
@@ -129,13 +150,6 @@ def _fine_tune(task: Task, record: Recorder, accelerator: Accelerator) -> None:
     report.finish(state.loss_total / state.step)
     if state.skipped_steps:
         log.info("%d fp16 steps overflowed and were tried again", state.skipped_steps)
-    state.optimizer.state.clear()  # its memory is free for the sample picture
-    record.final = draw_sample()
-    if settings.compute_fid:
-        with phase("fid_score"):
-            fid.log_score(task, model, previews)
-    with phase("export"):
-        _export(task, state, record.final)
 
 
 def _cache(
