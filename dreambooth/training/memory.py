@@ -60,9 +60,7 @@ def expected_memory_bytes(
     """Peak of the step: fp32 weights, gradients, optimizer states, activations; 0: unknown."""
     if facts is None:
         return 0
-    trained = facts.unet_parameters
-    if hyperparameters.train_text_encoder:
-        trained += facts.text_encoder_parameters
+    trained = _trained_parameters(hyperparameters, facts)
     half = mixed_precision != "no"
     weights = 4 * trained
     optimizer = (2 if use_8bit_adam else 8) * trained
@@ -98,9 +96,7 @@ def expected_disk_bytes(
     """The model folder, the checkpoints (one more than kept, while it is written), class images."""
     if facts is None:
         return 0
-    trained = facts.unet_parameters
-    if hyperparameters.train_text_encoder:
-        trained += facts.text_encoder_parameters
+    trained = _trained_parameters(hyperparameters, facts)
     bytes_per_weight = 2 if hyperparameters.export_precision == "fp16" else 4
     every = facts.unet_parameters + facts.text_encoder_parameters + facts.vae_parameters
     model = bytes_per_weight * every
@@ -110,3 +106,8 @@ def expected_disk_bytes(
     )
     resolution = hyperparameters.resolution or facts.resolution
     return int(model + checkpoints + class_images * 2 * resolution**2)
+
+
+def _trained_parameters(hyperparameters: Hyperparameters, facts: ModelFacts) -> int:
+    text_encoder = facts.text_encoder_parameters if hyperparameters.train_text_encoder else 0
+    return facts.unet_parameters + text_encoder
