@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dreambooth.data import class_images
+from dreambooth.data import class_images, fingerprint
 from dreambooth.diffusion import model as models
 from dreambooth.diffusion import sampling
 from dreambooth.diffusion.model import DiffusionModel
@@ -33,7 +33,7 @@ def class_image_paths(task: Task) -> Sequence[Path]:
         return ()
     if task.plan.class_images_to_sample <= 0:
         return task.dataset.class_images
-    fingerprint = class_images.fingerprint(
+    origin = fingerprint.of_texts(
         task.dataset.class_prompt or "",
         task.model_fingerprint(),
         str(task.resolution),
@@ -43,7 +43,7 @@ def class_image_paths(task: Task) -> Sequence[Path]:
     )
     folder = task.environment.output_data_dir / "class_images"
     if task.environment.checkpoint_dir is not None:
-        folder = task.environment.checkpoint_dir / "class_images" / fingerprint
+        folder = task.environment.checkpoint_dir / "class_images" / origin
     sampler = _Sampler(task)
     missing = task.plan.class_images_to_sample
     with Progress(missing, "sampling class images", stream=sys.stderr, unit="pictures") as progress:
@@ -54,7 +54,7 @@ def class_image_paths(task: Task) -> Sequence[Path]:
             batch_size=min(task.hyperparameters.batch_size, LIMITS.max_generated_batch),
             seed=task.hyperparameters.seed,
             sample=sampler,
-            fingerprint=fingerprint,
+            fingerprint=origin,
             on_image=progress.update,
         )
     sampler.unload()

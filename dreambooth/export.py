@@ -28,6 +28,7 @@ from PIL import Image
 from dreambooth import model_card
 from dreambooth.diffusion import destination, layout, vocabulary, weights
 from dreambooth.diffusion.destination import ENTRIES, clear
+from dreambooth.durable import fsync
 from dreambooth.errors import ModelArtifactError, TrainingDivergedError, UserError
 from dreambooth.model_card import ModelCard, licence_of
 
@@ -215,7 +216,7 @@ def _write_samples(stage: Path, samples: Mapping[str, Image.Image]) -> list[tupl
 def _flush(stage: Path) -> None:
     for folder, _, names in os.walk(stage, topdown=False):
         for path in (*(Path(folder) / name for name in names), Path(folder)):
-            destination.fsync(path)
+            fsync(path)
 
 
 def _parts(base: Path) -> Iterator[str]:

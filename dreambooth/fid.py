@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from dreambooth import tiny
 from dreambooth.data import images
-from dreambooth.data.pairs import derive_seed
+from dreambooth.data.seeds import derive_seed
 from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.errors import DatasetError
 from dreambooth.evaluation import features, scores

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from dreambooth.data.pairs import derive_seed
+from dreambooth.data.seeds import derive_seed
 from dreambooth.diffusion import sampling
 from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.limits import LIMITS

@@ -22,6 +22,7 @@ FLOORS = {
     "dreambooth.tar_stream": 0,
     "dreambooth.progress": 0,
     "dreambooth.logs": 0,
+    "dreambooth.durable": 0,
     "dreambooth.sources": 0,
     "dreambooth.knob": 0,
     "dreambooth.hyperparameters": 0,

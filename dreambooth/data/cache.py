@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from dreambooth.data import images, pairs
+from dreambooth.data.seeds import derive_seed
 
 EncodeImage = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -75,7 +76,7 @@ def crop_boxes(
     """
     if center or size == (resolution, resolution):
         crops = 1
-    generator = random.Random(pairs.derive_seed(seed, stream, "crop", key))
+    generator = random.Random(derive_seed(seed, stream, "crop", key))
     return [
         images.crop_offsets(size, resolution, center=center, random=generator) for _ in range(crops)
     ]

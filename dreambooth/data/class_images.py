@@ -9,7 +9,6 @@ passed in. Legend: H W pixels, uint8 0..255.
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from PIL import Image, PngImagePlugin
 
 from dreambooth.data.images import check_image, read_note
 from dreambooth.data.picture_files import PictureError, shown
+from dreambooth.data.seeds import derive_seed
 from dreambooth.errors import DatasetError, ResourceError
 
 Pixels = npt.NDArray[np.uint8]
@@ -84,21 +84,8 @@ def ensure(
 
 
 def derived_seed(seed: int, index: int, attempt: int = 0) -> int:
-    """The 63-bit seed of class image `index`: a hash (BLAKE2b) of the three numbers alone.
-
-    The same on every machine; neighbouring indices and seeds share nothing.
-    """
-    text = f"class image\0{seed}\0{index}\0{attempt}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
-
-
-def fingerprint(*parts: str) -> str:
-    """16 hex digits that change with any part: class prompt, model, resolution, precision, ..."""
-    digest = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        data = part.encode("utf-8", "surrogatepass")
-        digest.update(len(data).to_bytes(8, "big") + data)  # ("ab", "c") is not ("a", "bc")
-    return digest.hexdigest()
+    """The 63-bit seed of class image `index`: of the three numbers alone."""
+    return derive_seed(seed, "class image", index, attempt)
 
 
 def _note(fingerprint: str, seed: int, index: int, attempt: int) -> str:

@@ -24,6 +24,15 @@ def of_dataset(dataset: DatasetInfo) -> str:
     return digest.hexdigest()[:16]
 
 
+def of_texts(*parts: str) -> str:
+    """Any texts in their order, as 16 hex digits that change with each."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8) + data)  # ("ab", "c") is not ("a", "bc")
+    return digest.hexdigest()[:16]
+
+
 def of_weights(files: Iterable[Path]) -> str:
     """Names, sizes and a 64 KiB block of every 16 MiB of weight files, as 16 hex digits.
 

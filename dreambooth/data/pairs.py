@@ -9,12 +9,13 @@ Legend: B batch, C latent channels, h w latent cells.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+
+from dreambooth.data.seeds import derive_seed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,12 +32,6 @@ class Samples:
     timesteps: torch.Tensor
     posterior_noise: torch.Tensor
     noise: torch.Tensor
-
-
-def derive_seed(seed: int, *keys: str | int) -> int:
-    """A 63-bit seed from a base seed and a name: the same on every machine and Python version."""
-    text = "\0".join(str(part) for part in (seed, *keys))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
 
 
 @lru_cache(maxsize=8)

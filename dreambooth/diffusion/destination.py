@@ -20,6 +20,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from dreambooth.diffusion import layout
+from dreambooth.durable import fsync
 from dreambooth.errors import ModelArtifactError, ResourceError, UserError
 
 logger = logging.getLogger(__name__)
@@ -96,15 +97,6 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def fsync(path: Path) -> None:
-    """Have a file or folder on the disk before going on."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -54,7 +54,7 @@ class Report:
             for old in (folder / "samples").glob(_OUR_SAMPLES) if first_step == 0 else ():
                 old.unlink()
         self._progress = Progress(plan.steps, "training", stream=stream, initial=first_step)
-        self._tensorboard = _tensorboard(folder)
+        self._tensorboard = _tensorboard(folder, first_step)
         self._epoch_losses: list[float] = []
         self._last_time = clock()
 
@@ -150,10 +150,11 @@ def _open_metrics(path: Path, first_step: int) -> TextIO:
     return path.open("a")
 
 
-def _tensorboard(folder: Path) -> Any | None:
+def _tensorboard(folder: Path, first_step: int) -> Any | None:
     """A writer of events where tensorboard is installed; nobody else pays its import."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(log_dir=str(folder / "tensorboard"))
+    # Events of steps that a resumed run takes again are not shown twice.
+    return SummaryWriter(log_dir=str(folder / "tensorboard"), purge_step=first_step + 1)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from dreambooth.durable import fsync
 from dreambooth.errors import HyperparameterError, ResourceError
 from dreambooth.training.precision import Precision
 
@@ -83,10 +83,10 @@ def save(state: TrainingState, folder: Path, *, identity: Mapping[str, str], kee
         }
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=2))
         for path in (*partial.iterdir(), partial):
-            _flush(path)
+            fsync(path)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        _flush(folder)
+        fsync(folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise ResourceError(
@@ -187,11 +187,3 @@ def _compare(path: Path, stored: Mapping[str, str], wanted: Mapping[str, str]) -
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

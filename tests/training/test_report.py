@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,3 +116,18 @@ def test_a_fresh_run_clears_what_an_earlier_one_left(make_training: Make, tmp_pa
     run(tmp_path, plan, range(1, 3))
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
     assert [path.name for path in (tmp_path / "samples").iterdir()] == ["mine.png"]
+
+
+def test_tensorboard_events_hold_the_curves(make_training: Make, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    plan = make_training(max_steps=6).plan
+    run(tmp_path, plan, range(1, 6))
+    time.sleep(1.1)  # tensorboard orders its files by the second in their names
+    run(tmp_path, plan, range(4, 7))  # goes on from step 3
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert set(events.Tags()["scalars"]) == {
+        *("loss", "instance_loss", "learning_rate", "grad_norm"),
+    }
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+    assert events.Scalars("learning_rate")[0].value == pytest.approx(2e-6)

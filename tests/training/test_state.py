@@ -116,7 +116,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(states, "_flush", full)
+    monkeypatch.setattr(states, "fsync", full)
     with pytest.raises(ResourceError, match="No space left on device"):
         states.save(training.state, tmp_path, identity=IDENTITY, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
