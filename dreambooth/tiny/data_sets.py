@@ -1,4 +1,4 @@
-"""The data sets that ship with the embedded model: pictures of three subjects it never saw named.
+"""The data sets that ship with the embedded model: pictures of subjects that it never saw named.
 
 `python -m dreambooth.tiny.data_sets` writes them into `dreambooth/tiny/data`. Each subject is shown
 in a room and on grass only, so that a beach is new to it.
@@ -32,7 +32,8 @@ class DataSet:
     @property
     def class_prompt(self) -> str:
         """The prompt of the class."""
-        return f"a photo of a {SUBJECTS[self.subject].species}"
+        species = SUBJECTS[self.subject].species
+        return f"a photo of {'an' if species[0] in 'aeiou' else 'a'} {species}"
 
     def scenes(self) -> list[Scene]:
         """The scenes of its pictures, room and grass by turns."""
@@ -54,6 +55,8 @@ DATA_SETS = (
     DataSet(folder="dog1_8", subject="Doppler", pictures=8),
     DataSet(folder="dog1_16", subject="Doppler", pictures=16),
     DataSet(folder="dog2_4", subject="zwx", pictures=4),
+    DataSet(folder="chair", subject="vorbit", pictures=6),
+    DataSet(folder="ottoman", subject="drimel", pictures=6),
 )
 
 

@@ -1,4 +1,4 @@
-"""The animals of the drawn world: what they are made of, where their marks lie, how they stand.
+"""The figures of the drawn world: what they are made of, where their marks lie, how they stand.
 
 Nothing here knows of captions or names; `world` decides what is drawn.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from PIL import Image, ImageDraw
 
@@ -192,14 +193,99 @@ def draw_dog(image: Image.Image, pose: Pose, paint: Paint) -> None:
     draw_part(pen, Ellipse(100, -111, 7, 10), head, (232, 96, 112))
 
 
-FIGURES: dict[str, Callable[[Image.Image, Pose, Paint], None]] = {"cat": draw_cat, "dog": draw_dog}
-"""Who draws which species: a new thing of the world is one function and one line here."""
+# The chair is seen from the front, a little from above; its back and its seat are upholstered.
+
+_WOOD: Rgb = (134, 84, 44)
+_CHAIR_LEGS: tuple[Part, ...] = (
+    Stroke(((-38, -70), (-36, -26)), 10),
+    Stroke(((38, -70), (36, -26)), 10),
+    Stroke(((-60, -68), (-64, -4)), 13),
+    Stroke(((60, -68), (64, -4)), 13),
+)
+_CHAIR_BACK: tuple[Part, ...] = (
+    Polygon(((-50, -186), (50, -186), (56, -90), (-56, -90))),
+    Stroke(((-46, -188), (46, -188)), 22),
+)
+_CHAIR_SEAT: tuple[Part, ...] = (Polygon(((-58, -98), (58, -98), (74, -64), (-74, -64))),)
+
+# The ottoman is a low cushioned box on four feet.
+
+_OTTOMAN_FEET: tuple[Part, ...] = (
+    Stroke(((-66, -18), (-66, -4)), 14),
+    Stroke(((66, -18), (66, -4)), 14),
+)
+_OTTOMAN_BOX: tuple[Part, ...] = (Polygon(((-82, -60), (82, -60), (76, -14), (-76, -14))),)
+_OTTOMAN_TOP: tuple[Part, ...] = (Ellipse(0, -62, 88, 24),)
+
+
+def _upholstery(
+    marking: str,
+    rng: random.Random,
+    stripes: Sequence[tuple[Point, Point]],
+    spots: Sequence[Point],
+) -> list[Part]:
+    if marking == "striped":
+        return [Stroke(stripe, 13) for stripe in stripes]
+    if marking == "spotted":
+        return [_spot(x, y, rng, 10.5) for x, y in spots]
+    return []
+
+
+def draw_chair(image: Image.Image, pose: Pose, paint: Paint) -> None:
+    """A chair with an upholstered back and seat, about 200 units tall and 150 wide."""
+    rng = random.Random(f"marks/{paint.marks_seed}")
+    pen = ImageDraw.Draw(image)
+    for leg in _CHAIR_LEGS:
+        draw_part(pen, leg, pose, shade(_WOOD, 0.45), grow=3.0)
+        draw_part(pen, leg, pose, _WOOD)
+    back_stripes = [((x, -204), (x * 1.1, -86)) for x in (-32, 0, 32)]
+    back_spots = ((-28, -174), (8, -182), (34, -158), (-8, -148), (-34, -122), (22, -120))
+    back = _upholstery(paint.marking, rng, back_stripes, back_spots)
+    draw_group(image, _CHAIR_BACK, back, pose, paint)
+    seat_stripes = [((x, -104), (x * 1.22, -58)) for x in (-36, 0, 36)]
+    seat = _upholstery(paint.marking, rng, seat_stripes, ((-40, -80), (-6, -84), (34, -76)))
+    draw_group(image, _CHAIR_SEAT, seat, pose, paint)
+
+
+def draw_ottoman(image: Image.Image, pose: Pose, paint: Paint) -> None:
+    """A low padded stool, about 90 units tall and 180 wide."""
+    rng = random.Random(f"marks/{paint.marks_seed}")
+    pen = ImageDraw.Draw(image)
+    for foot in _OTTOMAN_FEET:
+        draw_part(pen, foot, pose, shade(_WOOD, 0.45), grow=3.0)
+        draw_part(pen, foot, pose, _WOOD)
+    box_stripes = [((x, -60), (x * 0.94, -10)) for x in (-58, -20, 20, 58)]
+    box_spots = ((-62, -30), (-28, -26), (8, -30), (42, -26), (68, -34))
+    box = _upholstery(paint.marking, rng, box_stripes, box_spots)
+    draw_group(image, _OTTOMAN_BOX, box, pose, paint)
+    top_stripes = [((x, -90), (x * 1.1, -34)) for x in (-56, -19, 19, 56)]
+    top = _upholstery(
+        paint.marking, rng, top_stripes, ((-50, -62), (-14, -72), (22, -56), (56, -66))
+    )
+    draw_group(image, _OTTOMAN_TOP, top, pose, paint)
+
+
+FIGURES: dict[str, Callable[[Image.Image, Pose, Paint], None]] = {
+    "cat": draw_cat,
+    "dog": draw_dog,
+    "chair": draw_chair,
+    "ottoman": draw_ottoman,
+}
+"""Who draws which species: a new thing of the world is one function here and one line in each of
+these tables.
+"""
+
+SHADOWS = {"cat": 62.0, "dog": 92.0, "chair": 84.0, "ottoman": 94.0}
+"""Half the width of the shadow on the ground, in units of the figure."""
+
+_SCALES = {"cat": (0.9, 1.06), "dog": (0.84, 0.98), "chair": (0.9, 1.06), "ottoman": (1.0, 1.2)}
+_REACHES = {"cat": 24, "dog": 8, "chair": 30, "ottoman": 14}
 
 
 def random_pose(species: str, rng: random.Random) -> Pose:
     """Pose jitter: place, size, mirrored, head turned; always whole on the canvas."""
-    scale = rng.uniform(0.9, 1.06) if species == "cat" else rng.uniform(0.84, 0.98)
-    reach = 24 if species == "cat" else 8
+    scale = rng.uniform(*_SCALES[species])
+    reach = _REACHES[species]
     return Pose(
         x=CANVAS / 2 + rng.uniform(-reach, reach),
         y=rng.uniform(224, 240),
@@ -208,3 +294,19 @@ def random_pose(species: str, rng: random.Random) -> Pose:
         head_x=rng.uniform(-6, 6),
         head_y=rng.uniform(-4, 4),
     )
+
+
+def seat_pose(rng: random.Random) -> Pose:
+    """Where an ottoman stands that is sat on."""
+    return Pose(
+        x=CANVAS / 2 + rng.uniform(-22, 22),
+        y=rng.uniform(232, 246),
+        scale=rng.uniform(0.98, 1.1),
+        flip=False,
+    )
+
+
+def on_top(pose: Pose, seat: Pose) -> Pose:
+    """The pose of an animal, moved onto the middle of an ottoman and made smaller to fit."""
+    x, y = seat.place(0, -60)
+    return replace(pose, x=x + (pose.x - CANVAS / 2) / 3, y=y, scale=pose.scale * 0.72)

@@ -1,20 +1,24 @@
-"""A small classifier that reads drawn and generated 64x64 pictures: species, fur, marking, collar,
-setting and style.
+"""A small classifier that reads drawn and generated 64x64 pictures: species, colour, marking,
+collar, seat (the colour of the ottoman that is sat on), setting and style.
 
-`python -m dreambooth.tiny.judge train` draws pictures and trains it; `... measure --model FOLDER`
-asks a model for each word of the world and prints how often the judge reads what was asked. It
-must choose a label even where a picture is soft, so figures for soft pictures are approximate; it
-was trained with blur and noise for their sake. The fur and the collar of a pencil sketch cannot be
-told and are not taught.
+`python -m dreambooth.tiny.judge train` draws pictures, trains it, measures it on held-out drawings
+and writes weights and recipe.json. `python -m dreambooth evaluate tiny` reads a model's pictures
+with it. It must choose a label even where a picture is soft, so figures for soft pictures are
+approximate; it was trained with blur and noise for their sake. The colours of a pencil sketch (of
+coat, collar and seat) cannot be told and are not taught.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +27,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dreambooth.tiny import WEIGHTS, packaging, world
+from dreambooth.tiny import world
 from dreambooth.tiny.judge_network import JUDGE_WEIGHTS, Judge, Pictures, load, save, to_pixels
 from dreambooth.tiny.pace import Pace
 
 logger = logging.getLogger(__name__)
 
+RECIPE_FILE = "recipe.json"
+HELD_OUT = 4000
+"""Drawings that a judge is measured on; no judge is trained on them."""
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "species": world.SPECIES,
-    "fur": tuple(world.FURS),
+    "color": tuple(world.COLORS),
     "marking": world.MARKINGS,
     "collar": tuple(world.COLLARS),
+    "seat": ("none", *world.COLORS),
     "setting": world.SETTINGS,
     "style": world.STYLES,
 }
-_UNTOLD_IN_SKETCHES = ("fur", "collar")
+_UNTOLD_IN_SKETCHES = ("color", "collar", "seat")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,15 +53,16 @@ class Verdict:
     """What the judge reads in one picture."""
 
     species: str
-    fur: str
+    color: str
     marking: str
     collar: str
+    seat: str
     setting: str
     style: str
 
     def is_like(self, look: world.Look) -> bool:
-        """Whether species, fur, marking and collar are all those of `look`."""
-        return (self.species, self.fur, self.marking, self.collar) == look.combination
+        """Whether species, colour, marking and collar are all those of `look`."""
+        return (self.species, self.color, self.marking, self.collar) == look.combination
 
 
 def labels_of(scenes: Sequence[world.Scene]) -> dict[str, Tensor]:
@@ -61,10 +70,17 @@ def labels_of(scenes: Sequence[world.Scene]) -> dict[str, Tensor]:
     numbers: dict[str, list[int]] = {name: [] for name in ATTRIBUTES}
     for scene in scenes:
         for name, labels in ATTRIBUTES.items():
-            source = scene if name in ("setting", "style") else scene.look
             untold = scene.style == "sketch" and name in _UNTOLD_IN_SKETCHES
-            numbers[name].append(-100 if untold else labels.index(getattr(source, name)))
+            numbers[name].append(-100 if untold else labels.index(_shown(scene, name)))
     return {name: torch.tensor(values) for name, values in numbers.items()}
+
+
+def _shown(scene: world.Scene, attribute: str) -> str:
+    if attribute == "seat":
+        return "none" if scene.seat is None else scene.seat.color
+    source = scene if attribute in ("setting", "style") else scene.look
+    shown: str = getattr(source, attribute)
+    return shown
 
 
 def soften(pixels: Tensor) -> Tensor:
@@ -107,131 +123,94 @@ def train(
 
 
 @torch.no_grad()
+def _choices(judge: Judge, pictures: Pictures) -> dict[str, Tensor]:
+    """The likeliest label number [N] of each attribute."""
+    batches = [judge(to_pixels(pictures[at : at + 256])) for at in range(0, len(pictures), 256)]
+    return {
+        name: torch.cat([logits[name].argmax(dim=1) for logits in batches]) for name in ATTRIBUTES
+    }
+
+
 def read(judge: Judge, pictures: Pictures) -> list[Verdict]:
     """What the judge sees in each picture, uint8 [N,64,64,3]."""
-    verdicts: list[Verdict] = []
-    for start in range(0, len(pictures), 256):
-        logits = judge(to_pixels(pictures[start : start + 256]))
-        chosen = {
-            name: [ATTRIBUTES[name][index] for index in values.argmax(dim=1).tolist()]
-            for name, values in logits.items()
-        }
-        rows = zip(*chosen.values(), strict=True)
-        verdicts += [Verdict(**dict(zip(chosen, row, strict=True))) for row in rows]
-    return verdicts
+    if not len(pictures):
+        return []
+    chosen = {
+        name: [ATTRIBUTES[name][index] for index in numbers.tolist()]
+        for name, numbers in _choices(judge, pictures).items()
+    }
+    rows = zip(*chosen.values(), strict=True)
+    return [Verdict(**dict(zip(chosen, row, strict=True))) for row in rows]
 
 
-@torch.no_grad()
 def accuracy(judge: Judge, scenes: Sequence[world.Scene], pictures: Pictures) -> dict[str, float]:
     """Share of right readings for each attribute, where it can be told."""
-    logits, labels = judge(to_pixels(pictures)), labels_of(scenes)
-    result = {}
-    for name, values in logits.items():
-        told = labels[name] >= 0
-        result[name] = float((values.argmax(dim=1) == labels[name])[told].float().mean())
-    return result
-
-
-def questions() -> list[tuple[str, str, str]]:
-    """(prompt, attribute, label that the judge should read) for each word of the world."""
-    asked = [(f"a photo of a {species}", "species", species) for species in world.SPECIES]
-    for species in world.SPECIES:
-        asked += [(f"a photo of {_a(fur)} {species}", "fur", fur) for fur in world.FURS]
-        asked += [(f"a photo of a {kind} {species}", "marking", kind) for kind in world.MARKINGS]
-        asked += [
-            (f"a photo of a {species} with a {collar} collar", "collar", collar)
-            for collar in world.COLLARS
-            if collar != "none"
-        ]
-        asked += [
-            (f"a photo of a {species} {phrases[0]}", "setting", setting)
-            for setting, phrases in world.SETTING_PHRASES.items()
-        ]
-        asked.append((f"a pencil sketch of a {species}", "style", "sketch"))
-    return asked
-
-
-def _a(word: str) -> str:
-    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
-
-
-def measure(judge: Judge, pipeline: Any, pictures: int) -> dict[str, float]:
-    """Asked-for shares by question, at the embedded model's own settings; `pictures` of each."""
-    from dreambooth.tiny import DEFAULTS
-
-    shares: dict[str, float] = {}
-    for prompt, attribute, label in questions():
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in range(pictures)]
-        images = pipeline(
-            [prompt] * pictures,
-            num_inference_steps=int(DEFAULTS["num_inference_steps"]),
-            guidance_scale=float(DEFAULTS["guidance_scale"]),
-            generator=generators,
-            output_type="np",
-        ).images
-        verdicts = read(judge, (images * 255).round().astype(np.uint8))
-        shares[prompt] = (
-            sum(getattr(verdict, attribute) == label for verdict in verdicts) / pictures
-        )
-        logger.info("%-50s %s %.2f", prompt, attribute, shares[prompt])
-    return shares
-
-
-def by_attribute(shares: Mapping[str, float]) -> dict[str, float]:
-    """The mean share of each attribute."""
-    groups: dict[str, list[float]] = {}
-    for prompt, attribute, _ in questions():
-        groups.setdefault(attribute, []).append(shares[prompt])
-    return {attribute: round(sum(group) / len(group), 4) for attribute, group in groups.items()}
-
-
-def _train_command(arguments: argparse.Namespace) -> None:
-    count = arguments.pictures
-    scenes = [world.random_scene(f"judge/{arguments.seed}/{index}") for index in range(count)]
-    pictures = np.stack([np.asarray(world.draw(scene), dtype=np.uint8) for scene in scenes])
-    judge, steps = train(scenes, pictures, seconds=arguments.minutes * 60, seed=arguments.seed)
-    save(judge, arguments.judge)
-    held_out = [world.random_scene(f"judge held out/{index}") for index in range(1000)]
-    drawn = np.stack([np.asarray(world.draw(scene), dtype=np.uint8) for scene in held_out])
-    print(json.dumps({"steps": steps, **accuracy(load(arguments.judge), held_out, drawn)}))
-
-
-def _measure_command(arguments: argparse.Namespace) -> None:
-    from diffusers import StableDiffusionPipeline
-
-    pipeline = StableDiffusionPipeline.from_pretrained(arguments.model, safety_checker=None)
-    pipeline.set_progress_bar_config(disable=True)
-    shares = measure(load(arguments.judge), pipeline, arguments.pictures)
-    result = {
-        "pictures_per_prompt": arguments.pictures,
-        "attributes": by_attribute(shares),
-        "prompts": {prompt: round(share, 4) for prompt, share in shares.items()},
+    labels = labels_of(scenes)
+    return {
+        name: float((numbers == labels[name])[labels[name] >= 0].float().mean())
+        for name, numbers in _choices(judge, pictures).items()
     }
-    if arguments.record:
-        packaging.add_to_report(arguments.model, {"judged": result})
-    print(json.dumps(result))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgeSettings:
+    """What a judge is trained with, but for the machine's speed."""
+
+    seed: int = 0
+    pictures: int = 24_000
+    minutes: float = 7.0
+
+
+def drawings(seed: str, count: int) -> tuple[list[world.Scene], Pictures]:
+    """Random scenes of the world and their pictures uint8 [N,64,64,3]."""
+    scenes = [world.random_scene(f"{seed}/{index}") for index in range(count)]
+    return scenes, np.stack([np.asarray(world.draw(scene), dtype=np.uint8) for scene in scenes])
+
+
+def write_recipe(path: Path, settings: JudgeSettings, steps: int) -> dict[str, Any]:
+    """Measures the judge in `path` on held-out drawings; writes recipe.json beside it."""
+    shares = accuracy(load(path), *drawings("judge held out", HELD_OUT))
+    recipe = {
+        "command": "python -m dreambooth.tiny.judge train",
+        "settings": asdict(settings),
+        "steps": steps,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("torch", "numpy", "pillow")},
+        },
+        "hardware": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "held_out": {
+            "drawings": HELD_OUT,
+            "accuracy": {name: round(share, 4) for name, share in shares.items()},
+        },
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
+    (path.parent / RECIPE_FILE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+    return recipe
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains the judge, or measures a model with it."""
+    """Trains the judge; ends with its recipe as one JSON line."""
+    defaults = JudgeSettings()
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--judge", type=Path, default=JUDGE_WEIGHTS)
+    parser.add_argument("--judge", type=Path, default=JUDGE_WEIGHTS, help="file to write")
     parser.add_argument("--threads", type=int, default=2)
     commands = parser.add_subparsers(required=True)
     training = commands.add_parser("train")
-    training.add_argument("--minutes", type=float, default=4.0)
-    training.add_argument("--pictures", type=int, default=16_000)
-    training.add_argument("--seed", type=int, default=0)
-    training.set_defaults(run=_train_command)
-    measuring = commands.add_parser("measure")
-    measuring.add_argument("--model", type=Path, default=WEIGHTS)
-    measuring.add_argument("--pictures", type=int, default=32)
-    measuring.add_argument("--record", action="store_true", help="add to the model's recipe.json")
-    measuring.set_defaults(run=_measure_command)
+    training.add_argument("--minutes", type=float, default=defaults.minutes)
+    training.add_argument("--pictures", type=int, default=defaults.pictures)
+    training.add_argument("--seed", type=int, default=defaults.seed)
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(arguments.threads)
-    arguments.run(arguments)
+    settings = JudgeSettings(
+        seed=arguments.seed, pictures=arguments.pictures, minutes=arguments.minutes
+    )
+    scenes, pictures = drawings(f"judge/{settings.seed}", settings.pictures)
+    judge, steps = train(scenes, pictures, seconds=settings.minutes * 60, seed=settings.seed)
+    save(judge, arguments.judge)
+    print(json.dumps(write_recipe(arguments.judge, settings, steps)))
 
 
 if __name__ == "__main__":

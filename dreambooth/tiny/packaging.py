@@ -25,12 +25,12 @@ library_name: diffusers
 pipeline_tag: text-to-image
 tags: [stable-diffusion, text-to-image, tiny, drawn-world]
 ---
-# The embedded model: drawn cats and dogs, 64x64
+# The embedded model: drawn cats, dogs, chairs and ottomans, 64x64
 
 A StableDiffusionPipeline of {parameters:.1f} million parameters, trained from nothing on pictures
 that `dreambooth/tiny/world.py` draws: cats and dogs of six coats and four markings, some with a
-collar of four colours, in six settings, as a photo or a pencil sketch. It knows the words of that
-world and nothing else; it exists so that the whole job runs in a minute on a CPU. It is no model of
+collar of four colours, some on an ottoman; chairs and ottomans of ten colours and three patterns;
+in six settings, as a photo or a pencil sketch. It knows the words of that world and nothing else; it exists so that the whole job runs in a minute on a CPU. It is no model of
 real animals and of no use for real pictures.
 
 Say, for example: "a photo of an orange striped cat with a blue collar on a beach", at guidance 3.5.

@@ -35,7 +35,7 @@ import platform
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dreambooth.tiny import WEIGHTS, packaging, text_unet_training, tokenizer, vae_training, world
+from dreambooth.tiny import (
+    WEIGHTS,
+    captions,
+    packaging,
+    text_unet_training,
+    tokenizer,
+    vae_training,
+    world,
+)
 from dreambooth.tiny.brush import SIZE
 from dreambooth.tiny.text_unet_training import LatentSet, TextUnetSettings, Trained, Vocabulary
 from dreambooth.tiny.vae_training import VaeSettings
@@ -57,14 +65,23 @@ class RecipeSettings:
     """Everything that the result depends on, but for the machine's speed."""
 
     seed: int = 0
-    minutes: float = 82.0
-    vae_share: float = 0.15
-    pictures: int = 36_000
-    individuals: int = 400
+    minutes: float = 135.0
+    vae_share: float = 0.12
+    pictures: int = 48_000
+    individuals: int = 480
     pictures_each: int = 16
     captions_each: int = 6
     vae: VaeSettings = field(default_factory=VaeSettings)
     text_unet: TextUnetSettings = field(default_factory=TextUnetSettings)
+
+
+MEASURES: dict[str, dict[str, float]] = {
+    "probe": {"probe_weight": 0.0},
+    "skew": {"timestep_power": 1.0},
+    "weights": {"weight_cap": 1.0},
+    "names": {"named_per_batch": 0},
+}
+"""The special measures of the training, and what switches each of them off, for ablations."""
 
 
 def _draw(scene: world.Scene) -> npt.NDArray[np.uint8]:
@@ -135,7 +152,7 @@ class Recipe:
             rng = random.Random(f"captions/{self._settings.seed}")
             each = self._settings.captions_each
             scenes = self.scenes()
-            texts = [world.caption(scene, rng) for scene in scenes for _ in range(each)]
+            texts = [captions.caption(scene, rng) for scene in scenes for _ in range(each)]
             encoded = self.tokenizer()(texts, padding="max_length", truncation=True).input_ids
             _save_array(path, np.array(encoded, dtype=np.int16).reshape(len(scenes), each, -1))
         result: npt.NDArray[np.int16] = np.load(path)
@@ -268,10 +285,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--export-only", action="store_true", help="pack the checkpoints as they are"
     )
+    parser.add_argument(
+        "--without",
+        action="append",
+        choices=MEASURES,
+        default=[],
+        help="leave out a special measure (ablation)",
+    )
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(arguments.threads)
-    settings = RecipeSettings(seed=arguments.seed, minutes=arguments.minutes)
+    text_unet = defaults.text_unet
+    for measure in arguments.without:
+        text_unet = replace(text_unet, **MEASURES[measure])  # type: ignore[arg-type]
+    settings = RecipeSettings(seed=arguments.seed, minutes=arguments.minutes, text_unet=text_unet)
     Recipe(settings, arguments.work).run(arguments.weights, export_only=arguments.export_only)
 
 

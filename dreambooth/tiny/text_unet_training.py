@@ -45,7 +45,7 @@ class TextUnetSettings:
     text_width: int = 96
     text_layers: int = 3
     text_heads: int = 4
-    channels: tuple[int, int] = (64, 160)
+    channels: tuple[int, int] = (64, 144)
     heads: int = 4
     groups: int = 16
     batch: int = 32
@@ -233,7 +233,8 @@ def train(
     alphas = alphas_cumprod()
     pace = Pace(seconds, settings.learning_rate, spent=spent)
     saved_at = spent
-    while not pace.over:
+    over = pace.over
+    while not over:
         for group in optimizer.param_groups:
             group["lr"] = pace.learning_rate()
         diffusion, probing = losses(model, data, settings, alphas, vocabulary)
@@ -244,6 +245,7 @@ def train(
         decay = min(settings.ema_decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
         step += 1
+        over = pace.over  # read once: whoever ends the loop has saved
         value = diffusion.item()
         smooth = value if step == 1 else 0.99 * smooth + 0.01 * value
         if step % 50 == 0:
@@ -251,7 +253,7 @@ def train(
                 "text and U-Net: step %d, %.0f of %.0f s, loss %.4f, probe %.4f",
                 *(step, pace.spent, seconds, smooth, probing.item()),
             )
-        if pace.spent - saved_at > settings.checkpoint_seconds or pace.over:
+        if pace.spent - saved_at > settings.checkpoint_seconds or over:
             saved_at = pace.spent
             state = {
                 "model": model.state_dict(),

@@ -108,7 +108,8 @@ def train(
     torch.manual_seed(seed + step)
     pace = Pace(seconds, settings.learning_rate, spent=spent)
     saved_at, smooth = spent, 0.0
-    while not pace.over:
+    over = pace.over
+    while not over:
         for group in optimizer.param_groups:
             group["lr"] = pace.learning_rate()
         value = loss(
@@ -121,10 +122,11 @@ def train(
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         step += 1
+        over = pace.over  # read once: whoever ends the loop has saved
         smooth = value.item() if step == 1 else 0.98 * smooth + 0.02 * value.item()
         if step % 100 == 0:
             logger.info("vae step %d, %.0f s, loss %.4f", step, pace.spent, smooth)
-        if pace.spent - saved_at > 120 or pace.over:
+        if pace.spent - saved_at > 120 or over:
             saved_at = pace.spent
             _save(checkpoint, vae, optimizer, step, saved_at)
     vae.eval()

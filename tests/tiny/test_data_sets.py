@@ -40,4 +40,6 @@ def test_prompts_of_the_shipped_data_sets_are_the_published_ones() -> None:
         "dog1_8": "a photo of a Doppler dog",
         "dog1_16": "a photo of a Doppler dog",
         "dog2_4": "a photo of a zwx dog",
+        "chair": "a photo of a vorbit chair",
+        "ottoman": "a photo of a drimel ottoman",
     }

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import hashlib
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +14,7 @@ from dreambooth.tiny import judge as judging
 
 @pytest.fixture(scope="module")
 def held_out() -> tuple[list[world.Scene], np.ndarray]:
-    scenes = [world.random_scene(f"judge test/{index}") for index in range(300)]
-    return scenes, np.stack([np.asarray(world.draw(scene), dtype=np.uint8) for scene in scenes])
+    return judging.drawings("judge test", 300)
 
 
 def test_the_judge_reads_held_out_drawings(
@@ -32,14 +35,14 @@ def test_the_judge_knows_the_shipped_subjects_and_tells_them_apart() -> None:
             assert share >= 0.75 if name == data_set.subject else share == 0.0
 
 
-def test_fur_and_collar_of_a_sketch_are_not_scored() -> None:
+def test_colours_of_a_sketch_are_not_scored() -> None:
     sketch = next(
         scene
         for scene in (world.random_scene(str(index)) for index in range(99))
         if scene.style == "sketch"
     )
     labels = judging.labels_of([sketch])
-    assert labels["fur"].item() == labels["collar"].item() == -100
+    assert {labels[name].item() for name in ("color", "collar", "seat")} == {-100}
     assert labels["species"].item() >= 0
 
 
@@ -51,27 +54,30 @@ def test_softened_pictures_stay_in_place_and_range() -> None:
     assert (soft[3] - pixels[3]).abs().mean() < 0.05
 
 
-def test_a_judge_is_trained_and_saved_in_seconds(tmp_path_factory: pytest.TempPathFactory) -> None:
-    scenes = [world.random_scene(str(index)) for index in range(32)]
-    pictures = np.stack([np.asarray(world.draw(scene), dtype=np.uint8) for scene in scenes])
-    judge, steps = judging.train(scenes, pictures, seconds=1.0, seed=0)
-    assert steps > 0
-    path = tmp_path_factory.mktemp("judge") / "judge.safetensors"
-    judge_network.save(judge, path)
-    assert len(judging.read(judge_network.load(path), pictures)) == 32
+def test_the_committed_judge_is_that_of_its_recipe_and_small() -> None:
+    path = judge_network.JUDGE_WEIGHTS
+    assert path.stat().st_size <= 1_500_000
+    recipe = json.loads((path.parent / judging.RECIPE_FILE).read_text(encoding="utf-8"))
+    assert recipe["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert recipe["held_out"]["drawings"] == judging.HELD_OUT
+    shares = recipe["held_out"]["accuracy"]
+    assert shares.keys() == judging.ATTRIBUTES.keys()
+    assert min(shares.values()) >= 0.98
 
 
-def test_every_word_is_asked_for_and_the_committed_judge_is_small() -> None:
-    asked = judging.questions()
-    for name, labels in judging.ATTRIBUTES.items():
-        wanted = {label for label in labels if label not in ("none", "photo")}
-        assert wanted == {label for _, attribute, label in asked if attribute == name}
-    assert judge_network.JUDGE_WEIGHTS.stat().st_size <= 1_500_000
-
-
-def test_shares_are_averaged_by_attribute() -> None:
-    shares = dict.fromkeys((prompt for prompt, _, _ in judging.questions()), 0.5)
-    assert judging.by_attribute(shares) == dict.fromkeys(judging.ATTRIBUTES, 0.5)
+def test_training_a_judge_writes_its_recipe_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(judging, "HELD_OUT", 20)
+    path = tmp_path / "judge.safetensors"
+    options = ["--judge", str(path), "--threads", "1"]
+    judging.main([*options, "train", "--minutes", "0.02", "--pictures", "32", "--seed", "3"])
+    recipe = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert recipe == json.loads((tmp_path / judging.RECIPE_FILE).read_text(encoding="utf-8"))
+    assert recipe["settings"] == {"seed": 3, "pictures": 32, "minutes": 0.02}
+    assert recipe["steps"] > 0
+    assert recipe["held_out"]["drawings"] == 20
+    assert len(judging.read(judge_network.load(path), judging.drawings("x", 3)[1])) == 3
 
 
 def test_the_committed_model_draws_what_is_asked() -> None:
@@ -81,7 +87,7 @@ def test_the_committed_model_draws_what_is_asked() -> None:
     pipeline.set_progress_bar_config(disable=True)
     asked = {
         "a photo of a dog on a beach": {"species": "dog", "setting": "beach", "style": "photo"},
-        "a photo of an orange striped cat": {"species": "cat", "fur": "orange"},
+        "a photo of an orange striped cat": {"species": "cat", "color": "orange"},
         "a photo of a cat with a blue collar": {"species": "cat", "collar": "blue"},
         "a pencil sketch of a dog": {"species": "dog", "style": "sketch"},
     }

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 
 from dreambooth.tiny import WEIGHTS, packaging, tokenizer, world
+from dreambooth.tiny import captions as captioning
 from dreambooth.tiny.pace import Pace
 from dreambooth.tiny.recipe import Recipe, RecipeSettings
 from dreambooth.tiny.text_unet_training import (
@@ -72,7 +73,7 @@ def test_every_byte_has_a_token_within_and_at_the_end_of_a_word() -> None:
 
 def test_the_longest_caption_fits(words: Any) -> None:
     rng = random.Random(0)
-    captions = [world.caption(scene, rng) for scene in world.corpus(2000, 100, 2, 5)]
+    captions = [captioning.caption(scene, rng) for scene in world.corpus(2000, 100, 2, 5)]
     assert max(len(words(caption).input_ids) for caption in captions) <= tokenizer.MAX_LENGTH
     assert words.model_max_length == tokenizer.MAX_LENGTH
 

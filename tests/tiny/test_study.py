@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from scipy.stats import t
+
+from dreambooth.tiny import study
+
+OPTIONS = (
+    *("--seeds", "2", "--steps", "1", "--learning_rate", "1e-6", "--prior", "off"),
+    *("--pictures", "1", "--guidance", "3.5"),
+)
+
+
+def test_the_interval_over_seeds_is_students() -> None:
+    for values in ([0.5, 0.7], [0.8, 0.9, 0.85], [0.1, 0.2, 0.3, 0.2, 0.25]):
+        cell = study.over_seeds(values)
+        mean, count = sum(values) / len(values), len(values)
+        spread = (sum((v - mean) ** 2 for v in values) / (count - 1) / count) ** 0.5
+        low, high = t.interval(0.95, count - 1, loc=mean, scale=spread)
+        assert cell["mean"] == pytest.approx(mean, abs=1e-4)
+        assert (cell["low"], cell["high"]) == pytest.approx((low, high), abs=1e-3)
+    assert study.over_seeds([0.5])["low"] is None
+
+
+def test_a_study_tunes_asks_and_goes_on_where_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(study.SAMPLINGS, "3.5", (3.5, 2))
+    out = tmp_path / "out"
+    assert study.main(["--out", str(out), *OPTIONS, "--center_crop"]) == 0
+    shown = capsys.readouterr().out
+    assert "guidance 3.5, 2 steps" in shown
+    assert "prior_off" in shown
+    results = json.loads((out / "results.json").read_text())
+    assert len(results["records"]["prior_off"]) == 2
+    subject = results["summary"][0]["measures"]["the subject"]
+    assert len(subject["base"]["values"]) == 1
+    assert len(subject["prior_off"]["values"]) == 2
+    settings = json.loads((out / "prior_off-1" / "model" / "hyperparameters.json").read_text())
+    assert settings["seed"] == "1"
+    assert settings["center_crop"] == "True"  # what it does not know is the job's
+
+    written = (out / "prior_off-0" / "model" / "model_index.json").stat().st_mtime_ns
+    assert study.main(["--out", str(out), *OPTIONS, "--center_crop"]) == 0
+    assert (out / "prior_off-0" / "model" / "model_index.json").stat().st_mtime_ns == written
+    assert json.loads((out / "results.json").read_text())["records"] == results["records"]
+
+    assert study.main(["--out", str(out), *OPTIONS, "--center_crop", "--seeds", "1"]) == 0
+    fewer = json.loads((out / "results.json").read_text())["records"]
+    assert fewer["prior_off"] == results["records"]["prior_off"][:1]
+
+    assert study.main(["--out", str(out), *OPTIONS]) == 1
+    assert "other settings" in capsys.readouterr().err
+
+
+def test_a_fine_tune_that_fails_ends_the_study(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(study.SAMPLINGS, "3.5", (3.5, 1))
+    assert (
+        study.main(["--out", str(tmp_path / "out"), *OPTIONS, "--batch_size", "1", "--epochs=0"])
+        == 1
+    )
+    assert "exit code 1" in capsys.readouterr().err
