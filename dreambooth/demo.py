@@ -85,10 +85,11 @@ def _draw_sheet(dataset: Path, model_dir: Path, path: Path) -> None:
 def _draw(model: DiffusionModel, label: str) -> dict[str, list[np.ndarray]]:
     """Pictures by prompt; base and fine-tuned model start from the same noise."""
     from dreambooth.diffusion import sampling
+    from dreambooth.diffusion.sampling_request import SamplingRequest
     from dreambooth.progress import Progress
 
     requests = [
-        sampling.SamplingRequest(
+        SamplingRequest(
             prompt=prompt,
             num_inference_steps=int(tiny.DEFAULTS["num_inference_steps"]),
             guidance_scale=float(tiny.DEFAULTS["guidance_scale"]),

@@ -8,7 +8,8 @@
     │   ├── DatasetError            names the file or folder
     │   ├── ModelArtifactError      wrong layout, unsafe archive, a pickle that is more than weights
     │   └── RequestError            400 · 406 Accept · 413 too large · 415 content type
-    ├── ResourceError               no memory, no disk: names the knob that lowers it; HTTP 503, 507
+    ├── ResourceError               no memory, no disk: names the knob that lowers it; HTTP 507
+    │   └── UnavailableError        overloaded, loading, engine down: says when to retry; HTTP 503
     └── TrainingDivergedError       loss or gradient not finite: names the step
 
 Anything else that is raised is a fault of ours: its trace goes to the log, the client only
@@ -70,6 +71,19 @@ class RequestError(UserError):
 
 class ResourceError(DreamBoothError):
     """The machine has too little memory or disk; the message names the knob to lower."""
+
+
+class UnavailableError(ResourceError):
+    """Not now: the server is overloaded, still loading, closing, or its engine is down."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        """Take the sentence for the client and the seconds after which to ask again."""
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[type[UnavailableError], tuple[str, float]]:
+        """Pickle message and seconds together."""
+        return type(self), (str(self), self.retry_after_s)
 
 
 class TrainingDivergedError(DreamBoothError):

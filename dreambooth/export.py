@@ -27,7 +27,9 @@ from PIL import Image
 
 from dreambooth import model_card
 from dreambooth.diffusion import destination, layout, vocabulary, weights
+from dreambooth.diffusion.component_classes import BERT, CLIP, COMPONENTS, TextFamily
 from dreambooth.diffusion.destination import ENTRIES, clear
+from dreambooth.diffusion.text_encoders import exported_name
 from dreambooth.durable import fsync
 from dreambooth.errors import ModelArtifactError, TrainingDivergedError, UserError
 from dreambooth.model_card import ModelCard, licence_of
@@ -42,13 +44,17 @@ _WEIGHTS = {
 }
 _PLAIN_FILES = {
     "tokenizer": (
-        *("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"),
-        *("special_tokens_map.json", "added_tokens.json"),
+        *("vocab.json", "merges.txt", "vocab.txt", "sentencepiece.bpe.model"),
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+        "added_tokens.json",
     ),
     "scheduler": ("scheduler_config.json",),
     "feature_extractor": ("preprocessor_config.json",),
 }
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+_SPECIAL_TOKENS = (
+    *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token"),
+    "mask_token",
+)
 # Wrappers that torch.compile leaves in the names of a module's weights.
 _COMPILED = "_orig_mod."
 
@@ -101,6 +107,7 @@ def _write_parts(
     stage: Path, base: Path, trained: TrainedParts, precision: str, steps: int
 ) -> None:
     dtype = torch.float16 if precision == "fp16" else torch.float32
+    family = layout.text_family(base)
     for part in _parts(base):
         target = stage / part
         target.mkdir()
@@ -110,15 +117,26 @@ def _write_parts(
         if part not in _WEIGHTS:
             continue
         module = getattr(trained, part, None)
-        if module is None:
-            state = {key: tensor for _, key, tensor in weights.read_tensors(base / part)}
-        else:
-            state = _trained_state(module, part, steps)
-        if part == "text_encoder":
-            state = {weights.text_model_prefixed(key): tensor for key, tensor in state.items()}
+        state = {}
+        if module is None or part == "text_encoder":  # which may have weights that nothing reads
+            state = {
+                _name(part, family, key): tensor if part != "vae" else _vae_weight(key, tensor)
+                for _, key, tensor in weights.read_tensors(base / part)
+            }
+        if module is not None:
+            changed = _trained_state(module, part, steps)
+            state |= {_name(part, family, key): tensor for key, tensor in changed.items()}
         weights.save(_cast(state, dtype, part), target / _WEIGHTS[part])
         _write_config(base / part / "config.json", target / "config.json")
-    _complete_tokenizer(base / "tokenizer", stage / "tokenizer")
+    _complete_tokenizer(base / "tokenizer", stage / "tokenizer", family)
+
+
+def _name(part: str, family: TextFamily, key: str) -> str:
+    return exported_name(family, key) if part == "text_encoder" else key
+
+
+def _vae_weight(key: str, tensor: torch.Tensor) -> torch.Tensor:
+    return weights.as_linear(tensor) if ".attentions." in key else tensor
 
 
 def _trained_state(module: torch.nn.Module, part: str, steps: int) -> dict[str, torch.Tensor]:
@@ -166,10 +184,15 @@ def _write_config(origin: Path, target: Path) -> None:
     _write_json(target, config)
 
 
-def _complete_tokenizer(base: Path, target: Path) -> None:
-    """Add what transformers 4.x needs where the base was written by transformers 5."""
-    if not ((target / "vocab.json").exists() and (target / "merges.txt").exists()):
+def _complete_tokenizer(base: Path, target: Path, family: TextFamily) -> None:
+    """Add what transformers 4.x needs where the base was written by transformers 5.
+
+    SentencePiece's own file cannot be made of tokenizer.json; the fast tokenizer reads the latter.
+    """
+    if family is CLIP and not all((target / n).exists() for n in ("vocab.json", "merges.txt")):
         vocabulary.write(target, vocabulary.read(base))
+    if family is BERT and not (target / vocabulary.WORDPIECE).exists():
+        vocabulary.write_wordpiece(target, vocabulary.read_wordpiece(base))
     special = target / "special_tokens_map.json"
     settings = target / "tokenizer_config.json"
     if not special.exists() and settings.exists():
@@ -221,7 +244,7 @@ def _flush(stage: Path) -> None:
 
 def _parts(base: Path) -> Iterator[str]:
     index = layout.read_index(base)
-    for part in layout.COMPONENTS:
+    for part in COMPONENTS:
         if part in layout.OPTIONAL_PARTS:
             if index.get(part) in (None, [], [None, None]) or not (base / part).is_dir():
                 continue

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import json
 import secrets
 import sys
 import tempfile
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dreambooth.errors import ResourceError, UserError
 from dreambooth.generate_options import Settings, read
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from PIL import Image
 
     from dreambooth.diffusion.model import DiffusionModel
-    from dreambooth.diffusion.sampling import SamplingRequest
+    from dreambooth.diffusion.sampling_request import SamplingRequest
 
 GRID_COLUMNS = 8
 GRID_PICTURES = 256  # the first ones; a longer sheet nobody reads
 GRID_CELL_PIXELS = 256
 # Of the words in a file's name; file systems take 255 bytes, encrypted ones 143.
 MAX_NAME_BYTES = 80
+_ENDINGS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
+_DESCRIPTION = 0x010E  # Exif's ImageDescription
 
 
 def main(args: argparse.Namespace) -> int:
@@ -62,13 +64,14 @@ def main(args: argparse.Namespace) -> int:
 def _load(settings: Settings, workspace: Path) -> DiffusionModel:
     import torch
 
-    from dreambooth.diffusion import model, source
+    from dreambooth.diffusion import model, precision, source
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = source.open_source(source.locate(settings.model, None), workspace)
     _check_steps(settings.steps, folder)
+    dtype = precision.dtype_for(settings.precision, device)
     try:
-        return model.load(folder, device=device, dtype=_dtype(settings.precision, device))
+        return model.load(folder, device=device, dtype=dtype)
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             "The model does not fit in the GPU's free memory; --precision fp16 halves its need."
@@ -77,28 +80,19 @@ def _load(settings: Settings, workspace: Path) -> DiffusionModel:
 
 def _check_steps(steps: int, folder: Path) -> None:
     """Refuse more steps than the model's noise schedule has, before its weights are read."""
-    from dreambooth.diffusion import layout, sampling
+    from dreambooth.diffusion import layout, sampling_request
 
     layout.validate_folder(folder)
-    most = sampling.max_steps(layout.component_config(folder, "scheduler"))
+    most = sampling_request.max_steps(layout.component_config(folder, "scheduler"))
     if steps > most:
         raise UserError(
             f"--steps must be a whole number from 1 to {most} with this model, not {steps}."
         )
 
 
-def _dtype(precision: str, device: torch.device) -> torch.dtype:
-    import torch
-
-    if precision == "auto" and device.type == "cuda":
-        # bf16 arithmetic is fast from compute capability 8.0 on; its range knows no overflow.
-        precision = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
-
-
 def _requests(settings: Settings, seed: int) -> list[SamplingRequest]:
     """One request per picture: prompts in order, then the pictures of each."""
-    from dreambooth.diffusion.sampling import SamplingRequest
+    from dreambooth.diffusion.sampling_request import SamplingRequest
 
     prompts = [prompt for prompt in settings.prompts for _ in range(settings.count)]
     return [
@@ -119,11 +113,12 @@ def _draw(
     model: DiffusionModel, requests: Sequence[SamplingRequest], settings: Settings
 ) -> tuple[list[Path], list[SamplingRequest]]:
     """Write every picture as it comes out, then the grid; return the paths and what was lost."""
-    from dreambooth.diffusion import sampling
+    from dreambooth.diffusion import sampling, sampling_request
     from dreambooth.progress import Progress
 
+    facts = sampling.sampling_facts(model)
     for request in requests:
-        sampling.check(model, request)
+        sampling_request.check(facts, request)
     total = sampling.count_steps(model, requests, batch_size=settings.batch_size)
     paths: list[Path] = []
     lost: list[SamplingRequest] = []
@@ -139,7 +134,7 @@ def _draw(
             if picture is None:
                 lost.append(request)
                 continue
-            path = settings.out / file_name(i, len(requests), request)
+            path = settings.out / file_name(i, len(requests), request, settings.format)
             image = _write_picture(path, picture, request, settings.model)
             paths.append(path)
             if len(drawn) < GRID_PICTURES:
@@ -149,11 +144,11 @@ def _draw(
     return paths, lost
 
 
-def file_name(number: int, total: int, request: SamplingRequest) -> str:
+def file_name(number: int, total: int, request: SamplingRequest, format: str = "png") -> str:
     """Name a picture so that names sort in order: 003_a-photo-of-a-cat_seed42.png."""
     words = _words(request.prompt)
     parts = (str(number).zfill(max(3, len(str(total - 1)))), words, f"seed{request.seed}")
-    return "_".join(part for part in parts if part) + ".png"
+    return "_".join(part for part in parts if part) + _ENDINGS[format]
 
 
 def _words(prompt: str) -> str:
@@ -176,22 +171,31 @@ def _words(prompt: str) -> str:
 def _write_picture(
     path: Path, picture: np.ndarray, request: SamplingRequest, model: str
 ) -> Image.Image:
-    """Write a PNG that says how it was made; return it no larger than a cell of the grid."""
+    """Write a picture that says how it was made; return it no larger than a cell of the grid.
+
+    PNG holds the facts as texts, JPEG and WebP as JSON in Exif's ImageDescription.
+    """
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    facts = PngInfo()
-    for name, value in (
-        ("prompt", request.prompt),
-        ("negative_prompt", request.negative_prompt),
-        ("seed", request.seed),
-        ("num_inference_steps", request.num_inference_steps),
-        ("guidance_scale", request.guidance_scale),
-        ("model", model),
-    ):
-        facts.add_itxt(name, str(value))
+    facts = {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "seed": request.seed,
+        "num_inference_steps": request.num_inference_steps,
+        "guidance_scale": request.guidance_scale,
+        "model": model,
+    }
     image = Image.fromarray(picture)
-    _save(image, path, facts)
+    if path.suffix == ".png":
+        texts = PngInfo()
+        for name, value in facts.items():
+            texts.add_itxt(name, str(value))
+        _save(image, path, pnginfo=texts)
+    else:
+        exif = Image.Exif()
+        exif[_DESCRIPTION] = json.dumps(facts)
+        _save(image, path, exif=exif, quality=95)
     image.thumbnail((GRID_CELL_PIXELS, GRID_CELL_PIXELS))
     return image
 
@@ -209,9 +213,9 @@ def _write_grid(path: Path, drawn: Sequence[tuple[str, Image.Image]]) -> Path:
     return path
 
 
-def _save(image: Image.Image, path: Path, facts: object = None) -> None:
+def _save(image: Image.Image, path: Path, **options: Any) -> None:
     try:
-        image.save(path, pnginfo=facts)
+        image.save(path, **options)
     except OSError as error:
         reason = error.strerror or error
         raise ResourceError(f"Cannot write the picture {path}: {reason}.") from error

@@ -13,6 +13,7 @@ from dreambooth.errors import UserError
 from dreambooth.limits import LIMITS
 
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
+FORMATS = ("png", "jpeg", "webp")
 # Every diffusion schedule of Stable Diffusion has 1,000 timesteps; most models take 999 steps.
 MAX_STEPS = 1_000
 # Beyond it somebody has mistyped: their names alone would fill a terminal for minutes.
@@ -37,6 +38,7 @@ class Settings:
     batch_size: int
     out: Path
     precision: str
+    format: str
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("batch_size", "N", "pictures drawn at once; takes memory, changes nothing else", "4")
     option("out", "DIR", "folder for the pictures", "out/generate")
     option("precision", "|".join(PRECISIONS), "auto: half precision on a GPU, fp32 else", "auto")
+    option("format", "|".join(FORMATS), "of the pictures; each holds how it was made", "png")
 
 
 def read(args: argparse.Namespace) -> Settings:
@@ -97,10 +100,7 @@ def read(args: argparse.Namespace) -> Settings:
     if not prompts:
         faults.append('--prompt is missing: say what to draw, as in --prompt "a photo of a cat".')
     faults += _prompt_faults((*prompts, args.negative_prompt))
-    if args.precision not in PRECISIONS:
-        faults.append(
-            f"--precision must be one of {', '.join(PRECISIONS)}, not {args.precision!r}."
-        )
+    faults += _choice_faults(args)
     count = counted("count", MAX_PICTURES_PER_PROMPT)
     pictures = max(len(prompts) * count, 1)
     last = 2**64 - pictures
@@ -120,6 +120,7 @@ def read(args: argparse.Namespace) -> Settings:
         batch_size=counted("batch_size", LIMITS.max_generated_batch),
         out=Path(args.out),
         precision=args.precision,
+        format=args.format,
     )
     faults += _area_faults(settings.width, settings.height)
     if faults:
@@ -133,6 +134,14 @@ def _area_faults(width: int | None, height: int | None) -> list[str]:
     if width is None or height is None or width * height <= most:
         return []
     return [f"--width times --height must be at most {most} pixels, not {width} x {height}."]
+
+
+def _choice_faults(args: argparse.Namespace) -> list[str]:
+    return [
+        f"--{name} must be one of {', '.join(choices)}, not {getattr(args, name)!r}."
+        for name, choices in (("precision", PRECISIONS), ("format", FORMATS))
+        if getattr(args, name) not in choices
+    ]
 
 
 def _prompt_faults(prompts: Iterable[str]) -> list[str]:

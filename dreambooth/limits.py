@@ -49,6 +49,20 @@ class Limits:
     # Pictures in one U-Net call: far beyond what fills any GPU.
     max_generated_batch: int = 256
 
+    # Requests to the server. Sixty-four prompts of a thousand characters, each with its negative
+    # prompt and all of it escaped (\uXXXX), stay below this.
+    max_body_bytes: int = 1 * MIB
+    # Prompts x num_images_per_prompt. In the minute that a request may last an A100 draws some
+    # seventy pictures of 50 steps.
+    max_request_pictures: int = 64
+    # Objects, lists and what they hold; sixty-four prompts, their negative prompts and all keys
+    # come to some 150.
+    max_json_values: int = 1_000
+    # Objects and lists within each other; the deepest honest request has three.
+    max_json_depth: int = 16
+    # Of one number in JSON; 2**64 - 1 has 20 digits, a printed double at most 24 characters.
+    max_json_number_characters: int = 100
+
     # Archives. Stable Diffusion 2.1 in fp32 is 5.2 GB, with a safety checker, fp16 copies and a
     # single-file twin about 16 GB.
     archive_max_bytes: int = 40 * GIB
@@ -68,8 +82,8 @@ class Limits:
     # A member that is read into memory whole, such as model_index.json.
     archive_max_small_file_bytes: int = 16 * MIB
 
-    # Model folders. The largest honest JSON is tokenizer.json, about 4 MB.
-    max_config_bytes: int = 16 * MIB
+    # Model folders. The largest honest JSON is tokenizer.json: 4 MB of CLIP, 17 of XLM-RoBERTa.
+    max_config_bytes: int = 32 * MIB
     # The safetensors library itself refuses headers above 100 MB.
     max_safetensors_header_bytes: int = 100_000_000
     # Weight files of one component; sharded U-Nets have a handful.

@@ -13,6 +13,7 @@ from PIL import Image
 from dreambooth.data.seeds import derive_seed
 from dreambooth.diffusion import sampling
 from dreambooth.diffusion.model import DiffusionModel
+from dreambooth.diffusion.sampling_request import SamplingRequest
 from dreambooth.limits import LIMITS
 from dreambooth.task import Task
 from dreambooth.training.precision import Precision
@@ -42,7 +43,7 @@ class Previews:
     def draw(self, prompt: str, seeds: Sequence[int]) -> Iterator[npt.NDArray[np.uint8] | None]:
         """One picture uint8 [H,W,3] per seed; the VAE is on the device only meanwhile."""
         requests = [
-            sampling.SamplingRequest(
+            SamplingRequest(
                 prompt=prompt,
                 num_inference_steps=NUM_INFERENCE_STEPS,
                 guidance_scale=GUIDANCE_SCALE,

@@ -17,9 +17,11 @@ def test_the_tree_is_the_one_that_is_drawn() -> None:
     ):
         assert issubclass(kind, errors.UserError)
         assert kind.__name__ in (errors.__doc__ or "")
-    for other in (errors.ResourceError, errors.TrainingDivergedError):
+    for other in (errors.ResourceError, errors.UnavailableError, errors.TrainingDivergedError):
         assert issubclass(other, errors.DreamBoothError)
         assert not issubclass(other, errors.UserError)
+        assert other.__name__ in (errors.__doc__ or "")
+    assert issubclass(errors.UnavailableError, errors.ResourceError)
 
 
 def test_one_fault_is_told_as_it_is() -> None:
@@ -39,6 +41,7 @@ def test_many_faults_are_all_told() -> None:
     [
         errors.HyperparameterError(["a", "b"]),
         errors.RequestError("too large", 413),
+        errors.UnavailableError("The model is still loading.", retry_after_s=2.5),
         errors.TrainingDivergedError("not finite", step=7),
         errors.DatasetError("empty"),
     ],

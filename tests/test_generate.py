@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import tarfile
 from collections.abc import Callable
@@ -14,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from dreambooth import generate, generate_options
 from dreambooth.diffusion import model as models
-from dreambooth.diffusion.sampling import SamplingRequest
 from dreambooth.diffusion.sampling import generate as sample
+from dreambooth.diffusion.sampling_request import SamplingRequest
 from dreambooth.errors import UserError
 
 CAT = "a photo of a cat"
@@ -105,6 +106,21 @@ def test_without_a_seed_one_is_chosen_and_printed_and_draws_the_same_again(
     (first,), (second,) = (tmp_path / "first").iterdir(), (tmp_path / "second").iterdir()
     assert first.name == second.name
     assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize(("name", "ending"), [("jpeg", ".jpg"), ("webp", ".webp")])
+def test_other_formats_say_how_the_picture_was_made(
+    small_model_folder: Path, tmp_path: Path, name: str, ending: str
+) -> None:
+    argv = ("--model", small_model_folder, "--prompt", "猫", "--steps", 1, "--seed", 9)
+    assert run(*argv, "--format", name, "--out", tmp_path) == 0
+    (path,) = tmp_path.iterdir()
+    assert path.suffix == ending
+    with Image.open(path) as picture:
+        assert picture.format == name.upper()
+        facts = json.loads(picture.getexif()[0x010E])  # ImageDescription
+    assert facts["prompt"] == "猫"
+    assert facts["seed"] == 9
 
 
 def test_a_tarball_is_a_model_too(small_model_folder: Path, tmp_path: Path) -> None:

@@ -25,11 +25,11 @@ def fault(*argv: str) -> str:
 def test_all_faults_are_told_in_one_message() -> None:
     message = fault(
         *("--steps", "0", "--count", "many", "--width", "30", "--guidance_scale", "inf"),
-        *("--precision", "fp8", "--seed", "-1", "--batch_size", "1.5"),
+        *("--precision", "fp8", "--format", "gif", "--seed", "-1", "--batch_size", "1.5"),
     )
     for name in ("model", "prompt", "steps", "count", "width", "guidance_scale"):
         assert f"--{name} " in message
-    for name in ("precision", "seed", "batch_size"):
+    for name in ("precision", "format", "seed", "batch_size"):
         assert f"--{name} " in message
     assert "not 'many'" in message
     assert "\n" not in message

@@ -13,6 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dreambooth.diffusion.component_classes import (
+    COMPONENTS,
+    FAMILIES_LISTED,
+    PIPELINES,
+    TEXT_FAMILIES,
+    TextFamily,
+)
 from dreambooth.errors import ModelArtifactError
 from dreambooth.limits import LIMITS, Limits
 
@@ -21,28 +28,6 @@ MODEL_INFO = "__model_info__.json"
 TRAINED_PARTS = ("unet", "vae", "text_encoder")
 OPTIONAL_PARTS = ("safety_checker", "feature_extractor")
 
-SCHEDULERS = frozenset(
-    f"{name}Scheduler"
-    for name in (
-        *("DDIM", "DDPM", "DEISMultistep", "DPMSolverMultistep", "DPMSolverSinglestep"),
-        *("EulerAncestralDiscrete", "EulerDiscrete", "HeunDiscrete", "KDPM2AncestralDiscrete"),
-        *("KDPM2Discrete", "LMSDiscrete", "PNDM", "UniPCMultistep"),
-    )
-)
-# The only classes that a folder may ask for: (library, classes) by component.
-COMPONENTS: Mapping[str, tuple[str, frozenset[str]]] = {
-    "unet": ("diffusers", frozenset({"UNet2DConditionModel"})),
-    "vae": ("diffusers", frozenset({"AutoencoderKL"})),
-    "text_encoder": ("transformers", frozenset({"CLIPTextModel"})),
-    "tokenizer": ("transformers", frozenset({"CLIPTokenizer", "CLIPTokenizerFast"})),
-    "scheduler": ("diffusers", SCHEDULERS),
-    "safety_checker": ("stable_diffusion", frozenset({"StableDiffusionSafetyChecker"})),
-    "feature_extractor": (
-        "transformers",
-        frozenset({"CLIPFeatureExtractor", "CLIPImageProcessor", "CLIPImageProcessorFast"})
-        | {"CLIPImageProcessorPil"},
-    ),
-}
 _STEM = r"(?P<stem>diffusion_pytorch_model|pytorch_model|model)"
 _WEIGHTS = re.compile(_STEM + r"(?:\.(?P<variant>[\w-]+))?\.(?P<suffix>safetensors|bin)")
 _SHARD_INDEX = re.compile(
@@ -151,7 +136,7 @@ def component_config(folder: Path, part: str, *, limits: Limits = LIMITS) -> dic
     config = read_json(path, limits=limits)
     if config.get("auto_map") or config.get("trust_remote_code"):
         raise ModelArtifactError(f"{path} asks for code of its own (auto_map), which is never run.")
-    allowed = COMPONENTS[part][1]
+    allowed = {name for _, name in COMPONENTS[part]}
     architectures = config.get("architectures")
     named = [config.get("_class_name"), *(architectures if isinstance(architectures, list) else [])]
     for name in named:
@@ -170,27 +155,50 @@ def read_index(folder: Path, *, limits: Limits = LIMITS) -> dict[str, Any]:
     """Read model_index.json and refuse pipelines and classes outside of the fixed list."""
     path = folder / INDEX
     index = read_json(path, limits=limits)
-    if index.get("_class_name") != "StableDiffusionPipeline":
+    pipeline = index.get("_class_name")
+    if not isinstance(pipeline, str) or pipeline not in PIPELINES:
         raise ModelArtifactError(
-            f"{path} describes a {index.get('_class_name')!r}; only a StableDiffusionPipeline "
+            f"{path} describes a {pipeline!r}; only {_listed(PIPELINES, ' or ')} "
             "(Stable Diffusion 1.x or 2.x, text to image) can be used."
         )
     for part, entry in index.items():
         if not isinstance(entry, (list, dict)) or entry in ([None, None], []):
             continue  # a plain setting, or a component that this folder does not have
-        library, classes = COMPONENTS.get(part, ("", frozenset()))
-        if not (
-            isinstance(entry, list)
-            and len(entry) == 2
-            and entry[0] == library
-            and isinstance(entry[1], str)
-            and entry[1] in classes
-        ):
+        if _entry(index, part) not in COMPONENTS.get(part, ()):
+            names = FAMILIES_LISTED if part in ("text_encoder", "tokenizer") else ""
             raise ModelArtifactError(
                 f"{path} asks for {part} = {json.dumps(entry)[:200]}, which is not among the "
-                "classes of Stable Diffusion that are allowed here."
+                f"classes of Stable Diffusion that are allowed here{names}."
             )
     return index
+
+
+def text_family(folder: Path, *, limits: Limits = LIMITS) -> TextFamily:
+    """Which text encoder and tokenizer a folder has.
+
+    Raises ModelArtifactError where the two, and the pipeline, do not belong together.
+    """
+    index = read_index(folder, limits=limits)
+    text_encoder, tokenizer = _entry(index, "text_encoder"), _entry(index, "tokenizer")
+    for family in TEXT_FAMILIES:
+        if (
+            index["_class_name"] in family.pipelines
+            and text_encoder in family.text_encoder
+            and tokenizer in family.tokenizer
+        ):
+            return family
+    raise ModelArtifactError(
+        f"{folder / INDEX} pairs the text encoder {text_encoder and text_encoder[1]!r} with the "
+        f"tokenizer {tokenizer and tokenizer[1]!r} in a {index['_class_name']}, which do not "
+        f"belong together{FAMILIES_LISTED}."
+    )
+
+
+def _entry(index: Mapping[str, Any], part: str) -> tuple[str, str] | None:
+    match index.get(part):
+        case [str(library), str(name)]:
+            return library, name
+    return None
 
 
 def validate_folder(folder: Path, *, limits: Limits = LIMITS) -> None:
@@ -208,6 +216,7 @@ def validate_folder(folder: Path, *, limits: Limits = LIMITS) -> None:
                 f"{folder} is not a whole Stable Diffusion model: {part}/ is missing from it or "
                 f"from its {INDEX}."
             )
+    text_family(folder, limits=limits)
     for part in (*TRAINED_PARTS, "scheduler"):
         component_config(folder, part, limits=limits)
     for part in TRAINED_PARTS:
@@ -224,5 +233,5 @@ def refuse_single_file(path: Path) -> None:
         )
 
 
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names))
+def _listed(names: Iterable[str], between: str = ", ") -> str:
+    return between.join(sorted(names))

@@ -10,6 +10,7 @@ and unknown files with a mere warning.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,11 +21,10 @@ import diffusers
 import numpy as np
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from dreambooth.diffusion import layout, vocabulary, weights
+from dreambooth.diffusion import layout, text_encoders, weights
 from dreambooth.diffusion.facts import ModelFacts, read_facts
+from dreambooth.diffusion.text_encoders import BUILD_ERRORS, in_one_line
 from dreambooth.errors import ModelArtifactError
 from dreambooth.limits import LIMITS, Limits
 
@@ -38,12 +38,6 @@ _OLD_VAE_NAMES = {
     ".value.": ".to_v.",
     ".proj_attn.": ".to_out.0.",
 }
-# What a library raises over a configuration that it cannot build.
-_BUILD_ERRORS = (
-    *(TypeError, ValueError, KeyError, AttributeError, IndexError),
-    *(NotImplementedError, RuntimeError, AssertionError, ZeroDivisionError, OverflowError),
-    *(StrictDataclassError, ImportError),
-)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -116,11 +110,13 @@ def load(
     facts = read_facts(folder, to_train=False, limits=limits)
     unet = _build(folder, "unet", diffusers.UNet2DConditionModel.from_config, limits)
     vae = _build(folder, "vae", diffusers.AutoencoderKL.from_config, limits)
-    text_encoder = _build(folder, "text_encoder", _text_encoder, limits)
+    family = layout.text_family(folder, limits=limits)
+    build_text_encoder = functools.partial(text_encoders.build, family)
+    text_encoder = _build(folder, "text_encoder", build_text_encoder, limits)
     for part, module, rename in (
         ("unet", unet, str),
         ("vae", vae, current_vae_name),
-        ("text_encoder", text_encoder, _text_encoder_renamer(text_encoder)),
+        ("text_encoder", text_encoder, text_encoders.renamer(text_encoder)),
     ):
         weights.load_into(
             module, folder / part, device=device, dtype=dtype, rename=rename, limits=limits
@@ -128,7 +124,7 @@ def load(
         module.requires_grad_(False).eval().to(device)  # buffers too
     model = DiffusionModel(
         folder=folder,
-        tokenizer=_load_tokenizer(folder / "tokenizer", limits),
+        tokenizer=text_encoders.load_tokenizer(family, folder / "tokenizer", limits),
         text_encoder=text_encoder,
         vae=vae,
         unet=unet,
@@ -156,40 +152,36 @@ def tokenize(model: DiffusionModel, prompts: Sequence[str]) -> torch.Tensor:
 
     What is beyond L tokens (77 for Stable Diffusion) is cut off, with a warning in the log.
     """
-    length = _prompt_length(model)
-    ids = model.tokenizer(
+    length = text_encoders.prompt_length(model.tokenizer, model.text_encoder)
+    rows = model.tokenizer(
         list(prompts),
         padding="max_length",
         max_length=length,
         truncation=True,
         return_tensors="pt",
-    ).input_ids
-    for prompt in prompts:
-        # A token is at least one character, so that short prompts need no second look.
-        if len(prompt) + 2 > length and len(model.tokenizer(prompt).input_ids) > length:
+    )
+    for prompt, mask in zip(prompts, rows.attention_mask, strict=True):
+        # A row with padding in it is whole: only full ones need a second look.
+        if bool(mask.all()) and len(model.tokenizer(prompt).input_ids) > length:
             logger.warning(
                 "A prompt is longer than the %d tokens that the text encoder reads; its end is "
                 "ignored: %r",
                 length,
                 prompt,
             )
-    return torch.as_tensor(ids)
+    return torch.as_tensor(rows.input_ids)
 
 
 @torch.no_grad()
 def encode_text(model: DiffusionModel, input_ids: torch.Tensor) -> torch.Tensor:
-    """Token ids int64 [B, L] -> encoder_hidden_states [B, L, D] (the last hidden state)."""
+    """Token ids int64 [B, L] -> encoder_hidden_states [B, L, D] (what the U-Net is given)."""
     return text_features(model, input_ids)
 
 
 def text_features(model: DiffusionModel, input_ids: torch.Tensor) -> torch.Tensor:
     """As `encode_text`, but gradients flow: for training the text encoder."""
     input_ids = input_ids.to(next(iter(model.text_encoder.parameters())).device)
-    mask = None
-    if getattr(model.text_encoder.config, "use_attention_mask", False):
-        # The tokenizer's mask: everything up to the first end-of-text token, and that token.
-        ends = (input_ids == model.tokenizer.eos_token_id).long()
-        mask = ((ends.cumsum(dim=1) - ends) == 0).long()
+    mask = text_encoders.attention_mask(model.tokenizer, model.text_encoder, input_ids)
     features: torch.Tensor = model.text_encoder(input_ids, attention_mask=mask)[0]
     return features
 
@@ -228,21 +220,6 @@ def current_vae_name(key: str) -> str:
     return key
 
 
-def _text_encoder_renamer(text_encoder: Any) -> Callable[[str], str]:
-    # transformers 4.x keeps a CLIP text encoder's weights under `text_model.`, 5.x does not.
-    prefix = "text_model."
-    prefixed = next(iter(text_encoder.state_dict())).startswith(prefix)
-
-    def rename(key: str) -> str:
-        return (prefix if prefixed else "") + key.removeprefix(prefix)
-
-    return rename
-
-
-def _text_encoder(config: dict[str, Any]) -> Any:
-    return CLIPTextModel(CLIPTextConfig.from_dict(config))
-
-
 def _build(
     folder: Path, part: str, construct: Callable[[dict[str, Any]], Any], limits: Limits
 ) -> Any:
@@ -251,40 +228,27 @@ def _build(
         # No memory and no random numbers are spent on weights that are replaced at once.
         with init_empty_weights(include_buffers=False):
             return construct(config)
-    except _BUILD_ERRORS as error:
+    except BUILD_ERRORS as error:
         raise ModelArtifactError(
             f"{folder / part / 'config.json'} does not describe a network that can be built: "
-            f"{_in_one_line(error)}."
-        ) from error
-
-
-def _load_tokenizer(folder: Path, limits: Limits) -> Any:
-    # The library reports a malformed table as a bare Exception, so the tables are checked before.
-    vocabulary.read(folder, limits=limits)
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        if tokenizer.model_max_length < 3:  # begin, one word, end; a TypeError where it is text
-            raise ValueError(f"model_max_length is {tokenizer.model_max_length}")
-        return tokenizer
-    except (OSError, UnicodeError, *_BUILD_ERRORS) as error:
-        raise ModelArtifactError(
-            f"{folder} does not hold a CLIP tokenizer that can be read: {_in_one_line(error)}."
+            f"{in_one_line(error)}."
         ) from error
 
 
 def _scheduler(model: DiffusionModel, name: str) -> Any:
     try:
         return getattr(diffusers, name).from_config(model.scheduler_config)
-    except _BUILD_ERRORS as error:
+    except BUILD_ERRORS as error:
         raise ModelArtifactError(
             f"{model.folder / 'scheduler' / 'scheduler_config.json'} does not describe a {name}: "
-            f"{_in_one_line(error)}."
+            f"{in_one_line(error)}."
         ) from error
 
 
 def _check_fit(model: DiffusionModel) -> None:
     # Parts that load one by one may still not belong together.
-    tokens, known = len(model.tokenizer), model.text_encoder.config.vocab_size
+    tokens = max(model.tokenizer.get_vocab().values()) + 1
+    known = model.text_encoder.config.vocab_size
     if tokens > known:
         raise ModelArtifactError(
             f"{model.folder}: the tokenizer has {tokens} tokens, and the text encoder {known}."
@@ -292,7 +256,7 @@ def _check_fit(model: DiffusionModel) -> None:
     for name, here, there in (
         (
             "text width",
-            model.text_encoder.config.hidden_size,
+            text_encoders.width(model.text_encoder),
             model.unet.config.cross_attention_dim,
         ),
         ("latent channels", model.vae.config.latent_channels, model.unet.config.in_channels),
@@ -304,15 +268,3 @@ def _check_fit(model: DiffusionModel) -> None:
             )
     sampling_scheduler(model)
     training_noise_scheduler(model)
-
-
-def _prompt_length(model: DiffusionModel) -> int:
-    # A tokenizer without a stated length reports a number beyond all bounds.
-    return min(
-        int(model.tokenizer.model_max_length),
-        int(model.text_encoder.config.max_position_embeddings),
-    )
-
-
-def _in_one_line(error: BaseException) -> str:
-    return " ".join((str(error) or type(error).__name__).split())[:300].rstrip(".")

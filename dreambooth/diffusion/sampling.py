@@ -10,11 +10,10 @@ D text width, H W pixels.
 
 from __future__ import annotations
 
+import functools
 import inspect
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,33 +29,15 @@ from dreambooth.diffusion.model import (
     sampling_scheduler,
     tokenize,
 )
-from dreambooth.errors import ModelArtifactError, RequestError, ResourceError
+from dreambooth.diffusion.sampling_request import (
+    SamplingFacts,
+    SamplingRequest,
+    check,
+    facts_from,
+    picture_size,
+)
+from dreambooth.errors import RequestError, ResourceError
 from dreambooth.limits import LIMITS, Limits
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingRequest:
-    """One picture to sample.
-
-    width, height: pixels, multiples of 8; None: the model's resolution.
-    guidance_scale: w of equation (2) of Imagen (arXiv 2205.11487); 1 and below: no guidance, and
-    half the work. seed: 0..2**64-1, of this picture alone. eta: 0..1, the eta of DDIM (arXiv
-    2010.02502), read by the noise schedulers that know it.
-    """
-
-    prompt: str
-    negative_prompt: str = ""
-    num_inference_steps: int = 50
-    guidance_scale: float = 7.5
-    width: int | None = None
-    height: int | None = None
-    seed: int
-    eta: float = 0.0
-
-    @property
-    def guided(self) -> bool:
-        """Whether classifier-free guidance acts, so that the picture costs two U-Net rows."""
-        return self.guidance_scale > 1.0
 
 
 def generate(
@@ -83,8 +64,9 @@ def generate(
     Raises RequestError at once, before any work, for a request that the model cannot serve, and
     ResourceError when the device runs out of memory.
     """
+    facts = sampling_facts(model)
     for request in requests:
-        check(model, request, limits=limits)
+        check(facts, request, limits=limits)
     if not 1 <= batch_size <= limits.max_generated_batch:
         raise RequestError(
             f"batch_size must lie between 1 and {limits.max_generated_batch}, not {batch_size}."
@@ -129,54 +111,13 @@ def count_steps(
     return total
 
 
-def check(model: DiffusionModel, request: SamplingRequest, *, limits: Limits = LIMITS) -> None:
-    """Raise RequestError, in one sentence, if the model cannot serve the request."""
-    unit, longest = max(8, model.vae_scale_factor), limits.max_generated_side_pixels
-    width, height = picture_size(model, request)
-    for name, side in (("width", width), ("height", height)):
-        if side < unit or side % unit or side > longest:
-            raise RequestError(
-                f"{name} must be a multiple of {unit} from {unit} to {longest}, not {side}."
-            )
-    if width * height > limits.max_generated_pixels:
-        raise RequestError(
-            f"width x height must be at most {limits.max_generated_pixels} pixels, "
-            f"not {width} x {height}."
-        )
-    most = max_steps(model.scheduler_config)
-    if not 1 <= request.num_inference_steps <= most:
-        raise RequestError(
-            f"num_inference_steps must lie between 1 and {most}, not {request.num_inference_steps}."
-        )
-    if not math.isfinite(request.guidance_scale):
-        raise RequestError(f"guidance_scale must be finite, not {request.guidance_scale}.")
-    if not 0.0 <= request.eta <= 1.0:
-        raise RequestError(f"eta must lie between 0 and 1, not {request.eta}.")
-    if not 0 <= request.seed < 2**64:
-        raise RequestError(f"seed must lie between 0 and 2**64 - 1, not {request.seed}.")
-
-
-def max_steps(scheduler_config: Mapping[str, Any]) -> int:
-    """Return the largest num_inference_steps of a noise schedule.
-
-    Beyond it steps_offset pushes the first timestep over the end of the schedule. Raises
-    ModelArtifactError for a configuration without whole numbers.
-    """
-    timesteps = scheduler_config.get("num_train_timesteps", 1000)
-    offset = scheduler_config.get("steps_offset", 0)
-    if not isinstance(timesteps, int) or not isinstance(offset, int):
-        raise ModelArtifactError(
-            "scheduler_config.json must give whole numbers as num_train_timesteps and "
-            f"steps_offset, not {timesteps!r} and {offset!r}."
-        )
-    return timesteps - offset
-
-
-def picture_size(model: DiffusionModel, request: SamplingRequest) -> tuple[int, int]:
-    """Return (width, height) in pixels: as requested, else the model's resolution."""
-    width = model.resolution if request.width is None else request.width
-    height = model.resolution if request.height is None else request.height
-    return width, height
+def sampling_facts(model: DiffusionModel) -> SamplingFacts:
+    """Return what `check` and `picture_size` need to know of a model in memory."""
+    return facts_from(
+        resolution=model.resolution,
+        vae_scale_factor=model.vae_scale_factor,
+        scheduler_config=model.scheduler_config,
+    )
 
 
 def text_rows(
@@ -199,13 +140,23 @@ def text_rows(
     )
 
 
-def start(model: DiffusionModel, requests: Sequence[SamplingRequest]) -> Trajectory:
-    """Return requests of equal steps, size and eta at their first step, each with its own noise."""
+def start(
+    model: DiffusionModel,
+    requests: Sequence[SamplingRequest],
+    *,
+    prepared: tuple[Any, Tensor] | None = None,
+) -> Trajectory:
+    """Return requests of equal steps, size and eta at their first step, each with its own noise.
+
+    prepared: a noise scheduler of its own, set to the steps, and its timesteps; made where None.
+    """
     first = requests[0]
-    width, height = picture_size(model, first)
+    width, height = picture_size(sampling_facts(model), first)
     cells = height // model.vae_scale_factor, width // model.vae_scale_factor
-    scheduler = sampling_scheduler(model)
-    timesteps = timesteps_of(scheduler, first.num_inference_steps)
+    if prepared is None:
+        scheduler = sampling_scheduler(model)
+        prepared = scheduler, timesteps_of(scheduler, first.num_inference_steps)
+    scheduler, timesteps = prepared
     generators = [torch.Generator("cpu").manual_seed(request.seed) for request in requests]
     noise = randn_tensor(
         (len(requests), model.latent_channels, *cells),
@@ -213,8 +164,9 @@ def start(model: DiffusionModel, requests: Sequence[SamplingRequest]) -> Traject
         device=model.device,
         dtype=model.unet.dtype,
     )
-    known = inspect.signature(scheduler.step).parameters
     options = {"generator": generators, "eta": first.eta}
+    kind: Any = type(scheduler)
+    known = _step_parameters(kind)
     return Trajectory(
         scheduler=scheduler,
         timesteps=timesteps,
@@ -223,13 +175,20 @@ def start(model: DiffusionModel, requests: Sequence[SamplingRequest]) -> Traject
     )
 
 
+@functools.cache
+def _step_parameters(scheduler_class: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(scheduler_class.step).parameters)
+
+
 def _batches(
     model: DiffusionModel, requests: Sequence[SamplingRequest], batch_size: int
 ) -> Iterator[list[SamplingRequest]]:
     """Cut the requests, in order, into batches that one noise-scheduler state can serve."""
 
+    facts = sampling_facts(model)
+
     def key(request: SamplingRequest) -> tuple[int, tuple[int, int], float]:
-        return request.num_inference_steps, picture_size(model, request), request.eta
+        return request.num_inference_steps, picture_size(facts, request), request.eta
 
     batch: list[SamplingRequest] = []
     for request in requests:
@@ -257,7 +216,7 @@ def _denoise(
                 advance(model.unet, [trajectory], rows)
                 stepped()
     except torch.OutOfMemoryError as error:
-        width, height = picture_size(model, batch[0])
+        width, height = picture_size(sampling_facts(model), batch[0])
         knob = "batch_size" if len(batch) > 1 else "width and height"
         raise ResourceError(
             f"The device ran out of memory while sampling {len(batch)} picture(s) of {width} x "

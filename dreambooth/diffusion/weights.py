@@ -41,12 +41,13 @@ def load_into(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    rename: Callable[[str], str] = str,
+    rename: Callable[[str], str | None] = str,
     limits: Limits = LIMITS,
 ) -> None:
     """Fill a module (its parameters may be on "meta") from a component folder.
 
-    The names in the files, after `rename`, must be exactly the module's, and every shape must fit:
+    The names in the files, after `rename` (None: a weight that the module has no use for), must be
+    exactly the module's, and every shape must fit:
     what libraries only warn of (and then fill with random weights) raises ModelArtifactError here,
     and so do numbers that are not finite.
     """
@@ -55,10 +56,14 @@ def load_into(
     foreign: list[str] = []
     for path, key, tensor in read_tensors(component, limits=limits):
         name = rename(key)
+        if name is None:
+            continue
         if name not in expected:
             if not name.endswith(_HARMLESS):
                 foreign.append(key)
             continue
+        if expected[name].ndim == 2:
+            tensor = as_linear(tensor)
         _check(path, key, tensor, expected[name])
         if name in state:
             raise ModelArtifactError(f"{path} holds {name!r} a second time.")
@@ -76,6 +81,14 @@ def load_into(
                 f"{component} does not fit its config.json: it {fault} {_some(names)}."
             )
     module.load_state_dict(state, strict=False, assign=True)
+
+
+def as_linear(tensor: torch.Tensor) -> torch.Tensor:
+    """The weight of a 1 x 1 convolution [O, I, 1, 1] as a linear layer has it [O, I].
+
+    The attention of the first VAEs was stored so. Other tensors are returned as they are.
+    """
+    return tensor[:, :, 0, 0] if tensor.ndim == 4 and tensor.shape[2:] == (1, 1) else tensor
 
 
 def read_tensors(
@@ -152,12 +165,6 @@ def save(state: Mapping[str, torch.Tensor], path: Path) -> None:
         taken.add(memory)
     save_file(whole, path, {"format": "pt"})
     path.chmod(mode)
-
-
-def text_model_prefixed(key: str) -> str:
-    """A CLIP text encoder's weight as transformers 4.x names it (5.x reads both names)."""
-    prefix = "text_model."
-    return key if key.startswith(prefix) else prefix + key
 
 
 def convert(origin: Path, destination: Path, *, limits: Limits = LIMITS) -> None:

@@ -13,7 +13,7 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 
 from dreambooth.diffusion import model as models
-from dreambooth.diffusion.layout import SCHEDULERS
+from dreambooth.diffusion.component_classes import SCHEDULERS
 from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.errors import ModelArtifactError
 
@@ -218,6 +218,7 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("text_encoder/config.json", {"num_hidden_layers": 3}, "lacks"),
     ("text_encoder/config.json", {"hidden_size": "32"}, "network"),
     ("text_encoder/config.json", {"vocab_size": 10**7}, "shape"),
+    ("text_encoder/config.json", {"max_position_embeddings": 10**9}, "max_position_embeddings"),
     ("scheduler/scheduler_config.json", {"beta_schedule": "mine"}, "scheduler_config"),
     ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**12}, "scheduler_config"),
     ("scheduler/scheduler_config.json", {"num_train_timesteps": "many"}, "scheduler_config"),

@@ -1,0 +1,222 @@
+"""The model folder's safety checker: StableDiffusionSafetyChecker with CLIP's picture input.
+
+As everywhere, the folder is data: the class is ours, weights are matched name by name, and the
+input is prepared here (Pillow and the numbers of preprocessor_config.json), by no code of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import init_empty_weights
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
+from transformers import CLIPConfig
+
+from dreambooth.diffusion import layout, weights
+from dreambooth.diffusion.component_classes import COMPONENTS
+from dreambooth.errors import ModelArtifactError
+from dreambooth.limits import LIMITS, Limits
+
+# CLIP's own numbers, which a preprocessor_config.json may leave out.
+_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_STD = (0.26862954, 0.26130258, 0.27577711)
+_SIDE = 224
+_MOST_SIDE = 2048
+_MOST_LAYERS = 128
+_FEATURE_CLASSES = frozenset(name for _, name in COMPONENTS["feature_extractor"])
+_BUILD_ERRORS = (
+    *(TypeError, ValueError, KeyError, AttributeError, RuntimeError, ArithmeticError),
+    StrictDataclassError,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipInput:
+    """What a preprocessor_config.json asks for.
+
+    shortest_edge: pixels after resizing, None: not resized. crop: (height, width) in pixels, None:
+    not cropped. rescale: factor on 0..255. mean, std: of the three colours after it; (0, 0, 0)
+    and (1, 1, 1) where it does not normalise.
+    """
+
+    shortest_edge: int | None = _SIDE
+    crop: tuple[int, int] | None = (_SIDE, _SIDE)
+    resample: int = Image.Resampling.BICUBIC
+    rescale: float = 1 / 255
+    mean: tuple[float, ...] = _MEAN
+    std: tuple[float, ...] = _STD
+
+    def prepare(self, pixels: np.ndarray) -> torch.Tensor:
+        """uint8 [H, W, 3], 0..255 -> float32 [1, 3, h, w], CLIP's range."""
+        image = Image.fromarray(pixels)
+        if self.shortest_edge is not None:
+            short, long = sorted(image.size)
+            other = int(self.shortest_edge * long / short)
+            tall = image.height > image.width
+            size = (self.shortest_edge, other) if tall else (other, self.shortest_edge)
+            image = image.resize(size, Image.Resampling(self.resample))
+        if self.crop is not None:
+            height, width = self.crop
+            # Beyond its edges Pillow's crop is black, as is CLIP's.
+            left, top = (image.width - width) // 2, (image.height - height) // 2
+            image = image.crop((left, top, left + width, top + height))
+        values = np.asarray(image, dtype=np.float32) * np.float32(self.rescale)
+        mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
+        values = (values - mean) / std
+        return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))[None]
+
+
+class SafetyChecker:
+    """Says of a picture whether it must be hidden."""
+
+    def __init__(self, network: Any, clip_input: ClipInput) -> None:
+        """`network`: a StableDiffusionSafetyChecker in eval mode, wherever it shall run."""
+        self._network = network
+        self._clip_input = clip_input
+
+    @torch.no_grad()
+    def hides(self, pixels: np.ndarray) -> bool:
+        """Whether the checker finds one of its concepts in a picture, uint8 [H, W, 3]."""
+        weight = self._network.visual_projection.weight
+        clip_input = self._clip_input.prepare(pixels).to(weight.device, weight.dtype)
+        blanked = [np.zeros(1)]  # the network wants pictures that it may blank: these are not seen
+        return bool(self._network(clip_input=clip_input, images=blanked)[1][0])
+
+
+def load(
+    folder: Path, *, device: torch.device, dtype: torch.dtype, limits: Limits = LIMITS
+) -> SafetyChecker | None:
+    """Load a model folder's safety checker; None where its model_index.json names none.
+
+    Raises ModelArtifactError for one that is not whole: a checker that is asked for and cannot
+    run must not be passed over.
+    """
+    index = layout.read_index(folder, limits=limits)
+    if not _named(index, "safety_checker"):
+        return None
+    config = layout.component_config(folder, "safety_checker", limits=limits)
+    network = _build(config, folder / "safety_checker" / "config.json")
+    weights.load_into(
+        network,
+        folder / "safety_checker",
+        device=device,
+        dtype=dtype,
+        rename=_renamer(network),
+        limits=limits,
+    )
+    network.requires_grad_(False).eval().to(device)
+    clip_input = ClipInput()
+    if _named(index, "feature_extractor"):
+        clip_input = read_clip_input(folder / "feature_extractor", limits=limits)
+    side = network.config.vision_config.image_size
+    if clip_input.crop != (side, side):
+        raise ModelArtifactError(
+            f"{folder / 'feature_extractor'} makes pictures of {clip_input.crop}, where the safety "
+            f"checker sees {side} x {side} pixels."
+        )
+    return SafetyChecker(network, clip_input)
+
+
+def read_clip_input(folder: Path, *, limits: Limits = LIMITS) -> ClipInput:
+    """Read preprocessor_config.json of a feature extractor, in its old and its new forms."""
+    path = folder / "preprocessor_config.json"
+    config = layout.read_json(path, limits=limits)
+    for key in ("feature_extractor_type", "image_processor_type"):
+        if config.get(key) is not None and config[key] not in _FEATURE_CLASSES:
+            raise ModelArtifactError(f"{path} is of the class {config[key]!r}, not CLIP's.")
+    try:
+        return _clip_input(config)
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
+        raise ModelArtifactError(
+            f"{path} does not say how to prepare a picture for CLIP: {error}."
+        ) from error
+
+
+def _clip_input(config: Mapping[str, Any]) -> ClipInput:
+    size, crop = config.get("size", _SIDE), config.get("crop_size", _SIDE)
+    normalizes = config.get("do_normalize", True)
+    return ClipInput(
+        shortest_edge=_side(size["shortest_edge"] if isinstance(size, dict) else size)
+        if config.get("do_resize", True)
+        else None,
+        crop=_sides(crop) if config.get("do_center_crop", True) else None,
+        resample=int(Image.Resampling(config.get("resample", Image.Resampling.BICUBIC))),
+        rescale=_number(config.get("rescale_factor", 1 / 255))
+        if config.get("do_rescale", True)
+        else 1.0,
+        mean=_three(config.get("image_mean", _MEAN)) if normalizes else (0.0, 0.0, 0.0),
+        std=_positive(_three(config.get("image_std", _STD))) if normalizes else (1.0, 1.0, 1.0),
+    )
+
+
+def _sides(crop: object) -> tuple[int, int]:
+    if isinstance(crop, dict):
+        return _side(crop["height"]), _side(crop["width"])
+    return _side(crop), _side(crop)
+
+
+def _side(value: object) -> int:
+    if type(value) is not int or not 1 <= value <= _MOST_SIDE:
+        raise ValueError(f"a side of {value!r} pixels")
+    return value
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{value!r} where a number is needed")
+    return float(value)
+
+
+def _three(values: object) -> tuple[float, ...]:
+    if not isinstance(values, (list, tuple)) or len(values) != 3:
+        raise ValueError(f"{values!r} where three numbers are needed")
+    return tuple(_number(value) for value in values)
+
+
+def _positive(values: tuple[float, ...]) -> tuple[float, ...]:
+    if min(values) <= 0:
+        raise ValueError(f"{values} where positive numbers are needed")
+    return values
+
+
+def _named(index: Mapping[str, Any], part: str) -> bool:
+    entry = index.get(part)
+    return isinstance(entry, list) and entry != [None, None] and bool(entry)
+
+
+def _build(config: dict[str, Any], path: Path) -> Any:
+    for part in ("vision_config", "text_config"):
+        nested = config.get(part)
+        layers = nested.get("num_hidden_layers", 0) if isinstance(nested, dict) else 0
+        if type(layers) is not int or layers > _MOST_LAYERS:
+            raise ModelArtifactError(f"{path} asks for {part} with {layers!r} layers.")
+    try:
+        with init_empty_weights(include_buffers=False):
+            return StableDiffusionSafetyChecker(CLIPConfig.from_dict(config))
+    except _BUILD_ERRORS as error:
+        reason = " ".join(str(error).split())[:300].rstrip(".")
+        raise ModelArtifactError(
+            f"{path} does not describe a safety checker that can be built: {reason}."
+        ) from error
+
+
+def _renamer(network: Any) -> Any:
+    # transformers 4.x keeps the vision network under `vision_model.vision_model.`, 5.x does not.
+    inner, outer = "vision_model.vision_model.", "vision_model."
+    nested = any(key.startswith(inner) for key in network.state_dict())
+
+    def rename(key: str) -> str:
+        bare = key.removeprefix(inner).removeprefix(outer)
+        if bare == key:
+            return key
+        return (inner if nested else outer) + bare
+
+    return rename

@@ -1,0 +1,129 @@
+"""A picture to sample, and what a model allows of it (standard library only)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dreambooth.diffusion import facts as model_facts
+from dreambooth.diffusion.layout import component_config
+from dreambooth.errors import ModelArtifactError, RequestError
+from dreambooth.limits import LIMITS, Limits
+
+# Sides divide into latent cells of so many pixels; coarser where the VAE's own cells are larger.
+SMALLEST_UNIT = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingRequest:
+    """One picture to sample.
+
+    width, height: pixels, multiples of 8; None: the model's resolution.
+    guidance_scale: w of equation (2) of Imagen (arXiv 2205.11487); 1 and below: no guidance, and
+    half the work. seed: 0..2**64-1, of this picture alone. eta: 0..1, the eta of DDIM (arXiv
+    2010.02502), read by the noise schedulers that know it.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    width: int | None = None
+    height: int | None = None
+    seed: int
+    eta: float = 0.0
+
+    @property
+    def guided(self) -> bool:
+        """Whether classifier-free guidance acts, so that the picture costs two U-Net rows."""
+        return self.guidance_scale > 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingFacts:
+    """What a model says about the pictures it draws.
+
+    resolution: pixels of a side where the request names none. unit: every side is a multiple of
+    it, in pixels. max_steps: the most num_inference_steps that its noise schedule has room for.
+    """
+
+    resolution: int
+    unit: int
+    max_steps: int
+
+
+def facts_from(
+    *, resolution: int, vae_scale_factor: int, scheduler_config: Mapping[str, Any]
+) -> SamplingFacts:
+    """Derive the facts from a model's resolution (pixels), VAE and noise schedule."""
+    return SamplingFacts(
+        resolution=resolution,
+        unit=max(SMALLEST_UNIT, vae_scale_factor),
+        max_steps=max_steps(scheduler_config),
+    )
+
+
+def read_facts(folder: Path, *, limits: Limits = LIMITS) -> SamplingFacts:
+    """Read the facts of a model folder in milliseconds: its JSON files and weights' headers.
+
+    Raises ModelArtifactError for a folder that is no Stable Diffusion model.
+    """
+    facts = model_facts.read_facts(folder, to_train=False, limits=limits)
+    return facts_from(
+        resolution=facts.resolution,
+        vae_scale_factor=facts.vae_scale_factor,
+        scheduler_config=component_config(folder, "scheduler", limits=limits),
+    )
+
+
+def check(facts: SamplingFacts, request: SamplingRequest, *, limits: Limits = LIMITS) -> None:
+    """Raise RequestError, in one sentence, if a model of these facts cannot serve the request."""
+    unit, longest = facts.unit, limits.max_generated_side_pixels
+    width, height = picture_size(facts, request)
+    for name, side in (("width", width), ("height", height)):
+        if side < unit or side % unit or side > longest:
+            raise RequestError(
+                f"{name} must be a multiple of {unit} from {unit} to {longest}, not {side}."
+            )
+    if width * height > limits.max_generated_pixels:
+        raise RequestError(
+            f"width x height must be at most {limits.max_generated_pixels} pixels, "
+            f"not {width} x {height}."
+        )
+    if not 1 <= request.num_inference_steps <= facts.max_steps:
+        raise RequestError(
+            f"num_inference_steps must lie between 1 and {facts.max_steps}, "
+            f"not {request.num_inference_steps}."
+        )
+    if not math.isfinite(request.guidance_scale):
+        raise RequestError(f"guidance_scale must be finite, not {request.guidance_scale}.")
+    if not 0.0 <= request.eta <= 1.0:
+        raise RequestError(f"eta must lie between 0 and 1, not {request.eta}.")
+    if not 0 <= request.seed < 2**64:
+        raise RequestError(f"seed must lie between 0 and 2**64 - 1, not {request.seed}.")
+
+
+def max_steps(scheduler_config: Mapping[str, Any]) -> int:
+    """Return the largest num_inference_steps of a noise schedule.
+
+    Beyond it steps_offset pushes the first timestep over the end of the schedule. Raises
+    ModelArtifactError for a configuration without whole numbers.
+    """
+    timesteps = scheduler_config.get("num_train_timesteps", 1000)
+    offset = scheduler_config.get("steps_offset", 0)
+    if type(timesteps) is not int or type(offset) is not int:
+        raise ModelArtifactError(
+            "scheduler_config.json must give whole numbers as num_train_timesteps and "
+            f"steps_offset, not {timesteps!r} and {offset!r}."
+        )
+    return timesteps - offset
+
+
+def picture_size(facts: SamplingFacts, request: SamplingRequest) -> tuple[int, int]:
+    """Return (width, height) in pixels: as requested, else the model's resolution."""
+    width = facts.resolution if request.width is None else request.width
+    height = facts.resolution if request.height is None else request.height
+    return width, height

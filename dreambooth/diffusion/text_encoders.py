@@ -1,0 +1,224 @@
+"""The text encoders and tokenizers of the Stable Diffusion family: CLIP, BERT and XLM-RoBERTa.
+
+Legend of shapes: B batch, L tokens, D text width.
+
+Each is built from a checked configuration, or from checked tables, and gives what its diffusers
+pipeline gives to the U-Net. Weights that no output depends on (BERT's pooler, what lies behind the
+layer that AltDiffusion reads) are not loaded: whatever is trained here takes part in the loss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    XLMRobertaConfig,
+    XLMRobertaModel,
+    XLMRobertaTokenizer,
+)
+
+from dreambooth.diffusion import vocabulary
+from dreambooth.diffusion.component_classes import BERT, XLM_ROBERTA, TextFamily
+from dreambooth.diffusion.layout import read_json
+from dreambooth.diffusion.sentencepiece_model import SentencePieceModel
+from dreambooth.errors import ModelArtifactError
+from dreambooth.limits import LIMITS, Limits
+
+# What a library raises over a configuration that it cannot build.
+BUILD_ERRORS = (
+    *(TypeError, ValueError, KeyError, AttributeError, IndexError),
+    *(NotImplementedError, RuntimeError, AssertionError, ZeroDivisionError, OverflowError),
+    *(StrictDataclassError, ImportError),
+)
+# Settings by which a configuration could have a kernel downloaded and run.
+_CODE_SETTINGS = ("attn_implementation", "experts_implementation")
+# Tables of positions take memory before any weight is looked at; the longest honest one has 514.
+_MAX_POSITIONS = 16_384
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
+_CLIP_PREFIX = "text_model."
+
+
+class RobertaSeries(torch.nn.Module):
+    """AltDiffusion's text encoder: XLM-RoBERTa, a layer norm and a linear map (arXiv 2308.09991).
+
+    Where its configuration says `has_pre_transformation` the output is taken from before the last
+    layer, which is then not built.
+    """
+
+    def __init__(self, config: XLMRobertaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.before_last = bool(getattr(config, "has_pre_transformation", False))
+        if self.before_last:
+            config.num_hidden_layers -= 1
+        if not 0 <= config.pad_token_id < config.vocab_size:  # positions are counted from it
+            raise ValueError(f"pad_token_id is {config.pad_token_id}")
+        self.roberta = XLMRobertaModel(config, add_pooling_layer=False)
+        if self.before_last:
+            self.pre_LN = torch.nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            self.transformation_pre = torch.nn.Linear(config.hidden_size, config.project_dim)
+        else:
+            self.transformation = torch.nn.Linear(config.hidden_size, config.project_dim)
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor]:
+        """Token ids int64 [B, L] -> one entry, the text for the U-Net [B, L, D]."""
+        hidden = self.roberta(input_ids, attention_mask=attention_mask)[0]
+        if self.before_last:
+            return (self.transformation_pre(self.pre_LN(hidden)),)
+        return (self.transformation(hidden),)
+
+    def gradient_checkpointing_enable(self) -> None:
+        """As the other text encoders have it: activations are recomputed to save memory."""
+        self.roberta.gradient_checkpointing_enable()
+
+
+def build(family: TextFamily, config: dict[str, Any]) -> Any:
+    """Make the network of a configuration; its weights are random. Raises any of BUILD_ERRORS."""
+    config = {key: v for key, v in config.items() if key.lstrip("_") not in _CODE_SETTINGS}
+    positions = config.get("max_position_embeddings", 1)
+    if type(positions) is not int or not 0 < positions <= _MAX_POSITIONS:
+        raise ValueError(f"max_position_embeddings is {positions!r}")
+    if family is BERT:
+        return BertModel(BertConfig.from_dict(config), add_pooling_layer=False)
+    if family is XLM_ROBERTA:
+        settings = {"use_attention_mask": True, "project_dim": 512, **config}
+        return RobertaSeries(XLMRobertaConfig.from_dict(settings))
+    return CLIPTextModel(CLIPTextConfig.from_dict(config))
+
+
+def renamer(text_encoder: Any) -> Callable[[str], str | None]:
+    """Names in a file -> names in the network; None for weights that no output depends on."""
+    if isinstance(text_encoder, RobertaSeries):
+        # The layer behind the last one that is read, where that is not the last.
+        behind = f"roberta.encoder.layer.{text_encoder.config.num_hidden_layers}."
+        unread = ("roberta.pooler.", "logit_scale", "transformation.", behind)
+        if not text_encoder.before_last:
+            unread = ("roberta.pooler.", "logit_scale", "transformation_pre.", "pre_LN.")
+        return lambda key: None if key.startswith(unread) else key
+    if isinstance(text_encoder, BertModel):
+        return lambda key: None if key.startswith(("pooler.", "bert.pooler.")) else bert_name(key)
+    # transformers 4.x keeps a CLIP text encoder's weights under `text_model.`, 5.x does not.
+    prefixed = next(iter(text_encoder.state_dict())).startswith(_CLIP_PREFIX)
+    prefix = _CLIP_PREFIX if prefixed else ""
+    return lambda key: prefix + key.removeprefix(_CLIP_PREFIX)
+
+
+def exported_name(family: TextFamily, key: str) -> str:
+    """The name of a weight that every version of transformers reads."""
+    if family is BERT:
+        return bert_name(key)
+    if family is XLM_ROBERTA:
+        return key
+    return key if key.startswith(_CLIP_PREFIX) else _CLIP_PREFIX + key
+
+
+def bert_name(key: str) -> str:
+    """A weight of BERT as BertModel names it, also from its first checkpoints."""
+    key = key.removeprefix("bert.")
+    if key.endswith((".LayerNorm.gamma", ".LayerNorm.beta")):
+        key = key.removesuffix(".gamma").removesuffix(".beta") + (
+            ".weight" if key.endswith(".gamma") else ".bias"
+        )
+    return key
+
+
+def width(text_encoder: Any) -> int:
+    """D: what the U-Net's cross_attention_dim must be."""
+    config = text_encoder.config
+    return int(
+        config.project_dim if isinstance(text_encoder, RobertaSeries) else config.hidden_size
+    )
+
+
+def prompt_length(tokenizer: Any, text_encoder: Any) -> int:
+    """L: the tokens of a padded prompt."""
+    config = text_encoder.config
+    positions = int(config.max_position_embeddings)
+    if isinstance(text_encoder, RobertaSeries):
+        positions -= int(config.pad_token_id) + 1  # it counts positions from behind the padding's
+    # A tokenizer without a stated length reports a number beyond all bounds.
+    return min(int(tokenizer.model_max_length), positions)
+
+
+def attention_mask(
+    tokenizer: Any, text_encoder: Any, input_ids: torch.Tensor
+) -> torch.Tensor | None:
+    """The tokenizer's mask of padded ids int64 [B, L]; None where the text encoder takes none."""
+    if not getattr(text_encoder.config, "use_attention_mask", False):
+        return None
+    end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    ends = input_ids.eq(end).long()
+    if tokenizer.pad_token_id == end:  # everything up to the first of them
+        return (ends.cumsum(dim=1) - ends).eq(0).long()
+    return ends.flip(1).cumsum(dim=1).flip(1).gt(0).long()  # everything up to the last
+
+
+def load_tokenizer(family: TextFamily, folder: Path, limits: Limits = LIMITS) -> Any:
+    """Read a tokenizer folder: its tables are checked first. Raises ModelArtifactError."""
+    tables = {BERT: vocabulary.read_wordpiece, XLM_ROBERTA: vocabulary.read_unigram}
+    table = tables.get(family, vocabulary.read)(folder, limits=limits)
+    with _told(family, folder):
+        if isinstance(table, SentencePieceModel):
+            tokenizer = _xlm_roberta_tokenizer(folder, table, limits)
+        else:
+            class_ = BertTokenizer if family is BERT else CLIPTokenizer
+            tokenizer = class_.from_pretrained(folder, local_files_only=True)
+        if tokenizer.model_max_length < 3:  # begin, one word, end; a TypeError where it is text
+            raise ValueError(f"model_max_length is {tokenizer.model_max_length}")
+        tokenizer("☃ a", padding="max_length", max_length=3, truncation=True)  # unknown and known
+    return tokenizer
+
+
+def _xlm_roberta_tokenizer(folder: Path, table: SentencePieceModel, limits: Limits) -> Any:
+    if (folder / vocabulary.SINGLE).is_file():
+        return XLMRobertaTokenizer.from_pretrained(folder, local_files_only=True)
+    # The library would ask for sentencepiece, a package of its own, to read the same table.
+    settings: dict[str, Any] = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            settings |= read_json(folder / name, limits=limits)
+    special = {name: _text_of(settings[name]) for name in _SPECIAL_TOKENS if name in settings}
+    return XLMRobertaTokenizer(
+        vocab=list(table.pieces),
+        _spm_precompiled_charsmap=table.charsmap or None,
+        model_max_length=settings.get("model_max_length", 512),
+        **special,
+    )
+
+
+def _text_of(token: object) -> object:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+@contextlib.contextmanager
+def _told(family: TextFamily, folder: Path) -> Iterator[None]:
+    """Turn what the library raises over a folder into one sentence."""
+    try:
+        yield
+    except BaseException as error:
+        # Its Rust part raises bare Exceptions, and panics by a class that it does not publish.
+        panic = type(error) is Exception or type(error).__name__ == "PanicException"
+        if not panic and not isinstance(error, (OSError, UnicodeError, *BUILD_ERRORS)):
+            raise
+        raise ModelArtifactError(
+            f"{folder} does not hold a {family.name} tokenizer that can be read: "
+            f"{in_one_line(error)}."
+        ) from error
+
+
+def in_one_line(error: BaseException) -> str:
+    """What a library said, short enough for a sentence."""
+    return " ".join((str(error) or type(error).__name__).split())[:300].rstrip(".")
