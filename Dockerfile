@@ -1,0 +1,35 @@
+# One image, two verbs: `train` (also without an argument) and `serve`; any other verb of
+# `python -m dreambooth` works too. torch brings its own CUDA libraries, so the image needs no CUDA
+# base: it runs with `--gpus all` and on a CPU.
+ARG BASE_IMAGE=python:3.11-slim
+FROM ${BASE_IMAGE}
+
+# A torch for older drivers: --build-arg TORCH_INDEX=<an index with a CUDA 12 build of this torch>.
+ARG TORCH_INDEX=""
+
+LABEL com.amazonaws.sagemaker.capabilities.accept-bind-to-port="true"
+
+# Caches go where any user can write, also under a read-only root file system.
+ENV PYTHONUNBUFFERED=1 \
+    PYTHONPATH=/opt/dreambooth \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    HF_HOME=/tmp/dreambooth-cache/huggingface \
+    TORCHINDUCTOR_CACHE_DIR=/tmp/dreambooth-cache/inductor \
+    TRITON_CACHE_DIR=/tmp/dreambooth-cache/triton \
+    XDG_CACHE_HOME=/tmp/dreambooth-cache
+
+WORKDIR /opt/dreambooth
+
+# The heavy layer: rebuilt only when requirements.txt changes.
+COPY requirements.txt ./
+RUN if [ -n "$TORCH_INDEX" ]; then \
+      pip install --no-cache-dir --index-url "$TORCH_INDEX" "$(grep -o '^torch==[^ ]*' requirements.txt)"; \
+    fi \
+ && pip install --no-cache-dir -r requirements.txt
+
+COPY . ./
+RUN python -m compileall -q dreambooth transfer_learning.py inference.py && chmod -R a+rX /opt/dreambooth
+
+ENTRYPOINT ["python", "-m", "dreambooth"]
+CMD ["train"]

@@ -1,0 +1,91 @@
+"""What the tests of the image share: they run where DREAMBOOTH_IMAGE names a built image."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from dreambooth.tiny import DATA
+
+Docker = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def image() -> str:
+    name = os.environ.get("DREAMBOOTH_IMAGE")
+    if not name:
+        pytest.skip("DREAMBOOTH_IMAGE names no image: see `make test-container`")
+    return name
+
+
+@pytest.fixture(scope="session")
+def docker(image: str) -> Docker:
+    """Runs the client that DOCKER (default: docker) names; fails the test when it fails, unless
+    check=False.
+    """
+    client = os.environ.get("DOCKER", "docker")
+
+    def run(
+        *arguments: str, check: bool = True, timeout: float = 240
+    ) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [client, *arguments], capture_output=True, text=True, timeout=timeout, check=False
+        )
+        assert not check or done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture
+def container(docker: Docker) -> Iterator[Callable[..., str]]:
+    """Starts a detached container and gives its name; all are removed at the end."""
+    started: list[str] = []
+
+    def start(*arguments: str) -> str:
+        name = f"dreambooth-test-{uuid.uuid4().hex[:12]}"
+        started.append(name)
+        docker("run", "--detach", "--name", name, *arguments)
+        return name
+
+    yield start
+    for name in started:
+        docker("rm", "--force", name, check=False)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Makes an /opt/ml tree with the cat's eight pictures and the given hyperparameters."""
+    made: list[Path] = []
+
+    def make(**hyperparameters: object) -> Path:
+        root = tmp_path / f"ml{len(made)}"
+        made.append(root)
+        for folder in ("input/config", "input/data", "model", "output/data"):
+            (root / folder).mkdir(parents=True)
+        shutil.copytree(DATA / "cat", root / "input/data/training")
+        settings = {name: str(value) for name, value in hyperparameters.items()}
+        (root / "input/config/hyperparameters.json").write_text(json.dumps(settings))
+        for path in (root, *root.rglob("*")):
+            path.chmod(0o777 if path.is_dir() else 0o666)  # any user may run the image
+        return root
+
+    yield make
+    for root in made:  # containers write as root
+        shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
