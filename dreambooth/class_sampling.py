@@ -11,10 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dreambooth import outputs
 from dreambooth.data import class_images, fingerprint
 from dreambooth.diffusion import model as models
 from dreambooth.diffusion import sampling
 from dreambooth.diffusion.model import DiffusionModel
+from dreambooth.diffusion.sampling_request import SamplingRequest
 from dreambooth.limits import LIMITS
 from dreambooth.progress import Progress
 from dreambooth.task import Task
@@ -41,9 +43,9 @@ def class_image_paths(task: Task) -> Sequence[Path]:
         task.plan.prior_generation_precision,
         str(NUM_INFERENCE_STEPS),
     )
-    folder = task.environment.output_data_dir / "class_images"
+    folder = outputs.class_image_folder(task.environment)
     if task.environment.checkpoint_dir is not None:
-        folder = task.environment.checkpoint_dir / "class_images" / origin
+        folder /= origin
     sampler = _Sampler(task)
     missing = task.plan.class_images_to_sample
     with Progress(missing, "sampling class images", stream=sys.stderr, unit="pictures") as progress:
@@ -74,7 +76,7 @@ class _Sampler:
             dtype = DTYPES[task.plan.prior_generation_precision]
             self._model = models.load(task.model_folder, device=task.device, dtype=dtype)
         requests = [
-            sampling.SamplingRequest(
+            SamplingRequest(
                 prompt=task.dataset.class_prompt or "",
                 num_inference_steps=NUM_INFERENCE_STEPS,
                 guidance_scale=GUIDANCE_SCALE,

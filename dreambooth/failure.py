@@ -7,16 +7,42 @@ Amazon SageMaker AI Processes Training Output". Standard library only.
 
 from __future__ import annotations
 
+import errno
 import os
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from dreambooth.errors import DreamBoothError, HyperparameterError
+from dreambooth.errors import DreamBoothError, HyperparameterError, ResourceError
 
 # SageMaker shows this much of the failure file as FailureReason.
 MAX_FAILURE_BYTES: Final = 1024
+
+
+# A disk, a quota, or the size that a file may have.
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What torch calls its own failure to get memory, a RuntimeError.
+_TORCH_WITHOUT_MEMORY: Final = "DefaultCPUAllocator"
+
+
+def for_the_user(error: Exception) -> DreamBoothError | None:
+    """The error that a user can do something about; None where the fault is ours.
+
+    A full disk or a lack of memory may show anywhere, also in a library.
+    """
+    if isinstance(error, DreamBoothError):
+        return error
+    if isinstance(error, OSError) and error.errno in _FULL:
+        where = f" ({error.filename})" if error.filename else ""
+        return ResourceError(
+            f"The disk is full{where}: free some space, or give folders on a larger disk."
+        )
+    if isinstance(error, MemoryError) or _TORCH_WITHOUT_MEMORY in str(error):
+        return ResourceError(
+            "The machine ran out of memory: lower batch_size or resolution, or take a larger one."
+        )
+    return None
 
 
 def write_failure(path: Path, error: BaseException) -> bool:

@@ -10,9 +10,9 @@ import copy
 import gc
 import logging
 import os
+import signal
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -20,18 +20,19 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
-from dreambooth import class_sampling, export, fid, hyperparameter_text, recorder
-from dreambooth.data import cache, fingerprint
+from dreambooth import class_sampling, export, fid, handover, outputs
+from dreambooth.checkpoints import Checkpoints
+from dreambooth.data import cache
 from dreambooth.diffusion import model as models
 from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.errors import ResourceError
 from dreambooth.previews import Previews
 from dreambooth.progress import Progress
 from dreambooth.recorder import Recorder
+from dreambooth.stop import Stopped, StopSignals
 from dreambooth.task import Task
 from dreambooth.training import loop, optimizer
 from dreambooth.training import state as states
-from dreambooth.training.plan import TrainingPlan
 from dreambooth.training.precision import Precision
 from dreambooth.training.report import Report
 
@@ -40,10 +41,11 @@ log = logging.getLogger(__name__)
 Text = dict[str, torch.Tensor]
 
 
-def run(task: Task, accelerator: Accelerator) -> None:
+def run(task: Task, accelerator: Accelerator, stop: StopSignals) -> None:
     """Train, write the model folder and the report of the run.
 
-    Raises DreamBoothError; running out of GPU memory is a ResourceError.
+    Raises DreamBoothError; running out of GPU memory is a ResourceError. Raises Stopped after a
+    stop signal, once what `handover.after_stop` writes is written.
     """
     torch.manual_seed(task.hyperparameters.seed)  # for what libraries draw; our own draws are keyed
     if task.hyperparameters.deterministic:
@@ -52,10 +54,11 @@ def run(task: Task, accelerator: Accelerator) -> None:
         export.clear(task.environment.model_dir, base_folder=task.model_folder)
     try:
         with Recorder(task=task, writes=accelerator.is_main_process) as record:
-            with accelerator.main_process_first(), record.timings.phase("class images"):
+            with accelerator.main_process_first(), record.phase("class images"):
                 # The main process samples, the others find all there.
                 record.class_paths = class_sampling.class_image_paths(task)
-            _fine_tune(task, record, accelerator)
+            stop.check()
+            _fine_tune(task, record, accelerator, stop)
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             f"The GPU ran out of memory (memory_plan {task.plan.memory_plan}): lower batch_size or "
@@ -70,9 +73,9 @@ def _ask_for_determinism() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def _fine_tune(task: Task, record: Recorder, accelerator: Accelerator) -> None:
+def _fine_tune(task: Task, record: Recorder, accelerator: Accelerator, stop: StopSignals) -> None:
     """Load, cache, train, export."""
-    settings, plan, phase = task.hyperparameters, task.plan, record.timings.phase
+    settings, plan, phase = task.hyperparameters, task.plan, record.phase
     with phase("loading the model"):
         model = models.load(task.model_folder, device=task.device)
     noise_scheduler = models.training_noise_scheduler(model)
@@ -84,16 +87,21 @@ def _fine_tune(task: Task, record: Recorder, accelerator: Accelerator) -> None:
     _leave_the_device(model, text_encoder=not settings.train_text_encoder)
 
     state = _training_state(task, model)
-    identity = task.identity()
-    checkpoints = _checkpoint_folder(task)
-    if checkpoints is not None:
-        _resume(state, checkpoints, identity, settings.resume, accelerator)
-
+    checkpoints = Checkpoints(
+        folder=outputs.checkpoint_folder(task.environment, plan),
+        identity=task.identity(),
+        plan=plan,
+        keep=settings.checkpoints_total_limit,
+    )
+    checkpoints.resume(state, settings.resume, tidies=accelerator.is_main_process)
     previews = Previews(task=task, model=model, precision=state.precision, text=text)
 
     def draw_sample() -> Image.Image | None:
         with phase("sample pictures"):
-            return previews.sample()
+            if accelerator.num_processes > 1:  # the others wait for this one
+                return previews.sample()
+            with stop.released():
+                return previews.sample()
 
     steps = loop.train(
         state,
@@ -105,18 +113,38 @@ def _fine_tune(task: Task, record: Recorder, accelerator: Accelerator) -> None:
         prior_unet=prior_unet,
         accelerator=accelerator,
     )
-    if not accelerator.is_main_process:  # `accelerate launch`: one process reports and writes
-        for _ in steps:
-            pass
-        return
-    _follow(task, record, state, steps, draw_sample, checkpoints, identity)
-    state.optimizer.state.clear()  # its memory is free for the last pictures
-    record.final = draw_sample()
-    if settings.compute_fid:
-        with phase("fid_score"):
-            fid.log_score(task, model, previews)
-    with phase("export"):
-        _export(task, state, record.final)
+    with stop.held():  # from here on a stop signal waits for the end of a step, or of the export
+        steps = _until_stopped(steps, stop, accelerator)
+        if not accelerator.is_main_process:  # `accelerate launch`: one process reports and writes
+            for _ in steps:
+                pass
+            return
+        try:
+            _follow(task, record, state, steps, draw_sample, checkpoints)
+            state.optimizer.state.clear()  # its memory is free for the last pictures
+            record.final = draw_sample()
+            if settings.compute_fid:
+                with phase("fid_score"), stop.released():
+                    fid.log_score(task, model, previews)
+        except Stopped:
+            with phase("stopping"):
+                record.stopped = handover.after_stop(task, state, checkpoints, stop)
+            raise
+        with phase("export"):
+            handover.write_model(task, state, record.final)
+
+
+def _until_stopped(
+    steps: Iterator[loop.StepMetrics], stop: StopSignals, accelerator: Accelerator
+) -> Iterator[loop.StepMetrics]:
+    """The steps; after one in which a stop signal came, Stopped is raised on all processes."""
+    for metrics in steps:
+        yield metrics
+        if accelerator.num_processes > 1:
+            asked = torch.tensor(float(stop.asked), device=accelerator.device)
+            if accelerator.reduce(asked, "sum") > 0 and not stop.asked:
+                raise Stopped(signal.SIGTERM)
+        stop.check()
 
 
 def _follow(
@@ -125,28 +153,24 @@ def _follow(
     state: states.TrainingState,
     steps: Iterator[loop.StepMetrics],
     draw_sample: Callable[[], Image.Image | None],
-    checkpoints: Path | None,
-    identity: Mapping[str, str],
+    checkpoints: Checkpoints,
 ) -> None:
     """Run the loop to its end, reporting each step and saving checkpoints when they are due."""
-    settings, phase = task.hyperparameters, record.timings.phase
     report = Report(
         task.environment.output_data_dir,
         task.plan,
         first_step=state.step,
         stream=sys.stderr,
-        sample_steps=settings.sample_steps,
+        sample_steps=task.hyperparameters.sample_steps,
         draw_sample=draw_sample,
     )
-    saved_at = time.monotonic()
-    with report, phase("training"):
+    with report, record.phase("training"):
         for metrics in steps:
+            record.step = metrics.step
             report.step(metrics)
-            if checkpoints is not None and _checkpoint_due(task.plan, state.step, saved_at):
-                keep = settings.checkpoints_total_limit
-                with phase("checkpoints"):
-                    states.save(state, checkpoints, identity=identity, keep=keep)
-                saved_at = time.monotonic()
+            if checkpoints.due(state.step):
+                with record.phase("checkpoints"):
+                    checkpoints.save(state)
     report.finish(state.loss_total / state.step)
     if state.skipped_steps:
         log.info("%d fp16 steps overflowed and were tried again", state.skipped_steps)
@@ -231,62 +255,3 @@ def _training_state(task: Task, model: DiffusionModel) -> states.TrainingState:
         optimizer=optimizer.build(trained, settings, use_8bit_adam=plan.use_8bit_adam),
         precision=Precision(plan.mixed_precision, task.device),
     )
-
-
-def _resume(
-    state: states.TrainingState,
-    checkpoints: Path,
-    identity: Mapping[str, str],
-    resume: str,
-    accelerator: Accelerator,
-) -> None:
-    if resume == "auto":
-        if states.load_newest(state, checkpoints, identity=identity):
-            log.info("resumed at step %d from %s", state.step, checkpoints)
-    elif accelerator.is_main_process:
-        states.clear(checkpoints)
-
-
-def _checkpoint_folder(task: Task) -> Path | None:
-    """The folder given for checkpoints; where only an interval is set, one beside the metrics."""
-    if task.environment.checkpoint_dir is not None:
-        return task.environment.checkpoint_dir
-    if task.plan.checkpointing_steps or task.plan.checkpointing_minutes:
-        return task.environment.output_data_dir / "checkpoints"
-    return None
-
-
-def _checkpoint_due(plan: TrainingPlan, step: int, saved_at: float) -> bool:
-    if plan.checkpointing_steps is not None and step % plan.checkpointing_steps == 0:
-        return True
-    minutes = plan.checkpointing_minutes
-    return minutes is not None and time.monotonic() - saved_at >= 60 * minutes
-
-
-def _export(task: Task, state: states.TrainingState, sample: Image.Image | None) -> None:
-    dataset, settings = task.dataset, task.hyperparameters
-    with_class = settings.with_prior_preservation
-    card = export.ModelCard(
-        base=task.base_name,
-        instance_prompt=dataset.instance_prompt,
-        class_prompt=dataset.class_prompt if with_class else None,
-        steps=state.step,
-        planned_steps=task.plan.steps,
-        instance_images=len(dataset.instance_images),
-        class_images=task.plan.class_images,
-        train_text_encoder=settings.train_text_encoder,
-        data_fingerprint=fingerprint.of_dataset(dataset),
-        licence=export.licence_of(task.model_folder),
-        versions=recorder.versions(),
-    )
-    export.write(
-        task.environment.model_dir,
-        base_folder=task.model_folder,
-        trained=export.TrainedParts(unet=state.unet, text_encoder=state.text_encoder),
-        resolution=task.resolution,
-        card=card,
-        hyperparameters_json=hyperparameter_text.as_json(settings),
-        samples={task.sample_prompt: sample} if sample is not None else {},
-        precision="fp16" if settings.export_precision == "fp16" else "fp32",
-    )
-    log.info("the model is in %s", task.environment.model_dir)

@@ -7,24 +7,22 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-import signal
 import sys
-import tempfile
+import threading
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
-from dreambooth import container, failure, hyperparameters, logs, outputs
+from dreambooth import container, failure, gpu_driver, hyperparameters, logs, outputs, workspace
 from dreambooth.data import dataset_info
 from dreambooth.data.dataset_info import DatasetInfo
 from dreambooth.diffusion import facts as model_facts
+from dreambooth.diffusion import layout
 from dreambooth.diffusion import source as model_source
-from dreambooth.errors import DreamBoothError
+from dreambooth.errors import ResourceError
 from dreambooth.hyperparameters import Hyperparameters
+from dreambooth.stop import Stopped, StopSignals
 from dreambooth.training import device as devices
 from dreambooth.training import plan as plans
 from dreambooth.training.plan import TrainingPlan
@@ -37,6 +35,7 @@ class Job:
     """Everything that is known before anything heavy is loaded."""
 
     environment: container.Environment
+    environ: Mapping[str, str]
     hyperparameters: Hyperparameters
     dataset: DatasetInfo
     source: model_source.ModelSource
@@ -52,30 +51,36 @@ def run(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     SIGINT stopped it.
     """
     failure_file = container.failure_file(environ)
+    stop = StopSignals()
     _mend_streams()
+    threads_say, threading.excepthook = threading.excepthook, _say_in_one_line
     try:
-        environment = container.read(argv, environ)
-        logs.to_stderr(environment.log_level)
-        with _signals_stop():
+        with stop.listening():
+            environment = container.read(argv, environ)
+            logs.to_stderr(environment.log_level)
             if environment.dry_run:
                 _dry_run(_prepare(environment, environ))
             else:
-                _train(_prepare(environment, environ))
-    except DreamBoothError as error:
-        print(f"error: {error}", file=sys.stderr)
-        failure.write_failure(failure_file, error)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped by SIGINT", file=sys.stderr)
-        return 130
-    except _Terminated:
-        print("stopped by SIGTERM", file=sys.stderr)
-        return 143
+                _train(_prepare(environment, environ), stop)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.exit_code
     except Exception as error:
-        traceback.print_exc()
-        failure.write_failure(failure_file, error)
+        told = failure.for_the_user(error)
+        if told is None:
+            traceback.print_exc()
+        else:
+            print(f"error: {told}", file=sys.stderr)
+        failure.write_failure(failure_file, told or error)
         return 1
+    finally:
+        threading.excepthook = threads_say
     return 0
+
+
+def _say_in_one_line(failed: threading.ExceptHookArgs) -> None:
+    """Of a library's thread, such as the one that writes TensorBoard events to a full disk."""
+    log.warning("a background thread ended: %s", failed.exc_value)
 
 
 def _mend_streams() -> None:
@@ -85,33 +90,14 @@ def _mend_streams() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
-class _Terminated(BaseException):
-    """SIGTERM arrived."""
-
-
-@contextmanager
-def _signals_stop() -> Iterator[None]:
-    """SIGTERM unwinds the stack like SIGINT does, so that temporary folders are removed."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise _Terminated
-
-    try:
-        previous = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not in the main thread: the caller's handlers stand
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
 def _prepare(environment: container.Environment, environ: Mapping[str, str]) -> Job:
     """Read settings and data and find the model; all wrong settings are told at once."""
     parsed = hyperparameters.parse(environment.settings)
     for warning in parsed.warnings:
         log.warning(warning)
+    # The training toolkit, which runs the entry point of source_dir, sets SM_MODULE_DIR.
+    if "sagemaker_submit_directory" in environment.settings and "SM_MODULE_DIR" not in environ:
+        log.info("source_dir and entry_point are not used: this image runs its own code")
     settings = parsed.hyperparameters
     dataset = dataset_info.read(
         environment.training,
@@ -125,6 +111,7 @@ def _prepare(environment: container.Environment, environ: Mapping[str, str]) -> 
     outputs.check(environment, source.path)
     return Job(
         environment=environment,
+        environ=environ,
         hyperparameters=settings,
         dataset=dataset,
         source=source,
@@ -147,8 +134,14 @@ def _print_plan(job: Job, plan: TrainingPlan) -> None:
 
 
 def _plan(
-    job: Job, facts: model_facts.ModelFacts | None, device: devices.DeviceFacts
+    job: Job,
+    facts: model_facts.ModelFacts | None,
+    device: devices.DeviceFacts,
+    folder: Path | None = None,
 ) -> TrainingPlan:
+    """folder: the model's, where it is there by now."""
+    unpacked = folder if job.source.kind == "archive" else None
+    carried = [folder / part for part in layout.OPTIONAL_PARTS] if folder else []
     return plans.make(
         job.hyperparameters,
         job.dataset,
@@ -156,6 +149,8 @@ def _plan(
         device,
         has_checkpoint_dir=job.environment.checkpoint_dir is not None,
         processes=job.processes,
+        base_bytes=outputs.size([unpacked]) if unpacked else 0,
+        copied_bytes=outputs.size(carried),
     )
 
 
@@ -165,23 +160,41 @@ def _dry_run(job: Job) -> None:
             "there is no folder or file %s here: it would be fetched from the hub",
             job.source.location,
         )
-    _print_plan(job, _plan(job, model_source.peek(job.source), devices.from_driver()))
-
-
-def _train(job: Job) -> None:
-    outputs.make(job.environment)
-    workspace = Path(tempfile.mkdtemp(prefix="dreambooth-"))
+    folder = job.source.path if job.source.kind == "folder" else None
+    plan = _plan(job, model_source.peek(job.source), devices.from_driver(), folder)
+    _print_plan(job, plan)
     try:
-        folder = model_source.open_source(job.source, workspace)
+        outputs.check_room(job.environment, plan)
+    except ResourceError as error:  # the run itself may be meant for another machine
+        log.warning(error)
+
+
+def _train(job: Job, stop: StopSignals) -> None:
+    outputs.make(job.environment)
+    with workspace.temporary() as temporary:
+        if job.source.kind == "archive" and job.source.path is not None:
+            outputs.check_room_to_unpack(job.source.path, temporary)
+        folder = model_source.open_source(job.source, temporary)
+        stop.check()
         import torch  # from here on the job is heavy
 
-        plan = _plan(job, model_facts.read_facts(folder), devices.from_torch(torch))
+        device = devices.from_torch(torch)
+        if device.kind == "cpu":
+            gpu_driver.refuse_cpu(
+                job.environ,
+                gpu_driver.look(),
+                torch_version=torch.__version__,
+                cuda_version=torch.version.cuda,
+            )
+        plan = _plan(job, model_facts.read_facts(folder), device, folder)
         _print_plan(job, plan)
+        outputs.check_room(job.environment, plan)
         from accelerate import Accelerator
 
         from dreambooth import fine_tune
         from dreambooth.task import Task
 
+        stop.check()  # importing swallows a signal now and then
         # Precision is the loop's business, whatever an accelerate configuration says.
         accelerator = Accelerator(mixed_precision="no")
         task = Task(
@@ -194,6 +207,4 @@ def _train(job: Job) -> None:
             device=accelerator.device,
             warnings=job.warnings,
         )
-        fine_tune.run(task, accelerator)
-    finally:
-        shutil.rmtree(workspace, ignore_errors=True)
+        fine_tune.run(task, accelerator, stop)

@@ -21,13 +21,15 @@ def to_stderr(level: str) -> None:
     On a terminal each line wipes the progress bar that may stand there. May be called again.
     """
     over_the_bar = "\r\033[K" if sys.stderr.isatty() else ""
-    logging.basicConfig(
-        level=level.upper(),
-        format=over_the_bar + "%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-        force=True,
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        logging.Formatter(
+            over_the_bar + "%(asctime)s %(levelname)s %(where)s%(message)s",
+            datefmt="%H:%M:%S",
+            defaults={"where": ""},  # a job's phase and step, set by its recorder
+        )
     )
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for variable in _VERBOSITY:
         os.environ.setdefault(variable, "error")
     for name in _NOISY:

@@ -37,6 +37,11 @@ class ModelCard:
     licence: str | None = None
     versions: Sequence[tuple[str, str]] = ()
 
+    @property
+    def partial(self) -> bool:
+        """Whether the run was stopped before its last step."""
+        return self.steps < self.planned_steps
+
 
 def licence_of(folder: Path) -> str | None:
     """The licence that a model folder's own card (README.md) states in its front matter."""
@@ -79,6 +84,7 @@ def _front_matter(card: ModelCard) -> list[str]:
         "pipeline_tag: text-to-image",
         "tags:",
         *(f"- {tag}" for tag in ("stable-diffusion", "text-to-image", "dreambooth", "diffusers")),
+        *(["- partial"] if card.partial else []),
         f"instance_prompt: {json.dumps(card.instance_prompt, ensure_ascii=False)}",
         "inference: true",
         "---",
@@ -88,8 +94,8 @@ def _front_matter(card: ModelCard) -> list[str]:
 def _description(card: ModelCard) -> list[str]:
     trained = "the U-Net and the text encoder" if card.train_text_encoder else "the U-Net"
     steps = str(card.steps)
-    if card.steps != card.planned_steps:
-        steps += f" of {card.planned_steps} planned (the run was stopped early)"
+    if card.partial:
+        steps += f" of {card.planned_steps} planned"
     rows = [
         ("Base model", _code(card.base)),
         ("Instance prompt", _code(card.instance_prompt)),
@@ -110,6 +116,7 @@ def _description(card: ModelCard) -> list[str]:
     return [
         "# A Stable Diffusion model fine-tuned with DreamBooth",
         "",
+        *_partial(card),
         "This model was fine-tuned on a few pictures of one subject. The instance prompt below",
         "calls the subject up; put it into other places and styles by adding to the prompt. Every",
         "setting of the run stands in `hyperparameters.json`.",
@@ -117,6 +124,17 @@ def _description(card: ModelCard) -> list[str]:
         "| | |",
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in rows),
+        "",
+    ]
+
+
+def _partial(card: ModelCard) -> list[str]:
+    if not card.partial:
+        return []
+    return [
+        f"**Partial: the run was stopped after {card.steps} of {card.planned_steps} planned "
+        "steps.** The model can be",
+        "used, and be given as `--pretrained-model`; a run goes on exactly only from a checkpoint.",
         "",
     ]
 

@@ -1,13 +1,21 @@
-"""Output folders: none may destroy what the job reads, and each must be writable."""
+"""Output folders: none may destroy what the job reads; each must be writable and have room."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from dreambooth.container import Environment
+from dreambooth.diffusion.destination import ENTRIES, PARTIAL
 from dreambooth.errors import HyperparameterError, ResourceError
+from dreambooth.training.plan import TrainingPlan
+
+_GIB = 2**30
 
 
 def check(environment: Environment, model: Path | None) -> None:
@@ -66,6 +74,110 @@ def make(environment: Environment) -> None:
                 f"Nothing can be written to {folder} ({error.strerror or error}): "
                 f"give another folder with {option}."
             ) from error
+
+
+def checkpoint_folder(environment: Environment, plan: TrainingPlan) -> Path | None:
+    """The folder given for checkpoints; where only an interval is set, one beside the metrics."""
+    if environment.checkpoint_dir is not None:
+        return environment.checkpoint_dir
+    if plan.checkpointing_steps or plan.checkpointing_minutes:
+        return environment.output_data_dir / "checkpoints"
+    return None
+
+
+def class_image_folder(environment: Environment) -> Path:
+    """Where sampled class images lie: beside the checkpoints, so that a spot job keeps them."""
+    return (environment.checkpoint_dir or environment.output_data_dir) / "class_images"
+
+
+def check_room(environment: Environment, plan: TrainingPlan) -> None:
+    """Refuse at once what the disks cannot hold; what is there of an earlier run counts as room.
+
+    Nothing is written. Raises ResourceError with the needs of the disk that is too small.
+    """
+    checkpoints, budget = checkpoint_folder(environment, plan), plan.disk
+    samples = class_image_folder(environment)
+    output = environment.output_data_dir
+    needs = [
+        _Need("the model", environment.model_dir, budget.model, _earlier(environment.model_dir)),
+        _Need("class images", samples, budget.class_images, (samples,)),
+        _Need("the report", output, budget.rest, (output / "report.html",)),
+    ]
+    if checkpoints is not None:
+        many = f"{budget.checkpoints} checkpoints at a time"
+        there = (*checkpoints.glob("step-*"), *checkpoints.glob(PARTIAL + "*"))
+        needs.append(_Need(many, checkpoints, budget.all_checkpoints, there))
+    by_disk: dict[int, list[_Need]] = {}
+    for need in needs:
+        with contextlib.suppress(OSError):  # a disk that cannot be asked shows when it is full
+            by_disk.setdefault(os.stat(_existing(need.folder)).st_dev, []).append(need)
+    for together in by_disk.values():
+        _check_disk(together)
+
+
+def check_room_to_unpack(archive: Path, workspace: Path) -> None:
+    """Refuse a tarball that is larger than the disk it would be unpacked on; weights hardly pack.
+
+    Raises ResourceError.
+    """
+    size, free = archive.stat().st_size, shutil.disk_usage(workspace).free
+    if size > free:
+        raise ResourceError(
+            f"{archive} ({_gib(size)}) cannot be unpacked: the disk of {workspace} has "
+            f"{_gib(free)} free. Free some, or let TMPDIR name a folder on a larger disk."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Need:
+    """Bytes to come into a folder, and what is there of them (it goes, or is used again)."""
+
+    what: str
+    folder: Path
+    bytes: int
+    there: Iterable[Path]
+
+
+def _check_disk(needs: list[_Need]) -> None:
+    folder = _existing(needs[0].folder)
+    more = sum(max(0, need.bytes - size(need.there)) for need in needs)
+    free = shutil.disk_usage(folder).free
+    if more <= free:
+        return
+    named = ", ".join(f"{need.what} {_gib(need.bytes)}" for need in needs if need.bytes)
+    raise ResourceError(
+        f"The disk of {folder} has {_gib(free)} free, and this run needs {_gib(more)} more there "
+        f"({named}): free some space, lower checkpoints_total_limit, set export_precision=fp16, or "
+        "give folders on a larger disk (--model_dir, --output_data_dir, --checkpoint_dir)."
+    )
+
+
+def _earlier(model_dir: Path) -> Iterable[Path]:
+    """The earlier model, which is removed before training."""
+    return [*(model_dir / name for name in ENTRIES), *model_dir.glob(PARTIAL + "*")]
+
+
+def size(paths: Iterable[Path]) -> int:
+    """Bytes of files, and of folders with all that is in them."""
+    files = [
+        file
+        for path in paths
+        for file in ([path] if path.is_file() else path.rglob("*"))
+        if file.is_file()
+    ]
+    return sum(file.stat().st_size for file in files)
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    folder = Path(os.path.abspath(folder))
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+def _gib(count: int) -> str:
+    return f"{count / _GIB:.2f} GiB" if count >= _GIB / 10 else f"{count / 2**20:.1f} MiB"
 
 
 def _lies_in(folder: Path, place: Path) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,8 +36,9 @@ _GIB = 2**30
 class Recorder:
     """Collects what only the running job knows: times, class images, the last picture, warnings.
 
-    A context manager around the job; the report is written when the job is done or has diverged,
-    by the process that `writes`.
+    A context manager around the job; the report is written when the job is done, has diverged or
+    was `stopped` (a sentence) after steps were made, by the process that `writes`. Meanwhile every
+    log line begins with the phase and the `step`.
     """
 
     task: Task
@@ -45,13 +46,21 @@ class Recorder:
     timings: Timings = field(default_factory=Timings)
     class_paths: Sequence[Path] = ()
     final: Image.Image | None = None
+    stopped: str | None = None
+    step: int | None = None
     _warnings: list[str] = field(default_factory=list)
     _listener: _Listener | None = None
+    _where: _Where | None = None
+    _phases: list[str] = field(default_factory=list)
+    _failed: bool = False
 
     def __enter__(self) -> Recorder:
         if self.writes:  # what lies there is of an earlier run
             with contextlib.suppress(OSError):
                 (self.task.environment.output_data_dir / REPORT_NAME).unlink()
+        self._where = _Where(self)
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(self._where)
         self._listener = _Listener(self._warnings)
         logging.getLogger("dreambooth").addHandler(self._listener)
         return self
@@ -64,21 +73,48 @@ class Recorder:
     ) -> None:
         if self._listener is not None:
             logging.getLogger("dreambooth").removeHandler(self._listener)
-        if self.writes and (error is None or isinstance(error, TrainingDivergedError)):
-            self._write(error)
+        if self._where is not None:
+            for handler in logging.getLogger().handlers:
+                handler.removeFilter(self._where)
+        if isinstance(error, TrainingDivergedError):
+            self.step, self.stopped = error.step, str(error)
+        if self.writes and (error is None or self.stopped is not None):
+            self._write()
 
-    def _write(self, diverged: TrainingDivergedError | None) -> None:
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time of the `with` block to this phase, and say so in the log."""
+        self._phases.append(name)
+        log.log(logging.INFO if len(self._phases) == 1 else logging.DEBUG, "begins")
+        try:
+            with self.timings.phase(name):
+                yield
+        except Exception:
+            if not self._failed:
+                self._failed = True
+                log.info("the job fails here")
+            raise
+        finally:
+            self._phases.pop()
+
+    @property
+    def where(self) -> str:
+        """The phase, and the step where there is one, as log lines begin with them."""
+        phase = self._phases[-1] if self._phases else ""
+        return phase + (f", step {self.step}" if phase and self.step is not None else "")
+
+    def _write(self) -> None:
         """Write the report as well as it can be: it must not cost the job a trained model."""
         folder = self.task.environment.output_data_dir
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            page.write(folder / REPORT_NAME, self._record(folder, diverged))
+            page.write(folder / REPORT_NAME, self._record(folder))
         except (OSError, ValueError, ArithmeticError, DreamBoothError) as error:
             log.warning("%s could not be written: %s", REPORT_NAME, error)
             return
         log.info("the report is in %s", folder / REPORT_NAME)
 
-    def _record(self, folder: Path, diverged: TrainingDivergedError | None) -> RunRecord:
+    def _record(self, folder: Path) -> RunRecord:
         task = self.task
         metrics = record.read_metrics(folder / "metrics.jsonl")
         return RunRecord(
@@ -90,7 +126,7 @@ class Recorder:
             device=task.plan.device.name,
             steps=metrics[-1].step if metrics else 0,
             planned_steps=task.plan.steps,
-            stopped=(diverged.step, str(diverged)) if diverged is not None else None,
+            stopped=(self.step or 0, self.stopped) if self.stopped is not None else None,
             resolution=task.resolution,
             metrics=metrics,
             final=self.final,
@@ -111,6 +147,19 @@ class Recorder:
                 *self._warnings,
             ),
         )
+
+
+class _Where(logging.Filter):
+    """Tells the log's formatter where the job is."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        where = self._recorder.where
+        record.where = f"[{where}] " if where else ""
+        return True
 
 
 class _Listener(logging.Handler):

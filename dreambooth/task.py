@@ -80,6 +80,7 @@ class Task:
             "steps": str(self.plan.steps),
             "mixed_precision": self.plan.mixed_precision,
             "use_8bit_adam": str(self.plan.use_8bit_adam),
+            "processes": str(self.plan.processes),
             "resolution": str(self.plan.resolution),
             "data": fingerprint.of_dataset(self.dataset),
             "model": self.model_fingerprint(),

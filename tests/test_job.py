@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -17,10 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
 from dreambooth import job
+from dreambooth.tiny import DATA
 
 ROOT = Path(__file__).parents[1]
 Folder = Callable[..., Path]
@@ -368,7 +371,7 @@ def test_help_lists_every_hyperparameter() -> None:
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
 )
-def test_a_stop_signal_ends_with_its_exit_code(
+def test_a_stop_signal_ends_with_its_exit_code_and_a_usable_partial_model(
     small_model_folder: Path, photos: Path, tmp_path: Path, number: int, code: int
 ) -> None:
     argv = ["--pretrained-model", str(small_model_folder), "--train", str(photos)]
@@ -383,7 +386,87 @@ def test_a_stop_signal_ends_with_its_exit_code(
     process.send_signal(number)
     _, shown = process.communicate(timeout=60)
     assert process.returncode == code, shown
-    assert not (tmp_path / "model" / "model_index.json").exists()
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert re.search(r"\*\*Partial: the run was stopped after \d+ of 100000 planned", card)
+    assert (tmp_path / "model-output" / "report.html").is_file()
+    assert train(tmp_path / "model", photos, tmp_path / "second") == 0
+
+
+class StopAt(io.StringIO):
+    """A stderr that sends a signal to this process when a text is written to it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self._text = text
+
+    def write(self, text: str) -> int:
+        if self._text and self._text in text:
+            self._text = ""
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().write(text)
+
+
+def stopped_at(monkeypatch: pytest.MonkeyPatch, text: str) -> StopAt:
+    stderr = StopAt(text)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    return stderr
+
+
+@pytest.mark.parametrize("text", ["[class images]", "[loading the model]", "[encoding]"])
+def test_a_stop_before_training_leaves_nothing_half_done(
+    small_model_folder: Path,
+    photos: Path,
+    tmp_path: Path,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stderr = stopped_at(monkeypatch, text)
+    options = ["--with_prior_preservation", "--num_class_images=2"]
+    assert train(small_model_folder, photos, tmp_path / "model", *options) == 143
+    assert stderr.getvalue().endswith("stopped by SIGTERM\n")
+    assert list((tmp_path / "model").iterdir()) == []
+    sampled = list((tmp_path / "model-output" / "class_images").glob("*"))
+    assert len(sampled) == (0 if text == "[class images]" else 2)
+    assert all(path.suffix == ".png" for path in sampled)
+
+
+@pytest.mark.parametrize("text", ["training: 0/6", "checkpoint of step 2 written"])
+def test_a_stop_in_training_with_a_checkpoint_folder_goes_on_bit_for_bit(
+    small_model_folder: Path,
+    photos: Path,
+    tmp_path: Path,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = ["--max_steps=6", "--checkpointing_steps=2"]
+    stopped, unbroken = tmp_path / "stopped", tmp_path / "unbroken"
+    options.append(f"--checkpoint_dir={tmp_path / 'c'}")
+    with monkeypatch.context() as patched:
+        stopped_at(patched, text)
+        assert train(small_model_folder, photos, stopped, *options) == 143
+    assert len(list((tmp_path / "c").iterdir())) == 1
+    assert "**Partial:" in (stopped / "README.md").read_text()
+    assert train(small_model_folder, photos, stopped, *options) == 0
+    assert "Partial" not in (stopped / "README.md").read_text()
+    assert train(small_model_folder, photos, unbroken, "--max_steps=6") == 0
+    a, b = unet_of(stopped), unet_of(unbroken)
+    assert all(np.array_equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("text", ["[sample pictures", "[fid_score", "[export"])
+def test_a_stop_after_the_last_step_leaves_the_whole_model(
+    small_model_folder: Path,
+    photos: Path,
+    tmp_path: Path,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stopped_at(monkeypatch, text)
+    out = tmp_path / "model"
+    assert train(small_model_folder, photos, out, "--compute_fid") == 143
+    assert "Partial" not in (out / "README.md").read_text()
+    assert (out / "model_index.json").is_file()
+    assert not list(out.glob(".partial-*"))
 
 
 def test_accelerates_configuration_does_not_change_the_precision(
@@ -423,3 +506,30 @@ def test_the_average_loss_of_a_resumed_run_is_that_of_all_steps(
         last_lines.append(re.findall(r"End of training: train_avg_loss=([\d.]+)", shown))
     assert last_lines[0] == last_lines[1]
     assert len(last_lines[0]) == 1
+
+
+@pytest.mark.parametrize("toolkit", [False, True])
+def test_a_source_dir_that_is_not_used_is_told(
+    toolkit: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "input" / "config"
+    config.mkdir(parents=True)
+    settings = {"sagemaker_submit_directory": '"/opt/ml/code"', "pretrained_model": "tiny"}
+    (config / "hyperparameters.json").write_text(json.dumps(settings))
+    environ = {"SAGEMAKER_BASE_DIR": str(tmp_path)}
+    if toolkit:
+        environ["SM_MODULE_DIR"] = "/opt/ml/code"
+    assert job.run(["--train", str(DATA / "cat"), "--dry-run"], environ) == 0
+    assert ("this image runs its own code" in capsys.readouterr().err) is not toolkit
+
+
+def test_a_promised_gpu_that_cannot_be_used_ends_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if torch.cuda.is_available():
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    argv = ["--pretrained-model", "tiny", "--train", str(DATA / "cat"), "--model_dir"]
+    environ = {"SAGEMAKER_BASE_DIR": str(tmp_path), "SM_NUM_GPUS": "1"}
+    assert job.run([*argv, str(tmp_path / "model")], environ) == 1
+    assert "SM_NUM_GPUS=1 promises a GPU" in capsys.readouterr().err
+    assert "SM_NUM_GPUS=1" in (tmp_path / "output" / "failure").read_text()

@@ -56,15 +56,19 @@ def ensure(
     cannot be written.
     """
     paths = [folder / f"class_{index:05d}.png" for index in range(max(0, count - len(given)))]
-    missing = [
+    missing = {
         index
         for index, path in enumerate(paths)
         if not _is_kept(path, {_note(fingerprint, seed, index, k) for k in range(ATTEMPTS)})
-    ]
+    }
     done = len(paths) - len(missing)
     on_image(done)
-    for start in range(0, len(missing), batch_size):
-        pending = missing[start : start + batch_size]
+    for start in range(0, len(paths), batch_size):
+        # Always the same batches, also after a stop within one: the last bits of a picture depend
+        # on what it is batched with, and one of them may be a level of a pixel.
+        pending = list(range(start, min(start + batch_size, len(paths))))
+        if missing.isdisjoint(pending):
+            continue
         for attempt in range(ATTEMPTS):
             seeds = [derived_seed(seed, index, attempt) for index in pending]
             refused = []
@@ -72,9 +76,10 @@ def ensure(
                 if picture is None or _is_black(picture):
                     refused.append(index)
                     continue
-                _write(paths[index], picture, _note(fingerprint, seed, index, attempt))
-                done += 1
-                on_image(done)
+                if index in missing:
+                    _write(paths[index], picture, _note(fingerprint, seed, index, attempt))
+                    done += 1
+                    on_image(done)
             pending = refused
             if not pending:
                 break

@@ -116,6 +116,8 @@ def _text(path: Path, limits: Limits) -> str:
 
 def _bytes(path: Path, limits: Limits) -> bytes:
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ModelArtifactError(f"{path} is no regular file.")
         if path.stat().st_size > limits.max_config_bytes:
             raise ModelArtifactError(f"{path} is larger than {limits.max_config_bytes} bytes.")
         return path.read_bytes()

@@ -140,7 +140,14 @@ def read_bin(path: Path) -> dict[str, torch.Tensor]:
                 )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=packed)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        OSError,
+        EOFError,
+        ValueError,
+        LookupError,
+    ) as error:
         raise ModelArtifactError(
             f"{path} is a pickle that holds more than weights, or is damaged: it is not loaded, "
             "for it could run code; give the model as safetensors."
@@ -176,7 +183,7 @@ def convert(origin: Path, destination: Path, *, limits: Limits = LIMITS) -> None
     """
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ModelArtifactError(f"{destination} exists already: give a new or an empty folder.")
-    found = source.locate(str(origin), None, limits=limits)
+    found = source.locate(str(origin), given="as IN", limits=limits)
     if found.path is None:  # it could be the name of a model on a hub
         raise ModelArtifactError(
             f"There is no folder or file {origin} in {Path.cwd()}: give a model folder or a "

@@ -30,8 +30,9 @@ tags: [stable-diffusion, text-to-image, tiny, drawn-world]
 A StableDiffusionPipeline of {parameters:.1f} million parameters, trained from nothing on pictures
 that `dreambooth/tiny/world.py` draws: cats and dogs of six coats and four markings, some with a
 collar of four colours, some on an ottoman; chairs and ottomans of ten colours and three patterns;
-in six settings, as a photo or a pencil sketch. It knows the words of that world and nothing else; it exists so that the whole job runs in a minute on a CPU. It is no model of
-real animals and of no use for real pictures.
+in six settings, as a photo or a pencil sketch. It knows the words of that world and nothing else;
+it exists so that the whole job runs in a minute on a CPU. It is no model of real animals and of no
+use for real pictures.
 
 Say, for example: "a photo of an orange striped cat with a blue collar on a beach", at guidance 3.5.
 Noise prediction under the noise schedule of Stable Diffusion 2.1 base. How it was trained stands in

@@ -86,28 +86,6 @@ def expected_memory_bytes(
     return int(weights + optimizer + max(passing, 4 * trained) + 0.3 * activations)
 
 
-def expected_disk_bytes(
-    hyperparameters: Hyperparameters,
-    facts: ModelFacts | None,
-    class_images: int,
-    use_8bit_adam: bool,
-    keeps_checkpoints: bool,
-) -> int:
-    """The model folder, the checkpoints (one more than kept, while it is written), class images."""
-    if facts is None:
-        return 0
-    trained = _trained_parameters(hyperparameters, facts)
-    bytes_per_weight = 2 if hyperparameters.export_precision == "fp16" else 4
-    every = facts.unet_parameters + facts.text_encoder_parameters + facts.vae_parameters
-    model = bytes_per_weight * every
-    checkpoint = (4 + (2 if use_8bit_adam else 8)) * trained
-    checkpoints = (
-        checkpoint * (hyperparameters.checkpoints_total_limit + 1) if keeps_checkpoints else 0
-    )
-    resolution = hyperparameters.resolution or facts.resolution
-    return int(model + checkpoints + class_images * 2 * resolution**2)
-
-
 def _trained_parameters(hyperparameters: Hyperparameters, facts: ModelFacts) -> int:
     text_encoder = facts.text_encoder_parameters if hyperparameters.train_text_encoder else 0
     return facts.unet_parameters + text_encoder

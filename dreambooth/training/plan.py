@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from dreambooth.data.dataset_info import DatasetInfo
 from dreambooth.diffusion.facts import ModelFacts
 from dreambooth.hyperparameters import Hyperparameters
-from dreambooth.training import lr_schedulers, memory
+from dreambooth.training import disk, lr_schedulers, memory
 from dreambooth.training.device import DeviceFacts, host_memory_bytes
+from dreambooth.training.disk import DiskBudget
 
 MAX_CACHED_CROPS = 8  # random crops per picture that is not square
 CHECKPOINT_MINUTES = 10.0  # where a checkpoint folder is given and no interval
@@ -23,7 +24,7 @@ GIB = 2**30
 class TrainingPlan:
     """What the job will do.
 
-    memory_bytes: expected peak on the device; disk_bytes: expected need; 0 where not known yet.
+    memory_bytes: expected peak on the device; disk: expected need; 0 where not known yet.
     """
 
     device: DeviceFacts
@@ -47,7 +48,7 @@ class TrainingPlan:
     checkpointing_steps: int | None
     checkpointing_minutes: float | None
     memory_bytes: int
-    disk_bytes: int
+    disk: DiskBudget
     warnings: tuple[str, ...] = ()
 
     def epoch(self, step: int) -> float:
@@ -76,8 +77,13 @@ def make(
     *,
     has_checkpoint_dir: bool = False,
     processes: int = 1,
+    base_bytes: int = 0,
+    copied_bytes: int = 0,
 ) -> TrainingPlan:
-    """Derive the plan; `facts` is None where the model is yet to be unpacked or fetched."""
+    """Derive the plan; `facts` is None where the model is yet to be unpacked or fetched.
+
+    base_bytes, copied_bytes: as in `disk.expected`.
+    """
     instances = len(dataset.instance_images)
     steps = count_steps(hyperparameters, instances, processes)
     samples = steps * samples_per_step(hyperparameters, processes)
@@ -98,7 +104,6 @@ def make(
     checkpointing_minutes = hyperparameters.checkpointing_minutes
     if has_checkpoint_dir and checkpointing_steps is None and checkpointing_minutes is None:
         checkpointing_minutes = CHECKPOINT_MINUTES
-    keeps = bool(checkpointing_steps or checkpointing_minutes)
     memory_bytes = memory.expected_memory_bytes(
         hyperparameters,
         facts,
@@ -128,8 +133,14 @@ def make(
         checkpointing_steps=checkpointing_steps,
         checkpointing_minutes=checkpointing_minutes,
         memory_bytes=memory_bytes,
-        disk_bytes=memory.expected_disk_bytes(
-            hyperparameters, facts, class_images - given, use_8bit_adam, keeps
+        disk=disk.expected(
+            hyperparameters,
+            facts,
+            class_images=class_images - given,
+            use_8bit_adam=use_8bit_adam,
+            keeps_checkpoints=bool(checkpointing_steps or checkpointing_minutes),
+            base_bytes=base_bytes,
+            copied_bytes=copied_bytes,
         ),
         warnings=_warnings(hyperparameters, device, steps, warmup, memory_bytes),
     )
@@ -198,7 +209,7 @@ def rows(plan: TrainingPlan, hyperparameters: Hyperparameters) -> list[tuple[str
         ("precision", _precision_line(plan)),
         ("learning rate", curve),
         ("expected memory", _bytes(plan.memory_bytes)),
-        ("expected disk", _bytes(plan.disk_bytes)),
+        ("expected disk", _disk_line(plan.disk)),
     ]
     if plan.checkpointing_steps or plan.checkpointing_minutes:
         every = (
@@ -236,6 +247,18 @@ def _precision_line(plan: TrainingPlan) -> str:
     name = {"no": "fp32", "fp16": "fp16 with loss scaling", "bf16": "bf16"}[plan.mixed_precision]
     line = f"{name}, fp32 weights, " + ("8-bit AdamW" if plan.use_8bit_adam else "AdamW")
     return line + (", gradient checkpointing" if plan.gradient_checkpointing else "")
+
+
+def _disk_line(budget: DiskBudget) -> str:
+    parts = [
+        ("the model", budget.model),
+        (f"{budget.checkpoints} checkpoints at a time", budget.all_checkpoints),
+        ("the unpacked base", budget.base),
+        ("class images", budget.class_images),
+        ("the rest", budget.rest),
+    ]
+    named = ", ".join(f"{name} {_bytes(count)}" for name, count in parts if count)
+    return f"{_bytes(budget.total)}: {named}" if budget.model else _bytes(0)
 
 
 def _bytes(count: int) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -51,10 +52,13 @@ class Report:
         with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._metrics = _open_metrics(folder / "metrics.jsonl", first_step)
-            for old in (folder / "samples").glob(_OUR_SAMPLES) if first_step == 0 else ():
-                old.unlink()
+            with ExitStack() as undo:
+                undo.callback(self._metrics.close)
+                for old in (folder / "samples").glob(_OUR_SAMPLES) if first_step == 0 else ():
+                    old.unlink()
+                self._tensorboard = _tensorboard(folder, first_step)
+                undo.pop_all()
         self._progress = Progress(plan.steps, "training", stream=stream, initial=first_step)
-        self._tensorboard = _tensorboard(folder, first_step)
         self._epoch_losses: list[float] = []
         self._last_time = clock()
 
@@ -68,7 +72,9 @@ class Report:
         trace: TracebackType | None,
     ) -> None:
         self._progress.close()
-        self._metrics.close()
+        # On a full disk closing fails as writing did, which has been told by then.
+        with _writing(self._folder) if error is None else suppress(OSError):
+            self._metrics.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
 
@@ -139,14 +145,16 @@ def _writing(folder: Path) -> Iterator[None]:
 def _open_metrics(path: Path, first_step: int) -> TextIO:
     kept = []
     if first_step and path.is_file():
-        for line in path.read_text().splitlines():
+        for line in path.read_text(errors="replace").splitlines():
             try:
                 row = json.loads(line)
             except ValueError:
                 continue  # the line that was being written when the run was killed
             if row["step"] <= first_step:
                 kept.append(line + "\n")
-    path.write_text("".join(kept))
+    part = path.with_name(f".{path.name}.part")  # a run that is killed here keeps its rows
+    part.write_text("".join(kept))
+    os.replace(part, path)
     return path.open("a")
 
 

@@ -13,23 +13,32 @@ import json
 import logging
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dreambooth.durable import fsync
-from dreambooth.errors import HyperparameterError, ResourceError
+from dreambooth.errors import HyperparameterError, ResourceError, TrainingDivergedError
 from dreambooth.training.precision import Precision
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
 PREFIX = "step-"
+_PARTIAL = ".partial-"
+_OPTIMIZER = "optimizer.pt"
+_MANIFEST: Mapping[str, type] = {
+    **{"identity": dict, "environment": dict, "scaler": dict, "files": dict},
+    **{"step": int, "skipped_steps": int, "loss_total": float},
+}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -55,53 +64,55 @@ class TrainingState:
             yield "text_encoder", self.text_encoder
 
 
+def folder_name(step: int) -> str:
+    """The name of the folder that holds the checkpoint of a step."""
+    return f"{PREFIX}{step:08d}"
+
+
 def save(state: TrainingState, folder: Path, *, identity: Mapping[str, str], keep: int) -> Path:
     """Write a checkpoint of `state` into `folder` and drop the oldest ones but `keep`.
 
     identity: what must be equal for a resumed run to go on (settings, data, model), name -> value.
-    Raises ResourceError, leaving earlier checkpoints as they were, where the disk is full.
+    Raises ResourceError where the disk is full and TrainingDivergedError where a weight is not
+    finite, leaving earlier checkpoints as they were.
     """
-    final = folder / f"{PREFIX}{state.step:08d}"
-    partial = folder / f".partial-{final.name}"
+    began = time.monotonic()
+    _refuse_not_finite(state)
+    final = folder / folder_name(state.step)
+    partial = folder / f"{_PARTIAL}{final.name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove_partial(folder)
         partial.mkdir()
-        for name, module in state.modules():
-            tensors = {key: value.contiguous() for key, value in module.state_dict().items()}
-            save_file(tensors, partial / f"{name}.safetensors", metadata={"format": "pt"})
-        torch.save(state.optimizer.state_dict(), partial / "optimizer.pt")
-        manifest = {
-            "format": FORMAT,
-            "step": state.step,
-            "skipped_steps": state.skipped_steps,
-            "loss_total": state.loss_total,
-            "scaler": state.precision.scaler.state_dict(),
-            "identity": dict(identity),
-            "environment": environment(),
-            "files": {path.name: _sha256(path) for path in sorted(partial.iterdir())},
-        }
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2))
-        for path in (*partial.iterdir(), partial):
-            fsync(path)
+        _write_files(state, partial, identity)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         fsync(folder)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
         raise ResourceError(
-            f"The checkpoint of step {state.step} cannot be written to {folder}: {error.strerror}. "
-            "Free some disk, lower checkpoints_total_limit, or give another --checkpoint_dir."
+            f"The checkpoint of step {state.step} cannot be written to {folder}: "
+            f"{getattr(error, 'strerror', None) or error}. Free some disk, lower "
+            "checkpoints_total_limit, or give another --checkpoint_dir."
         ) from error
-    others = [path for path in _checkpoints(folder) if path != final]
-    for old in others[keep - 1 :]:
-        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     state.checkpoint = final
+    tidy(state, folder, keep=keep)
+    log.info("checkpoint of step %d written in %.1f s", state.step, time.monotonic() - began)
     return final
+
+
+def tidy(state: TrainingState, folder: Path, *, keep: int) -> None:
+    """Remove half-written checkpoints and the oldest ones but `keep`, never the state's own."""
+    _remove_partial(folder)
+    others = [path for path in _checkpoints(folder) if path != state.checkpoint]
+    for old in others[keep - (state.checkpoint is not None) :]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def clear(folder: Path) -> None:
     """Remove all checkpoints, for a run that starts over; anything else in the folder stays."""
+    _remove_partial(folder)
     for path in _checkpoints(folder):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -115,7 +126,7 @@ def load_newest(state: TrainingState, folder: Path, *, identity: Mapping[str, st
     for path in _checkpoints(folder):
         try:
             manifest = _read_manifest(path)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             log.warning("checkpoint %s is damaged and skipped: %s", path, error)
             continue
         _compare(path, manifest["identity"], identity)
@@ -126,12 +137,15 @@ def load_newest(state: TrainingState, folder: Path, *, identity: Mapping[str, st
                 manifest["environment"],
                 environment(),
             )
-        for name, module in state.modules():
-            module.load_state_dict(load_file(path / f"{name}.safetensors"))
-        state.optimizer.load_state_dict(
-            torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
-        )
-        state.precision.scaler.load_state_dict(manifest["scaler"])
+        try:
+            _load_files(state, path, manifest["files"].keys())
+            state.precision.scaler.load_state_dict(manifest["scaler"])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            # Its checksums are right, so it was made so: parts of it may be loaded by now.
+            raise HyperparameterError(
+                f"The checkpoint {path} does not fit this model ({' '.join(str(error).split())}): "
+                "remove it, or set resume=fresh to start over."
+            ) from error
         state.step = manifest["step"]
         state.skipped_steps = manifest["skipped_steps"]
         state.loss_total = manifest["loss_total"]
@@ -144,6 +158,8 @@ def environment() -> dict[str, str]:
     """What bit-identity depends on beside settings and data: versions, threads, processor."""
     return {
         "torch": torch.__version__,
+        "diffusers": metadata.version("diffusers"),
+        "transformers": metadata.version("transformers"),
         "python": platform.python_version(),
         "machine": platform.machine(),
         "threads": str(torch.get_num_threads()),
@@ -160,13 +176,72 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)), reverse=True)
 
 
+def _write_files(state: TrainingState, folder: Path, identity: Mapping[str, str]) -> None:
+    """Everything that a checkpoint holds, flushed to the disk."""
+    for name, module in state.modules():
+        tensors = {key: value.contiguous() for key, value in module.state_dict().items()}
+        save_file(tensors, folder / f"{name}.safetensors", metadata={"format": "pt"})
+    try:
+        with (folder / _OPTIMIZER).open("wb") as file:
+            torch.save(state.optimizer.state_dict(), file)
+    except RuntimeError as error:  # what torch.save makes of a full disk
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+    manifest = {
+        "format": FORMAT,
+        "step": state.step,
+        "skipped_steps": state.skipped_steps,
+        "loss_total": state.loss_total,
+        "scaler": state.precision.scaler.state_dict(),
+        "identity": dict(identity),
+        "environment": environment(),
+        "files": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
+    for path in (*folder.iterdir(), folder):
+        fsync(path)
+
+
+def _load_files(state: TrainingState, folder: Path, checked: Set[str]) -> None:
+    wanted = {_OPTIMIZER, *(f"{name}.safetensors" for name, _ in state.modules())}
+    if checked != wanted:
+        raise ValueError(f"it holds {sorted(checked)}")
+    for name, module in state.modules():
+        module.load_state_dict(load_file(folder / f"{name}.safetensors"))
+    saved = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
+    state.optimizer.load_state_dict(saved)
+
+
+def _remove_partial(folder: Path) -> None:
+    """What a killed run was writing."""
+    for path in folder.glob(f"{_PARTIAL}{PREFIX}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _refuse_not_finite(state: TrainingState) -> None:
+    """A step whose gradient was finite may still have thrown a weight out of range."""
+    for name, module in state.modules():
+        for key, value in module.state_dict().items():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                kept = f" The last good checkpoint is {state.checkpoint}." * bool(state.checkpoint)
+                raise TrainingDivergedError(
+                    f"{key} of the {name} is not finite after step {state.step}: training has "
+                    f"diverged. Lower learning_rate.{kept}",
+                    step=state.step,
+                )
+
+
 def _read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint whose files are all as it says. Raises ValueError otherwise."""
     manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text())
     if manifest["format"] != FORMAT:
         raise ValueError(f"its format is {manifest['format']}, not {FORMAT}")
+    for name, kind in _MANIFEST.items():
+        if not isinstance(manifest[name], kind):
+            raise ValueError(f"its manifest's {name} is {manifest[name]!r}")
     for name, digest in manifest["files"].items():
-        if _sha256(path / name) != digest:
+        if Path(name).name != name or _sha256(path / name) != digest:
             raise ValueError(f"{name} is not what was written")
     return manifest
 

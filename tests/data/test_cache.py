@@ -127,3 +127,27 @@ def test_progress_is_told(photos: list[Path], model: models.DiffusionModel) -> N
     done: list[int] = []
     build(photos, model, on_image=done.append)
     assert done == [1, 2, 3]
+
+
+def test_what_is_kept_is_all_that_many_pictures_cost(tmp_path: Path) -> None:
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    def encode(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean = torch.nn.functional.avg_pool2d(pixels, 8)
+        return mean, mean
+
+    path = tmp_path / "1.png"
+    Image.new("RGB", (512, 512), "red").save(path)
+    before = resident_bytes()
+    cached = cache.build(
+        [path] * 150,
+        resolution=512,
+        center_crop=False,
+        crops=1,
+        seed=0,
+        stream="class",
+        encode_image=encode,
+    )
+    kept = 2 * cached.mean.numel() * 4
+    assert resident_bytes() - before < kept + 60 * 2**20  # it was 400 MiB once

@@ -122,7 +122,7 @@ def test_a_damaged_leftover_is_sampled_anew(tmp_path: Path) -> None:
     (tmp_path / ".class_00001.png.part").write_bytes(b"half")
     sampler = Sampler()
     run(tmp_path, sampler)
-    assert sampler.seeds == [derived_seed(5, 2), derived_seed(5, 4)]
+    assert sampler.seeds == [derived_seed(5, index) for index in range(6)]  # their two batches
     assert paths[2].read_bytes() == data
 
 
@@ -197,3 +197,13 @@ def test_derived_seeds_are_stable_distinct_and_of_63_bits() -> None:
     assert all(0 <= seed < 2**63 for seed in seeds)
     # Held for ever: a change would make resumed runs sample everything anew.
     assert derived_seed(0, 0) == 1613241082816453455
+
+
+def test_what_a_stop_left_missing_is_sampled_in_the_batch_it_belongs_to(tmp_path: Path) -> None:
+    whole, again = Sampler(), Sampler()
+    paths = run(tmp_path, whole)
+    before = paths[3].stat().st_mtime_ns
+    paths[4].unlink()  # pictures depend on their batch in the last bits
+    run(tmp_path, again)
+    assert again.batches == [whole.batches[1]]
+    assert paths[3].stat().st_mtime_ns == before

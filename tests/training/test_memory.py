@@ -63,21 +63,8 @@ def test_the_first_plan_that_fits_is_chosen() -> None:
     assert memory.choose_plan(Hyperparameters(), FULL_SIZE, CPU, "no")[0] == "fp32_adamw"
 
 
-def test_expected_disk_counts_model_checkpoints_and_class_images() -> None:
-    def disk(class_images: int = 0, keeps: bool = False, **changes: object) -> int:
-        settings = Hyperparameters(**changes)  # type: ignore[arg-type]
-        return memory.expected_disk_bytes(settings, FULL_SIZE, class_images, False, keeps)
-
-    model = 4 * (865_910_724 + 340_387_840 + 83_653_863)
-    assert disk() == model
-    assert disk(export_precision="fp16") == model // 2
-    assert disk(keeps=True) == model + 2 * 12 * 865_910_724
-    assert disk(10) == model + 10 * 2 * 512 * 512
-
-
 def test_nothing_is_expected_of_an_unknown_model() -> None:
     settings = Hyperparameters()
-    assert memory.expected_disk_bytes(settings, None, 5, False, True) == 0
     assert (
         memory.expected_memory_bytes(
             settings, None, mixed_precision="no", use_8bit_adam=False, gradient_checkpointing=False

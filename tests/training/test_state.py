@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dreambooth.errors import HyperparameterError, ResourceError
+from dreambooth.errors import HyperparameterError, ResourceError, TrainingDivergedError
 from dreambooth.training import state as states
 
 Make = Callable[..., Any]
@@ -146,3 +146,77 @@ def test_a_run_that_starts_over_below_an_old_checkpoint_keeps_its_own(
         assert [path.name for path in tmp_path.iterdir()] == [f"step-{fresh.state.step:08d}"]
     states.clear(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_was_writing_is_removed(make_training: Make, tmp_path: Path) -> None:
+    training = make_training(max_steps=2)
+    steps = training.steps()
+    next(steps)
+    (tmp_path / ".partial-step-00000009").mkdir(parents=True)
+    states.save(training.state, tmp_path, identity=IDENTITY, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    (tmp_path / ".partial-step-00000009").mkdir()
+    (tmp_path / "step-00000000").mkdir()  # half removed
+    states.tidy(training.state, tmp_path, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_the_checkpoint_gone_on_from_outlives_a_damaged_newer_one(
+    make_training: Make, tmp_path: Path
+) -> None:
+    training = make_training(max_steps=2)
+    steps = training.steps()
+    next(steps)
+    states.save(training.state, tmp_path, identity=IDENTITY, keep=2)
+    (tmp_path / "step-00000007").mkdir()
+    fresh = make_training(max_steps=2)
+    assert states.load_newest(fresh.state, tmp_path, identity=IDENTITY)
+    states.tidy(fresh.state, tmp_path, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_weights_that_are_not_finite_are_no_checkpoint(make_training: Make, tmp_path: Path) -> None:
+    training = make_training(max_steps=2)
+    steps = training.steps()
+    next(steps)
+    good = states.save(training.state, tmp_path, identity=IDENTITY, keep=1)
+    next(training.state.unet.parameters()).data.fill_(float("inf"))
+    with pytest.raises(TrainingDivergedError, match=good.name):
+        states.save(training.state, tmp_path, identity=IDENTITY, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == [good.name]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": "one"},
+        {"identity": None},
+        {"environment": []},
+        {"scaler": 1},
+        {"loss_total": "1"},
+        {"files": ["unet.safetensors"]},
+        {"files": {"../outside": "0"}},
+        {"format": 99},
+    ],
+)
+def test_a_manifest_that_was_tampered_with_is_damaged(
+    make_training: Make,
+    tmp_path: Path,
+    change: dict[str, object],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    training = make_training(max_steps=1)
+    path = states.save(training.state, tmp_path, identity=IDENTITY, keep=1) / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert not states.load_newest(training.state, tmp_path, identity=IDENTITY)
+    assert "damaged and skipped" in caplog.text
+
+
+def test_a_checkpoint_of_other_parts_is_refused(make_training: Make, tmp_path: Path) -> None:
+    training = make_training(max_steps=1)
+    path = states.save(training.state, tmp_path, identity=IDENTITY, keep=1) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["files"]["unet.safetensors"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(HyperparameterError, match="resume=fresh"):
+        states.load_newest(training.state, tmp_path, identity=IDENTITY)

@@ -1,0 +1,62 @@
+"""The job's temporary folder; what killed jobs left of theirs is removed first.
+
+A job that is killed cannot clean up, and an unpacked model takes gigabytes. Each folder is locked
+as long as its job lives, so a folder without a lock has lost its job.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from dreambooth.errors import ResourceError
+
+_NEW, _JOB = "dreambooth-new-", "dreambooth-job-"  # renamed once it is locked
+
+
+@contextlib.contextmanager
+def temporary() -> Iterator[Path]:
+    """An empty folder, gone after the block. Raises ResourceError where none can be made."""
+    try:
+        root = Path(tempfile.gettempdir())
+        _sweep(root)
+        new = Path(tempfile.mkdtemp(prefix=_NEW, dir=root))
+        lock = os.open(new, os.O_RDONLY | os.O_DIRECTORY)
+        _lock(lock)
+        folder = new.with_name(_JOB + new.name.removeprefix(_NEW))
+        new.rename(folder)
+    except OSError as error:
+        raise ResourceError(
+            f"No temporary folder can be made ({error}): free some disk, or let TMPDIR name "
+            "another folder."
+        ) from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _sweep(root: Path) -> None:
+    for path in root.glob(_JOB + "*"):
+        with contextlib.suppress(OSError):  # another user's, or another job just removed it
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                if os.fstat(lock).st_uid == os.geteuid() and _lock(lock):
+                    shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether nobody else holds it; never waits."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
