@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dreambooth import __version__, hyperparameter_text, logs
 from dreambooth.errors import DreamBoothError
@@ -33,9 +35,18 @@ def main(argv: Sequence[str]) -> int:
         return 1
 
 
+BENCHMARKS = {
+    "probes": "hurt a server in every way; nothing may take it down",
+    "serving": "serve under load: serially, by whole requests, step by step",
+    "survive": "kill a training run again and again; it must lose nothing",
+}
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line: one sub-command per verb."""
     from dreambooth import demo, generate_options
+    from dreambooth.serving import serve_options
+    from dreambooth.tiny import evaluate
 
     made = argparse.ArgumentParser(prog="python -m dreambooth", description=__doc__)
     made.add_argument("--version", action="version", version=__version__)
@@ -49,12 +60,35 @@ def parser() -> argparse.ArgumentParser:
     generate_options.add_arguments(
         verbs.add_parser("generate", help="draw pictures from a model folder")
     )
+    serve_options.add_arguments(
+        verbs.add_parser("serve", help="answer requests for pictures over HTTP")
+    )
+    evaluate.add_arguments(
+        verbs.add_parser("evaluate", help="judge what a model of the embedded world draws")
+    )
     table = verbs.add_parser("hyperparameters", help="print the table of hyperparameters")
     table.add_argument("--format", choices=("text", "json", "markdown"), default="text")
     convert = verbs.add_parser("convert", help="turn old .bin weights into safetensors")
     convert.add_argument("source", type=Path, metavar="IN", help="model folder or tarball")
     convert.add_argument("destination", type=Path, metavar="OUT", help="new model folder")
+    pack = verbs.add_parser("pack", help="make the model.tar.gz that an endpoint is made from")
+    pack.add_argument("model", metavar="MODEL", help="model folder, tarball, or `tiny`")
+    pack.add_argument("archive", type=Path, metavar="OUT.tar.gz", help="new archive")
+    pack.add_argument(
+        *("--with-code", "--with_code"),
+        action="store_true",
+        help="add code/, with which SageMaker's inference toolkits run our inference.py",
+    )
+    named = verbs.add_parser("benchmark", help="measure").add_subparsers(
+        dest="benchmark", required=True, metavar="NAME"
+    )
+    for name, told in BENCHMARKS.items():
+        _benchmark(name).add_arguments(named.add_parser(name, help=told))
     return made
+
+
+def _benchmark(name: str) -> Any:
+    return importlib.import_module(f"dreambooth.benchmarks.{name}")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -72,10 +106,27 @@ def _run(arguments: argparse.Namespace) -> int:
         weights.convert(arguments.source, arguments.destination)
         print(arguments.destination)
         return 0
+    if arguments.verb == "benchmark":
+        code: int = _benchmark(arguments.benchmark).main(arguments)
+        return code
+    if arguments.verb == "pack":
+        from dreambooth import pack
+
+        pack.write(arguments.model, arguments.archive, with_code=arguments.with_code)
+        print(arguments.archive)
+        return 0
     if arguments.verb == "generate":
         from dreambooth import generate
 
         return generate.main(arguments)
+    if arguments.verb == "serve":
+        from dreambooth.serving import serve_options, server
+
+        return server.run(serve_options.read(arguments, os.environ))
+    if arguments.verb == "evaluate":
+        from dreambooth.tiny import evaluate
+
+        return evaluate.main(arguments)
     from dreambooth import demo
 
     return demo.main(arguments)

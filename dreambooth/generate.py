@@ -67,7 +67,7 @@ def _load(settings: Settings, workspace: Path) -> DiffusionModel:
     from dreambooth.diffusion import model, precision, source
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    folder = source.open_source(source.locate(settings.model, None), workspace)
+    folder = source.open_source(source.locate(settings.model, given="with --model"), workspace)
     _check_steps(settings.steps, folder)
     dtype = precision.dtype_for(settings.precision, device)
     try:

@@ -46,6 +46,8 @@ class Limits:
     max_generated_side_pixels: int = 4_096
     # Of one picture; also the square of the largest side that training knows.
     max_generated_pixels: int = 4_194_304
+    # Either sign. Pictures fall apart far below; numbers that float32 cannot hold lie above.
+    max_guidance_scale: float = 1_000_000.0
     # Pictures in one U-Net call: far beyond what fills any GPU.
     max_generated_batch: int = 256
 

@@ -23,6 +23,8 @@ FLOORS = {
     "dreambooth.progress": 0,
     "dreambooth.logs": 0,
     "dreambooth.durable": 0,
+    "dreambooth.stop": 0,
+    "dreambooth.workspace": 0,
     "dreambooth.sources": 0,
     "dreambooth.knob": 0,
     "dreambooth.hyperparameters": 0,
@@ -33,17 +35,21 @@ FLOORS = {
     "dreambooth.report.timings": 0,
     "dreambooth.report.html": 0,
     "dreambooth.failure": 0,
+    "dreambooth.gpu_driver": 0,
+    "dreambooth.code_folder": 0,
     "dreambooth.tiny": 0,
     "dreambooth.data": 1,
     "dreambooth.diffusion": 1,
     "dreambooth.contact_sheet": 1,
     "dreambooth.training": 2,
+    "dreambooth.serving": 2,
     "dreambooth.export": 2,
     "dreambooth.model_card": 2,
     "dreambooth.report.record": 2,
     "dreambooth.report.pictures": 2,
     "dreambooth.report.page": 2,
     "dreambooth.job": 3,
+    "dreambooth.pack": 3,
     "dreambooth.outputs": 3,
     "dreambooth.previews": 3,
     "dreambooth.fid": 3,
@@ -51,6 +57,8 @@ FLOORS = {
     "dreambooth.evaluation": 2,
     "dreambooth.task": 3,
     "dreambooth.class_sampling": 3,
+    "dreambooth.checkpoints": 3,
+    "dreambooth.handover": 3,
     "dreambooth.fine_tune": 3,
     "dreambooth.recorder": 3,
     "dreambooth.generate": 3,
@@ -65,14 +73,21 @@ STDLIB_ONLY_FILES = {  # above the ground, but read by the plan before anything 
     "dreambooth.diffusion.facts",
     "dreambooth.diffusion.layout",
     "dreambooth.diffusion.headers",
+    "dreambooth.diffusion.sampling_request",
     "dreambooth.training.plan",
     "dreambooth.training.device",
     "dreambooth.training.memory",
+    "dreambooth.training.disk",
     "dreambooth.training.lr_schedulers",
+    "dreambooth.serving.strict_json",
+    "dreambooth.serving.request",
 }
 SIBLINGS = [
     ("dreambooth.data", "dreambooth.diffusion"),
     ("dreambooth.training", "dreambooth.export"),
+    ("dreambooth.serving", "dreambooth.training"),
+    ("dreambooth.serving", "dreambooth.export"),
+    ("dreambooth.serving", "dreambooth.data"),
 ]
 
 
@@ -87,6 +102,7 @@ MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 def test_every_module_has_a_floor() -> None:
     packages = ("dreambooth.data.", "dreambooth.diffusion.", "dreambooth.training.")
     packages += ("dreambooth.evaluation.", "dreambooth.tiny.", "dreambooth.benchmarks.")
+    packages += ("dreambooth.serving.",)
     assert not [m for m in MODULES if m not in FLOORS and not f"{m}.".startswith(packages)]
 
 

@@ -42,7 +42,9 @@ def commands() -> list[list[str]]:
         for code in re.findall(r"`(python -m dreambooth [^`]+)`", README)
         if "..." not in code and "|" not in code
     ]
-    return [words for words in (*lines, *inline) if words]
+    others = ("curl", "docker", "-d")  # test_readme.py and tests/container run these
+    words_of = [words for words in (*lines, *inline) if words]
+    return [words for words in words_of if words[0] not in others and "=" not in words[0]]
 
 
 @pytest.mark.parametrize("words", commands(), ids=lambda words: " ".join(words)[:60])
@@ -58,6 +60,21 @@ def test_every_command_of_the_readme_parses(words: list[str]) -> None:
         return
     assert words[:3] == ["python", "-m", "dreambooth"]
     cli.parser().parse_args(words[3:])
+
+
+def test_docker_lines_of_the_readme_run_verbs_of_the_image() -> None:
+    lines = re.findall(r"^docker run .*$", README, re.MULTILINE)
+    assert len(lines) >= 2
+    for line in lines:
+        *_, image, verb = shlex.split(line)
+        assert (image, verb in ("train", "serve")) == ("dreambooth", True), line
+
+
+def test_python_blocks_of_the_readme_are_python() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) >= 5
+    for block in blocks:
+        compile(block, "README.md", "exec")
 
 
 def test_the_file_map_names_every_top_level_module() -> None:

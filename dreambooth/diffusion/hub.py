@@ -77,7 +77,9 @@ def needed_files(names: Iterable[str]) -> list[str]:
     needed = [name for name in names if name in (INDEX, MODEL_INFO, "README.md")]
     for part in (*TRAINED_PARTS, *OPTIONAL_PARTS, "tokenizer", "scheduler"):
         inside = [name for name in names if PurePosixPath(name).parent.as_posix() == part]
-        needed += [n for n in inside if n.endswith((".json", ".txt", ".model")) and ".index." not in n]
+        needed += [
+            n for n in inside if n.endswith((".json", ".txt", ".model")) and ".index." not in n
+        ]
         chosen = choose_weights(PurePosixPath(name).name for name in inside)
         if chosen is None:
             continue

@@ -146,6 +146,8 @@ def component_config(folder: Path, part: str, *, limits: Limits = LIMITS) -> dic
             )
     for key, value in config.items():
         depths = value if isinstance(value, list) else [value]
+        if "block" in key and len(depths) > _MAX_LAYERS:
+            raise ModelArtifactError(f"{path} lists {len(depths)} {key}, more than {_MAX_LAYERS}.")
         if "layers" in key and any(isinstance(n, int) and n > _MAX_LAYERS for n in depths):
             raise ModelArtifactError(f"{path} asks for {key} = {value}, more than {_MAX_LAYERS}.")
     return config
@@ -161,6 +163,11 @@ def read_index(folder: Path, *, limits: Limits = LIMITS) -> dict[str, Any]:
             f"{path} describes a {pipeline!r}; only {_listed(PIPELINES, ' or ')} "
             "(Stable Diffusion 1.x or 2.x, text to image) can be used."
         )
+    for part in TRAINED_PARTS:
+        if part in index and _entry(index, part) is None:
+            raise ModelArtifactError(
+                f"{path} says {part} = {json.dumps(index[part])[:200]}: a model needs one."
+            )
     for part, entry in index.items():
         if not isinstance(entry, (list, dict)) or entry in ([None, None], []):
             continue  # a plain setting, or a component that this folder does not have

@@ -10,6 +10,7 @@ and unknown files with a mere warning.
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -200,16 +201,30 @@ def encode_posterior(
 
 
 @torch.no_grad()
-def decode_latents(model: DiffusionModel, latents: torch.Tensor) -> np.ndarray:
+def decode_latents(model: DiffusionModel, latents: torch.Tensor) -> np.ndarray | None:
     """Latents as the U-Net sees them (scaled) [B, C, h, w] -> pictures uint8 0..255 [B, H, W, 3].
 
-    A pixel that is not finite comes out black; whoever must know looks at the latents.
+    None where latents or pixels are not finite. A VAE whose activations pass what its half
+    precision can hold is asked once more in float32.
     """
-    latents = latents.to(model.vae.device, model.vae.dtype) / model.vae.config.scaling_factor
-    pixels = model.vae.decode(latents, return_dict=False)[0].float()
-    pixels = torch.nan_to_num(pixels / 2 + 0.5, nan=0.0).clamp(0, 1).permute(0, 2, 3, 1)
+    if not bool(torch.isfinite(latents).all()):
+        return None
+    pixels = _decode(model.vae, latents)
+    if model.vae.dtype != torch.float32 and not bool(torch.isfinite(pixels).all()):
+        logger.warning("The VAE overflows as %s: the picture is decoded again.", model.vae.dtype)
+        pixels = _decode(copy.deepcopy(model.vae).float(), latents)
+    if not bool(torch.isfinite(pixels).all()):
+        return None
+    pixels = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
     picture: np.ndarray = (pixels.cpu().numpy() * 255).round().astype("uint8")
     return picture
+
+
+def _decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Latents [B, C, h, w] -> pixels float32 [B, 3, H, W], -1..1 but for overshoots."""
+    latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
+    pixels: torch.Tensor = vae.decode(latents, return_dict=False)[0].float()
+    return pixels
 
 
 def current_vae_name(key: str) -> str:

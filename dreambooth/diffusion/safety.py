@@ -6,6 +6,7 @@ input is prepared here (Pillow and the numbers of preprocessor_config.json), by 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from dreambooth.diffusion import layout, weights
 from dreambooth.diffusion.component_classes import COMPONENTS
 from dreambooth.errors import ModelArtifactError
 from dreambooth.limits import LIMITS, Limits
+
+logger = logging.getLogger(__name__)
 
 # CLIP's own numbers, which a preprocessor_config.json may leave out.
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -81,14 +84,26 @@ class SafetyChecker:
         """`network`: a StableDiffusionSafetyChecker in eval mode, wherever it shall run."""
         self._network = network
         self._clip_input = clip_input
+        self._seen: torch.Tensor | None = None  # what the network made of the last picture
+        network.visual_projection.register_forward_hook(self._see)
+
+    def _see(self, _: object, __: object, embedding: torch.Tensor) -> None:
+        self._seen = embedding
 
     @torch.no_grad()
     def hides(self, pixels: np.ndarray) -> bool:
-        """Whether the checker finds one of its concepts in a picture, uint8 [H, W, 3]."""
+        """Whether the checker finds one of its concepts in a picture, uint8 [H, W, 3].
+
+        A result that is not finite says nothing about the picture, which is then hidden.
+        """
         weight = self._network.visual_projection.weight
         clip_input = self._clip_input.prepare(pixels).to(weight.device, weight.dtype)
         blanked = [np.zeros(1)]  # the network wants pictures that it may blank: these are not seen
-        return bool(self._network(clip_input=clip_input, images=blanked)[1][0])
+        found = bool(self._network(clip_input=clip_input, images=blanked)[1][0])
+        if self._seen is None or not bool(torch.isfinite(self._seen).all()):
+            logger.warning("The safety checker's numbers are not finite: the picture is hidden.")
+            return True
+        return found
 
 
 def load(
@@ -195,9 +210,12 @@ def _named(index: Mapping[str, Any], part: str) -> bool:
 def _build(config: dict[str, Any], path: Path) -> Any:
     for part in ("vision_config", "text_config"):
         nested = config.get(part)
-        layers = nested.get("num_hidden_layers", 0) if isinstance(nested, dict) else 0
+        nested = nested if isinstance(nested, dict) else {}
+        layers, side = nested.get("num_hidden_layers", 0), nested.get("image_size", _SIDE)
         if type(layers) is not int or layers > _MOST_LAYERS:
             raise ModelArtifactError(f"{path} asks for {part} with {layers!r} layers.")
+        if type(side) is not int or side > _MOST_SIDE:  # tables grow with it before any weight
+            raise ModelArtifactError(f"{path} asks for {part} of pictures of {side!r} pixels.")
     try:
         with init_empty_weights(include_buffers=False):
             return StableDiffusionSafetyChecker(CLIPConfig.from_dict(config))

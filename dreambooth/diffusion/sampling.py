@@ -51,7 +51,7 @@ def generate(
 ) -> Iterator[np.ndarray | None]:
     """Sample every request; yield uint8 [H, W, 3] pictures (0..255) in the order of the requests.
 
-    None stands for a picture whose latents did not stay finite. Consecutive requests with equal
+    None stands for a picture that did not stay finite. Consecutive requests with equal
     steps, size and eta share U-Net calls, at most `batch_size` pictures at a time; guidance and
     prompts may differ among them. A picture depends on its own request alone: company changes it
     by rounding only (at most 2/255 in float32). on_step(done, total) is called after each U-Net
@@ -227,17 +227,15 @@ def _denoise(
 
 @torch.no_grad()
 def _decode(model: DiffusionModel, latents: Tensor) -> np.ndarray | None:
-    """Return the picture of latents [1, C, h, w], or None if they are not finite."""
-    if not torch.isfinite(latents).all():
-        return None
+    """Return the picture of latents [1, C, h, w], or None if they or it are not finite."""
     try:
         with _evaluating(model.vae):
-            picture: np.ndarray = decode_latents(model, latents)[0]
+            pictures = decode_latents(model, latents)
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             "The device ran out of memory while decoding one picture; lower width and height."
         ) from error
-    return picture
+    return None if pictures is None else pictures[0]
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,10 +57,14 @@ class SamplingFacts:
 def facts_from(
     *, resolution: int, vae_scale_factor: int, scheduler_config: Mapping[str, Any]
 ) -> SamplingFacts:
-    """Derive the facts from a model's resolution (pixels), VAE and noise schedule."""
+    """Derive the facts from a model's resolution (pixels), VAE and noise schedule.
+
+    A resolution between two multiples of the unit counts as the lower one.
+    """
+    unit = max(SMALLEST_UNIT, vae_scale_factor)
     return SamplingFacts(
-        resolution=resolution,
-        unit=max(SMALLEST_UNIT, vae_scale_factor),
+        resolution=max(unit, resolution // unit * unit),
+        unit=unit,
         max_steps=max_steps(scheduler_config),
     )
 
@@ -98,8 +101,11 @@ def check(facts: SamplingFacts, request: SamplingRequest, *, limits: Limits = LI
             f"num_inference_steps must lie between 1 and {facts.max_steps}, "
             f"not {request.num_inference_steps}."
         )
-    if not math.isfinite(request.guidance_scale):
-        raise RequestError(f"guidance_scale must be finite, not {request.guidance_scale}.")
+    if not abs(request.guidance_scale) <= limits.max_guidance_scale:  # so written for NaN
+        raise RequestError(
+            f"guidance_scale must lie between -{limits.max_guidance_scale:.0f} and "
+            f"{limits.max_guidance_scale:.0f}, not {request.guidance_scale}."
+        )
     if not 0.0 <= request.eta <= 1.0:
         raise RequestError(f"eta must lie between 0 and 1, not {request.eta}.")
     if not 0 <= request.seed < 2**64:
@@ -110,7 +116,7 @@ def max_steps(scheduler_config: Mapping[str, Any]) -> int:
     """Return the largest num_inference_steps of a noise schedule.
 
     Beyond it steps_offset pushes the first timestep over the end of the schedule. Raises
-    ModelArtifactError for a configuration without whole numbers.
+    ModelArtifactError for a configuration without whole numbers, or without room for a step.
     """
     timesteps = scheduler_config.get("num_train_timesteps", 1000)
     offset = scheduler_config.get("steps_offset", 0)
@@ -118,6 +124,11 @@ def max_steps(scheduler_config: Mapping[str, Any]) -> int:
         raise ModelArtifactError(
             "scheduler_config.json must give whole numbers as num_train_timesteps and "
             f"steps_offset, not {timesteps!r} and {offset!r}."
+        )
+    if timesteps <= offset:
+        raise ModelArtifactError(
+            f"scheduler_config.json gives {timesteps} num_train_timesteps and a steps_offset of "
+            f"{offset}, which leaves no step to take."
         )
     return timesteps - offset
 

@@ -37,10 +37,8 @@ __all__ = [
 
 _ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-_HOW = (
-    "give one with --pretrained-model (a diffusers folder, a tarball of one, a hub id such as "
-    "owner/name, or `tiny` for the small embedded model), or as the channel `model`"
-)
+# How a training job is given its model.
+_TO_TRAIN = "with --pretrained-model or as the channel `model`"
 # An archive that is extracted in about a second, so that a plan may look into it.
 _PEEK_BYTES = 64 * MIB
 _PEEK_EXTRACTED_BYTES = 512 * MIB
@@ -56,40 +54,49 @@ class ModelSource:
 
 
 def locate(
-    pretrained_model: str | None, channel: Path | None, *, limits: Limits = LIMITS
+    pretrained_model: str | None,
+    channel: Path | None = None,
+    *,
+    given: str = _TO_TRAIN,
+    limits: Limits = LIMITS,
 ) -> ModelSource:
     """Find the model by the setting `pretrained_model`, else in the channel's folder.
 
     Archives are listed only where several lie in a folder and none is called model.tar.gz.
-    Raises ModelArtifactError with one sentence that says how to give a model.
+    Raises ModelArtifactError with one sentence that says how to give a model; `given`: how, in
+    this command ("with --model").
     """
+    how = (
+        f"give one {given} (a diffusers folder, a tarball of one, a hub id such as owner/name, or "
+        "`tiny` for the small embedded model)"
+    )
     if pretrained_model:
-        return _by_name(pretrained_model, limits)
+        return _by_name(pretrained_model, how, limits)
     if channel is None or not channel.exists():
-        raise ModelArtifactError(f"There is no pretrained model: {_HOW}.")
-    return _at(channel, limits)
+        raise ModelArtifactError(f"There is no model: {how}.")
+    return _at(channel, how, limits)
 
 
-def _by_name(name: str, limits: Limits) -> ModelSource:
+def _by_name(name: str, how: str, limits: Limits) -> ModelSource:
     if name == "tiny":
         return ModelSource(kind="folder", location=name, path=tiny.WEIGHTS)
     try:
         path = Path(name).expanduser()
         if path.exists():
-            return _at(path, limits)
+            return _at(path, how, limits)
     except (OSError, RuntimeError) as error:  # of parents closed to us, too long, no such ~user
         raise ModelArtifactError(f"The model {name} cannot be read: {error}.") from error
     if _HUB_ID.fullmatch(name) and not name.lower().endswith(_ARCHIVE_SUFFIXES):
         return ModelSource(kind="hub", location=name, path=None)
-    raise ModelArtifactError(f"There is no pretrained model at {name}: {_HOW}.")
+    raise ModelArtifactError(f"There is no model at {name}: {how}.")
 
 
-def _at(path: Path, limits: Limits) -> ModelSource:
+def _at(path: Path, how: str, limits: Limits) -> ModelSource:
     if path.is_file():
         if path.name.lower().endswith(_ARCHIVE_SUFFIXES):
             return ModelSource(kind="archive", location=str(path), path=path)
         refuse_single_file(path)
-        raise ModelArtifactError(f"{path} is neither a folder nor a tarball: {_HOW}.")
+        raise ModelArtifactError(f"{path} is neither a folder nor a tarball: {how}.")
     try:
         entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
     except OSError as error:
@@ -108,7 +115,7 @@ def _at(path: Path, limits: Limits) -> ModelSource:
         refuse_single_file(entry)
     inside = ", ".join(entry.name for entry in entries[:5]) or "nothing"
     raise ModelArtifactError(
-        f"{path} holds no model: neither {INDEX} nor a tarball is in it, but {inside}; {_HOW}."
+        f"{path} holds no model: neither {INDEX} nor a tarball is in it, but {inside}; {how}."
     )
 
 
@@ -120,7 +127,7 @@ def _unpacked(path: Path, entries: Iterable[Path]) -> Path | None:
     if len(inner) > 1:
         names = ", ".join(entry.name for entry in inner)
         raise ModelArtifactError(
-            f"{path} holds several models ({names}): say which with --pretrained-model."
+            f"{path} holds several models ({names}): give one of them by its own path."
         )
     return inner[0] if inner else None
 
@@ -137,8 +144,8 @@ def _choose(folder: Path, tarballs: list[Path], limits: Limits) -> Path:
     names = ", ".join(archive.name for archive in models or tarballs)
     fault = "more than one tarball that holds a model" if models else "no tarball with a model"
     raise ModelArtifactError(
-        f"{folder} holds {fault} ({names}): name the one that is meant model.tar.gz, or say which "
-        "with --pretrained-model."
+        f"{folder} holds {fault} ({names}): name the one that is meant model.tar.gz, or give it by "
+        "its own path."
     )
 
 

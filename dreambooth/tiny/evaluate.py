@@ -63,9 +63,11 @@ def main(arguments: argparse.Namespace) -> int:
     from dreambooth.tiny import asking, packaging
 
     with tempfile.TemporaryDirectory(prefix="dreambooth-") as workspace:
-        found = source.locate(arguments.model, None)
+        found = source.locate(arguments.model, given="with --model")
         folder = source.open_source(found, Path(workspace))
-        other = None if arguments.base is None else source.locate(arguments.base, None)
+        other = (
+            None if arguments.base is None else source.locate(arguments.base, given="with --base")
+        )
         _check_outputs(arguments, found)
         questions, subject = _choose(arguments.subject, folder)
         settings = asking.Settings(

@@ -112,6 +112,7 @@ def test_an_ordinary_safety_checker_is_allowed(make_model_folder: Make) -> None:
         {"architectures": ["Other"]},
         {"layers_per_block": 10**6},
         {"transformer_layers_per_block": [1, 10**6]},
+        {"block_out_channels": [32] * 10**5},
     ],
     ids=str,
 )

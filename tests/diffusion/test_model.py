@@ -163,6 +163,7 @@ def test_latents_are_decoded_as_the_pipeline_does(
 ) -> None:
     latents = torch.randn(2, 4, 16, 12)
     picture = models.decode_latents(model, latents)
+    assert picture is not None
     assert picture.shape == (2, 32, 24, 3)
     assert picture.dtype == np.uint8
     theirs = pipeline(small_model_folder)
@@ -171,9 +172,27 @@ def test_latents_are_decoded_as_the_pipeline_does(
     assert np.array_equal(picture, (expected * 255).round().astype("uint8"))
 
 
-def test_what_is_not_finite_is_decoded_to_black(model: DiffusionModel) -> None:
-    picture = models.decode_latents(model, torch.full((1, 4, 8, 8), float("nan")))
-    assert not picture.any()
+def test_latents_that_are_not_finite_are_no_picture(model: DiffusionModel) -> None:
+    assert models.decode_latents(model, torch.full((1, 4, 8, 8), float("nan"))) is None
+
+
+@torch.inference_mode()
+def test_a_vae_that_overflows_in_half_precision_is_asked_in_float32(
+    small_model_folder: Path,
+) -> None:
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    model = models.load(small_model_folder, device=CPU, dtype=torch.float16)
+    last = model.vae.decoder.conv_out
+    last.weight *= 1e4
+    last.bias.fill_(6e4)
+    picture = models.decode_latents(model, latents)
+    assert picture is not None
+    assert picture.any()
+    assert model.vae.dtype == torch.float16, "the model stays as it was"
+    expected = models.decode_latents(model.to(dtype=torch.float32, parts=["vae"]), latents)
+    assert np.array_equal(picture, expected)
+    last.bias.fill_(float("nan"))
+    assert models.decode_latents(model, latents) is None
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # numpy's, inside of diffusers

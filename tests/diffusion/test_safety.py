@@ -113,6 +113,17 @@ def test_a_checker_hides_what_lies_above_its_thresholds(
     assert checker.hides(picture()) is hidden
 
 
+def test_a_checker_that_yields_no_numbers_hides_the_picture(
+    make_folder: Maker, caplog: pytest.LogCaptureFixture
+) -> None:
+    checker = safety.load(make_folder(), device=CPU, dtype=torch.float32)
+    assert checker is not None
+    network = checker._network
+    network.visual_projection.weight.fill_(float("nan"))
+    assert checker.hides(picture())
+    assert "not finite" in caplog.text
+
+
 def test_a_folder_without_a_checker_has_none(small_model_folder: Path) -> None:
     assert safety.load(small_model_folder, device=CPU, dtype=torch.float32) is None
 
@@ -200,6 +211,7 @@ def test_a_preprocessor_file_without_sense_is_told(tmp_path: Path, change: dict[
         {"vision_config": CONFIG["vision_config"] | {"num_hidden_layers": 10**9}},
         {"vision_config": CONFIG["vision_config"] | {"hidden_size": 64}},
         {"vision_config": CONFIG["vision_config"] | {"hidden_size": 17}},
+        {"vision_config": CONFIG["vision_config"] | {"image_size": 10**5, "patch_size": 1}},
         {"vision_config": "none"},
     ],
     ids=str,

@@ -33,6 +33,9 @@ def test_the_embedded_model_is_used_only_when_asked_for_by_name(tmp_path: Path) 
     for channel in (None, tmp_path / "missing", tmp_path):
         with pytest.raises(ModelArtifactError, match="--pretrained-model"):
             source.locate(None, channel)
+        with pytest.raises(ModelArtifactError, match=r"give one with --model \(") as error:
+            source.locate(None, channel, given="with --model")
+        assert "pretrained" not in str(error.value)
 
 
 def test_a_setting_goes_before_the_channel(make_model_folder: Make) -> None:
@@ -89,7 +92,7 @@ def test_a_hub_id_is_a_name_that_is_no_path(
     with pytest.raises(ModelArtifactError, match="holds no model"):
         source.locate("owner/name", None)
     for name in ("/no/such/folder", "a/b/c", "missing", "../x", "models/sd.tar.gz", "a b/c"):
-        with pytest.raises(ModelArtifactError, match="no pretrained model at"):
+        with pytest.raises(ModelArtifactError, match="no model at"):
             source.locate(name, None)
 
 

@@ -1,0 +1,1 @@
+"""What `benchmark probes` does to a running server: one module per probe, each with one job."""

@@ -1,0 +1,58 @@
+"""What a probe found: figures, each with the bar that it must keep, where there is one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """One number; its unit stands at the end of its name. at_most, at_least: its bar."""
+
+    name: str
+    value: float
+    at_most: float | None = None
+    at_least: float | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether the bar is kept."""
+        high = self.at_most is not None and self.value > self.at_most
+        low = self.at_least is not None and self.value < self.at_least
+        return not (high or low or math.isnan(self.value))
+
+    @property
+    def bar(self) -> str:
+        """The bar in words, empty without one."""
+        if self.at_most is not None:
+            return f"<= {self.at_most:g}"
+        return "" if self.at_least is None else f">= {self.at_least:g}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """The figures of one probe; faults: sentences, and there should be none."""
+
+    probe: str
+    figures: tuple[Figure, ...]
+    faults: tuple[str, ...] = ()
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """All that is not as it should be."""
+        passed = (f"{f.name} is {f.value:g}, not {f.bar}" for f in self.figures if not f.holds)
+        return (*passed, *self.faults)
+
+    def value(self, name: str) -> float:
+        """The figure of that name; KeyError where there is none."""
+        return {figure.name: figure.value for figure in self.figures}[name]
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The smallest value that `percent` of all do not pass; not a number where there are none."""
+    if not values:
+        return math.nan
+    place = math.ceil(len(values) * percent / 100) - 1
+    return sorted(values)[max(0, place)]

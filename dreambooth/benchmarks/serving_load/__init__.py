@@ -1,0 +1,1 @@
+"""What `benchmark serving` is made of: traffic, ways to serve it, measuring and simulating."""

@@ -1,0 +1,71 @@
+"""What the engine's process has to say: written by a thread of its own, in order, bounded."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections import deque
+from typing import Final
+
+from dreambooth.limits import MIB
+from dreambooth.serving import wire
+from dreambooth.serving.messages import FromEngine
+
+# Some twenty pictures of the largest size. The server reads all the time; only one that is held up
+# for long lets this fill, and then the engine has to wait for it.
+MOST_BYTES: Final = 256 * MIB
+
+
+class Outbox:
+    """Messages on their way; every method may be called from any thread."""
+
+    def __init__(self, connection: socket.socket, *, most_bytes: int = MOST_BYTES) -> None:
+        """Start the thread that writes to `connection`, a blocking socket."""
+        self._connection = connection
+        self._most_bytes = most_bytes
+        self._frames: deque[tuple[bytes, bytes]] = deque()
+        self._bytes = 0  # of what is queued and under way
+        self._closed = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._write, name="outbox", daemon=True)
+        self._thread.start()
+
+    def put(self, message: FromEngine) -> None:
+        """Queue a message; it waits only while `most_bytes` are unsent, and drops what is late."""
+        frame = wire.pack(message)
+        size = len(frame[0]) + len(frame[1])
+        with self._changed:
+            while self._bytes and self._bytes + size > self._most_bytes and not self._closed:
+                self._changed.wait()
+            if not self._closed:
+                self._frames.append(frame)
+                self._bytes += size
+                self._changed.notify_all()
+
+    def close(self, timeout_s: float) -> None:
+        """Take no more, and wait until all is written, at most so long."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join(timeout_s)
+
+    def _write(self) -> None:
+        while True:
+            with self._changed:
+                while not self._frames and not self._closed:
+                    self._changed.wait()
+                if not self._frames:
+                    return
+                frame = self._frames.popleft()
+            try:
+                for part in frame:
+                    self._connection.sendall(part)
+            except OSError:  # the server is gone; whoever reads from it ends the process
+                with self._changed:
+                    self._closed = True
+                    self._frames.clear()
+                    self._changed.notify_all()
+                return
+            with self._changed:
+                self._bytes -= len(frame[0]) + len(frame[1])
+                self._changed.notify_all()

@@ -1,0 +1,204 @@
+"""The server's process: socket, signals, the order of start and end; no torch in here.
+
+The port is bound before the model is looked at, so that /ping can say 503 while it loads. A first
+load that fails by the user's fault ends the process with one sentence: an endpoint that can never
+work should say so at once. Later crashes of the engine are the supervisor's business.
+
+SIGTERM or SIGINT: new work gets 503, what was accepted is drawn and sent within `GRACE_S`, then the
+port is closed and the process ends with 0. SageMaker kills 30 s after SIGTERM (AWS, "Custom
+inference code": how SageMaker stops a container).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import resource
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import uvicorn
+
+from dreambooth import logs
+from dreambooth.diffusion import source
+from dreambooth.errors import DreamBoothError, UserError
+from dreambooth.serving.app import App
+from dreambooth.serving.guard import Guard, GuardLimits, guarded
+from dreambooth.serving.metrics import Metrics
+from dreambooth.serving.serve_options import ServeSettings
+from dreambooth.serving.supervisor import Supervisor
+
+GRACE_S: Final = 25.0
+# Beyond it: encoding the last picture, and writing what clients have not read yet.
+_ENCODE_S: Final = 1.5
+_FLUSH_S: Final = 2
+_BACKLOG: Final = 2_048
+# Open files besides connections: libraries, pipes, the listener; and those that only linger.
+_OTHER_FILES: Final = 512
+_WANTED_FILES: Final = 65_536
+
+log = logging.getLogger(__name__)
+
+
+def run(settings: ServeSettings) -> int:
+    """Serve until a signal comes; return the exit code: 0, or 1 for a model that cannot be loaded.
+
+    Raises UserError where the address cannot be listened on.
+    """
+    logs.to_stderr(settings.log_level)
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)
+    files = _raise_file_limit()
+    with _listen(settings.host, settings.port) as listener:
+        return asyncio.run(_serve(settings, listener, files - _OTHER_FILES))
+
+
+async def _serve(settings: ServeSettings, listener: socket.socket, most_connections: int) -> int:
+    metrics = Metrics()
+    app = App(settings, metrics)
+    limits = GuardLimits(connections=max(1, min(settings.max_connections, most_connections)))
+    guard = Guard(limits)
+    http = _HttpServer(_config(app, guard))
+    metrics.connections = lambda: (len(http.server_state.connections), guard.refused)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    serving = asyncio.create_task(http.serve(sockets=[listener]))
+    stopped = asyncio.create_task(stop.wait())
+    host, port = listener.getsockname()[:2]
+    log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    with tempfile.TemporaryDirectory(prefix="dreambooth-", ignore_cleanup_errors=True) as folder:
+        loading = asyncio.create_task(_load(app, metrics, settings, Path(folder)))
+        await asyncio.wait({loading, stopped, serving}, return_when=asyncio.FIRST_COMPLETED)
+        code = _outcome(loading)
+        if code == 0 and not stop.is_set():
+            await asyncio.wait({stopped, serving}, return_when=asyncio.FIRST_COMPLETED)
+        await _close(app, metrics, loading, stopped)
+        http.should_exit = True
+        await serving
+    return code
+
+
+def _outcome(loading: asyncio.Task[None]) -> int:
+    """The exit code as far as loading decides it; one sentence to the log where it failed."""
+    if not loading.done():
+        return 0
+    error = loading.exception()
+    if error is None:
+        return 0
+    if isinstance(error, DreamBoothError):
+        log.error("the model cannot be served: %s", error)
+    else:
+        log.error("the model cannot be served", exc_info=error)
+    return 1
+
+
+async def _load(app: App, metrics: Metrics, settings: ServeSettings, workspace: Path) -> None:
+    """Make a folder of the model and start the engine on it; DreamBoothError where that fails."""
+    folder = await _fetch(settings.model, workspace)
+    supervisor = Supervisor(folder, settings)
+    metrics.status = supervisor.status
+    app.supervisor = supervisor
+    await supervisor.start()
+
+
+async def _close(
+    app: App, metrics: Metrics, loading: asyncio.Task[None], stopped: asyncio.Task[bool]
+) -> None:
+    """No new work; draw, encode and hand over what was accepted."""
+    log.info("shutting down: %d requests are finished first", metrics.requests_in_flight)
+    app.closing = True
+    for task in (loading, stopped):
+        task.cancel()
+    await asyncio.gather(loading, stopped, return_exceptions=True)
+    end = time.monotonic() + GRACE_S + _ENCODE_S
+    if isinstance(app.supervisor, Supervisor):
+        await app.supervisor.close(GRACE_S)
+    while metrics.requests_in_flight and time.monotonic() < end:
+        await asyncio.sleep(0.01)
+    app.close()
+
+
+async def _fetch(model: str, workspace: Path) -> Path:
+    """Find, unpack or download the model; in a thread that a signal need not wait for."""
+    loop = asyncio.get_running_loop()
+    fetched: asyncio.Future[Path] = loop.create_future()
+
+    def settle(folder: Path | None, error: BaseException | None) -> None:
+        if fetched.done():  # cancelled meanwhile
+            return
+        if folder is not None:
+            fetched.set_result(folder)
+        elif error is not None:
+            fetched.set_exception(error)
+
+    def work() -> None:
+        folder, fault = None, None
+        try:
+            folder = _folder_of(model, workspace)
+        except Exception as error:
+            fault = error
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody asks any more
+            loop.call_soon_threadsafe(settle, folder, fault)
+
+    threading.Thread(target=work, name="fetch", daemon=True).start()
+    return await fetched
+
+
+def _folder_of(model: str, workspace: Path) -> Path:
+    return source.open_source(source.locate(model, given="with --model"), workspace)
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn without its own signal handling: a signal does not close the port at once here."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _config(app: App, guard: Guard) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=guarded(guard),
+        interface="asgi3",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        backlog=_BACKLOG,
+        timeout_keep_alive=guard.limits.idle_s,
+        timeout_graceful_shutdown=_FLUSH_S,
+    )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(
+            f"Port {port} of {host} cannot be listened on ({reason}): choose others with --port "
+            "and --host."
+        ) from error
+
+
+def _raise_file_limit() -> int:
+    """Allow as many open files as the system lets us, up to what is of use; return that number."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    most = _WANTED_FILES if hard == unlimited else min(_WANTED_FILES, hard)
+    if soft != unlimited and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        return most
+    return _WANTED_FILES if soft == unlimited else soft

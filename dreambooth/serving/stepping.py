@@ -1,0 +1,164 @@
+"""One U-Net call for the rows of one size; where it fails, who is to blame and what still fits.
+
+Nothing here moves a picture: a call that failed can be made again. Rows are as in `rows`; a call
+that does not fit into memory is made in halves, and again in halves, down to single rows.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dreambooth.diffusion.denoising import TextRows, predictions
+from dreambooth.serving.memory import RowCap, free_caches, is_device_lost, is_out_of_memory
+from dreambooth.serving.rows import PictureRow, gather
+
+logger = logging.getLogger(__name__)
+
+_REMEMBERED_SIZES = 8
+
+Predicted = list[tuple[PictureRow, Tensor]]
+Lost = list[tuple[PictureRow, Exception]]
+
+
+class Stepper:
+    """Makes the U-Net calls.
+
+    most_rows: of one call. batch_rows: exact mode's rows of EVERY call, None in elastic mode.
+    out_of_memory_total: calls that did not fit.
+    """
+
+    def __init__(self, unet: Any, *, most_rows: int, batch_rows: int | None) -> None:
+        self.most_rows = most_rows
+        self.batch_rows = batch_rows
+        self.out_of_memory_total = 0
+        self._unet = unet
+        self._caps: dict[tuple[int, int], RowCap] = {}  # of the sizes that once did not fit
+        self._texts: OrderedDict[tuple[int, int], tuple[list[PictureRow], int | None, TextRows]]
+        self._texts = OrderedDict()
+
+    def room(self, size: tuple[int, int]) -> int:
+        """How many rows may run at this size; in exact mode always all: calls are cut instead."""
+        return self.batch_rows or self._allowed(size)
+
+    def predict(self, rows: Sequence[PictureRow]) -> tuple[Predicted, Lost]:
+        """Return the predictions of rows of one size, and the rows that cannot be predicted.
+
+        The latter with what is in their way: one picture alone that does not fit into memory, or
+        one alone whose call fails for another reason. Raises only when the device is lost.
+        """
+        pending, lost = list(rows), Lost()
+        while pending:
+            outcome = self._try(pending)
+            if not isinstance(outcome, Exception):
+                return list(zip(pending, outcome, strict=True)), lost
+            if is_device_lost(outcome):
+                raise outcome
+            if is_out_of_memory(outcome):
+                if not self._make_room(pending):
+                    job = pending[0].job
+                    lost += [(row, outcome) for row in pending if row.job is job]
+                    pending = [row for row in pending if row.job is not job]
+            elif len(pending) == 1:
+                lost.append((pending.pop(), outcome))
+            else:
+                alone = [self.predict([row]) for row in pending]
+                return (
+                    [each for predicted, _ in alone for each in predicted],
+                    lost + [each for _, gone in alone for each in gone],
+                )
+        return [], lost
+
+    def forget(self) -> None:
+        """Let go of the pictures of past calls: nothing runs."""
+        self._texts.clear()
+
+    def call_rows(self, rows: Sequence[PictureRow]) -> int:
+        """How many rows the U-Net call of these pictures has, with padding."""
+        return self._padded(rows[0].size) or sum(row.unet_rows for row in rows)
+
+    def _try(self, rows: list[PictureRow]) -> tuple[Tensor, ...] | Exception:
+        size = rows[0].size
+        allowed = self._allowed(size)
+        trajectories = [row.trajectory for row in rows if row.trajectory is not None]
+        try:
+            text = self._text(rows)
+            preds = predictions(self._unet, trajectories, text, most_rows=allowed)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                logger.exception("A U-Net call of %d picture(s) failed.", len(rows))
+            return error.with_traceback(None)  # its frames hold the call's tensors
+        if size in self._caps:
+            self._caps[size].succeeded(self.call_rows(rows))
+        if self.batch_rows is not None and allowed < self.batch_rows:
+            for row in rows:
+                row.exact = False
+        return preds
+
+    def _make_room(self, rows: list[PictureRow]) -> bool:
+        """Free what can be freed and halve the call; False if it was one row already."""
+        self.out_of_memory_total += 1
+        size = rows[0].size
+        tried = min(self.call_rows(rows), self._allowed(size))
+        cap = self._caps.setdefault(size, RowCap(self.most_rows))
+        shrunk = cap.halve(tried)
+        self._texts.clear()
+        free_caches()
+        logger.warning(
+            "Out of memory with %d row(s) of %d x %d pixels in a U-Net call; %s.",
+            tried,
+            *size,
+            f"going on with {cap.rows}" if shrunk else "one row does not fit",
+        )
+        return shrunk
+
+    def _allowed(self, size: tuple[int, int]) -> int:
+        cap = self._caps.get(size)
+        return self.most_rows if cap is None else cap.rows
+
+    def _padded(self, size: tuple[int, int]) -> int | None:
+        """Exact mode's number of rows, unless memory is too short for it at this size."""
+        exact = self.batch_rows is not None and self._allowed(size) >= self.batch_rows
+        return self.batch_rows if exact else None
+
+    def _text(self, rows: list[PictureRow]) -> TextRows:
+        size = rows[0].size
+        padded = self._padded(size)
+        known = self._texts.get(size)
+        if known is not None and known[0] == rows and known[1] == padded:
+            return known[2]
+        text = gather(rows, call_rows=padded)
+        self._texts[size] = (list(rows), padded, text)
+        self._texts.move_to_end(size)
+        if len(self._texts) > _REMEMBERED_SIZES:
+            self._texts.popitem(last=False)
+        return text
+
+
+class Pace:
+    """Keeps the host at most one call ahead of a CUDA device, so that times and turns are true."""
+
+    def __init__(self, device: torch.device) -> None:
+        """On other devices it does nothing: their calls return when they are done."""
+        self._device = device
+        self._last: torch.cuda.Event | None = None
+
+    def after_call(self) -> None:
+        """Wait until the device has finished the call before the last one."""
+        if self._device.type != "cuda":
+            return
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        if self._last is not None:
+            self._last.synchronize()
+        self._last = event
+
+    def wait(self) -> None:
+        """Wait until the device has finished everything."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)

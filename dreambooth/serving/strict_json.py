@@ -1,0 +1,136 @@
+"""JSON from strangers: bytes in, plain Python values out, nothing doubtful in between.
+
+RFC 8259 in UTF-8, and stricter where its readers disagree: no duplicate keys, no lone surrogates,
+no number that a double cannot hold, bounded nesting. Time is linear in the length.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from dreambooth.errors import RequestError
+from dreambooth.limits import LIMITS, Limits
+
+# A whole string, or a mark outside of all strings. The closing quote is optional: an unterminated
+# string is then one match to the end instead of a new search from every quote in it.
+_TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[][{},]', re.DOTALL)
+_DEPTH_BY_MARK = {"[": 1, "{": 1, "]": -1, "}": -1}
+
+
+def loads(body: bytes | bytearray | str, *, limits: Limits = LIMITS) -> Any:
+    """Return the value that a JSON text holds.
+
+    Raises RequestError (400), in one sentence, for everything else: other encodings, a byte order
+    mark, NaN, Infinity, 1e999, overlong numbers, too many values, deep nesting, duplicate keys,
+    lone surrogates.
+    """
+    text = decode(body)
+    _check_size(text, limits)
+
+    def number(literal: str) -> str:
+        if len(literal) > limits.max_json_number_characters:
+            raise RequestError(
+                f"The body's JSON holds a number of {len(literal)} characters; at most "
+                f"{limits.max_json_number_characters} are read."
+            )
+        return literal
+
+    try:
+        value = json.loads(
+            text,
+            parse_int=lambda literal: int(number(literal)),
+            parse_float=lambda literal: _finite(number(literal)),
+            parse_constant=_refuse_constant,
+            object_pairs_hook=_without_duplicates,
+        )
+    except json.JSONDecodeError as error:
+        raise RequestError(
+            f"The body is not valid JSON: {error.msg} (line {error.lineno}, column {error.colno})."
+        ) from error
+    _check_strings(value)
+    return value
+
+
+def decode(body: bytes | bytearray | str) -> str:
+    """Return the text of a UTF-8 body; a str is taken as decoded already.
+
+    Raises RequestError (400) for other encodings, a byte order mark and lone surrogates.
+    """
+    try:
+        text = body if isinstance(body, str) else str(body, "utf-8")
+        text.encode("utf-8")
+    except UnicodeError as error:
+        raise RequestError("The body is not valid UTF-8 text; send it encoded as UTF-8.") from error
+    if text.startswith("\ufeff"):
+        raise RequestError("The body begins with a byte order mark; send UTF-8 without one.")
+    return text
+
+
+def _check_size(text: str, limits: Limits) -> None:
+    """Refuse, before they are built, too many values and too deep a nesting; stop at the first.
+
+    The decoder, which recurses, gets no deeper than the running count of brackets, even where they
+    do not match: it stops at the first that does not.
+    """
+    depth = marks = strings = 0
+    for token in _TOKEN.finditer(text):
+        first = text[token.start()]
+        marks += first != '"'
+        strings += first == '"'
+        # Of each value there are at most two: brackets, or key and text.
+        if max(marks, strings) > 2 * limits.max_json_values:
+            raise RequestError(f"The body's JSON holds more than {limits.max_json_values} values.")
+        depth += _DEPTH_BY_MARK.get(first, 0)
+        if depth > limits.max_json_depth:
+            raise RequestError(
+                f"The body's JSON is nested deeper than {limits.max_json_depth} levels; a request "
+                "needs three."
+            )
+
+
+def _finite(literal: str) -> float:
+    value = float(literal)
+    if not math.isfinite(value):
+        raise RequestError(f"The body's JSON holds the number {literal}, which is out of range.")
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise RequestError(f"The body's JSON holds {name}, which is not a JSON number.")
+
+
+def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise RequestError(f"The body's JSON gives the key {shown(key)} twice.")
+        found[key] = value
+    return found
+
+
+def _check_strings(value: object) -> None:
+    """Refuse half a character: an escape such as \\ud800 that has no second half."""
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                "The body's JSON holds a lone surrogate, which is no character."
+            ) from error
+    elif isinstance(value, list):
+        for item in value:
+            _check_strings(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _check_strings(key)
+            _check_strings(item)
+
+
+def shown(value: object) -> str:
+    """Return a value as an error message shows it: printable, short, text without quotes."""
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value)[:101])
+    return text if len(text) <= 100 else text[:100] + "…"

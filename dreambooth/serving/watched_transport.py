@@ -1,0 +1,78 @@
+"""A connection's transport that watches whether the client reads, and need not close at once."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Protocol
+
+
+class Owner(Protocol):
+    """The protocol of the connection, as far as its transport asks it."""
+
+    def closes_gently(self) -> bool:
+        """Whether the client may still be sending when its reply is complete."""
+
+    def linger(self) -> None:
+        """Our side is closed: throw away what still comes, and hang up after a while."""
+
+    def reader_stalls(self) -> None:
+        """The client does not read its reply."""
+
+
+class WatchedTransport:
+    """Wraps a transport: every `look_s` seconds `least_bytes` of what is unsent must have gone."""
+
+    def __init__(
+        self, inner: asyncio.Transport, owner: Owner, *, look_s: float, least_bytes: int
+    ) -> None:
+        self._inner = inner
+        self._owner = owner
+        self._look_s = look_s
+        self._least_bytes = least_bytes
+        self._lingers = False
+        self._written = 0
+        self._watch: asyncio.TimerHandle | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def write(self, data: bytes) -> None:
+        """Write; where not all of it goes out at once, begin to watch."""
+        self._written += len(data)
+        self._inner.write(data)
+        if self._watch is None and self._inner.get_write_buffer_size():
+            self._look_again()
+
+    def is_closing(self) -> bool:
+        """True from the first `close` on, though input may still be thrown away."""
+        return self._lingers or self._inner.is_closing()
+
+    def close(self) -> None:
+        """Close when all is written; before that, let a client finish that still sends."""
+        if self._owner.closes_gently() and not self.is_closing():
+            self._lingers = True
+            self._inner.write_eof()
+            self._owner.linger()
+        else:
+            self._inner.close()
+
+    def forget(self) -> None:
+        """Watch no longer: the connection is lost."""
+        if self._watch is not None:
+            self._watch.cancel()
+
+    def _gone(self) -> int:
+        return self._written - self._inner.get_write_buffer_size()
+
+    def _look_again(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._watch = loop.call_later(self._look_s, self._look, self._gone())
+
+    def _look(self, gone_before: int) -> None:
+        self._watch = None
+        if not self._inner.get_write_buffer_size():
+            return
+        if self._gone() - gone_before < self._least_bytes:
+            self._owner.reader_stalls()
+        else:
+            self._look_again()

@@ -1,0 +1,128 @@
+"""The four functions by which SageMaker's inference toolkits serve a model folder.
+
+`python -m dreambooth serve` is built from the same parts. Its variables, `DREAMBOOTH_<NAME>` and
+`MMS_MAX_RESPONSE_SIZE`, count here too; they are read once, when the model is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import http
+import os
+import secrets
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dreambooth.errors import DreamBoothError
+from dreambooth.serving import error_reply, reply, serve_options
+from dreambooth.serving.engine import Engine, EngineSettings, open_engine
+from dreambooth.serving.reply import Picture
+from dreambooth.serving.request import GenerationRequest, media_type, parse
+
+_ANY_FORMAT = ", ".join(offered.media_type for offered in reply.FORMATS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """What `model_fn` returns. Several threads may draw with it: their pictures share steps."""
+
+    engine: Engine
+    max_response_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Body:
+    """A request as it came: what it may ask for depends on the model, which `predict_fn` has."""
+
+    content_type: str
+    content: bytes | bytearray | str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """The pictures of one request, not encoded yet."""
+
+    request: GenerationRequest
+    pictures: Sequence[Picture]
+    base_seed: int
+    max_response_bytes: int
+
+
+def model_fn(model_dir: str) -> Model:
+    """Load and warm up a model folder; ModelArtifactError where it is none."""
+    options = argparse.ArgumentParser()
+    serve_options.add_arguments(options)
+    settings = serve_options.read(options.parse_args([]), os.environ)
+    engine = open_engine(
+        Path(model_dir),
+        settings=EngineSettings(batch_rows=settings.batch_rows),
+        device=None if settings.device == "auto" else torch.device(settings.device),
+        precision=settings.precision,
+        safety_checker=settings.safety_checker,
+    )
+    return Model(engine=engine, max_response_bytes=settings.max_response_bytes)
+
+
+def input_fn(request_body: bytes | bytearray | str, content_type: str) -> Body:
+    """Take a body of a known content type; RequestError 415 for another."""
+    with _told():
+        media_type(content_type)
+    return Body(content_type=content_type, content=request_body)
+
+
+def predict_fn(data: Body, model: Model) -> Prediction:
+    """Check all that is asked for, then draw it; RequestError, or ResourceError 507."""
+    with _told():
+        request = parse(data.content_type, data.content, model.engine.facts)
+        # What no format could hold is refused before any work; Accept comes only afterwards.
+        reply.negotiate(_ANY_FORMAT, request, max_response_bytes=model.max_response_bytes)
+        seed = secrets.randbelow(2**32) if request.seed is None else request.seed
+        job = model.engine.submit(request.pictures(seed), most_rows=request.batch_size)
+        return Prediction(
+            request=request,
+            pictures=job.result(),
+            base_seed=seed,
+            max_response_bytes=model.max_response_bytes,
+        )
+
+
+def output_fn(prediction: Prediction, accept: str) -> tuple[bytes, str] | bytes:
+    """Encode as `accept` asks: the reply's body and content type; RequestError 406 or 400.
+
+    The Hugging Face toolkit takes the body alone, and names its content type after `accept`.
+    """
+    with _told():
+        chosen = reply.negotiate(
+            accept, prediction.request, max_response_bytes=prediction.max_response_bytes
+        )
+        body, content_type = reply.encode(
+            prediction.request,
+            prediction.pictures,
+            chosen,
+            base_seed=prediction.base_seed,
+            max_response_bytes=prediction.max_response_bytes,
+        )
+    if "sagemaker_huggingface_inference_toolkit" in sys.modules:
+        return body
+    return body, content_type
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Raise our errors as the toolkit's own, which carry a status, where a toolkit drives us."""
+    try:
+        yield
+    except DreamBoothError as error:
+        toolkit = sys.modules.get("sagemaker_inference.errors")
+        if toolkit is None:
+            raise
+        said = error_reply.of(error)
+        phrase = http.HTTPStatus(said.status).phrase
+        told = toolkit.BaseInferenceToolkitError(said.status, said.message, phrase)
+        told.args = (said.message,)  # what str() gives, and the Hugging Face toolkit answers
+        raise told from None

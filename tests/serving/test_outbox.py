@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+from dreambooth.serving import wire
+from dreambooth.serving.messages import Done, FromEngine
+from dreambooth.serving.outbox import Outbox
+
+SIZE = sum(map(len, wire.pack(Done(request_id=1000))))
+LONG_S = 30.0
+
+
+def received(connection: socket.socket) -> list[FromEngine]:
+    async def read() -> list[FromEngine]:
+        reader, writer = await asyncio.open_unix_connection(sock=connection)
+        messages = []
+        while (message := await wire.from_engine(reader)) is not None:
+            messages.append(message)
+        writer.close()
+        return messages
+
+    return asyncio.run(read())
+
+
+def test_messages_of_all_threads_arrive_whole_and_in_each_ones_order() -> None:
+    ours, theirs = socket.socketpair()
+    outbox = Outbox(theirs)
+
+    def put(first: int) -> None:
+        for i in range(first, first + 200):
+            outbox.put(Done(request_id=i))
+
+    with ThreadPoolExecutor() as pool:
+        reading = pool.submit(received, ours)
+        list(pool.map(put, range(1000, 5000, 1000)))
+        outbox.close(LONG_S)
+        theirs.close()
+        messages = reading.result(LONG_S)
+    numbers = [message.request_id for message in messages if isinstance(message, Done)]
+    assert len(numbers) == 800
+    for n in range(1, 5):
+        assert [i for i in numbers if i // 1000 == n] == list(range(1000 * n, 1000 * n + 200))
+
+
+def test_it_holds_so_many_bytes_and_then_makes_the_engine_wait() -> None:
+    ours, theirs = socket.socketpair()
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    outbox = Outbox(theirs, most_bytes=2 * SIZE)
+    count, all_put = 2_000, threading.Event()
+
+    def put() -> None:
+        for _ in range(count):
+            outbox.put(Done(request_id=1000))
+        all_put.set()
+
+    threading.Thread(target=put, daemon=True).start()
+    assert not all_put.wait(0.5)  # nobody reads
+    with ThreadPoolExecutor() as pool:
+        reading = pool.submit(received, ours)
+        assert all_put.wait(LONG_S)
+        outbox.close(LONG_S)
+        theirs.close()
+        assert len(reading.result(LONG_S)) == count
+
+
+def test_a_message_larger_than_the_bound_goes_alone() -> None:
+    ours, theirs = socket.socketpair()
+    outbox = Outbox(theirs, most_bytes=1)
+    for i in range(3):
+        outbox.put(Done(request_id=i))
+    outbox.close(LONG_S)
+    theirs.close()
+    assert len(received(ours)) == 3
+
+
+def test_nobody_waits_for_a_server_that_is_gone() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        outbox = Outbox(theirs, most_bytes=SIZE)
+        ours.close()
+        for i in range(100):
+            outbox.put(Done(request_id=i))
+        outbox.close(LONG_S)
