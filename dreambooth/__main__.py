@@ -39,6 +39,7 @@ BENCHMARKS = {
     "probes": "hurt a server in every way; nothing may take it down",
     "serving": "serve under load: serially, by whole requests, step by step",
     "survive": "kill a training run again and again; it must lose nothing",
+    "train": "training runs: step time, memory, time to first step; beside a peer's script",
 }
 
 
