@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,10 @@ import pytest
 
 if TYPE_CHECKING:  # torch and diffusers are imported by those alone who write a folder
     import torch
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell started the tests in the background, and jobs would inherit that they ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ModelFolderFactory = Callable[..., Path]
 
