@@ -51,6 +51,8 @@ test-container: image $(VENV)/.installed-dev $(CLIENTS:%=$(VENV)/%/.client)
 
 # The figures of the README: an hour on a quiet machine.
 bench: $(VENV)/.installed-dev
+	$(BIN)/python -m dreambooth benchmark startup
+	$(BIN)/python -m dreambooth benchmark train
 	$(BIN)/python -m dreambooth benchmark probes
 	$(BIN)/python -m dreambooth benchmark serving
 	$(BIN)/python -m dreambooth benchmark survive

@@ -38,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
 BENCHMARKS = {
     "probes": "hurt a server in every way; nothing may take it down",
     "serving": "serve under load: serially, by whole requests, step by step",
+    "startup": "how long a user waits before anything happens",
     "survive": "kill a training run again and again; it must lose nothing",
     "train": "training runs: step time, memory, time to first step; beside a peer's script",
 }

@@ -1,0 +1,150 @@
+"""One setting: a whole run of transfer_learning.py, and what its own files and log lines tell."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dreambooth.benchmarks.train_step import processes
+from dreambooth.benchmarks.train_step.figures import StepTimes, step_times
+from dreambooth.benchmarks.train_step.processes import Ended, Line, Memory
+from dreambooth.hyperparameters import MEMORY_PLANS
+from dreambooth.training.device import DeviceFacts
+
+_BEGINS = re.compile(r"\[([a-z ]+)(?:, step \d+)?\] begins$")
+_MODEL_WRITTEN = re.compile(r"the model of step \d+ of \d+ is in ")
+BATCH_SIZE = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scale:
+    """How much is measured: steps after the first `warm_up` (>= 1), class images sampled (>= 2)."""
+
+    steps: int
+    warm_up: int
+    class_images: int
+
+    @property
+    def all_steps(self) -> int:
+        """What a run makes."""
+        return self.warm_up + self.steps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """What is trained alike by everyone: model folder, pictures, precision, on which device."""
+
+    model: Path
+    photos: Path
+    device: DeviceFacts
+
+    @property
+    def mixed_precision(self) -> str:
+        """The device's own: no, fp16 or bf16."""
+        return self.device.mixed_precision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """One row of the table."""
+
+    with_prior_preservation: bool
+    memory_plan: str
+
+    @property
+    def pictures(self) -> int:
+        """That the U-Net sees in a step: a class image beside each instance image."""
+        return BATCH_SIZE * (2 if self.with_prior_preservation else 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """Seconds of one run's parts; export: until the model folder is whole.
+
+    first_step_s: from the start of the process to the end of its first step, class images
+    included. without_class_images_s: the whole process without the phase that samples them.
+    """
+
+    times: StepTimes
+    memory: Memory | None
+    first_step_s: float
+    class_image_s: float | None
+    export_s: float
+    run_s: float
+    without_class_images_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """figures, or the fault; class_images: the folder of those that the run sampled."""
+
+    setting: Setting
+    figures: Figures | None
+    fault: str | None
+    class_images: Path
+
+
+def settings(device: DeviceFacts, *, quick: bool) -> Iterator[Setting]:
+    """Both losses in each memory plan that is offered: on a CPU, and when quick, the first."""
+    offered = list(MEMORY_PLANS)[: 1 if quick or device.kind == "cpu" else None]
+    for plan in offered:
+        for with_prior_preservation in (False, True):
+            yield Setting(with_prior_preservation=with_prior_preservation, memory_plan=plan)
+
+
+def run(setting: Setting, subject: Subject, scale: Scale, folder: Path) -> Outcome:
+    """Train in `folder` (empty); the trained model is left there."""
+    output = folder / "output"
+    arguments = [
+        *("--pretrained-model", subject.model, "--train", subject.photos),
+        *("--model_dir", folder / "model", "--output_data_dir", output, "--log_level", "info"),
+        *("--max_steps", scale.all_steps, "--batch_size", BATCH_SIZE),
+        *("--memory_plan", setting.memory_plan, "--mixed_precision", subject.mixed_precision),
+        *("--with_prior_preservation", setting.with_prior_preservation),
+        *("--num_class_images", scale.class_images),
+    ]
+    script = processes.ROOT / "transfer_learning.py"
+    ended = processes.run(script, arguments, folder=folder)
+    fault = ended.fault()
+    class_images = output / "class_images"
+    figures = None if fault else _figures(ended, output, class_images, scale)
+    return Outcome(setting=setting, figures=figures, fault=fault, class_images=class_images)
+
+
+def _figures(ended: Ended, output: Path, class_images: Path, scale: Scale) -> Figures:
+    text = (output / "metrics.jsonl").read_text("utf-8")
+    rows = [json.loads(row) for row in text.splitlines()]
+    ends = [row["time"] for row in rows]
+    begins = _begins(ended.lines)
+    written = next(line.seconds for line in ended.lines if _MODEL_WRITTEN.search(line.text))
+    sampling_s = begins["loading the model"] - begins["class images"]
+    return Figures(
+        times=step_times(
+            ends,
+            warm_up=scale.warm_up,
+            milliseconds=[1000 / row["steps_per_second"] for row in rows],
+        ),
+        memory=ended.memory,
+        first_step_s=ends[0] - ended.started_at,
+        class_image_s=_seconds_per_class_image(sorted(class_images.glob("*.png"))),
+        export_s=written - begins["export"],
+        run_s=ended.seconds,
+        without_class_images_s=ended.seconds - sampling_s,
+    )
+
+
+def _begins(lines: Sequence[Line]) -> dict[str, float]:
+    """Phase -> the moment at which the log says that it begins."""
+    found = ((_BEGINS.search(line.text), line.seconds) for line in lines)
+    return {match[1]: seconds for match, seconds in found if match}
+
+
+def _seconds_per_class_image(paths: Sequence[Path]) -> float | None:
+    """From the first to the last that was written: loading the sampler does not count."""
+    if len(paths) < 2:
+        return None
+    written = sorted(path.stat().st_mtime for path in paths)
+    return (written[-1] - written[0]) / (len(written) - 1)
