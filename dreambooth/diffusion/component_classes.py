@@ -17,6 +17,11 @@ SCHEDULERS = frozenset(
     )
 )
 
+# Second-order ones, which ask the U-Net twice for a step.
+TWO_CALLS_PER_STEP = frozenset(
+    ("HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler")
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextFamily:

@@ -116,6 +116,7 @@ def sampling_facts(model: DiffusionModel) -> SamplingFacts:
     return facts_from(
         resolution=model.resolution,
         vae_scale_factor=model.vae_scale_factor,
+        scheduler_class=model.scheduler_class,
         scheduler_config=model.scheduler_config,
     )
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth.diffusion import facts as model_facts
-from dreambooth.diffusion.layout import component_config
+from dreambooth.diffusion.component_classes import TWO_CALLS_PER_STEP
+from dreambooth.diffusion.layout import component_config, read_index
 from dreambooth.errors import ModelArtifactError, RequestError
 from dreambooth.limits import LIMITS, Limits
 
@@ -47,15 +48,21 @@ class SamplingFacts:
 
     resolution: pixels of a side where the request names none. unit: every side is a multiple of
     it, in pixels. max_steps: the most num_inference_steps that its noise schedule has room for.
+    calls_per_step: U-Net calls of a step, 2 with noise schedulers of second order.
     """
 
     resolution: int
     unit: int
     max_steps: int
+    calls_per_step: int = 1
 
 
 def facts_from(
-    *, resolution: int, vae_scale_factor: int, scheduler_config: Mapping[str, Any]
+    *,
+    resolution: int,
+    vae_scale_factor: int,
+    scheduler_class: str,
+    scheduler_config: Mapping[str, Any],
 ) -> SamplingFacts:
     """Derive the facts from a model's resolution (pixels), VAE and noise schedule.
 
@@ -66,6 +73,7 @@ def facts_from(
         resolution=max(unit, resolution // unit * unit),
         unit=unit,
         max_steps=max_steps(scheduler_config),
+        calls_per_step=2 if scheduler_class in TWO_CALLS_PER_STEP else 1,
     )
 
 
@@ -78,6 +86,7 @@ def read_facts(folder: Path, *, limits: Limits = LIMITS) -> SamplingFacts:
     return facts_from(
         resolution=facts.resolution,
         vae_scale_factor=facts.vae_scale_factor,
+        scheduler_class=read_index(folder, limits=limits)["scheduler"][1],
         scheduler_config=component_config(folder, "scheduler", limits=limits),
     )
 

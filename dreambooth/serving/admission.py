@@ -91,10 +91,13 @@ class Pace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """What the operator allows: pictures waiting and drawn at once, seconds for one request."""
+    """What the operator allows, pictures waiting and drawn at once and seconds for one request,
+    and what the model's noise scheduler makes of a step.
+    """
 
     max_queue: int
     request_timeout_s: float
+    calls_per_step: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,7 +250,7 @@ def _never(new: Sequence[Work], pace: Pace, bounds: Bounds, alone: float) -> Ref
             "(--max_queue): ask for fewer pictures per request."
         )
     else:
-        steps = _steps_that_fit(new, pace, limit)
+        steps = _steps_that_fit(new, pace, bounds)
         fewer = f"at most {steps} steps, or " if steps else ""
         pictures = "fewer pictures, " if len(new) > 1 else ""
         message = (
@@ -258,20 +261,21 @@ def _never(new: Sequence[Work], pace: Pace, bounds: Bounds, alone: float) -> Ref
     return Refusal(reason="never", message=message, retry_after_s=_retry(limit))
 
 
-def _steps_that_fit(new: Sequence[Work], pace: Pace, limit: float) -> int:
+def _steps_that_fit(new: Sequence[Work], pace: Pace, bounds: Bounds) -> int:
     """The most num_inference_steps with which these pictures alone would be done in time, or 0."""
 
     def late(steps: int) -> bool:
-        fewer = [replace(picture, steps=calls(steps)) for picture in new]
-        return SAFETY * max(finish_times(fewer, pace)) > limit
+        made = calls(steps, bounds.calls_per_step)
+        fewer = [replace(picture, steps=made) for picture in new]
+        return SAFETY * max(finish_times(fewer, pace)) > bounds.request_timeout_s
 
     longest = int(max(picture.steps for picture in new))
     return bisect.bisect_left(range(1, longest + 1), True, key=late)
 
 
-def calls(num_inference_steps: int) -> int:
+def calls(num_inference_steps: int, calls_per_step: int = 1) -> int:
     """U-Net calls of so many steps: PNDM makes one more, and so the text encoder is paid too."""
-    return num_inference_steps + 1
+    return num_inference_steps * calls_per_step + 1
 
 
 def _retry(seconds: float) -> float:

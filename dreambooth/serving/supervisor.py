@@ -117,6 +117,7 @@ class Supervisor(Listener):
         except ModelArtifactError as error:
             self._give_up(error)
             raise
+        self._bounds = replace(self._bounds, calls_per_step=self._facts.calls_per_step)
         self._running = asyncio.create_task(self._keeper.run(), name="engine")
         self._running.add_done_callback(self._kept)
         await self._settled.wait()
@@ -306,7 +307,7 @@ class Supervisor(Listener):
             Work(
                 request_id=request_id,
                 rows=2 if picture.guided else 1,
-                steps=admission.calls(picture.num_inference_steps),
+                steps=admission.calls(picture.num_inference_steps, self._bounds.calls_per_step),
                 width=request.width,
                 height=request.height,
                 batch_size=request.batch_size,

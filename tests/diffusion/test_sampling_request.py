@@ -101,7 +101,9 @@ def test_a_noise_schedule_without_numbers_is_told(config: dict[str, object]) -> 
 
 @pytest.mark.parametrize(("given", "counted"), [(512, 512), (60, 56), (4, 8)])
 def test_a_resolution_is_a_multiple_of_the_unit(given: int, counted: int) -> None:
-    facts = sampling_request.facts_from(resolution=given, vae_scale_factor=8, scheduler_config={})
+    facts = sampling_request.facts_from(
+        resolution=given, vae_scale_factor=8, scheduler_class="PNDMScheduler", scheduler_config={}
+    )
     assert facts.resolution == counted
 
 
@@ -122,3 +124,14 @@ def test_facts_of_the_folder_are_those_of_the_loaded_model(
 def test_a_folder_that_is_no_model_is_told(tmp_path: Path) -> None:
     with pytest.raises(ModelArtifactError, match=r"model_index\.json"):
         sampling_request.read_facts(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "calls"),
+    [("PNDMScheduler", 1), ("HeunDiscreteScheduler", 2), ("KDPM2DiscreteScheduler", 2)],
+)
+def test_schedulers_of_second_order_ask_twice_for_a_step(name: str, calls: int) -> None:
+    facts = sampling_request.facts_from(
+        resolution=64, vae_scale_factor=8, scheduler_class=name, scheduler_config={}
+    )
+    assert facts.calls_per_step == calls

@@ -273,6 +273,14 @@ def test_what_an_idle_server_could_not_do_either_is_told_what_could_be_done() ->
     assert refuse([work(calls(49))], [], PACE, BOUNDS) is not None
 
 
+def test_two_calls_a_step_halve_what_fits() -> None:
+    bounds = replace(BOUNDS, calls_per_step=2)
+    refusal = refuse([work(calls(49, 2))], [], PACE, bounds)
+    assert refusal is not None
+    assert "at most 24 steps" in refusal.message
+    assert refuse([work(calls(24, 2))], [], PACE, bounds) is None
+
+
 def test_where_a_single_step_is_too_slow_no_number_of_steps_is_named() -> None:
     slow = replace(PACE, seconds_per_call=((1, 100.0),))
     refusal = refuse([work(10)] * 2, [], slow, BOUNDS)
