@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,16 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from dreambooth.tiny import WEIGHTS, packaging, tokenizer, world
+from dreambooth.tiny import WEIGHTS, packaging, recipe, tokenizer, world
 from dreambooth.tiny import captions as captioning
 from dreambooth.tiny.pace import Pace
 from dreambooth.tiny.recipe import Recipe, RecipeSettings
 from dreambooth.tiny.text_unet_training import (
     NOISE_SCHEDULE,
+    LatentSet,
     TextUnetSettings,
     alphas_cumprod,
+    choose_rows,
     draw_timesteps,
     timestep_weights,
 )
@@ -176,3 +179,28 @@ def test_the_committed_model_loads_plainly_in_one_precision() -> None:
         table = tensors.get_tensor(name).float()
     assert torch.equal(pipeline.text_encoder.get_input_embeddings().weight, table)
     assert torch.isfinite(text).all()
+
+
+@pytest.mark.parametrize("measure", recipe.MEASURES)
+def test_a_special_measure_can_be_left_out(measure: str) -> None:
+    whole = TextUnetSettings()
+    changed = recipe.without(whole, [measure])
+    differing = {
+        field.name
+        for field in fields(whole)
+        if getattr(whole, field.name) != getattr(changed, field.name)
+    }
+    assert differing == set(recipe.MEASURES[measure])
+
+
+def test_without_names_a_batch_is_of_anybody() -> None:
+    data = LatentSet(
+        means=torch.zeros(40, 4, 2, 2),
+        stds=torch.zeros(40, 4, 2, 2),
+        input_ids=torch.zeros(40, 1, 8, dtype=torch.int16),
+        unnamed=30,
+        scaling_factor=1.0,
+    )
+    settings = TextUnetSettings()
+    assert int((choose_rows(data, settings) >= 30).sum()) == settings.named_per_batch
+    assert int(choose_rows(data, recipe.without(settings, ["names"])).max()) < 30
