@@ -15,7 +15,7 @@ DATA = Path(__file__).parent / "data"
 DEFAULTS: Mapping[str, str] = MappingProxyType(
     {
         "learning_rate": "0.0001",
-        "max_steps": "600",
+        "max_steps": "400",
         "guidance_scale": "3.5",
         "num_inference_steps": "25",
     }
