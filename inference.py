@@ -82,7 +82,7 @@ def predict_fn(data: Body, model: Model) -> Prediction:
         # What no format could hold is refused before any work; Accept comes only afterwards.
         reply.negotiate(_ANY_FORMAT, request, max_response_bytes=model.max_response_bytes)
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
-        job = model.engine.submit(request.pictures(seed), most_rows=request.batch_size)
+        job = model.engine.submit(request.pictures(seed), most_pictures=request.batch_size)
         return Prediction(
             request=request,
             pictures=job.result(),

@@ -147,7 +147,7 @@ class _Child:
             assert self._engine is not None  # nobody asks before Ready
             job = self._engine.submit(
                 message.pictures(),
-                most_rows=message.batch_size,
+                most_pictures=message.batch_size,
                 on_picture=partial(self._drawn, number),
             )
         except Exception as error:

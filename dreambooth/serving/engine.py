@@ -136,12 +136,12 @@ class Engine:
         self,
         pictures: Sequence[SamplingRequest],
         *,
-        most_rows: int | None = None,
+        most_pictures: int | None = None,
         on_picture: OnPicture | None = None,
     ) -> Job:
         """Queue pictures and return at once.
 
-        most_rows: so many of these pictures share a U-Net call, at most. on_picture(i, picture) is
+        most_pictures: so many of these share a U-Net call, at most. on_picture(i, picture) is
         called on the engine's thread as each is done, in any order; it must not block. Raises
         RequestError for what the model cannot draw, UnavailableError when the engine is closed or
         broken.
@@ -149,7 +149,10 @@ class Engine:
         for request in pictures:
             check(self.facts, request, limits=self._limits)
         job = Job(
-            pictures, most_pictures=most_rows, on_picture=on_picture, on_cancel=self._someone_left
+            pictures,
+            most_pictures=most_pictures,
+            on_picture=on_picture,
+            on_cancel=self._someone_left,
         )
         with self._changed:
             if self._broken is not None:
