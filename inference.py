@@ -64,6 +64,8 @@ def model_fn(model_dir: str) -> Model:
         device=None if settings.device == "auto" else torch.device(settings.device),
         precision=settings.precision,
         safety_checker=settings.safety_checker,
+        cuda_graphs=settings.cuda_graphs,
+        channels_last=settings.channels_last,
     )
     return Model(engine=engine, max_response_bytes=settings.max_response_bytes)
 

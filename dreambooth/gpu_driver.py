@@ -57,27 +57,39 @@ def promised(environ: Mapping[str, str], machine: Machine) -> str | None:
 def refuse_cpu(
     environ: Mapping[str, str], machine: Machine, *, torch_version: str, cuda_version: str | None
 ) -> None:
-    """Raise ResourceError where a GPU was promised. To be called where torch sees no CUDA device.
+    """Raise ResourceError where a GPU was promised; for a job, which must not crawl along on a CPU.
+
+    To be called where torch sees no CUDA device, like :func:`why_unused`.
+    """
+    told = why_unused(environ, machine, torch_version=torch_version, cuda_version=cuda_version)
+    if told is not None:
+        raise ResourceError(told)
+
+
+def why_unused(
+    environ: Mapping[str, str], machine: Machine, *, torch_version: str, cuda_version: str | None
+) -> str | None:
+    """Why torch cannot use the GPU that was promised, and what to do; None without a promise.
 
     torch_version: torch.__version__. cuda_version: torch.version.cuda, None for a CPU build.
     """
     promise = promised(environ, machine)
     if promise is None:
-        return
+        return None
     cure = "Set CUDA_VISIBLE_DEVICES=-1 to use the CPU on purpose."
     if cuda_version is None:
-        raise ResourceError(
+        return (
             f"{promise}, but torch {torch_version} is a build without CUDA: install the CUDA build "
             f"(build the image on a machine where pip finds it). {cure}"
         )
     if machine.driver is None:
-        raise ResourceError(
+        return (
             f"{promise}, but no NVIDIA driver can be seen from here: start the container with "
             f"--gpus all (NVIDIA container toolkit). {cure}"
         )
     cuda = int(cuda_version.split(".")[0])
     oldest = _OLDEST_DRIVERS.get(cuda, max(_OLDEST_DRIVERS.values()))
-    raise ResourceError(
+    return (
         f"{promise}, but torch {torch_version} (CUDA {cuda_version}) cannot use it with the driver "
         f"{machine.driver}: CUDA {cuda} needs a driver of the {oldest} series or newer; update "
         "the driver (on SageMaker: InferenceAmiVersion), or build the image with "

@@ -32,7 +32,7 @@ class Limits:
     max_folder_entries: int = 1_000_000
 
     # Texts. CLIP reads 77 tokens, some 400 characters; longer prompts are cut there anyway.
-    max_prompt_characters: int = 10_000
+    max_prompt_characters: int = 4_000
     # Two prompts and a little room.
     max_dataset_info_bytes: int = 1 * MIB
     # SageMaker allows 100 hyperparameters of 256 + 2,500 characters: under 300 KiB, even escaped 6x

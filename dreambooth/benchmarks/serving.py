@@ -2,7 +2,8 @@
 
 On the real engine, with Poisson arrivals of mixed steps and guidance at 0.5, 0.8 and 1.3 of what
 the device can serve one at a time; with `--simulate` in counted time, with published figures of
-GPUs. Also what the engine itself costs per step, and whether pictures stay what they are.
+GPUs. Also what the engine itself costs per step, and whether pictures stay what they are. With
+`--full_size` what a GPU makes of the calls of a full-size U-Net and of its pictures.
 """
 
 from __future__ import annotations
@@ -40,7 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the requests; default: 4 5 6 10, a fifth of the usual 20 25 30 50",
     )
     parser.add_argument("--quick", action="store_true", help="see that it works: a minute or two")
-    parser.add_argument("--simulate", action="store_true", help="GPUs, by published figures")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--simulate", action="store_true", help="GPUs, by published figures")
+    what.add_argument(
+        *("--full_size", "--full-size"),
+        action="store_true",
+        help="on a GPU: Stable Diffusion 2.1 base, random weights; plain, as CUDA graphs, with "
+        "channels last, and beside diffusers' pipeline; else the embedded model, without graphs",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of arrivals and requests")
 
 
@@ -55,6 +63,10 @@ def main(arguments: argparse.Namespace) -> int:
         _show_cards(results)
         _print_json({"benchmark": "serving simulated", "cards": [_plain(each) for each in results]})
         return 0
+    if arguments.full_size:
+        from dreambooth.benchmarks.serving_load import full_size_run
+
+        return full_size_run.run(arguments.model, quick=arguments.quick)
     return _measure(arguments)
 
 

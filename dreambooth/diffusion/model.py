@@ -31,6 +31,9 @@ from dreambooth.limits import LIMITS, Limits
 
 logger = logging.getLogger(__name__)
 
+# Characters of a prompt in the log: it is a stranger's, and may have thousands.
+_LOGGED = 80
+
 # What diffusers up to 0.17 called the layers of the VAE's attention; Stable Diffusion 1.x and 2.x
 # were published so.
 _OLD_VAE_NAMES = {
@@ -161,14 +164,18 @@ def tokenize(model: DiffusionModel, prompts: Sequence[str]) -> torch.Tensor:
         truncation=True,
         return_tensors="pt",
     )
-    for prompt, mask in zip(prompts, rows.attention_mask, strict=True):
-        # A row with padding in it is whole: only full ones need a second look.
-        if bool(mask.all()) and len(model.tokenizer(prompt).input_ids) > length:
+    for i, prompt in enumerate(prompts):
+        if rows.encodings:  # what was cut off is known
+            cut = bool(rows.encodings[i].overflowing)
+        else:  # a tokenizer in Python; a row with padding in it is whole
+            full = bool(rows.attention_mask[i].all())
+            cut = full and len(model.tokenizer(prompt).input_ids) > length
+        if cut:
             logger.warning(
                 "A prompt is longer than the %d tokens that the text encoder reads; its end is "
                 "ignored: %r",
                 length,
-                prompt,
+                prompt[:_LOGGED] + "..." * (len(prompt) > _LOGGED),
             )
     return torch.as_tensor(rows.input_ids)
 

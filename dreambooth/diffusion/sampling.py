@@ -2,7 +2,7 @@
 
 Our own denoising loop (the step itself is in `denoising`). Pictures are those of
 ``StableDiffusionPipeline`` with a list of CPU generators: same initial noise, same order of the
-guidance halves, same noise-scheduler calls; in float32 on a CPU within 1/255.
+guidance halves, same noise-scheduler mathematics; in float32 on a CPU within 1/255.
 
 Legend: B pictures of a batch, G of them guided, C latent channels, h w latent cells, L tokens,
 D text width, H W pixels.
@@ -10,21 +10,18 @@ D text width, H W pixels.
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from dreambooth.diffusion.denoising import TextRows, Trajectory, advance, timesteps_of
+from dreambooth.diffusion.decoding import decode_in_parts, to_the_end
+from dreambooth.diffusion.denoising import TextRows, advance
 from dreambooth.diffusion.model import (
     DiffusionModel,
-    decode_latents,
     encode_text,
     sampling_scheduler,
     tokenize,
@@ -36,6 +33,9 @@ from dreambooth.diffusion.sampling_request import (
     facts_from,
     picture_size,
 )
+from dreambooth.diffusion.schedules import Schedules
+from dreambooth.diffusion.step_tables import timesteps_of
+from dreambooth.diffusion.trajectories import Trajectory
 from dreambooth.errors import RequestError, ResourceError
 from dreambooth.limits import LIMITS, Limits
 
@@ -51,9 +51,9 @@ def generate(
 ) -> Iterator[np.ndarray | None]:
     """Sample every request; yield uint8 [H, W, 3] pictures (0..255) in the order of the requests.
 
-    None stands for a picture that did not stay finite. Consecutive requests with equal
-    steps, size and eta share U-Net calls, at most `batch_size` pictures at a time; guidance and
-    prompts may differ among them. A picture depends on its own request alone: company changes it
+    None stands for a picture that did not stay finite. Consecutive requests with equal steps and
+    size share U-Net calls, at most `batch_size` pictures at a time; guidance, eta and prompts may
+    differ among them. A picture depends on its own request alone: company changes it
     by rounding only (at most 2/255 in float32). on_step(done, total) is called after each U-Net
     call, counted over all batches (`count_steps`). `text` gives ready encoder_hidden_states
     ([L, D] or [1, L, D]) of prompts; the text encoder is needed only for those it lacks.
@@ -90,11 +90,11 @@ def _generate(
         if on_step is not None:
             on_step(done, total)
 
+    schedules = schedules_of(model)
     for batch in _batches(model, requests, batch_size):
-        latents = _denoise(model, batch, text, stepped)
-        for i in range(len(batch)):
+        for latents in _denoise(model, batch, schedules, text, stepped):
             # One picture at a time: decoding one takes more memory than a step of several.
-            yield _decode(model, latents[i : i + 1])
+            yield _decode(model, latents)
 
 
 def count_steps(
@@ -141,55 +141,35 @@ def text_rows(
     )
 
 
-def start(
-    model: DiffusionModel,
-    requests: Sequence[SamplingRequest],
-    *,
-    prepared: tuple[Any, Tensor] | None = None,
-) -> Trajectory:
-    """Return requests of equal steps, size and eta at their first step, each with its own noise.
+def schedules_of(model: DiffusionModel) -> Schedules:
+    """Return the schedules of a model's own noise scheduler, to `start` pictures with."""
+    return Schedules(lambda: sampling_scheduler(model))
 
-    prepared: a noise scheduler of its own, set to the steps, and its timesteps; made where None.
-    """
-    first = requests[0]
-    width, height = picture_size(sampling_facts(model), first)
+
+def start(model: DiffusionModel, request: SamplingRequest, schedules: Schedules) -> Trajectory:
+    """Return a picture at its first step, with its own noise."""
+    width, height = picture_size(sampling_facts(model), request)
     cells = height // model.vae_scale_factor, width // model.vae_scale_factor
-    if prepared is None:
-        scheduler = sampling_scheduler(model)
-        prepared = scheduler, timesteps_of(scheduler, first.num_inference_steps)
-    scheduler, timesteps = prepared
-    generators = [torch.Generator("cpu").manual_seed(request.seed) for request in requests]
+    schedule = schedules.take(request.num_inference_steps, eta=request.eta)
+    generator = torch.Generator("cpu").manual_seed(request.seed)
     noise = randn_tensor(
-        (len(requests), model.latent_channels, *cells),
-        generator=generators,
+        (1, model.latent_channels, *cells),
+        generator=[generator],
         device=model.device,
         dtype=model.unet.dtype,
     )
-    options = {"generator": generators, "eta": first.eta}
-    kind: Any = type(scheduler)
-    known = _step_parameters(kind)
-    return Trajectory(
-        scheduler=scheduler,
-        timesteps=timesteps,
-        latents=noise.float() * scheduler.init_noise_sigma,
-        step_options={name: value for name, value in options.items() if name in known},
-    )
-
-
-@functools.cache
-def _step_parameters(scheduler_class: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(scheduler_class.step).parameters)
+    return Trajectory(schedule, noise.float() * schedule.template.init_noise_sigma, generator)
 
 
 def _batches(
     model: DiffusionModel, requests: Sequence[SamplingRequest], batch_size: int
 ) -> Iterator[list[SamplingRequest]]:
-    """Cut the requests, in order, into batches that one noise-scheduler state can serve."""
+    """Cut the requests, in order, into batches of pictures that take their steps together."""
 
     facts = sampling_facts(model)
 
-    def key(request: SamplingRequest) -> tuple[int, tuple[int, int], float]:
-        return request.num_inference_steps, picture_size(facts, request), request.eta
+    def key(request: SamplingRequest) -> tuple[int, tuple[int, int]]:
+        return request.num_inference_steps, picture_size(facts, request)
 
     batch: list[SamplingRequest] = []
     for request in requests:
@@ -205,16 +185,17 @@ def _batches(
 def _denoise(
     model: DiffusionModel,
     batch: Sequence[SamplingRequest],
+    schedules: Schedules,
     text: dict[str, Tensor],
     stepped: Callable[[], None],
-) -> Tensor:
-    """Return the clean latents float32 [B, C, h, w] of one batch."""
+) -> list[Tensor]:
+    """Return the clean latents of one batch, float32 [1, C, h, w] each."""
     try:
         with _evaluating(model.text_encoder, model.unet):
             rows = text_rows(model, batch, text)
-            trajectory = start(model, batch)
-            while not trajectory.finished:
-                advance(model.unet, [trajectory], rows)
+            pictures = [start(model, request, schedules) for request in batch]
+            while not pictures[0].finished:
+                advance(model.unet, pictures, rows)
                 stepped()
     except torch.OutOfMemoryError as error:
         width, height = picture_size(sampling_facts(model), batch[0])
@@ -223,7 +204,7 @@ def _denoise(
             f"The device ran out of memory while sampling {len(batch)} picture(s) of {width} x "
             f"{height} pixels at once; lower {knob}."
         ) from error
-    return trajectory.latents
+    return [picture.latents for picture in pictures]
 
 
 @torch.no_grad()
@@ -231,7 +212,7 @@ def _decode(model: DiffusionModel, latents: Tensor) -> np.ndarray | None:
     """Return the picture of latents [1, C, h, w], or None if they or it are not finite."""
     try:
         with _evaluating(model.vae):
-            pictures = decode_latents(model, latents)
+            pictures = to_the_end(decode_in_parts(model, latents))
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             "The device ran out of memory while decoding one picture; lower width and height."

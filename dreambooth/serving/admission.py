@@ -8,7 +8,9 @@ up to the engine's rows, sizes take turns call by call, finished pictures are de
 from __future__ import annotations
 
 import bisect
-from collections import deque
+import itertools
+import math
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
@@ -51,6 +53,11 @@ class Work:
     def pixels(self) -> int:
         """The area."""
         return self.width * self.height
+
+    @property
+    def share(self) -> float:
+        """`batch_size` as a number."""
+        return math.inf if self.batch_size is None else self.batch_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,9 +124,14 @@ class _Schedule:
         self.running: dict[tuple[int, int], list[int]] = {}
         self._work = work
         self._most_rows = most_rows
-        self._waiting: dict[tuple[int, int], deque[int]] = {}
+        # Of each size, what a request has next to each other: it joins or waits as one.
+        self._waiting: dict[tuple[int, int], deque[deque[int]]] = {}
+        of_size: dict[tuple[int, int], list[int]] = {}
         for i, picture in enumerate(work):
-            self._waiting.setdefault(picture.size, deque()).append(i)
+            of_size.setdefault(picture.size, []).append(i)
+        for size, indices in of_size.items():
+            groups = itertools.groupby(indices, key=lambda i: (work[i].request_id, work[i].share))
+            self._waiting[size] = deque(deque(group) for _, group in groups)
 
     def fill(self) -> bool:
         """Let pictures join while there is room; return whether any runs."""
@@ -129,21 +141,22 @@ class _Schedule:
                 del self._waiting[size]
         return bool(self.running)
 
-    def _join(self, running: list[int], waiting: deque[int]) -> None:
+    def _join(self, running: list[int], waiting: deque[deque[int]]) -> None:
         rows = self.rows(running)
-        passed: list[int] = []
+        mates = Counter(self._work[i].request_id for i in running)
+        passed: list[deque[int]] = []
         while waiting and (rows < self._most_rows or not running):
-            i = waiting.popleft()
-            picture = self._work[i]
-            mates = [j for j in running if self._work[j].request_id == picture.request_id]
-            if picture.batch_size is not None and len(mates) >= picture.batch_size:
-                passed.append(i)
+            picture = self._work[waiting[0][0]]
+            if mates[picture.request_id] >= picture.share:
+                passed.append(waiting.popleft())
             elif running and rows + picture.rows > self._most_rows:
-                passed.append(i)  # the next one must not overtake it
-                break
+                break  # the next one must not overtake it
             else:
-                running.append(i)
+                running.append(waiting[0].popleft())
                 rows += picture.rows
+                mates[picture.request_id] += 1
+                if not waiting[0]:
+                    waiting.popleft()
         waiting.extendleft(reversed(passed))
 
     def rows(self, running: Sequence[int]) -> int:

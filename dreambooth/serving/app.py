@@ -153,10 +153,11 @@ class App:
             pictures = await exchange.unless_client_leaves(drawing)
             exchange.pictures = len(pictures)
             self._metrics.drawn(pictures)
-            encode = partial(
-                reply.encode, max_response_bytes=self._settings.max_response_bytes, base_seed=seed
-            )
-            content, media_type = await self._in_thread(partial(encode, wanted, pictures, form))
+            most = self._settings.max_response_bytes
+            encode = partial(reply.encode, base_seed=seed, max_response_bytes=most)
+            work = partial(encode, wanted, pictures, form)
+            quick = reply.is_quick(pictures, form)
+            content, media_type = work() if quick else await self._in_thread(work)
             told = self._attributes(exchange, seed, pictures)
             return Response(content, headers={"content-type": media_type, ATTRIBUTES: told})
 

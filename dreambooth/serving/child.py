@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -22,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from dreambooth import logs
+from dreambooth import gpu_driver, logs
 from dreambooth.errors import DreamBoothError
 from dreambooth.serving import wire
 from dreambooth.serving.messages import (
@@ -73,6 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--batch-rows", type=int)
     parser.add_argument("--no-safety-checker", action="store_true")
+    parser.add_argument("--cuda-graphs", action="store_true")
+    parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--log-level", default="info")
     return parser
 
@@ -110,6 +113,8 @@ class _Child:
             self._outbox.put(LoadFailed(fault=Fault.of(error)))
             self._outbox.close(_FLUSH_S)
             return 1
+        gc.collect()
+        gc.freeze()  # the model stays: no collection need look at it
         self._engine = engine
         self._outbox.put(_ready(engine))
         self._changed.set()
@@ -209,12 +214,23 @@ def _open(arguments: argparse.Namespace) -> Engine:
 
     from dreambooth.serving.engine import EngineSettings, open_engine
 
+    if arguments.device == "auto" and not torch.cuda.is_available():
+        unused = gpu_driver.why_unused(
+            os.environ,
+            gpu_driver.look(),
+            torch_version=torch.__version__,
+            cuda_version=torch.version.cuda,
+        )
+        if unused is not None:
+            log.warning("%s", unused)
     return open_engine(
         arguments.model,
         settings=EngineSettings(batch_rows=arguments.batch_rows),
         device=None if arguments.device == "auto" else torch.device(arguments.device),
         precision=arguments.precision,
         safety_checker=not arguments.no_safety_checker,
+        cuda_graphs=arguments.cuda_graphs,
+        channels_last=arguments.channels_last,
     )
 
 

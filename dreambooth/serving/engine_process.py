@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Final
 
 import dreambooth
-from dreambooth.serving import wire
+from dreambooth.limits import MIB
+from dreambooth.serving.link import Link
 from dreambooth.serving.messages import FromEngine, ToEngine
 from dreambooth.serving.serve_options import ServeSettings
 
@@ -29,7 +30,7 @@ COMMAND: Final = (sys.executable, "-P", "-m", "dreambooth.serving.child")
 # A process that has been killed is gone at once, unless a driver holds it.
 _REAP_S: Final = 10.0
 _POLL_S: Final = 0.01
-_STREAM_LIMIT_BYTES: Final = 1 << 20
+_BUFFER_BYTES: Final = 4 * MIB
 
 log = logging.getLogger(__name__)
 
@@ -37,15 +38,9 @@ log = logging.getLogger(__name__)
 class EngineProcess:
     """A running child; made by `spawn`, ended by `end`."""
 
-    def __init__(
-        self,
-        process: subprocess.Popen[bytes],
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-    ) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], link: Link) -> None:
         self._process = process
-        self._reader = reader
-        self._writer = writer
+        self._link = link
         self._swept = False  # what the process left behind was killed, too
 
     @classmethod
@@ -56,6 +51,8 @@ class EngineProcess:
         that started it ends.
         """
         ours, theirs = socket.socketpair()
+        # A whole picture at once, where the system allows it: else both sides take turns.
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
         try:
             process = subprocess.Popen(
                 [*command, "--fd", str(theirs.fileno())],
@@ -71,12 +68,13 @@ class EngineProcess:
             theirs.close()
         ours.setblocking(False)
         try:
-            streams = await asyncio.open_unix_connection(sock=ours, limit=_STREAM_LIMIT_BYTES)
+            loop = asyncio.get_running_loop()
+            _, link = await loop.create_unix_connection(Link, sock=ours)
         except BaseException:
             process.kill()
             ours.close()
             raise
-        return cls(process, *streams)
+        return cls(process, link)
 
     @property
     def pid(self) -> int:
@@ -109,22 +107,20 @@ class EngineProcess:
         A child that is gone is no error here: `receive` tells. Raises WireError for a message
         that no frame can hold.
         """
-        self.send_soon(message)
-        with contextlib.suppress(ConnectionError):
-            await self._writer.drain()
+        self._link.send(message)
+        await self._link.drain()
 
     def send_soon(self, message: ToEngine) -> None:
         """Write a short message without waiting."""
-        if not self._writer.is_closing():
-            self._writer.writelines(wire.pack(message))
+        self._link.send(message)
 
     async def receive(self) -> FromEngine | None:
         """The child's next message, None when it is gone; WireError for what is no message."""
-        return await wire.from_engine(self._reader)
+        return await self._link.receive()
 
     def disconnect(self) -> None:
         """Drop the connection: `receive` returns None, the child ends by itself."""
-        self._writer.transport.abort()
+        self._link.abort()
 
     def kill(self) -> None:
         """Kill it and all that it started, without waiting."""
@@ -142,8 +138,7 @@ class EngineProcess:
         """Kill what is left of it and take its exit code."""
         self.disconnect()
         self.kill()
-        with contextlib.suppress(OSError):
-            await self._writer.wait_closed()
+        await self._link.wait_closed()
         if not await self.wait(_REAP_S):
             log.error("process %d of the engine does not end although it was killed", self.pid)
 
@@ -162,8 +157,13 @@ def options(folder: Path, settings: ServeSettings) -> list[str]:
     ]
     if settings.batch_rows is not None:
         options.append(f"--batch-rows={settings.batch_rows}")
-    if not settings.safety_checker:
-        options.append("--no-safety-checker")
+    for option, wanted in (
+        ("--no-safety-checker", not settings.safety_checker),
+        ("--cuda-graphs", settings.cuda_graphs),
+        ("--channels-last", settings.channels_last),
+    ):
+        if wanted:
+            options.append(option)
     return options
 
 

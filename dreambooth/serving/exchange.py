@@ -81,9 +81,10 @@ class Exchange:
                 return working.result()
             raise ClientLeft
         finally:
-            working.cancel()
             watching.cancel()
-            await asyncio.gather(working, watching, return_exceptions=True)
+            if not working.done():
+                working.cancel()
+                await asyncio.gather(working, watching, return_exceptions=True)
 
     async def _lost(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":

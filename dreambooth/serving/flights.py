@@ -52,14 +52,13 @@ class Flight:
             finish_reason=message.finish_reason,
             exact=message.exact,
         )
+        if not self.missing() and not self.result.done():
+            self.result.set_result([one for one in self._pictures if one is not None])
 
     def done(self) -> None:
-        """All pictures have been sent."""
-        pictures = [picture for picture in self._pictures if picture is not None]
-        if len(pictures) < len(self._pictures):
+        """All pictures have been sent; with the last of them the result was there already."""
+        if self.missing():
             raise ProtocolError("a request was said to be done before its last picture came")
-        if not self.result.done():
-            self.result.set_result(pictures)
 
     def failed(self, error: Exception) -> None:
         """There will be no pictures."""

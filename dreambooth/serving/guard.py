@@ -183,6 +183,11 @@ class GuardedProtocol(HttpToolsProtocol):
         self._arm(None)
         super().on_message_complete()
 
+    def on_response_complete(self) -> None:
+        """Send the reply before anything else is done for the connection."""
+        self._watched.flush()
+        super().on_response_complete()
+
     def _parse_anew(self, rest: bytes) -> None:
         """Ignore a wish for another protocol, as HTTP allows: the parser would skip the body."""
         head = self.parser.get_method() + b" " + self.url + b" HTTP/1.1\r\n"

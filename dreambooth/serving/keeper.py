@@ -61,6 +61,11 @@ class Keeper:
         self._served = False  # a picture, by this process
         self._fault = ""  # how this process ended, as far as it is known
 
+    @property
+    def quiet(self) -> bool:
+        """Whether the process has said nothing for a while; it is killed only much later."""
+        return self.process is not None and self._watchdog.quiet(time.monotonic())
+
     def allow(self, step_s: float) -> None:
         """Large pictures are drawn: one call may take it so long."""
         self._watchdog.allow(step_s)

@@ -126,7 +126,7 @@ class Drawn:
     seed: int
     finish_reason: FinishReason
     exact: bool
-    pixels: bytes
+    pixels: bytes | bytearray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections import deque
+from itertools import islice
 from typing import Final
 
 from dreambooth.limits import MIB
@@ -14,6 +15,7 @@ from dreambooth.serving.messages import FromEngine
 # Some twenty pictures of the largest size. The server reads all the time; only one that is held up
 # for long lets this fill, and then the engine has to wait for it.
 MOST_BYTES: Final = 256 * MIB
+_MOST_AT_ONCE: Final = 64  # frames; IOV_MAX allows 1,024 pieces
 
 
 class Outbox:
@@ -56,10 +58,11 @@ class Outbox:
                     self._changed.wait()
                 if not self._frames:
                     return
-                frame = self._frames.popleft()
+                parts = [part for frame in islice(self._frames, _MOST_AT_ONCE) for part in frame]
+                for _ in range(len(parts) // 2):
+                    self._frames.popleft()
             try:
-                for part in frame:
-                    self._connection.sendall(part)
+                self._send(parts)
             except OSError:  # the server is gone; whoever reads from it ends the process
                 with self._changed:
                     self._closed = True
@@ -67,5 +70,15 @@ class Outbox:
                     self._changed.notify_all()
                 return
             with self._changed:
-                self._bytes -= len(frame[0]) + len(frame[1])
+                self._bytes -= sum(map(len, parts))
                 self._changed.notify_all()
+
+    def _send(self, parts: list[bytes]) -> None:
+        """All of it in one call where the socket takes it: each call may wake the server."""
+        views = [memoryview(part) for part in parts if part]
+        while views:
+            sent = self._connection.sendmsg(views)
+            while views and sent >= len(views[0]):
+                sent -= len(views.pop(0))
+            if sent:
+                views[0] = views[0][sent:]

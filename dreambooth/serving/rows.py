@@ -6,16 +6,18 @@ Legend: B pictures of a call, G of them guided, R rows of a call, L tokens, D te
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dreambooth.diffusion.denoising import Placement, TextRows, Trajectory
+from dreambooth.diffusion.denoising import Placement, TextRows
 from dreambooth.diffusion.model import DiffusionModel, encode_text, tokenize
 from dreambooth.diffusion.sampling_request import SamplingRequest
+from dreambooth.diffusion.trajectories import Trajectory
 from dreambooth.serving.jobs import Job
+from dreambooth.serving.reply import Picture
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -25,6 +27,8 @@ class PictureRow:
     size: (width, height) in pixels. places: the rows of a call that it must have (the negative
     prompt's, then the prompt's), where the place matters. trajectory: None while it waits.
     restarts: how often it began anew because a step of its noise scheduler failed halfway.
+    decoding: the VAE's work, once begun; it has taken decoding_s seconds. decoding_failed: it was
+    begun anew, as memory ran out.
     """
 
     job: Job
@@ -36,6 +40,9 @@ class PictureRow:
     negative_prompt: Tensor | None = None
     exact: bool = True
     restarts: int = 0
+    decoding: Generator[None, None, Picture] | None = None
+    decoding_s: float = 0.0
+    decoding_failed: bool = False
 
     @property
     def request(self) -> SamplingRequest:

@@ -33,6 +33,7 @@ class ServeSettings:
     `model` is a folder, a tarball, a hub id or `tiny`. `request_timeout_s` is the time within which
     a request must be answered from its arrival on, `max_queue` the most pictures that wait or are
     drawn at once, `batch_rows` None for the elastic mode or the fixed rows of the exact one.
+    `cuda_graphs` and `channels_last` are about speed on a GPU, and off until one has measured them.
     """
 
     model: str
@@ -47,6 +48,8 @@ class ServeSettings:
     safety_checker: bool = True
     device: str = "auto"
     precision: str = "auto"
+    cuda_graphs: bool = False
+    channels_last: bool = False
     log_level: str = "info"
 
 
@@ -54,7 +57,7 @@ class ServeSettings:
 class _Option:
     """One option: how it is spelled, parsed and explained; a field of ServeSettings each.
 
-    A flag takes no value on the command line and sets its field to False.
+    A flag takes no value on the command line; its field is then not what it is by default.
     """
 
     name: str
@@ -100,7 +103,8 @@ def read(arguments: argparse.Namespace, environ: Mapping[str, str]) -> ServeSett
         if value is None:
             faults.append(f"{spelled} must be {option.want}, not {text[:100]!r}.")
         else:
-            values[option.field] = (not value) if option.flag else value
+            # `no_...` says the opposite of its field.
+            values[option.field] = (not value) if option.field != option.name else value
     if faults:
         raise UserError(" ".join(faults))
     return ServeSettings(**values)  # type: ignore[arg-type]  # each parsed by its own option
@@ -172,10 +176,10 @@ def _choice(name: str, choices: tuple[str, ...], help_: str) -> _Option:
     )
 
 
-def _switch_off(name: str, field: str, help_: str) -> _Option:
+def _switch(name: str, help_: str) -> _Option:
     return _Option(
         name=name,
-        field=field,
+        field=name.removeprefix("no_"),
         help=help_,
         parse=_yes_or_no,
         want="true or false",
@@ -235,8 +239,17 @@ _OPTIONS: Final = (
         *("max_connections", (1, 1_000_000), str(_DEFAULTS.max_connections)),
         "open connections; one more is answered with 503 and closed",
     ),
-    _switch_off("no_safety_checker", "safety_checker", "do not run the model's safety checker"),
+    _switch("no_safety_checker", "do not run the model's safety checker"),
     _choice("device", DEVICES, "where to draw; auto: a GPU where there is one"),
     _choice("precision", PRECISIONS, "auto: half precision on a GPU, fp32 else"),
+    _switch(
+        "cuda_graphs",
+        "on a GPU, launch a U-Net call's kernels all at once; not measured on one yet",
+    ),
+    _switch(
+        "channels_last",
+        "keep the channels of convolutions last, which changes pictures by rounding; for GPUs, and "
+        "not measured on one yet",
+    ),
     _choice("log_level", LOG_LEVELS, "what the log holds; info: one line per request"),
 )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import resource
 import signal
@@ -39,6 +40,7 @@ GRACE_S: Final = 25.0
 # Beyond it: encoding the last picture, and writing what clients have not read yet.
 _ENCODE_S: Final = 1.5
 _FLUSH_S: Final = 2
+_END_S: Final = 28.0
 _BACKLOG: Final = 2_048
 # Open files besides connections: libraries, pipes, the listener; and those that only linger.
 _OTHER_FILES: Final = 512
@@ -80,7 +82,11 @@ async def _serve(settings: ServeSettings, listener: socket.socket, most_connecti
         code = _outcome(loading)
         if code == 0 and not stop.is_set():
             await asyncio.wait({stopped, serving}, return_when=asyncio.FIRST_COMPLETED)
+        began = time.monotonic()
         await _close(app, metrics, loading, stopped)
+        # Clients that read slowly get what is left of the time before SageMaker kills.
+        left = _END_S - (time.monotonic() - began)
+        http.config.timeout_graceful_shutdown = max(_FLUSH_S, int(left))
         http.should_exit = True
         await serving
     return code
@@ -107,6 +113,9 @@ async def _load(app: App, metrics: Metrics, settings: ServeSettings, workspace: 
     metrics.status = supervisor.status
     app.supervisor = supervisor
     await supervisor.start()
+    # What is here now stays: later collections need not look at it while a request waits.
+    gc.collect()
+    gc.freeze()
 
 
 async def _close(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,8 +23,20 @@ logger = logging.getLogger(__name__)
 
 _REMEMBERED_SIZES = 8
 
-Predicted = list[tuple[PictureRow, Tensor]]
 Lost = list[tuple[PictureRow, Exception]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Outcome:
+    """What became of a call. preds: float32 [B, C, h, w], of `rows`; None if there are none.
+
+    lost: those that cannot be predicted, with what is in their way: one picture alone that does
+    not fit into memory, or one alone whose call fails for another reason.
+    """
+
+    rows: list[PictureRow]
+    preds: Tensor | None
+    lost: Lost
 
 
 class Stepper:
@@ -46,33 +59,25 @@ class Stepper:
         """How many rows may run at this size; in exact mode always all: calls are cut instead."""
         return self.batch_rows or self._allowed(size)
 
-    def predict(self, rows: Sequence[PictureRow]) -> tuple[Predicted, Lost]:
-        """Return the predictions of rows of one size, and the rows that cannot be predicted.
-
-        The latter with what is in their way: one picture alone that does not fit into memory, or
-        one alone whose call fails for another reason. Raises only when the device is lost.
-        """
+    def predict(self, rows: Sequence[PictureRow]) -> Outcome:
+        """Predict rows of one size; raises only when the device is lost."""
         pending, lost = list(rows), Lost()
         while pending:
-            outcome = self._try(pending)
-            if not isinstance(outcome, Exception):
-                return list(zip(pending, outcome, strict=True)), lost
-            if is_device_lost(outcome):
-                raise outcome
-            if is_out_of_memory(outcome):
+            preds = self._try(pending)
+            if isinstance(preds, Tensor):
+                return Outcome(rows=pending, preds=preds, lost=lost)
+            if is_device_lost(preds):
+                raise preds
+            if is_out_of_memory(preds):
                 if not self._make_room(pending):
                     job = pending[0].job
-                    lost += [(row, outcome) for row in pending if row.job is job]
+                    lost += [(row, preds) for row in pending if row.job is job]
                     pending = [row for row in pending if row.job is not job]
             elif len(pending) == 1:
-                lost.append((pending.pop(), outcome))
+                lost.append((pending.pop(), preds))
             else:
-                alone = [self.predict([row]) for row in pending]
-                return (
-                    [each for predicted, _ in alone for each in predicted],
-                    lost + [each for _, gone in alone for each in gone],
-                )
-        return [], lost
+                return _joined([self.predict([row]) for row in pending], lost)
+        return Outcome(rows=[], preds=None, lost=lost)
 
     def forget(self) -> None:
         """Let go of the pictures of past calls: nothing runs."""
@@ -82,13 +87,13 @@ class Stepper:
         """How many rows the U-Net call of these pictures has, with padding."""
         return self._padded(rows[0].size) or sum(row.unet_rows for row in rows)
 
-    def _try(self, rows: list[PictureRow]) -> tuple[Tensor, ...] | Exception:
+    def _try(self, rows: list[PictureRow]) -> Tensor | Exception:
         size = rows[0].size
         allowed = self._allowed(size)
-        trajectories = [row.trajectory for row in rows if row.trajectory is not None]
+        pictures = [row.trajectory for row in rows if row.trajectory is not None]
         try:
             text = self._text(rows)
-            preds = predictions(self._unet, trajectories, text, most_rows=allowed)
+            preds = predictions(self._unet, pictures, text, most_rows=allowed)
         except Exception as error:
             if not is_out_of_memory(error):
                 logger.exception("A U-Net call of %d picture(s) failed.", len(rows))
@@ -138,6 +143,15 @@ class Stepper:
         if len(self._texts) > _REMEMBERED_SIZES:
             self._texts.popitem(last=False)
         return text
+
+
+def _joined(alone: Sequence[Outcome], lost: Lost) -> Outcome:
+    preds = [each.preds for each in alone if each.preds is not None]
+    return Outcome(
+        rows=[row for each in alone for row in each.rows],
+        preds=torch.cat(preds) if preds else None,
+        lost=lost + [row for each in alone for row in each.lost],
+    )
 
 
 class Pace:

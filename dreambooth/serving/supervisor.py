@@ -95,8 +95,15 @@ class Supervisor(Listener):
 
     @property
     def state(self) -> State:
-        """loading, ready, down (between two processes, or for good) or closing."""
-        return self._state
+        """loading, ready, down (between two processes, silent, or for good) or closing."""
+        silent = self._state == "ready" and self._keeper.quiet
+        return "down" if silent else self._state
+
+    @property
+    def reason(self) -> str:
+        """Why it is not ready, one sentence, else ""."""
+        silent = "The engine gives no sign of life."
+        return self._reason if self._state == self.state else silent
 
     @property
     def facts(self) -> SamplingFacts:
@@ -165,8 +172,8 @@ class Supervisor(Listener):
     def status(self) -> SupervisorStatus:
         """Return a snapshot; never waits for the engine."""
         return self._tally.snapshot(
-            state=self._state,
-            reason="" if self._state == "ready" else self._reason,
+            state=self.state,
+            reason=self.reason,
             requests_in_flight=len(self._flights),
             pictures_in_flight=self._flights.picture_count,
             load_seconds=self._load_s,
@@ -297,9 +304,9 @@ class Supervisor(Listener):
     def _admit(
         self, request: GenerationRequest, pictures: Sequence[SamplingRequest], waited_s: float
     ) -> tuple[Flight, EngineProcess]:
-        state, pace, process = self._state, self._pace, self._keeper.process
+        state, pace, process = self.state, self._pace, self._keeper.process
         if state != "ready":
-            raise self._refused(state, self._reason, self._retry_after_s())
+            raise self._refused(state, self.reason, self._retry_after_s())
         assert pace is not None
         assert process is not None
         request_id = next(self._numbers)

@@ -14,6 +14,10 @@ from collections import deque
 from collections.abc import Callable, Hashable
 from typing import Any, Generic, Protocol, TypeVar
 
+# After a step a finished picture is decoded, layer by layer, until so much of the time that the
+# step took has passed.
+DECODING_SHARE = 0.5
+
 
 class Seated(Protocol):
     """A picture, as far as turns go.

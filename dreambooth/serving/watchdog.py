@@ -12,11 +12,13 @@ class Patience:
     """How long the engine may take; all generous, since killing a slow engine helps nobody.
 
     silence_s: without any message; a thread of its own sends one twice a second, whatever the
-    engine does. step_s: without progress while it has work: one U-Net call or one decoding; a step
-    of a full-size model on a CPU takes tens of seconds. load_s: until it is ready.
+    engine does. quiet_s: the same of one that was ready, until it is no longer asked for pictures:
+    it may come back. step_s: without progress while it has work: one U-Net call or one decoding; a
+    step of a full-size model on a CPU takes tens of seconds. load_s: until it is ready.
     """
 
     silence_s: float = 60.0
+    quiet_s: float = 10.0
     step_s: float = 300.0
     load_s: float = 900.0
 
@@ -62,6 +64,10 @@ class Watchdog:
         self._started += seconds
         self._heard += seconds
         self._progress += seconds
+
+    def quiet(self, now: float) -> bool:
+        """Whether an engine that was ready says nothing."""
+        return self._ready and now - self._heard > self._patience.quiet_s
 
     def overdue(self, now: float) -> str | None:
         """Say what is overdue, or None."""

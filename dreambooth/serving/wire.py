@@ -8,13 +8,12 @@ its annotation, and what differs is a WireError.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import socket
 import struct
 import types
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from functools import cache
 from typing import Any, Final, Literal, Union, cast, get_args, get_origin, get_type_hints
 
@@ -27,6 +26,7 @@ MAX_PAYLOAD_BYTES: Final = 3 * LIMITS.max_generated_pixels
 
 _MAGIC: Final = b"DBf1"
 _PREFIX: Final = struct.Struct("!4sII")
+PREFIX_BYTES: Final = _PREFIX.size
 _PAYLOAD: Final = "pixels"
 _KINDS: Final = {
     kind.__name__: kind for union in (ToEngine, FromEngine) for kind in get_args(union)
@@ -51,34 +51,23 @@ def pack(message: ToEngine | FromEngine) -> tuple[bytes, bytes]:
     return _PREFIX.pack(_MAGIC, len(header), len(payload)) + header, payload
 
 
-async def from_engine(reader: asyncio.StreamReader) -> FromEngine | None:
-    """Read the engine's next message; None where it is gone, even in the middle of a frame.
-
-    Raises WireError for anything else.
-    """
-    try:
-        lengths = _lengths(await reader.readexactly(_PREFIX.size))
-        header = await reader.readexactly(lengths[0])
-        payload = await reader.readexactly(lengths[1])
-    except (asyncio.IncompleteReadError, OSError):
-        return None
-    return cast(FromEngine, unpack(header, payload, FromEngine))
-
-
 def to_engine(connection: socket.socket) -> ToEngine | None:
-    """Read the server's next message from a blocking socket, as `from_engine` does."""
-    prefix = _exactly(connection, _PREFIX.size)
+    """Read the server's next message from a blocking socket.
+
+    None where the server is gone, even in the middle of a frame; WireError for anything else.
+    """
+    prefix = _exactly(connection, PREFIX_BYTES)
     if prefix is None:
         return None
-    lengths = _lengths(prefix)
-    header = _exactly(connection, lengths[0])
-    payload = _exactly(connection, lengths[1])
+    header_bytes, payload_bytes = lengths(prefix)
+    header = _exactly(connection, header_bytes)
+    payload = _exactly(connection, payload_bytes)
     if header is None or payload is None:
         return None
     return cast(ToEngine, unpack(header, payload, ToEngine))
 
 
-def unpack(header: bytes, payload: bytes, kinds: Any) -> ToEngine | FromEngine:
+def unpack(header: bytes, payload: bytes | bytearray, kinds: Any) -> ToEngine | FromEngine:
     """Read one message of the union `kinds` from the two parts of a frame, or raise WireError."""
     try:
         content = json.loads(header)
@@ -89,11 +78,12 @@ def unpack(header: bytes, payload: bytes, kinds: Any) -> ToEngine | FromEngine:
     if kind is None or kind not in get_args(kinds):
         raise WireError(f"a message of the kind {str(named)[:80]!r} is not expected here")
     if kind is Drawn:
-        content[_PAYLOAD] = payload
+        content[_PAYLOAD] = b""
     elif payload:
         raise WireError(f"{kind.__name__} came with a payload")
     message: ToEngine | FromEngine = _read(kind, content, kind.__name__)
     if isinstance(message, Drawn):
+        message = replace(message, pixels=payload)
         width, height = message.width, message.height
         if min(width, height) < 1 or len(payload) != 3 * width * height:
             raise WireError(f"{len(payload)} bytes are no {width} x {height} picture")
@@ -114,7 +104,8 @@ def _exactly(connection: socket.socket, count: int) -> bytes | None:
     return bytes(received)
 
 
-def _lengths(prefix: bytes) -> tuple[int, int]:
+def lengths(prefix: bytes | bytearray) -> tuple[int, int]:
+    """Bytes of a frame's header and payload, or WireError."""
     magic, header, payload = _PREFIX.unpack(prefix)
     if magic != _MAGIC:
         raise WireError(f"a frame begins with {magic!r}")

@@ -1,11 +1,15 @@
 """What the engine's thread does, turn by turn; no threads and no locks here.
 
-A turn: the next size's rows, those that may join first, take one step in one U-Net call; then at
-most one finished picture is decoded, so that decoding never holds the others up for longer.
+A turn: the next size's rows, those that may join first, take one step in one U-Net call; then the
+oldest finished picture is decoded layer by layer, until half of the time that the step took has
+passed. So decoding holds the others up for half a step and the rest of one layer at most, and no
+layer of Stable Diffusion takes half of a single row's step (`diffusion.decoding`). A schedule that
+nobody has asked for yet is read over as many turns as it takes.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections import deque
@@ -15,20 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreambooth.diffusion import sampling
-from dreambooth.diffusion.denoising import SchedulerTemplates
-from dreambooth.diffusion.model import DiffusionModel, sampling_scheduler
+from dreambooth.diffusion import sampling, trajectories
+from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.diffusion.safety import SafetyChecker
 from dreambooth.diffusion.sampling_request import SamplingRequest, picture_size
 from dreambooth.diffusion.text_encoders import in_one_line
 from dreambooth.errors import DreamBoothError, ModelArtifactError, ResourceError
-from dreambooth.serving import decoding, warm_up
+from dreambooth.serving import decoding, unet_graphs, warm_up
 from dreambooth.serving.jobs import Job
 from dreambooth.serving.memory import advice, free_caches, is_device_lost, is_out_of_memory
+from dreambooth.serving.probing import Prober
 from dreambooth.serving.reply import Picture
 from dreambooth.serving.rows import PictureRow, TextCache, places_of
 from dreambooth.serving.stepping import Pace, Stepper
-from dreambooth.serving.turns import Turns
+from dreambooth.serving.turns import DECODING_SHARE, Turns
 from dreambooth.serving.warm_up import WarmUp
 
 logger = logging.getLogger(__name__)
@@ -47,8 +51,12 @@ class Worker:
         batch_rows: int | None,
         max_rows: int,
         safety_checker: SafetyChecker | None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """batch_rows: exact mode's rows of every call. max_rows: elastic mode's most."""
+        """batch_rows: exact mode's rows of every call. max_rows: elastic mode's most.
+
+        clock: seconds, by which decoding is rationed.
+        """
         for part in (model.unet, model.vae, model.text_encoder):
             part.eval()
         self.facts = sampling.sampling_facts(model)
@@ -62,10 +70,12 @@ class Worker:
         self.someone_left = False  # set by any thread: a job was given up
         self._model = model
         self._safety_checker = safety_checker
+        self._clock = clock
         self._texts = TextCache(model)
-        self._templates = SchedulerTemplates(lambda: sampling_scheduler(model))
+        self._schedules = sampling.schedules_of(model)
+        self._may_read = True  # some of a new schedule, in this turn
         self._pace = Pace(model.device)
-        self._positions_matter: dict[tuple[int, int], bool] = {}
+        self._prober = Prober(model, self._texts, self._pace)
         self._known_pixels = 0  # the largest picture that ever fitted
 
     @property
@@ -87,21 +97,25 @@ class Worker:
 
     @torch.inference_mode()
     def turn(self) -> None:
-        """Take one step of the next size, then decode one picture."""
+        """Take one step of the next size, then go on decoding a picture."""
         if self.someone_left:
             self.someone_left = False
             self._drop(lambda row: row.job.done)
         # Pictures that wait to be decoded hold memory: more of them than a call has rows, and no
         # new ones begin.
         admit = len(self.undecoded) < self.stepper.most_rows
-        rows, joined = self.turns.next(admit=admit)
-        for row in joined:
-            self._guarded(row, lambda row=row: self._begin(row), "beginning")  # type: ignore[misc]
+        rows, _ = self.turns.next(admit=admit)
+        self._may_read = True
+        for row in rows:
+            if row.trajectory is None and not row.job.done:
+                self._guarded(row, functools.partial(self._begin, row), "beginning")
         rows = [row for row in rows if row.trajectory is not None and not row.job.done]
+        began = self._clock()
         if rows:
             self._step(rows)
         if self.undecoded:
-            self._decode(self.undecoded.popleft())
+            self._pace.wait()
+            self._decode(DECODING_SHARE * (self._clock() - began) if rows else 0.0)
         if not self.has_work:
             self.stepper.forget()
 
@@ -116,23 +130,12 @@ class Worker:
 
     @torch.inference_mode()
     def positions_matter(self, size: tuple[int, int]) -> bool:
-        """Exact mode: whether equal rows of one call come out unequal here at this size, pixels.
+        """Exact mode: whether pictures of this size, pixels, must keep to rows of their own.
 
-        So it is on CPUs with several threads, which cut a call's work at places that do not fall
-        between rows. Pictures then keep to rows that their seed chooses. Asked of the device by
-        one call, the first time that a size is wanted.
+        Their seed chooses these.
         """
-        if size not in self._positions_matter:
-            outcome = True
-            try:
-                output = self._probe(size, self.stepper.batch_rows or 1)
-                outcome = not all(torch.equal(row, output[0]) for row in output)
-            except Exception as error:  # too large: the pictures themselves will say so
-                if is_device_lost(error):
-                    raise
-                logger.warning("The rows of a call could not be compared: %s", error)
-            self._positions_matter[size] = outcome
-        return self._positions_matter[size]
+        rows = self.stepper.batch_rows or 1
+        return self._prober.positions_matter(size, rows=rows)
 
     @torch.inference_mode()
     def warm_up(self, budget_s: float) -> WarmUp:
@@ -168,18 +171,16 @@ class Worker:
         if stepper.batch_rows is not None:
             positions_matter = self.positions_matter(size)
             began = time.perf_counter()
-            self._probe(size, stepper.batch_rows)
+            self._prober.call(size, stepper.batch_rows)
             curve = ((stepper.batch_rows, time.perf_counter() - began),)
         else:
             curve = warm_up.measure(
-                lambda rows: self._measured(size, rows),
+                lambda rows: self._prober.timed_call(size, rows),
                 most_rows=stepper.most_rows,
                 budget_s=budget_s,
             )
             if budget_s > 0:
-                # Fewer than two would tear the halves of a guided picture apart.
-                pay = max(2, warm_up.rows_that_pay(curve))
-                stepper.most_rows = min(stepper.most_rows, pay)
+                stepper.most_rows = min(stepper.most_rows, warm_up.rows_of_a_call(curve))
         self.seconds_per_step = dict(curve)
         self.steps_done_total = self.pictures_total = 0
         return WarmUp(
@@ -190,70 +191,121 @@ class Worker:
         )
 
     def _begin(self, row: PictureRow) -> None:
+        """Let a picture begin; not yet, where that would hold the others up for longer."""
         request = row.request
+        steps, eta = request.num_inference_steps, request.eta
+        if self._schedules.take_known(steps, eta=eta) is None and self._may_read:
+            self._may_read = False
+            self._schedules.read_on(steps, eta=eta)
+        if self._schedules.take_known(steps, eta=eta) is None:
+            return
         row.prompt = self._texts.get(request.prompt)
         if request.guided:
             row.negative_prompt = self._texts.get(request.negative_prompt)
-        prepared = self._templates.take(request.num_inference_steps)
-        row.trajectory = sampling.start(self._model, [request], prepared=prepared)
+        row.trajectory = sampling.start(self._model, request, self._schedules)
 
     def _step(self, rows: list[PictureRow]) -> None:
         began = time.perf_counter()
-        predicted, lost = self.stepper.predict(rows)
-        for row, pred in predicted:
-            self._guarded(row, lambda row=row, pred=pred: self._move(row, pred), "stepping")  # type: ignore[misc]
-        for row, error in lost:
+        outcome = self.stepper.predict(rows)
+        if outcome.preds is not None:
+            self._move(outcome.rows, outcome.preds)
+        for row, error in outcome.lost:
             self._lose(row, error)
         self._pace.after_call()
         self.steps_done_total += 1
-        if predicted and rows[0].size == (self.facts.resolution, self.facts.resolution):
+        if outcome.rows and rows[0].size == (self.facts.resolution, self.facts.resolution):
             self._record(self.stepper.call_rows(rows), time.perf_counter() - began)
 
-    def _move(self, row: PictureRow, pred: Tensor) -> None:
-        trajectory = row.trajectory
-        assert trajectory is not None
+    def _move(self, rows: list[PictureRow], preds: Tensor) -> None:
+        """Take the step of all pictures of a call, at once where that can be done."""
+        if not self._moved_together(rows, preds):
+            for row, pred in zip(rows, torch.split(preds, 1), strict=True):
+                move = functools.partial(self._move_alone, row, pred)
+                self._guarded(row, move, "stepping", retry=False)
+        for row in rows:
+            if row.trajectory is not None and row.trajectory.finished and not row.job.done:
+                self.turns.leave(row)
+                self.undecoded.append(row)
+
+    def _moved_together(self, rows: list[PictureRow], preds: Tensor) -> bool:
+        """Whether all have taken their step; if not, none has."""
+        pictures = [row.trajectory for row in rows if row.trajectory is not None]
+        if not trajectories.can_travel_together(pictures):
+            return False
         try:
-            trajectory.step(pred)
+            trajectories.step(pictures, preds)
+            return True
+        except Exception as error:
+            if is_device_lost(error):
+                raise
+            short = is_out_of_memory(error)
+            if not short:
+                logger.exception("A step of %d picture(s) failed.", len(rows))
+        if short:
+            self.stepper.out_of_memory_total += 1
+            free_caches()
+        return False
+
+    def _move_alone(self, row: PictureRow, pred: Tensor) -> None:
+        assert row.trajectory is not None
+        try:
+            trajectories.step([row.trajectory], pred)
         except Exception as error:
             # Half of a step cannot be taken back; the same picture can be begun anew.
             if not is_out_of_memory(error) or row.restarts >= _MOST_RESTARTS:
                 raise
             row.restarts += 1
             logger.warning("Out of memory in a noise scheduler: a picture is begun anew.")
-            del trajectory
+            row.trajectory = None
             self._begin(row)
-            return
-        if trajectory.finished:
-            self.turns.leave(row)
-            self.undecoded.append(row)
 
-    def _decode(self, row: PictureRow) -> None:
+    def _decode(self, most_s: float) -> None:
+        """Decode of the oldest picture one layer, and more until so many seconds have passed."""
+        row = self.undecoded[0]
         if row.job.done:
+            self.undecoded.popleft()
             return
-        began = time.perf_counter()
-        picture: list[Picture] = []
-        self._guarded(row, lambda: picture.append(self._finish(row)), "decoding")
-        if not picture:
+        began = self._clock()
+        done: list[Picture] = []
+        go_on = functools.partial(self._go_on, row, began + most_s, done)
+        self._guarded(row, go_on, "decoding", retry=not row.decoding_failed)
+        row.decoding_s += self._clock() - began
+        if not done:
             return
+        self.undecoded.popleft()
         if row.size == (self.facts.resolution, self.facts.resolution):
-            taken = time.perf_counter() - began
-            before = self.seconds_per_decode or taken
-            self.seconds_per_decode = before + _NEWEST * (taken - before)
+            before = self.seconds_per_decode or row.decoding_s
+            self.seconds_per_decode = before + _NEWEST * (row.decoding_s - before)
         self._known_pixels = max(self._known_pixels, row.size[0] * row.size[1])
         self.pictures_total += 1
-        row.job.deliver(row.index, picture[0])
+        row.job.deliver(row.index, done[0])
 
-    def _finish(self, row: PictureRow) -> Picture:
+    def _go_on(self, row: PictureRow, end: float, done: list[Picture]) -> None:
+        """Decode until the clock says `end`, or to the end: then the picture is put into `done`."""
         assert row.trajectory is not None
-        return decoding.finish(
-            self._model,
-            row.trajectory.latents,
-            seed=row.request.seed,
-            exact=row.exact,
-            safety_checker=self._safety_checker,
-        )
+        if row.decoding is None:
+            row.decoding = decoding.finish(
+                self._model,
+                row.trajectory.latents,
+                seed=row.request.seed,
+                exact=row.exact,
+                safety_checker=self._safety_checker,
+            )
+        try:
+            while True:
+                next(row.decoding)
+                self._pace.wait()
+                if self._clock() >= end:
+                    return
+        except StopIteration as last:
+            done.append(last.value)
+        except Exception:
+            row.decoding, row.decoding_failed = None, True
+            raise
 
-    def _guarded(self, row: PictureRow, work: Callable[[], Any], what: str) -> None:
+    def _guarded(
+        self, row: PictureRow, work: Callable[[], Any], what: str, *, retry: bool = True
+    ) -> None:
         """Do a picture's work; out of memory, once more with what can be freed; else it is lost."""
         for last in (False, True):
             try:
@@ -270,8 +322,9 @@ class Worker:
             if short:
                 self.stepper.out_of_memory_total += 1
                 self._texts.clear()
+                unet_graphs.release(self._model.unet)
                 free_caches()
-            if last or not short or what == "stepping":
+            if last or not short or not retry:
                 self._lose(row, failure)
                 return
 
@@ -289,32 +342,6 @@ class Worker:
     def _drop(self, unwanted: Callable[[PictureRow], bool]) -> None:
         self.turns.drop(unwanted)
         self.undecoded = deque(row for row in self.undecoded if not unwanted(row))
-
-    def _probe(self, size: tuple[int, int], rows: int) -> Tensor:
-        """One U-Net call of equal rows, finished when this returns."""
-        model = self._model
-        scale = model.vae_scale_factor
-        shape = (1, model.latent_channels, size[1] // scale, size[0] // scale)
-        noise = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(0))
-        text = self._texts.get("")
-        output: Tensor = model.unet(
-            noise.to(model.device, model.unet.dtype).repeat(rows, 1, 1, 1),
-            torch.full((rows,), 500, device=model.device),
-            encoder_hidden_states=text.repeat(rows, 1, 1),
-            return_dict=False,
-        )[0]
-        self._pace.wait()
-        return output
-
-    def _measured(self, size: tuple[int, int], rows: int) -> None:
-        try:
-            self._probe(size, rows)
-            return
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-        free_caches()
-        raise MemoryError
 
     def _record(self, rows: int, seconds: float) -> None:
         before = self.seconds_per_step.get(rows, seconds)

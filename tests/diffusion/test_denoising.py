@@ -9,9 +9,9 @@ import torch
 
 from dreambooth.diffusion import denoising, sampling
 from dreambooth.diffusion import model as models
-from dreambooth.diffusion.component_classes import SCHEDULERS as SCHEDULER_CLASSES
 from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.diffusion.sampling_request import SamplingRequest
+from dreambooth.diffusion.trajectories import Trajectory
 
 SCHEDULERS = [
     "PNDMScheduler",
@@ -32,9 +32,13 @@ def request(seed: int, **options: Any) -> SamplingRequest:
     return SamplingRequest(seed=seed, **given)
 
 
+def start(model: DiffusionModel, request: SamplingRequest) -> Trajectory:
+    return sampling.start(model, request, sampling.schedules_of(model))
+
+
 @torch.no_grad()
 def alone(model: DiffusionModel, request: SamplingRequest) -> torch.Tensor:
-    trajectory, rows = sampling.start(model, [request]), sampling.text_rows(model, [request], {})
+    trajectory, rows = start(model, request), sampling.text_rows(model, [request], {})
     while not trajectory.finished:
         denoising.advance(model.unet, [trajectory], rows)
     return trajectory.latents
@@ -53,11 +57,11 @@ def test_trajectories_that_join_and_leave_at_any_step_end_as_if_alone(
         request(4, num_inference_steps=2),
     ]
     waiting = list(everyone)
-    running: list[tuple[SamplingRequest, denoising.Trajectory]] = []
+    running: list[tuple[SamplingRequest, Trajectory]] = []
     ended: dict[int, torch.Tensor] = {}
     while len(ended) < 4:
         if waiting:  # one more joins at every step
-            running.append((waiting[0], sampling.start(model, [waiting.pop(0)])))
+            running.append((waiting[0], start(model, waiting.pop(0))))
         rows = sampling.text_rows(model, [each for each, _ in running], {})
         denoising.advance(model.unet, [trajectory for _, trajectory in running], rows)
         ended |= {each.seed: t.latents for each, t in running if t.finished}
@@ -89,29 +93,10 @@ def test_predict_leaves_rows_without_guidance_alone(loaded: DiffusionModel) -> N
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_a_callers_autocast_does_not_round_the_noise_scheduler(
-    loaded: DiffusionModel, scheduler: str
-) -> None:
-    model = dataclasses.replace(loaded, scheduler_class=scheduler)
-    preds = torch.randn(5, 1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    ends = []
-    for enabled in (False, True):
-        trajectory = sampling.start(model, [request(1)])
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            for pred in preds:
-                trajectory.model_input()
-                trajectory.step(pred)
-        assert trajectory.latents.dtype == torch.float32
-        ends.append(trajectory.latents)
-    assert torch.equal(*ends)
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("most_rows", [1, 2, 3])
 def test_a_call_in_parts_predicts_the_same(loaded: DiffusionModel, most_rows: int) -> None:
     trio = [request(1, guidance_scale=1.0), request(2), request(3, prompt="snow")]
-    trajectories = [sampling.start(loaded, [each]) for each in trio]
+    trajectories = [start(loaded, each) for each in trio]
     rows = sampling.text_rows(loaded, trio, {})
     whole = denoising.predictions(loaded.unet, trajectories, rows)
     parts = denoising.predictions(loaded.unet, trajectories, rows, most_rows=most_rows)
@@ -123,7 +108,7 @@ def test_a_call_in_parts_predicts_the_same(loaded: DiffusionModel, most_rows: in
 @torch.no_grad()
 def test_rows_may_lie_anywhere_in_a_padded_call(loaded: DiffusionModel) -> None:
     pair = [request(1, guidance_scale=1.0), request(2, guidance_scale=6.0)]
-    trajectories = [sampling.start(loaded, [each]) for each in pair]
+    trajectories = [start(loaded, each) for each in pair]
     rows = sampling.text_rows(loaded, pair, {})
     expected = denoising.predictions(loaded.unet, trajectories, rows)
     places, sources = torch.tensor([4, 1, 2]), torch.tensor([0, 1, 2, 0, 0])
@@ -135,45 +120,3 @@ def test_rows_may_lie_anywhere_in_a_padded_call(loaded: DiffusionModel) -> None:
     got = denoising.predictions(loaded.unet, trajectories, placed)
     for one, other in zip(expected, got, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("scheduler", sorted(SCHEDULER_CLASSES))
-def test_copies_of_a_noise_scheduler_walk_as_fresh_ones_do(
-    loaded: DiffusionModel, scheduler: str
-) -> None:
-    model = dataclasses.replace(loaded, scheduler_class=scheduler)
-    templates = denoising.SchedulerTemplates(lambda: models.sampling_scheduler(model))
-    preds = torch.randn(20, 1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-
-    def walk(*trajectories: denoising.Trajectory) -> list[torch.Tensor]:
-        for pred in preds:  # in turns, so that one would see what the other leaves behind
-            for trajectory in trajectories:
-                if not trajectory.finished:
-                    trajectory.model_input()
-                    trajectory.step(pred)
-        assert all(trajectory.finished for trajectory in trajectories)
-        return [trajectory.latents for trajectory in trajectories]
-
-    wanted = [request(1), request(2), request(1, num_inference_steps=6)]
-    fresh = [walk(sampling.start(model, [each]))[0] for each in wanted]
-    copies = [
-        sampling.start(model, [each], prepared=templates.take(each.num_inference_steps))
-        for each in wanted
-    ]
-    for one, other in zip(walk(*copies), fresh, strict=True):
-        assert torch.equal(one, other)
-
-
-def test_only_so_many_templates_are_kept(loaded: DiffusionModel) -> None:
-    made: list[int] = []
-
-    def make() -> Any:
-        made.append(1)
-        return models.sampling_scheduler(loaded)
-
-    templates = denoising.SchedulerTemplates(make, most=2)
-    for steps in (3, 4, 3, 5, 3):
-        _, timesteps = templates.take(steps)
-        assert len(timesteps) == steps + 1  # PNDM walks one more
-    assert len(made) == 4

@@ -284,7 +284,10 @@ def test_a_bfloat16_model_draws_nearly_the_float32_picture(
     small_model_folder: Path, model: DiffusionModel
 ) -> None:
     half = models.load(small_model_folder, device=CPU, dtype=torch.bfloat16)
-    assert sampling.start(half, requests(1)).latents.dtype == torch.float32
+    assert (
+        sampling.start(half, requests(1)[0], sampling.schedules_of(half)).latents.dtype
+        == torch.float32
+    )
     (picture,), (expected,) = generate(half, requests(1)), generate(model, requests(1))
     assert picture is not None
     assert expected is not None
@@ -361,8 +364,6 @@ def test_the_fewest_steps_work(model: DiffusionModel, name: str, steps: int) -> 
 
 @pytest.mark.parametrize("name", ["DDIM", "PNDM", "DDPM"])
 def test_the_most_steps_fit_the_noise_schedule(model: DiffusionModel, name: str) -> None:
-    timesteps = sampling.start(
-        with_scheduler(model, name), requests(1, num_inference_steps=999)
-    ).timesteps
+    timesteps = sampling.schedules_of(with_scheduler(model, name)).take(999).timesteps
     assert int(timesteps.min()) >= 0
     assert int(timesteps.max()) < 1000

@@ -169,6 +169,18 @@ def test_a_model_that_cannot_be_loaded_is_said_before_it_ends(
     runner.run(process.end())
 
 
+def test_options_for_speed_are_taken_and_graphs_left_out_without_a_gpu(
+    runner: asyncio.Runner,
+) -> None:
+    process = runner.run(EngineProcess.spawn((*TINY, "--cuda-graphs", "--channels-last")))
+    talk = Talk(runner, process)
+    talk.until(lambda message: isinstance(message, Ready))
+    talk.say(Generate.of(1, pictures(1), None))
+    heard = talk.until(lambda message: isinstance(message, Done))
+    assert any(isinstance(message, Drawn) for message in heard)
+    runner.run(process.end())
+
+
 def test_it_ends_when_its_socket_is_closed_even_while_it_loads(runner: asyncio.Runner) -> None:
     process = runner.run(EngineProcess.spawn(TINY))
     Talk(runner, process).until(lambda message: isinstance(message, Status))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from dreambooth.diffusion import model as models
+from dreambooth.diffusion import trajectories
 from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.diffusion.sampling_request import SamplingRequest
 from dreambooth.errors import ResourceError
@@ -223,13 +225,15 @@ def test_text_that_never_fits_fails_its_job_alone(model: DiffusionModel) -> None
 def test_memory_short_for_decoding_is_tried_once_more(model: DiffusionModel) -> None:
     wanted = [[request(1)], [request(2)]]
     expected = pictures(run(worker(model), *wanted))
-    with failing(model.vae.decoder, once(2)):
+    with failing(model.vae.decoder.mid_block, once(2)):
         assert difference(pictures(run(worker(model), *wanted)), expected) == 0
 
 
 def test_a_picture_that_cannot_be_decoded_fails_its_job_alone(model: DiffusionModel) -> None:
     expected = pictures(run(worker(model), [request(1)], [request(2)]))
-    with failing(model.vae.decoder, (lambda counts: lambda _: next(counts) < 2)(iter(range(99)))):
+    with failing(
+        model.vae.decoder.mid_block, (lambda counts: lambda _: next(counts) < 2)(iter(range(99)))
+    ):
         lost, fine = run(worker(model), [request(1)], [request(2)])
     with pytest.raises(ResourceError, match="32 x 32 pixels; 16 x 16 should fit"):
         lost.result(timeout=0)
@@ -240,9 +244,14 @@ def test_a_picture_that_cannot_be_decoded_fails_its_job_alone(model: DiffusionMo
 def test_a_noise_scheduler_without_memory_begins_its_picture_anew(
     model: DiffusionModel, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
+    """One that has no table, as it clips."""
+    settings = model.scheduler_config | {"clip_sample": True}
+    model = dataclasses.replace(model, scheduler_class="DDIMScheduler", scheduler_config=settings)
     wanted = [[request(1)], [request(2)]]
     expected = pictures(run(worker(model), *wanted))
-    step, fails = diffusers.PNDMScheduler.step_plms, once(at)
+    engine = worker(model)
+    run(engine, [request(3)])
+    step, fails = diffusers.DDIMScheduler.step, once(at)
 
     def half_a_step(self: Any, *args: Any, **options: Any) -> Any:
         result = step(self, *args, **options)
@@ -250,8 +259,43 @@ def test_a_noise_scheduler_without_memory_begins_its_picture_anew(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return result
 
-    monkeypatch.setattr(diffusers.PNDMScheduler, "step_plms", half_a_step)
-    assert difference(pictures(run(worker(model), *wanted)), expected) <= 2
+    monkeypatch.setattr(diffusers.DDIMScheduler, "step", half_a_step)
+    before = engine.steps_done_total
+    assert difference(pictures(run(engine, *wanted)), expected) <= 2
+    assert engine.steps_done_total - before == 4 + (at + 1) // 2
+
+
+@pytest.mark.parametrize("at", [1, 2, 4])
+@pytest.mark.parametrize("batch_rows", [None, 4])
+def test_a_step_of_all_without_memory_is_taken_one_by_one(
+    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch, at: int, batch_rows: int | None
+) -> None:
+    model = dataclasses.replace(model, scheduler_class="EulerAncestralDiscreteScheduler")
+    wanted = [[request(1)], [request(2)]]
+    engine = worker(model, batch_rows=batch_rows)
+    expected = pictures(run(engine, *wanted))
+    before = engine.steps_done_total
+    sizes: list[int] = []
+    step, fails = trajectories.step, once(at)
+
+    def no_memory(company: Sequence[Any], preds: torch.Tensor) -> None:
+        sizes.append(len(company))
+        with monkeypatch.context() as patched:
+            if fails(1):
+                patched.setattr(torch, "mul", full)
+            step(company, preds)
+
+    def full(*args: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trajectories, "step", no_memory)
+    got = pictures(run(engine, *wanted))
+    assert difference(got, expected) == 0
+    assert all(picture.exact for picture in got)
+    assert engine.steps_done_total - before == 4  # nobody had to begin anew
+    assert engine.stepper.out_of_memory_total == 1
+    if at == 1:
+        assert sizes == [2, 1, 1, 2, 2, 2]
 
 
 def test_any_other_fault_of_a_shared_call_hurts_only_its_cause(model: DiffusionModel) -> None:

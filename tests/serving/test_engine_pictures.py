@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -240,20 +241,103 @@ def test_pictures_of_one_job_share_calls_only_up_to_its_share(small: DiffusionMo
     assert calls == [2] * 12
 
 
+class CountedTime:
+    """A clock that only U-Net calls (1 s) and layers of the decoder (layer_s) move."""
+
+    def __init__(self, model: DiffusionModel, *, layer_s: float) -> None:
+        self.seconds = 0.0
+        self.calls: list[tuple[float, float]] = []  # when each began and ended
+        decoder = model.vae.decoder
+        blocks = [[*block.resnets, *(block.upsamplers or ())] for block in decoder.up_blocks]
+        layers = [decoder.conv_in, decoder.mid_block, *itertools.chain(*blocks), decoder.conv_out]
+        self.hooks = [each.register_forward_hook(lambda *_: self._pass(layer_s)) for each in layers]
+        self.hooks.append(model.unet.register_forward_hook(lambda *_: self._call()))
+        self.layers = len(layers)
+
+    def __enter__(self) -> CountedTime:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _pass(self, seconds: float) -> None:
+        self.seconds += seconds
+
+    def _call(self) -> None:
+        self.calls.append((self.seconds, self.seconds + 1.0))
+        self._pass(1.0)
+
+
+def timed_worker(model: DiffusionModel, time: CountedTime) -> Worker:
+    return Worker(
+        model, batch_rows=None, max_rows=8, safety_checker=None, clock=lambda: time.seconds
+    )
+
+
 def test_one_picture_is_decoded_per_step_while_others_run(small: DiffusionModel) -> None:
-    engine = worker(small)
-    quick = Job([request(seed, num_inference_steps=2, guidance_scale=1.0) for seed in range(3)])
-    slow = Job([request(9, num_inference_steps=20)])
-    engine.add(quick)
-    engine.add(slow)
-    done: list[int] = []
-    while not quick.done:
-        before = engine.pictures_total
-        engine.turn()
-        done.append(engine.pictures_total - before)
+    with CountedTime(small, layer_s=0.0) as time:
+        engine = timed_worker(small, time)
+        quick = Job([request(seed, num_inference_steps=2, guidance_scale=1.0) for seed in range(3)])
+        slow = Job([request(9, num_inference_steps=20)])
+        engine.add(quick)
+        engine.add(slow)
+        done: list[int] = []
+        while not quick.done:
+            before = engine.pictures_total
+            engine.turn()
+            done.append(engine.pictures_total - before)
     assert not slow.done
     assert max(done) == 1
     assert done[-3:] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("layer_s", [0.01, 0.15, 0.4])
+def test_decoding_never_stalls_the_others_longer_than_a_step(
+    small: DiffusionModel, layer_s: float
+) -> None:
+    wanted = [request(seed, num_inference_steps=seed + 1, guidance_scale=1.0) for seed in range(4)]
+    slow = request(9, num_inference_steps=60)
+    expected = [alone(worker(small), each) for each in [*wanted, slow]]
+    with CountedTime(small, layer_s=layer_s) as time:
+        engine = timed_worker(small, time)
+        pictures = together(engine, [*wanted, slow])
+    gaps = [after[0] - before[1] for before, after in itertools.pairwise(time.calls)]
+    assert max(gaps) <= 0.5 + layer_s + 1e-9
+    assert max(gaps) >= min(0.5, time.layers * layer_s)  # or the picture would wait for nothing
+    assert sum(gap > 0 for gap in gaps) >= 4
+    assert difference(pictures, expected) <= 2
+    assert engine.seconds_per_decode == pytest.approx(time.layers * layer_s)
+
+
+def test_who_comes_while_a_picture_is_decoded_waits_for_one_layer(small: DiffusionModel) -> None:
+    with CountedTime(small, layer_s=0.4) as time:
+        engine = timed_worker(small, time)
+        engine.add(Job([request(1, num_inference_steps=1)]))
+        while not time.calls or time.seconds < time.calls[-1][1] + 0.5:
+            engine.turn()
+        came = time.seconds
+        engine.add(Job([request(2, num_inference_steps=1)]))
+        calls = len(time.calls)
+        engine.turn()
+    assert engine.undecoded
+    assert time.calls[calls][0] == came
+
+
+def test_a_job_given_up_while_it_is_decoded_leaves_nothing(small: DiffusionModel) -> None:
+    with CountedTime(small, layer_s=0.4) as time:
+        engine = timed_worker(small, time)
+        job, other = Job([request(1, num_inference_steps=1)]), Job([request(2)])
+        engine.add(job)
+        engine.add(other)
+        while not engine.undecoded:
+            engine.turn()
+        job.cancel()
+        engine.someone_left = True
+        while engine.has_work:
+            engine.turn()
+    assert engine.pictures_total == 1
+    assert other.done
 
 
 def test_pictures_that_wait_for_the_vae_keep_new_ones_out(small: DiffusionModel) -> None:
@@ -266,6 +350,20 @@ def test_pictures_that_wait_for_the_vae_keep_new_ones_out(small: DiffusionModel)
         engine.turn()
         most = max(most, len(engine.undecoded))
     assert most < 8
+
+
+def test_a_long_schedule_is_read_while_others_run(small: DiffusionModel) -> None:
+    engine = worker(small)
+    short = Job([request(1, num_inference_steps=30)])
+    engine.add(short)
+    engine.turn()
+    engine.add(Job([request(2, num_inference_steps=400)]))
+    for _ in range(5):
+        before = engine.steps_done_total
+        engine.turn()
+        assert engine.steps_done_total == before + 1
+    assert engine.turns.running_rows == 4
+    assert sum(engine.stepper.call_rows([row]) for row in engine.turns.next()[0] if row.trajectory)
 
 
 def test_every_noise_scheduler_draws_one_step(small: DiffusionModel) -> None:

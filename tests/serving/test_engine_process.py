@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dreambooth.serving import engine_process
+from dreambooth.serving import child, engine_process
 from dreambooth.serving.engine_process import COMMAND, EngineProcess
 from dreambooth.serving.messages import Cancel, Status
+from dreambooth.serving.serve_options import ServeSettings
 
 LONG_S = 60.0
 SAY_AND = """
@@ -62,6 +63,37 @@ def test_it_is_seen_to_be_gone_though_its_own_child_holds_the_socket() -> None:
         await process.end()
 
     asyncio.run(talk())
+
+
+def test_the_engine_is_told_every_setting_that_concerns_it() -> None:
+    def told(settings: ServeSettings) -> dict[str, object]:
+        options = engine_process.options(Path("/models/dog"), settings)
+        return vars(child._parser().parse_args(["--fd", "3", *options]))
+
+    odd = ServeSettings(
+        model="dog",
+        batch_rows=4,
+        safety_checker=False,
+        device="cpu",
+        precision="bf16",
+        cuda_graphs=True,
+        channels_last=True,
+        log_level="debug",
+    )
+    assert told(odd) == {
+        "fd": 3,
+        "model": Path("/models/dog"),
+        "device": "cpu",
+        "precision": "bf16",
+        "batch_rows": 4,
+        "no_safety_checker": True,
+        "cuda_graphs": True,
+        "channels_last": True,
+        "log_level": "debug",
+    }
+    usual = told(ServeSettings(model="dog"))
+    assert usual["batch_rows"] is None
+    assert not any(usual[name] for name in ("no_safety_checker", "cuda_graphs", "channels_last"))
 
 
 def test_what_lies_in_the_current_folder_is_not_imported(tmp_path: Path) -> None:

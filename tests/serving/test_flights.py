@@ -45,6 +45,7 @@ async def test_pictures_come_in_any_order_and_go_in_theirs() -> None:
     assert not one.result.done()
     assert len(flights.ahead()) == 1
     flights.take(drawn(0, value=9))
+    assert one.result.done()  # before Done, which takes another turn of the event loop
     flights.take(Done(request_id=1))
     pictures = await one.result
     assert [picture.seed for picture in pictures] == [40, 41]

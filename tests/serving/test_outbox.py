@@ -6,7 +6,8 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 from dreambooth.serving import wire
-from dreambooth.serving.messages import Done, FromEngine
+from dreambooth.serving.link import Link
+from dreambooth.serving.messages import Done, Drawn, FromEngine
 from dreambooth.serving.outbox import Outbox
 
 SIZE = sum(map(len, wire.pack(Done(request_id=1000))))
@@ -15,11 +16,11 @@ LONG_S = 30.0
 
 def received(connection: socket.socket) -> list[FromEngine]:
     async def read() -> list[FromEngine]:
-        reader, writer = await asyncio.open_unix_connection(sock=connection)
+        loop = asyncio.get_running_loop()
+        _, link = await loop.create_unix_connection(Link, sock=connection)
         messages = []
-        while (message := await wire.from_engine(reader)) is not None:
+        while (message := await link.receive()) is not None:
             messages.append(message)
-        writer.close()
         return messages
 
     return asyncio.run(read())
@@ -74,6 +75,32 @@ def test_a_message_larger_than_the_bound_goes_alone() -> None:
     outbox.close(LONG_S)
     theirs.close()
     assert len(received(ours)) == 3
+
+
+def test_pictures_that_the_socket_takes_in_pieces_arrive_whole() -> None:
+    ours, theirs = socket.socketpair()
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    outbox = Outbox(theirs)
+    pictures = [
+        Drawn(
+            request_id=1,
+            index=i,
+            width=40 + i,
+            height=300,
+            seed=i,
+            finish_reason="SUCCESS",
+            exact=True,
+            pixels=bytes([i]) * 3 * (40 + i) * 300,
+        )
+        for i in range(100)
+    ]
+    with ThreadPoolExecutor() as pool:
+        for picture in pictures:
+            outbox.put(picture)
+        reading = pool.submit(received, ours)
+        outbox.close(LONG_S)
+        theirs.close()
+        assert reading.result(LONG_S) == pictures
 
 
 def test_nobody_waits_for_a_server_that_is_gone() -> None:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from dreambooth.diffusion.sampling_request import SamplingFacts
 from dreambooth.errors import RequestError
+from dreambooth.limits import LIMITS
 from dreambooth.serving import reply
 from dreambooth.serving.reply import (
     JPEG,
@@ -327,7 +328,7 @@ def test_a_body_that_is_too_long_is_refused_with_what_would_fit(format: ReplyFor
 
 
 def test_thousands_of_wishes_take_no_longer_than_one() -> None:
-    body = json.dumps({"prompt": ["x" * 10_000] * 64}).encode()
+    body = json.dumps({"prompt": ["x" * LIMITS.max_prompt_characters] * 64}).encode()
     request = parse("application/json", body, FACTS)
     started = time.perf_counter()
     with pytest.raises(RequestError, match="nested lists"):
@@ -349,3 +350,20 @@ def test_the_protocol_needs_no_torch() -> None:
         cwd=Path(__file__).parents[2],
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("side", "count", "format", "quick"),
+    [
+        (512, 1, JPEG, True),
+        (512, 2, JSON_JPEG, False),
+        (256, 4, JSON_JPEG, True),
+        (520, 1, JPEG, False),
+        (64, 1, PNG, False),
+        (64, 1, NESTED, False),
+    ],
+)
+def test_only_little_work_is_quick(side: int, count: int, format: ReplyFormat, quick: bool) -> None:
+    pixels = np.zeros((side, side, 3), np.uint8)
+    pictures = [Picture(pixels=pixels, seed=i, finish_reason="SUCCESS") for i in range(count)]
+    assert reply.is_quick(pictures, format) is quick

@@ -2,18 +2,21 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dreambooth.diffusion.sampling_request import SamplingFacts
+from dreambooth.diffusion.sampling_request import SMALLEST_UNIT, SamplingFacts
 from dreambooth.errors import RequestError
-from dreambooth.limits import LIMITS
+from dreambooth.limits import KIB, LIMITS, MIB
 from dreambooth.serving import request, wire
+from dreambooth.serving.guard import GuardLimits
 from dreambooth.serving.messages import Generate, ToEngine
 from dreambooth.serving.request import SEEDS, GenerationRequest, parse
+from dreambooth.serving.serve_options import ServeSettings
 
 FACTS = SamplingFacts(resolution=512, unit=8, max_steps=999)
 CAT = "a photo of a cat"
@@ -84,8 +87,8 @@ def test_one_json_string_is_unquoted_and_echoed_as_sent(body: str, prompt: str) 
         (b"\xff\xfea\0", "not valid UTF-8"),
         ("a cat".encode("utf-16-le"), "NUL characters"),
         ("\ufeffa cat".encode(), "byte order mark"),
-        (b"a" * (LIMITS.max_prompt_characters + 1), "prompt has 10001 characters"),
-        (b'"' + b"a" * 10_001 + b'"', "prompt has 10001 characters"),
+        (b"a" * (LIMITS.max_prompt_characters + 1), "prompt has 4001 characters"),
+        (b'"' + b"a" * 4_001 + b'"', "prompt has 4001 characters"),
     ],
 )
 def test_texts_that_are_no_prompt_are_refused(body: bytes, words: str) -> None:
@@ -197,11 +200,11 @@ def test_published_sentences_are_kept(payload: object, sentence: str) -> None:
         ("prompt", ["x", 5], "string or a list of string. Got ['x', 5]"),
         ("prompt", None, "string or a list of string. Got None"),
         ("prompt", {"a": 1}, "string or a list of string. Got {'a': 1}"),
-        ("prompt", "x" * 10_001, "prompt has 10001 characters; at most 10000"),
+        ("prompt", "x" * 4_001, "prompt has 4001 characters; at most 4000"),
         ("prompt", ["x"] * 65, "prompt holds 65 texts"),
         ("negative_prompt", 5, "negative_prompt must be a string or a list of string. Got 5"),
         ("negative_prompt", ["n"], "may be one where the prompt is a list"),
-        ("negative_prompt", "x" * 10_001, "negative_prompt has 10001 characters"),
+        ("negative_prompt", "x" * 4_001, "negative_prompt has 4001 characters"),
         ("width", True, "width must be an integer, got True"),
         ("width", None, "width must be an integer, got None"),
         ("width", 512.0, "width must be an integer, got 512.0"),
@@ -433,3 +436,38 @@ def test_what_is_accepted_survives_the_way_to_the_engine(extreme: dict[str, Any]
     read = wire.unpack(header[12:], payload, ToEngine)
     assert isinstance(read, Generate)
     assert read.pictures() == pictures
+
+
+def test_the_limits_of_the_readme_are_these() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    table = readme.partition("| limit | value |")[2].partition("\n\n")[0]
+    told = {row.split("|")[1].strip(): row.split("|")[2] for row in table.splitlines()[2:]}
+    settings, sockets = ServeSettings(model=""), GuardLimits()
+    values = {
+        "time from arrival to reply": (f"{settings.request_timeout_s:g}",),
+        "pictures waiting or being drawn": (f"{settings.max_queue}",),
+        "body": (
+            f"{settings.max_body_bytes // MIB} MiB",
+            f"{sockets.body_bytes // MIB} MiB",
+            f"{sockets.body_s:g} s",
+        ),
+        "request head": (
+            f"{sockets.head_bytes // KIB} KiB",
+            f"{sockets.headers} headers",
+            f"{sockets.head_s:g} s",
+        ),
+        "open connections": (f"{settings.max_connections:,}",),
+        "prompt": (f"{LIMITS.max_prompt_characters:,} characters",),
+        "sides": (
+            f"{SMALLEST_UNIT} up to {LIMITS.max_generated_side_pixels:,}",
+            f"{LIMITS.max_generated_pixels:,} pixels",
+        ),
+        "guidance_scale": (f"{LIMITS.max_guidance_scale:,.0f}",),
+        "pictures of one request": (f"{LIMITS.max_request_pictures}",),
+        "JSON": (f"{LIMITS.max_json_depth} levels", f"{LIMITS.max_json_values:,} values"),
+        "reading a reply": (f"{sockets.write_bytes // KIB} KiB within {sockets.write_s:g} s",),
+        "reply": (f"{settings.max_response_bytes:,}",),
+    }
+    for name, texts in values.items():
+        for text in texts:
+            assert text in told[name], name

@@ -44,7 +44,11 @@ ODD = {
     "precision": ("bf16", "bf16"),
     "log_level": ("warning", "warning"),
 }
-SWITCHES = {"no_safety_checker": "safety_checker"}
+SWITCHES = {
+    "no_safety_checker": ("safety_checker", False),
+    "cuda_graphs": ("cuda_graphs", True),
+    "channels_last": ("channels_last", True),
+}
 
 
 @pytest.mark.parametrize("name", ODD)
@@ -57,17 +61,19 @@ def test_every_option_and_its_variable_arrive(name: str) -> None:
     assert read(environ={variable: " "}) == read(), "an empty variable says nothing"
 
 
-@pytest.mark.parametrize(("name", "field"), SWITCHES.items())
-def test_every_switch_and_its_variable_arrive(name: str, field: str) -> None:
-    assert getattr(read(f"--{name}"), field) is False
-    assert getattr(read(f"--{name.replace('_', '-')}"), field) is False
+@pytest.mark.parametrize("name", SWITCHES)
+def test_every_switch_and_its_variable_arrive(name: str) -> None:
+    field, switched = SWITCHES[name]
+    assert getattr(read(), field) is not switched
+    assert getattr(read(f"--{name}"), field) is switched
+    assert getattr(read(f"--{name.replace('_', '-')}"), field) is switched
     variable = f"DREAMBOOTH_{name.upper()}"
-    assert getattr(read(environ={variable: "True"}), field) is False
-    assert getattr(read(environ={variable: "false"}), field) is True
+    assert getattr(read(environ={variable: "True"}), field) is switched
+    assert getattr(read(environ={variable: "false"}), field) is not switched
 
 
 def test_every_field_has_an_option() -> None:
-    named = set(ODD) | set(SWITCHES.values())
+    named = set(ODD) | {field for field, _ in SWITCHES.values()}
     assert {field.name for field in fields(ServeSettings)} - named == {"max_body_bytes"}
 
 

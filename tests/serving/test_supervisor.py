@@ -311,10 +311,10 @@ def test_settings_that_the_engine_refuses_are_said_and_not_tried_again(
 PATIENCE = Patience(silence_s=10.0, step_s=2.0, load_s=12.0)
 
 
-def misbehaving(mode: str, tmp_path: Path) -> Supervisor:
+def misbehaving(mode: str, tmp_path: Path, patience: Patience | None = None) -> Supervisor:
     command = (sys.executable, str(STAND_IN), mode, str(tmp_path / "marker"))
     settings = ServeSettings(model="tiny")
-    return Supervisor(tiny.WEIGHTS, settings, patience=PATIENCE, command=command)
+    return Supervisor(tiny.WEIGHTS, settings, patience=patience or PATIENCE, command=command)
 
 
 @pytest.mark.parametrize(
@@ -334,6 +334,29 @@ def test_an_engine_that_hangs_or_talks_nonsense_is_killed_and_replaced(
         assert status.restarts_total == 1
         assert status.engine_pid != first
         assert (await supervisor.generate(request(), 1))[0].finish_reason == "BLACK"
+        await supervisor.close()
+
+    runner.run(live())
+
+
+def test_an_engine_that_is_frozen_is_down_until_it_goes_on(
+    runner: asyncio.Runner, tmp_path: Path
+) -> None:
+    async def live() -> None:
+        (tmp_path / "marker").touch()  # it behaves
+        supervisor = misbehaving("nonsense", tmp_path, Patience(quiet_s=0.5))
+        await supervisor.start()
+        pid = supervisor.status().engine_pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        await until(supervisor, lambda status: status.state == "down")
+        assert "no sign of life" in supervisor.status().reason
+        with pytest.raises(UnavailableError, match="no sign of life"):
+            await supervisor.generate(request(), 1)
+        os.kill(pid, signal.SIGCONT)
+        await until(supervisor, ready)
+        assert (await supervisor.generate(request(), 1))[0].finish_reason == "BLACK"
+        assert supervisor.status().engine_pid == pid
         await supervisor.close()
 
     runner.run(live())

@@ -56,6 +56,16 @@ def test_the_quickest_of_three_calls_counts() -> None:
     assert device.calls == [1] * 3 + [2] * 3 + [4] * 3
 
 
+def test_a_first_call_that_took_long_is_made_again_where_the_budget_allows() -> None:
+    device = Device(0.1, first=2.0)
+    curve = measure(device, most_rows=1, budget_s=10, clock=device.clock)
+    assert curve == ((1, pytest.approx(0.1)),)
+    assert device.calls == [1, 1]
+    device = Device(0.1, first=3.0)
+    measure(device, most_rows=1, budget_s=10, clock=device.clock)
+    assert device.calls == [1]
+
+
 def test_slow_devices_are_measured_as_far_as_the_budget_lasts() -> None:
     device = Device(5.0)
     assert measure(device, most_rows=16, budget_s=10, clock=device.clock) == ((1, 5.0),)

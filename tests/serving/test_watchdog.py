@@ -27,6 +27,18 @@ def test_silence_is_a_fault_in_every_state() -> None:
         assert dog.overdue(20.0) is None
 
 
+def test_an_engine_that_was_ready_and_says_nothing_is_quiet_before_it_is_overdue() -> None:
+    dog = Watchdog(Patience(silence_s=60, quiet_s=10, step_s=100, load_s=1000), 0.0)
+    assert not dog.quiet(20.0)  # loading
+    dog.ready(20.0)
+    dog.heard(20.0, Status())
+    assert not dog.quiet(30.0)
+    assert dog.quiet(30.1)
+    assert dog.overdue(30.1) is None
+    dog.heard(31.0, Status())
+    assert not dog.quiet(31.0)
+
+
 def test_loading_may_take_long_but_not_forever() -> None:
     dog = Watchdog(PATIENCE, 0.0)
     beat(dog, 0, 1001, Status())

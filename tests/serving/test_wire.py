@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from dreambooth.diffusion.sampling_request import SamplingRequest
 from dreambooth.limits import LIMITS
 from dreambooth.serving import wire
+from dreambooth.serving.link import Link
 from dreambooth.serving.messages import (
     Cancel,
     Close,
@@ -78,10 +79,19 @@ def split(data: bytes) -> tuple[bytes, bytes]:
 
 
 async def read(data: bytes) -> FromEngine | None:
-    reader = asyncio.StreamReader()
-    reader.feed_data(data)
-    reader.feed_eof()
-    return await wire.from_engine(reader)
+    """The first message that the server's end of the socket makes of these bytes."""
+    ours, theirs = socket.socketpair()
+    loop = asyncio.get_running_loop()
+    _, link = await loop.create_unix_connection(Link, sock=ours)
+    with theirs:
+        theirs.setblocking(False)
+        with contextlib.suppress(OSError):  # refused in the middle
+            await loop.sock_sendall(theirs, data)
+    try:
+        return await link.receive()
+    finally:
+        link.abort()
+        await link.wait_closed()
 
 
 @pytest.mark.parametrize("message", EVERY_MESSAGE, ids=lambda message: type(message).__name__)
@@ -99,17 +109,18 @@ def test_messages_follow_each_other_over_a_socket_in_both_directions() -> None:
     async def both() -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            reader, writer = await asyncio.open_unix_connection(sock=ours)
+            loop = asyncio.get_running_loop()
+            _, link = await loop.create_unix_connection(Link, sock=ours)
             for message in EVERY_MESSAGE:
                 if isinstance(message, ToEngine):
-                    writer.writelines(wire.pack(message))
-                    await writer.drain()
+                    link.send(message)
+                    await link.drain()
                     assert await asyncio.to_thread(wire.to_engine, theirs) == message
                 else:
                     theirs.sendall(sent(message))
-                    assert await wire.from_engine(reader) == message
-            writer.close()
-            await writer.wait_closed()
+                    assert await link.receive() == message
+            link.abort()
+            await link.wait_closed()
             assert wire.to_engine(theirs) is None
 
     asyncio.run(both())

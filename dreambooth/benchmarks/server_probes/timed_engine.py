@@ -10,19 +10,27 @@ from typing import Any, Final
 
 from dreambooth.serving import child
 from dreambooth.serving.engine import Engine
-from dreambooth.serving.jobs import Job
+from dreambooth.serving.jobs import Job, OnPicture
+from dreambooth.serving.reply import Picture
 
 LINE: Final = "engine seconds"
 
 
 class _TimedEngine(Engine):
-    """From `submit` to the job's end, in the process itself."""
+    """From `submit` to the last picture, in the process itself; sending it counts no more."""
 
     def submit(self, *args: Any, **keywords: Any) -> Job:
         """As the engine's own."""
-        begun = time.perf_counter()
-        job = super().submit(*args, **keywords)
-        job.add_done_callback(lambda _: _tell(time.perf_counter() - begun))
+        begun = drawn = time.perf_counter()
+        on_picture: OnPicture = keywords.pop("on_picture")
+
+        def note(index: int, picture: Picture) -> None:
+            nonlocal drawn
+            drawn = time.perf_counter()
+            on_picture(index, picture)
+
+        job = super().submit(*args, on_picture=note, **keywords)
+        job.add_done_callback(lambda _: _tell(drawn - begun))
         return job
 
 

@@ -25,11 +25,12 @@ from dreambooth.benchmarks.serving_load.policies import (
 from dreambooth.benchmarks.serving_load.traffic import Arrival, Figures
 from dreambooth.diffusion.sampling_request import SamplingRequest
 from dreambooth.serving import warm_up
-from dreambooth.serving.turns import Turns
+from dreambooth.serving.turns import DECODING_SHARE, Turns
 
 MOST_ROWS = 16  # of a call, as EngineSettings has it
 # Operations of decoding a picture of 512 x 512 (2.515e12), in guided U-Net calls of one (1.608e12).
 _DECODE_PICTURES = 1.56
+_DECODE_PARTS = 18  # layers of its decoder, taken as equal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +62,7 @@ class Card:
             clock.seconds += self.call_s(rows)
 
         curve = warm_up.measure(call, most_rows=MOST_ROWS, budget_s=10.0, clock=clock.now)
-        return max(2, warm_up.rows_that_pay(curve))
+        return warm_up.rows_of_a_call(curve)
 
 
 _DIFFUSERS = "fit to its documentation's 1, 4 and 16 pictures, compiled"
@@ -82,12 +83,16 @@ class Company:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Seat:
-    """A picture as `serving.turns` sees one; calls_left: U-Net calls to come."""
+    """A picture as `serving.turns` sees one.
+
+    calls_left: U-Net calls to come. parts_left: of its decoding, thereafter.
+    """
 
     number: int
     size: tuple[int | None, int | None]
     unet_rows: int
     calls_left: int
+    parts_left: int
     places: tuple[int, ...] | None = None
     job: Company = field(default_factory=Company)
 
@@ -113,12 +118,13 @@ def step_level(
     decode_s: float,
     most_rows: int,
     more_calls: int = 0,
+    decode_parts: int = _DECODE_PARTS,
     on_call: Callable[[list[int]], None] | None = None,
 ) -> list[float]:
     """Simulate the engine's turns; return when each arrival's picture was done.
 
-    more_calls: what the noise scheduler walks besides num_inference_steps (PNDM: 1). on_call hears
-    the arrivals' numbers of every U-Net call.
+    more_calls: what the noise scheduler walks besides num_inference_steps (PNDM: 1). decode_parts:
+    between which decoding may pause. on_call hears the arrivals' numbers of every U-Net call.
     """
     turns: Turns[Seat] = Turns(lambda _: most_rows)
     undecoded: deque[Seat] = deque()
@@ -128,9 +134,10 @@ def step_level(
         if not (turns.waiting_count or turns.busy or undecoded):
             clock = max(clock, arrivals[come].seconds)
         while come < len(arrivals) and arrivals[come].seconds <= clock:
-            turns.add(_seat(come, arrivals[come].request, more_calls))
+            turns.add(_seat(come, arrivals[come].request, more_calls, decode_parts))
             come += 1
         seats, _ = turns.next(admit=len(undecoded) < most_rows)
+        began = clock
         if seats:
             clock += call_s(sum(seat.unet_rows for seat in seats))
             if on_call is not None:
@@ -141,8 +148,14 @@ def step_level(
                 turns.leave(seat)
                 undecoded.append(seat)
         if undecoded:
-            clock += decode_s
-            finished[undecoded.popleft().number] = clock
+            end = clock + DECODING_SHARE * (clock - began)
+            seat, paused = undecoded[0], False
+            while seat.parts_left and not paused:
+                clock += decode_s / decode_parts
+                seat.parts_left -= 1
+                paused = clock >= end
+            if not seat.parts_left:
+                finished[undecoded.popleft().number] = clock
     return finished
 
 
@@ -198,12 +211,13 @@ def _at_once(requests: Sequence[SamplingRequest]) -> list[Arrival]:
     return [Arrival(seconds=0.0, request=request) for request in requests]
 
 
-def _seat(number: int, request: SamplingRequest, more_calls: int) -> Seat:
+def _seat(number: int, request: SamplingRequest, more_calls: int, decode_parts: int) -> Seat:
     return Seat(
         number=number,
         size=(request.width, request.height),
         unet_rows=_unet_rows(request),
         calls_left=request.num_inference_steps + more_calls,
+        parts_left=decode_parts,
     )
 
 

@@ -1,0 +1,81 @@
+"""Decoding in parts: the VAE's decoder layer by layer, with room for other work in between.
+
+Each layer is called as `AutoencoderKL.decode` calls it, so no bit of a picture changes (tiles would
+change many). Of Stable Diffusion's decoder at 512 x 512 no layer takes more than 0.31e12
+operations of 2.5e12, where the U-Net takes 0.80e12 for a single row.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.models.unets.unet_2d_blocks import UpDecoderBlock2D
+from torch import Tensor
+
+from dreambooth.diffusion.model import DiffusionModel
+
+logger = logging.getLogger(__name__)
+
+
+def decode_in_parts(
+    model: DiffusionModel, latents: Tensor
+) -> Generator[None, None, np.ndarray | None]:
+    """Do what `model.decode_latents` does, and return what it returns; yield between the layers.
+
+    latents: [B, C, h, w], scaled. Gradients should be off whenever it goes on. While it waits it
+    holds one layer's output: at most 128 MiB per picture of 512 x 512 in half precision.
+    """
+    if not bool(torch.isfinite(latents).all()):
+        return None
+    pixels = yield from _pixels(model.vae, latents)
+    if model.vae.dtype != torch.float32 and not bool(torch.isfinite(pixels).all()):
+        logger.warning("The VAE overflows as %s: the picture is decoded again.", model.vae.dtype)
+        yield
+        pixels = yield from _pixels(copy.deepcopy(model.vae).float(), latents)
+    if not bool(torch.isfinite(pixels).all()):
+        return None
+    pixels = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    picture: np.ndarray = (pixels.cpu().numpy() * 255).round().astype("uint8")
+    return picture
+
+
+def to_the_end(parts: Generator[None, None, np.ndarray | None]) -> np.ndarray | None:
+    """Go on without a pause."""
+    while True:
+        try:
+            next(parts)
+        except StopIteration as end:
+            picture: np.ndarray | None = end.value
+            return picture
+
+
+def _pixels(vae: Any, latents: Tensor) -> Generator[None, None, Tensor]:
+    """Latents [B, C, h, w] -> pixels float32 [B, 3, H, W], -1..1 but for overshoots."""
+    hidden = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
+    if vae.post_quant_conv is not None:
+        hidden = vae.post_quant_conv(hidden)
+    for number, layer in enumerate(_layers(vae.decoder)):
+        if number:
+            yield
+        hidden = layer(hidden)
+    pixels: Tensor = hidden.float()
+    return pixels
+
+
+def _layers(decoder: Any) -> Iterator[Callable[[Tensor], Tensor]]:
+    """What a decoder consists of, in order; blocks of another kind than usual in one piece."""
+    yield decoder.conv_in
+    yield decoder.mid_block
+    for block in decoder.up_blocks:
+        if type(block) is UpDecoderBlock2D:
+            for resnet in block.resnets:
+                yield lambda hidden, resnet=resnet: resnet(hidden, temb=None)  # type: ignore[misc]
+            yield from block.upsamplers or ()
+        else:
+            yield block
+    yield lambda hidden: decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(hidden)))
