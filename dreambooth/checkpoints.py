@@ -30,6 +30,11 @@ class Checkpoints:
     bytes_per_second: float | None = None
     _saved_at: float = field(default_factory=time.monotonic)
 
+    def check(self, mode: str) -> None:
+        """Refuse a changed job before an hour of class images or an earlier model is lost to it."""
+        if self.folder is not None and mode != "fresh":
+            states.refuse_another_job(self.folder, identity=self.identity)
+
     def resume(self, state: TrainingState, mode: str, *, tidies: bool) -> None:
         """Bring the state to the newest whole checkpoint; `fresh` removes them all instead.
 

@@ -6,13 +6,13 @@ the VAE and the text encoder have left the device before the first step.
 
 from __future__ import annotations
 
-import copy
 import gc
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,9 +29,10 @@ from dreambooth.errors import ResourceError
 from dreambooth.previews import Previews
 from dreambooth.progress import Progress
 from dreambooth.recorder import Recorder
+from dreambooth.report.timings import peak_memory_bytes
 from dreambooth.stop import Stopped, StopSignals
 from dreambooth.task import Task
-from dreambooth.training import loop, optimizer
+from dreambooth.training import loop, optimizer, out_of_memory
 from dreambooth.training import state as states
 from dreambooth.training.precision import Precision
 from dreambooth.training.report import Report
@@ -44,12 +45,14 @@ Text = dict[str, torch.Tensor]
 def run(task: Task, accelerator: Accelerator, stop: StopSignals) -> None:
     """Train, write the model folder and the report of the run.
 
-    Raises DreamBoothError; running out of GPU memory is a ResourceError. Raises Stopped after a
-    stop signal, once what `handover.after_stop` writes is written.
+    Raises DreamBoothError; running out of GPU memory in the smallest memory plan is a
+    ResourceError. Raises Stopped after a stop signal, once what `handover.after_stop` writes is
+    written.
     """
     torch.manual_seed(task.hyperparameters.seed)  # for what libraries draw; our own draws are keyed
     if task.hyperparameters.deterministic:
         _ask_for_determinism()
+    _checkpoints(task).check(task.hyperparameters.resume)
     if accelerator.is_main_process:
         export.clear(task.environment.model_dir, base_folder=task.model_folder)
     try:
@@ -58,12 +61,43 @@ def run(task: Task, accelerator: Accelerator, stop: StopSignals) -> None:
                 # The main process samples, the others find all there.
                 record.class_paths = class_sampling.class_image_paths(task)
             stop.check()
-            _fine_tune(task, record, accelerator, stop)
+            _fine_tune_in_what_is_free(task, record, accelerator, stop)
     except torch.OutOfMemoryError as error:
-        raise ResourceError(
-            f"The GPU ran out of memory (memory_plan {task.plan.memory_plan}): lower batch_size or "
-            "resolution, or set memory_plan to 8bit_adamw_checkpointing."
-        ) from error
+        raise ResourceError(out_of_memory.advice(task.plan)) from error
+
+
+def _fine_tune_in_what_is_free(
+    task: Task, record: Recorder, accelerator: Accelerator, stop: StopSignals
+) -> None:
+    """Fine-tune; out of memory in training, again by the next smaller memory plan.
+
+    A step that broke off may have updated some weights and not others: all is loaded anew, and goes
+    on from the last checkpoint or the start. One of several processes cannot go back alone.
+    """
+    resume = task.hyperparameters.resume
+    while True:
+        try:
+            return _fine_tune(task, record, accelerator, stop, resume=resume)
+        except (RuntimeError, ResourceError) as error:
+            if not out_of_memory.is_meant_by(error):
+                raise
+            trained = record.step is not None and record.step >= task.plan.steps
+            plan = task.plan.in_less_memory()
+            if plan is None or trained or accelerator.num_processes > 1:
+                raise ResourceError(out_of_memory.advice(task.plan)) from error
+        log.warning(
+            "memory ran out with memory_plan %s: going on with %s, from the last checkpoint or "
+            "from the start",
+            task.plan.memory_plan,
+            plan.memory_plan,
+        )
+        task = replace(task, plan=plan)
+        record.task, record.step = task, None
+        resume = "auto"  # what lies there by now is of this run
+        accelerator.free_memory()
+        _empty_the_cache()
+        if torch.cuda.is_available():  # the peak that is told is that of the plan that worked
+            torch.cuda.reset_peak_memory_stats()
 
 
 def _ask_for_determinism() -> None:
@@ -73,7 +107,9 @@ def _ask_for_determinism() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def _fine_tune(task: Task, record: Recorder, accelerator: Accelerator, stop: StopSignals) -> None:
+def _fine_tune(
+    task: Task, record: Recorder, accelerator: Accelerator, stop: StopSignals, *, resume: str
+) -> None:
     """Load, cache, train, export."""
     settings, plan, phase = task.hyperparameters, task.plan, record.phase
     with phase("loading the model"):
@@ -81,19 +117,14 @@ def _fine_tune(task: Task, record: Recorder, accelerator: Accelerator, stop: Sto
     noise_scheduler = models.training_noise_scheduler(model)
     with phase("encoding"):
         data, text = _cache(task, model, record.class_paths)
+    _leave_the_device(model, text_encoder=not settings.train_text_encoder)
+    state = _training_state(task, model)
     prior_unet = None
     if settings.with_prior_preservation and not task.samples_class_images:
-        prior_unet = copy.deepcopy(model.unet)
-    _leave_the_device(model, text_encoder=not settings.train_text_encoder)
-
-    state = _training_state(task, model)
-    checkpoints = Checkpoints(
-        folder=outputs.checkpoint_folder(task.environment, plan),
-        identity=task.identity(),
-        plan=plan,
-        keep=settings.checkpoints_total_limit,
-    )
-    checkpoints.resume(state, settings.resume, tidies=accelerator.is_main_process)
+        prior_unet = state.precision.frozen_copy(model.unet)
+    checkpoints = _checkpoints(task)
+    with phase("resuming"):
+        checkpoints.resume(state, resume, tidies=accelerator.is_main_process)
     previews = Previews(task=task, model=model, precision=state.precision, text=text)
 
     def draw_sample() -> Image.Image | None:
@@ -134,6 +165,15 @@ def _fine_tune(task: Task, record: Recorder, accelerator: Accelerator, stop: Sto
             handover.write_model(task, state, record.final)
 
 
+def _checkpoints(task: Task) -> Checkpoints:
+    return Checkpoints(
+        folder=outputs.checkpoint_folder(task.environment, task.plan),
+        identity=task.identity(),
+        plan=task.plan,
+        keep=task.hyperparameters.checkpoints_total_limit,
+    )
+
+
 def _until_stopped(
     steps: Iterator[loop.StepMetrics], stop: StopSignals, accelerator: Accelerator
 ) -> Iterator[loop.StepMetrics]:
@@ -172,8 +212,20 @@ def _follow(
                 with record.phase("checkpoints"):
                     checkpoints.save(state)
     report.finish(state.loss_total / state.step)
+    _log_memory(task)
     if state.skipped_steps:
         log.info("%d fp16 steps overflowed and were tried again", state.skipped_steps)
+
+
+def _log_memory(task: Task) -> None:
+    """The measured peak beside what the plan expected."""
+    expected = f"{task.plan.memory_bytes / 2**30:.2f} GiB"
+    measured = f"{peak_memory_bytes() / 2**30:.2f} GiB of this process"
+    if task.device.type == "cuda":
+        allocated = torch.cuda.max_memory_allocated(task.device) / 2**30
+        reserved = torch.cuda.max_memory_reserved(task.device) / 2**30
+        measured = f"{allocated:.2f} GiB allocated, {reserved:.2f} GiB reserved"
+    log.info("memory: %s expected by the plan, at the peak %s", expected, measured)
 
 
 def _cache(
@@ -182,6 +234,7 @@ def _cache(
     """Encode all pictures and prompts once; the second value is the text of sample pictures."""
     settings, dataset = task.hyperparameters, task.dataset
     total = len(dataset.instance_images) + len(class_paths)
+    known_latents = class_sampling.known_latents(task, model)
 
     def posteriors(stream: str, paths: Sequence[Path], done: int) -> cache.LatentPosteriors:
         return cache.build(
@@ -192,6 +245,7 @@ def _cache(
             seed=settings.seed,
             stream=stream,
             encode_image=lambda pixels: models.encode_posterior(model, pixels),
+            known=known_latents,
             on_image=lambda count: progress.update(done + count),
         ).to(task.device)
 
@@ -231,6 +285,11 @@ def _leave_the_device(model: DiffusionModel, *, text_encoder: bool) -> None:
     model.vae.to("cpu")
     if text_encoder:
         model.text_encoder.to("cpu")
+    _empty_the_cache()
+
+
+def _empty_the_cache() -> None:
+    """What nothing refers to goes back to the GPU."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -243,6 +302,8 @@ def _training_state(task: Task, model: DiffusionModel) -> states.TrainingState:
     if settings.train_text_encoder:
         trained.append(model.text_encoder)
     for module in trained:
+        if plan.rounds_stochastically:
+            nn.Module.to(module, torch.bfloat16)  # diffusers' own `to` warns of what it is not for
         module.requires_grad_(True)
         module.train()
     if plan.gradient_checkpointing:
@@ -252,6 +313,11 @@ def _training_state(task: Task, model: DiffusionModel) -> states.TrainingState:
     return states.TrainingState(
         unet=model.unet,
         text_encoder=model.text_encoder if settings.train_text_encoder else None,
-        optimizer=optimizer.build(trained, settings, use_8bit_adam=plan.use_8bit_adam),
-        precision=Precision(plan.mixed_precision, task.device),
+        optimizer=optimizer.build(
+            trained,
+            settings,
+            use_8bit_adam=plan.use_8bit_adam,
+            rounds_stochastically=plan.rounds_stochastically,
+        ),
+        precision=Precision.of(plan, task.device),
     )

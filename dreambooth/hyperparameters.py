@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from dreambooth.errors import HyperparameterError
 from dreambooth.knob import Knob, accepted, ours, published, quoted
@@ -25,11 +25,34 @@ LR_SCHEDULERS: Final = (
     "constant",
     "constant_with_warmup",
 )
-# What each memory plan fixes: (use_8bit_adam, gradient_checkpointing), fastest first.
-MEMORY_PLANS: Final[Mapping[str, tuple[bool, bool]]] = {
-    "fp32_adamw": (False, False),
-    "8bit_adamw": (True, False),
-    "8bit_adamw_checkpointing": (True, True),
+
+
+class MemoryPlan(NamedTuple):
+    """What a memory plan fixes.
+
+    frees_gradients: each gradient is used and freed as it arrives, which takes every forward and
+    backward pass twice: the norm of all must be known before any is clipped. rounds_stochastically:
+    bf16 weights without fp32 ones beside them.
+    """
+
+    use_8bit_adam: bool
+    gradient_checkpointing: bool
+    frees_gradients: bool = False
+    rounds_stochastically: bool = False
+
+    @property
+    def is_automatic(self) -> bool:
+        """Whether memory_plan=auto may take it: it learns what fp32 AdamW learns."""
+        return not self.rounds_stochastically
+
+
+# Fastest first; after those that auto takes, what is taken by name alone.
+MEMORY_PLANS: Final[Mapping[str, MemoryPlan]] = {
+    "fp32_adamw": MemoryPlan(False, False),
+    "8bit_adamw": MemoryPlan(True, False),
+    "8bit_adamw_checkpointing": MemoryPlan(True, True),
+    "8bit_adamw_in_backward": MemoryPlan(True, True, frees_gradients=True),
+    "8bit_adamw_stochastic_rounding": MemoryPlan(True, False, rounds_stochastically=True),
 }
 
 
@@ -149,7 +172,8 @@ class Hyperparameters:
     )
     memory_plan: str = ours(
         "auto",
-        "How memory is saved; auto takes the fastest plan that fits the GPU.",
+        "auto takes the fastest plan that fits the GPU, never 8bit_adamw_stochastic_rounding: its "
+        "weights move at cosine 0.27 with fp32's, those of others at 0.999.",
         choices=("auto", *MEMORY_PLANS),
     )
     export_precision: str = ours(
@@ -239,19 +263,35 @@ def _contradictions(given: Hyperparameters) -> list[tuple[tuple[str, ...], str]]
             )
         )
     if given.memory_plan in MEMORY_PLANS:
-        fixed = zip(
-            ("use_8bit_adam", "gradient_checkpointing"),
-            MEMORY_PLANS[given.memory_plan],
-            (given.use_8bit_adam, given.gradient_checkpointing),
-            strict=True,
+        found += _against_the_plan(given, MEMORY_PLANS[given.memory_plan])
+    return found
+
+
+def _against_the_plan(
+    given: Hyperparameters, plan: MemoryPlan
+) -> list[tuple[tuple[str, ...], str]]:
+    """Faults between a memory plan that was named and other settings."""
+    fixed: list[tuple[str, object, object]] = [
+        ("use_8bit_adam", plan.use_8bit_adam, given.use_8bit_adam),
+        ("gradient_checkpointing", plan.gradient_checkpointing, given.gradient_checkpointing),
+    ]
+    if plan.rounds_stochastically:
+        fixed.append(("mixed_precision", "bf16", given.mixed_precision))
+    found: list[tuple[tuple[str, ...], str]] = [
+        (
+            ("memory_plan", name),
+            f"memory_plan={given.memory_plan} means {name}={planned}: "
+            f"leave {name} unset, or memory_plan at auto.",
         )
-        found += [
+        for name, planned, chosen in fixed
+        if chosen is not None and chosen != planned
+    ]
+    if plan.frees_gradients and given.gradient_accumulation_steps > 1:
+        found.append(
             (
-                ("memory_plan", name),
-                f"memory_plan={given.memory_plan} means {name}={planned}: "
-                f"leave {name} unset, or memory_plan at auto.",
+                ("memory_plan", "gradient_accumulation_steps"),
+                f"memory_plan={given.memory_plan} keeps no gradients that could be accumulated: "
+                "leave gradient_accumulation_steps at 1 and raise batch_size instead.",
             )
-            for name, planned, chosen in fixed
-            if chosen is not None and chosen != planned
-        ]
+        )
     return found

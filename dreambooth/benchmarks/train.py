@@ -60,6 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--peer", type=Path, metavar="FILE", help="diffusers' train_dreambooth.py, to run as well"
     )
     parser.add_argument(
+        "--derived",
+        action="store_true",
+        help="only print what a step should take on a T4 and an A10G, from counts alone",
+    )
+    parser.add_argument(
         "--steps", type=_steps, metavar="N", help="measured per setting; default: 50, quick 3"
     )
     parser.add_argument(
@@ -71,6 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Run, print the table and the JSON line; 1 where a run failed. Raises UserError."""
+    if arguments.derived:
+        return _derive()
     if arguments.peer is not None and not arguments.peer.is_file():
         raise UserError(f"There is no file {arguments.peer}: give --peer a train_dreambooth.py.")
     import torch
@@ -81,7 +88,7 @@ def main(arguments: argparse.Namespace) -> int:
     scale = Scale(
         steps=arguments.steps or (3 if arguments.quick else 50),
         warm_up=1 if arguments.quick else _WARM_UP,
-        class_images=2 if arguments.quick else 4,
+        class_images=2 if arguments.quick else 16,
     )
     name = arguments.model or ("full" if device.kind == "cuda" else "tiny")
     with tempfile.TemporaryDirectory(prefix="train-") as place:
@@ -93,6 +100,15 @@ def main(arguments: argparse.Namespace) -> int:
     show(result)
     print(json.dumps(summary(result, subject, scale, model=name)), flush=True)
     return 1 if any(_faults(row) for row in result.rows) else 0
+
+
+def _derive() -> int:
+    from dreambooth.benchmarks.train_step import derived
+
+    counts, rows = derived.derive()
+    derived.show(counts, rows)
+    print(json.dumps(derived.document(counts, rows)), flush=True)
+    return 0
 
 
 def measure(
@@ -188,7 +204,7 @@ def show(result: Result) -> None:
     peak = result.peak
     print(
         f"{'setting':<32}{'ms':>9}{'p10-p90':>18}{'pictures/s':>12}{'TFLOP/s':>10}{'of floor':>10}"
-        f"{'memory GiB':>12}{'first step':>12}{'class image':>13}{'export':>9}"
+        f"{'memory GiB':>12}{'first step':>12}{'class image':>13}{'export':>9}{'run':>9}"
     )
     for row in result.rows:
         name, figures = _name(row.outcome.setting), row.outcome.figures
@@ -216,6 +232,7 @@ def _line(name: str, row: Row, figures: Figures) -> str:
         f"{_tflop_per_s(row, figures):10.4g}{row.floor_ms / figures.times.median_ms:10.1%}"
         f"{_memory(figures):>12}{figures.first_step_s:10.1f} s"
         f"{'-' if sampling is None else f'{sampling:.2f} s':>13}{figures.export_s:7.2f} s"
+        f"{figures.run_s:7.1f} s"
     )
 
 
@@ -223,6 +240,7 @@ def _peer_line(theirs: PeerFigures) -> str:
     blank = " " * 32  # pictures per second, TFLOP/s and share of the floor: see the ratio
     return (
         f"{'  peer':<32}{_times(theirs)}{blank}{_memory(theirs):>12}{theirs.first_step_s:10.1f} s"
+        f"{'':22}{theirs.run_s:7.1f} s"
     )
 
 

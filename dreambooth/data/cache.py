@@ -93,19 +93,31 @@ def build(
     seed: int,
     stream: str,
     encode_image: EncodeImage,
+    known: Callable[[Path], torch.Tensor | None] = lambda path: None,
     on_image: Callable[[int], None] = lambda done: None,
 ) -> LatentPosteriors:
     """Encode every picture; one picture is in memory at a time.
 
     crops: how many random crops to cache of a picture that is not square. stream: "instance" or
     "class", as in `pairs.draw`; each draws crops of its own. encode_image: float32 -1..1 [1,3,H,W]
-    -> (mean, std) [1,C,h,w]. on_image is told the count of pictures done.
+    -> (mean, std) [1,C,h,w]. known: the unscaled latents [C,h,w] of a picture that was decoded
+    from them, None for any other: they stand for its posterior, with std 0, and it is not opened.
+    (Encoding gives back the same but for the VAE's own error; its std is smaller than that.)
+    on_image is told the count of pictures done.
     Raises DatasetError, naming the file, where a picture cannot be read.
     """
     means, stds = _Rows(), _Rows()
     first: list[int] = []
     counts: list[int] = []
     for number, path in enumerate(paths):
+        latents = known(path)
+        if latents is not None:
+            first.append(means.count)
+            counts.append(1)
+            means.append(latents)
+            stds.append(torch.zeros_like(latents))
+            on_image(number + 1)
+            continue
         picture = images.resize(images.open_image(path), resolution)
         boxes = crop_boxes(
             picture.size,

@@ -2,28 +2,42 @@
 
 JumpStart's sampler drew all pictures from one random stream (so that the batch size changed them),
 saved JPEGs into the input channel and trained on black ones too. Here picture i has seeds of its
-own, is a PNG outside the channels, and is looked at before it counts. Torch-free: the sampler is
-passed in. Legend: H W pixels, uint8 0..255.
+own, is a PNG outside the channels, and is looked at before it counts; the latents that it was
+decoded from are kept with it. Torch-free: the sampler is passed in.
+Legend: H W pixels, uint8 0..255; C latent channels, h w latent cells.
 """
 
 from __future__ import annotations
 
 import errno
+import io
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, PngImagePlugin
 
+from dreambooth.data import class_latents
 from dreambooth.data.images import check_image, read_note
 from dreambooth.data.picture_files import PictureError, shown
 from dreambooth.data.seeds import derive_seed
 from dreambooth.errors import DatasetError, ResourceError
 
 Pixels = npt.NDArray[np.uint8]
-Sampler = Callable[[Sequence[int]], Sequence[Pixels | None]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Sampled:
+    """A picture, uint8 [H,W,3], and the latents that it was decoded from, float32 [C,h,w]."""
+
+    picture: Pixels
+    latents: class_latents.Latents
+
+
+Sampler = Callable[[Sequence[int]], Sequence[Sampled | None]]
 
 ATTEMPTS = 4
 """Seeds that are tried for one picture: its first and up to three more."""
@@ -45,12 +59,12 @@ def ensure(
 ) -> tuple[Path, ...]:
     """Sample what the given class images lack of `count`, and return all paths, given ones first.
 
-    `sample` takes up to `batch_size` seeds and returns one uint8 [H,W,3] picture per seed, None
-    where it was not finite. Picture i becomes `folder/class_0000i.png`, written whole or not at
-    all; its seed is `derived_seed(seed, i, attempt)`, whatever the batch size. Pictures of an
-    earlier, stopped run are kept where they are readable and carry the same `fingerprint` and
-    seed. Refused pictures (None, black) get the next attempt's seed. `on_image` is told the
-    absolute count of sampled pictures that are there, the kept ones among them.
+    `sample` takes up to `batch_size` seeds and returns one picture per seed, None where it was not
+    finite. Picture i becomes `folder/class_0000i.png`, written whole or not at all, after its
+    latents (`class_latents`); its seed is `derived_seed(seed, i, attempt)`, whatever the batch
+    size. Pictures of an earlier, stopped run are kept where they are readable and carry the same
+    `fingerprint` and seed. Refused pictures (None, black) get the next attempt's seed. `on_image`
+    is told the absolute count of sampled pictures that are there, the kept ones among them.
 
     Raises DatasetError when a picture was refused ATTEMPTS times, ResourceError when the folder
     cannot be written.
@@ -72,12 +86,13 @@ def ensure(
         for attempt in range(ATTEMPTS):
             seeds = [derived_seed(seed, index, attempt) for index in pending]
             refused = []
-            for index, picture in zip(pending, sample(seeds), strict=True):
-                if picture is None or _is_black(picture):
+            for index, sampled in zip(pending, sample(seeds), strict=True):
+                if sampled is None or _is_black(sampled.picture):
                     refused.append(index)
                     continue
                 if index in missing:
-                    _write(paths[index], picture, _note(fingerprint, seed, index, attempt))
+                    note = _note(fingerprint, seed, index, attempt)
+                    _write(paths[index], sampled, note=note, fingerprint=fingerprint)
                     done += 1
                     on_image(done)
             pending = refused
@@ -111,24 +126,34 @@ def _is_black(picture: Pixels) -> bool:
     return int(picture.max(initial=0)) <= _BLACK_LEVEL
 
 
-def _write(path: Path, picture: Pixels, note: str) -> None:
-    """Write a PNG beside its place, then move it there: a killed run leaves no half picture."""
+def _write(path: Path, sampled: Sampled, *, note: str, fingerprint: str) -> None:
+    """The latents first: where a picture is, they are, so a killed run goes on the same."""
     text = PngImagePlugin.PngInfo()
     text.add_text(_NOTE_KEY, note)
-    part = path.with_name(f".{path.name}.part")
+    png = io.BytesIO()
+    Image.fromarray(sampled.picture).save(png, "PNG", pnginfo=text)
+    picture = png.getvalue()
+    latents = class_latents.content(sampled.latents, picture=picture, origin=fingerprint)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            Image.fromarray(picture).save(file, "PNG", pnginfo=text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        _write_whole(class_latents.place_of(path), latents)
+        _write_whole(path, picture)
     except OSError as error:
         cause = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
         raise ResourceError(
             f"The class image {shown(path)} cannot be written ({cause}): free some space, lower "
             "num_class_images, or give another folder with --output_data_dir or --checkpoint_dir."
         ) from error
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write beside the place, then move it there: a killed run leaves no half file."""
+    part = path.with_name(f".{path.name}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(part, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
 
 
 def _refused(index: int) -> str:

@@ -16,12 +16,17 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceFacts:
-    """compute_capability: (major, minor); memory_bytes: of the whole GPU; both None on a CPU."""
+    """All but kind and name are None on a CPU.
+
+    compute_capability: (major, minor). memory_bytes: of the whole GPU; free_bytes: of it, what this
+    process may take beside its CUDA context, None where nobody said.
+    """
 
     kind: Literal["cpu", "cuda"]
     name: str
     compute_capability: tuple[int, int] | None = None
     memory_bytes: int | None = None
+    free_bytes: int | None = None
 
     @property
     def mixed_precision(self) -> str:
@@ -30,6 +35,8 @@ class DeviceFacts:
             return "no"
         return "bf16" if self.compute_capability >= (8, 0) else "fp16"
 
+
+CONTEXT_BYTES = int(0.4 * 2**30)  # of CUDA itself, which the driver's tool cannot see yet
 
 CPU = DeviceFacts(kind="cpu", name="CPU")
 
@@ -40,20 +47,22 @@ def from_driver() -> DeviceFacts:
         return CPU
     query = [
         "nvidia-smi",
-        "--query-gpu=name,memory.total,compute_cap",
+        "--query-gpu=name,memory.total,memory.free,compute_cap",
         "--format=csv,noheader,nounits",
     ]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True)
-        name, mebibytes, capability = answer.stdout.splitlines()[0].split(", ")
+        name, total, free, capability = answer.stdout.splitlines()[0].split(", ")
         major, minor = capability.split(".")
+        mebibytes = int(total), int(free)
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return CPU
     return DeviceFacts(
         kind="cuda",
         name=name,
         compute_capability=(int(major), int(minor)),
-        memory_bytes=int(mebibytes) * 2**20,
+        memory_bytes=mebibytes[0] * 2**20,
+        free_bytes=max(0, mebibytes[1] * 2**20 - CONTEXT_BYTES),
     )
 
 
@@ -70,9 +79,11 @@ def from_torch(torch: ModuleType) -> DeviceFacts:
     if not torch.cuda.is_available():
         return CPU
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    allowed = torch.cuda.get_per_process_memory_fraction() * properties.total_memory
     return DeviceFacts(
         kind="cuda",
         name=properties.name,
         compute_capability=(properties.major, properties.minor),
         memory_bytes=properties.total_memory,
+        free_bytes=min(torch.cuda.mem_get_info()[0], int(allowed)),
     )

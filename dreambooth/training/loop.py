@@ -19,6 +19,7 @@ from dreambooth.data.cache import LatentPosteriors
 from dreambooth.diffusion.loss import dreambooth_loss, noise_target
 from dreambooth.errors import TrainingDivergedError
 from dreambooth.hyperparameters import Hyperparameters
+from dreambooth.training import gradients as step_gradients
 from dreambooth.training import lr_schedulers
 from dreambooth.training.plan import TrainingPlan
 from dreambooth.training.state import TrainingState
@@ -85,8 +86,18 @@ class TrainedNetworks(nn.Module):
         """The prediction [B,C,h,w]; text as in MicroBatch."""
         if self.text_encoder is not None:
             text = self._encode_text(text)
-        model_pred: torch.Tensor = self.unet(noisy_latents, timesteps, text).sample
-        return model_pred
+        return predict(self.unet, noisy_latents, timesteps, text)
+
+
+def predict(
+    unet: nn.Module, noisy_latents: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor
+) -> torch.Tensor:
+    """model_pred [B,C,h,w]; half weights get half inputs."""
+    dtype = next(unet.parameters()).dtype
+    if dtype != torch.float32:
+        noisy_latents, text = noisy_latents.to(dtype), text.to(dtype)
+    model_pred: torch.Tensor = unet(noisy_latents, timesteps, text).sample
+    return model_pred
 
 
 def train(
@@ -107,24 +118,14 @@ def train(
     (prior_preservation_mode=prediction). Raises TrainingDivergedError.
     """
     networks = accelerator.prepare(TrainedNetworks(state, encode_text))
-    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    gradients = step_gradients.of(plan, state, hyperparameters.max_grad_norm)
     precision = state.precision
     skipped_in_a_row = 0
 
-    while state.step < plan.steps:
-        # Set the learning rate
-        learning_rate = hyperparameters.learning_rate * lr_schedulers.factor(
-            hyperparameters.lr_scheduler,
-            state.step,
-            steps=plan.steps,
-            warmup_steps=plan.lr_warmup_steps,
-            learning_rate=hyperparameters.learning_rate,
-        )
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate
-
-        # Accumulate gradients: every window has the same number of micro-batches
+    def passes() -> torch.Tensor:
+        """The micro-batches of the state's step, forward and backward; means of the losses [3]."""
         sums = torch.zeros(3, device=accelerator.device)  # loss, instance loss, class loss
+        # Accumulate gradients: every window has the same number of micro-batches
         for micro_batch in range(plan.gradient_accumulation_steps):
             samples = pairs.sample_numbers(
                 step=state.step,
@@ -148,14 +149,25 @@ def train(
             precision.backward(losses.total / plan.gradient_accumulation_steps)
             class_loss = torch.zeros_like(losses.total) if losses.class_ is None else losses.class_
             sums += torch.stack((losses.total, losses.instance, class_loss)).detach()
-        means = accelerator.reduce(sums / plan.gradient_accumulation_steps, "mean").tolist()
+        return sums / plan.gradient_accumulation_steps
 
-        # Clip by global norm, update the weights
-        precision.unscale(state.optimizer)
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, hyperparameters.max_grad_norm))
+    while state.step < plan.steps:
+        # Set the learning rate
+        learning_rate = hyperparameters.learning_rate * lr_schedulers.factor(
+            hyperparameters.lr_scheduler,
+            state.step,
+            steps=plan.steps,
+            warmup_steps=plan.lr_warmup_steps,
+            learning_rate=hyperparameters.learning_rate,
+        )
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+        # Forward and backward passes; clip by global norm, update the weights
+        means = accelerator.reduce(gradients.collect(passes), "mean").tolist()
+        grad_norm = gradients.norm()
         _refuse_not_finite(means[0], grad_norm, state, learning_rate)
-        updated = precision.step(state.optimizer)
-        state.optimizer.zero_grad(set_to_none=True)
+        updated = gradients.update(passes)  # runs them again where gradients were not kept
         if not updated:  # fp16 overflow: the scale is lower now, the same step is tried again
             state.skipped_steps += 1
             skipped_in_a_row += 1
@@ -195,7 +207,7 @@ def make_micro_batch(
             with torch.no_grad():
                 assert data.prior_text is not None  # given with the frozen model
                 prior_text = data.prior_text.expand(len(samples), *data.prior_text.shape[1:])
-                base_prediction = prior_unet(noisy, timesteps, prior_text).sample
+                base_prediction = predict(prior_unet, noisy, timesteps, prior_text)
             halves.append((noisy, timesteps, class_text, base_prediction.to(target.dtype)))
         elif data.class_ is not None:
             noisy, timesteps, target = _draw_half(

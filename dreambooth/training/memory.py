@@ -5,48 +5,72 @@ Standard library only: the plan of a job prints these before anything heavy is l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from dreambooth.diffusion.facts import ModelFacts
-from dreambooth.hyperparameters import MEMORY_PLANS, Hyperparameters
+from dreambooth.errors import HyperparameterError
+from dreambooth.hyperparameters import MEMORY_PLANS, Hyperparameters, MemoryPlan
 from dreambooth.training.device import DeviceFacts
 
-MEMORY_SHARE = 0.85  # of the GPU: the rest is context, library workspaces and fragmentation
+# Of what is free, beyond the tensors: library workspaces and fragmentation (facts of a T4, 14.6 GiB
+# of which leave 13.4, and of an 8 GB card, 7.6 and 6.4, less the CUDA context).
+OVERHEAD_BYTES = int(0.8 * 2**30)
+MARGIN = 1.05  # how far the expectation may be below what is measured
 
+STATE_BYTES, STATE_BYTES_8BIT = 8.0, 2.03  # two moments; in 8 bits a scale per 256 of each
 # Saved activations per latent cell, channel and layer, in tensors. Fitted to the live bytes of the
 # full-size U-Net (1.74 GiB per 512 x 512 picture in fp32, 0.29 GiB with gradient checkpointing).
 TENSORS_PER_LAYER = 39
 TENSORS_PER_LAYER_CHECKPOINTED = 6.5
+# Of all activations, those of the largest block, which alone is recomputed at a time.
+LARGEST_BLOCK = 1 / 6
+# Bytes per activation; under autocast matrix products are in half and normalisations in fp32.
+FP32_BYTES, AUTOCAST_BYTES, HALF_BYTES = 4.0, 2.6, 2.0
 
 
-def choose_plan(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryChoice:
+    """A memory plan for one job, with what is set by hand in it; expected_bytes 0: not known."""
+
+    name: str
+    plan: MemoryPlan
+    expected_bytes: int
+
+
+def choose(
     hyperparameters: Hyperparameters,
     facts: ModelFacts | None,
     device: DeviceFacts,
+    *,
     mixed_precision: str,
-) -> tuple[str, bool, bool]:
-    """(name, use_8bit_adam, gradient_checkpointing): the named plan, or the first that fits."""
-    name = hyperparameters.memory_plan
-    if name == "auto":
-        name = "fp32_adamw"
-        if device.memory_bytes is not None and facts is not None:
-            usable = device.memory_bytes * MEMORY_SHARE
-            for candidate, (eight_bit, checkpointing) in MEMORY_PLANS.items():
-                name = candidate
-                need = expected_memory_bytes(
-                    hyperparameters,
-                    facts,
-                    mixed_precision=mixed_precision,
-                    use_8bit_adam=eight_bit,
-                    gradient_checkpointing=checkpointing,
-                )
-                if need <= usable:
-                    break
-    eight_bit, checkpointing = MEMORY_PLANS[name]
-    # What is set by hand stands; the plan fills in the rest.
-    if hyperparameters.use_8bit_adam is not None:
-        eight_bit = hyperparameters.use_8bit_adam
-    if hyperparameters.gradient_checkpointing is not None:
-        checkpointing = hyperparameters.gradient_checkpointing
-    return name, eight_bit, checkpointing
+    processes: int = 1,
+) -> tuple[MemoryChoice, ...]:
+    """The named plan alone; or the fastest that fits, and behind it those to go over to.
+
+    Raises HyperparameterError where the named plan cannot train this job.
+    """
+    choices = [
+        MemoryChoice(
+            name=name,
+            plan=plan,
+            expected_bytes=expected_memory_bytes(
+                hyperparameters, facts, mixed_precision=mixed_precision, plan=plan
+            ),
+        )
+        for name, plan in _candidates(hyperparameters, processes)
+    ]
+    usable = usable_bytes(device)
+    if usable is None or facts is None:
+        return tuple(choices)
+    fitting = (n for n, one in enumerate(choices) if one.expected_bytes * MARGIN <= usable)
+    return tuple(choices[next(fitting, len(choices) - 1) :])
+
+
+def usable_bytes(device: DeviceFacts) -> int | None:
+    """What tensors may take of the GPU's free memory; None on a CPU."""
+    free = device.memory_bytes if device.free_bytes is None else device.free_bytes
+    return None if free is None else max(0, free - OVERHEAD_BYTES)
 
 
 def expected_memory_bytes(
@@ -54,36 +78,80 @@ def expected_memory_bytes(
     facts: ModelFacts | None,
     *,
     mixed_precision: str,
-    use_8bit_adam: bool,
-    gradient_checkpointing: bool,
+    plan: MemoryPlan,
 ) -> int:
-    """Peak of the step: fp32 weights, gradients, optimizer states, activations; 0: unknown."""
+    """Peak of the step: weights, gradients, optimizer states, activations; 0: unknown."""
     if facts is None:
         return 0
     trained = _trained_parameters(hyperparameters, facts)
-    half = mixed_precision != "no"
-    weights = 4 * trained
-    optimizer = (2 if use_8bit_adam else 8) * trained
-    halves = 2 if hyperparameters.with_prior_preservation else 1
+    under_autocast = mixed_precision != "no" and not plan.rounds_stochastically
+    weights = (2 if plan.rounds_stochastically else 4) * trained
+    gradients = weights
+    optimizer = (STATE_BYTES_8BIT if plan.use_8bit_adam else STATE_BYTES) * trained
+    whole = _activation_bytes(hyperparameters, facts, mixed_precision, plan)
+    kept = whole
+    if plan.gradient_checkpointing:
+        kept *= TENSORS_PER_LAYER_CHECKPOINTED / TENSORS_PER_LAYER
+    if _predicts_the_prior(hyperparameters):  # by a frozen copy
+        weights += (4 if mixed_precision == "no" else 2) * facts.unet_parameters
+    # Autocast's half copies of the weights; a checkpointed block makes its own again.
+    copies = 2 * trained if under_autocast and not plan.gradient_checkpointing else 0
+    if plan.frees_gradients:
+        block = whole * LARGEST_BLOCK if plan.gradient_checkpointing else 0
+        return int(weights + optimizer + kept + copies + block)
+    # Either the start of the backward pass, or its end, where the gradients are whole and what is
+    # saved for the last blocks is still there (fitted to the same simulation).
+    return int(weights + optimizer + max(kept + copies, gradients + 0.3 * kept))
+
+
+def _candidates(
+    hyperparameters: Hyperparameters, processes: int
+) -> Sequence[tuple[str, MemoryPlan]]:
+    """(name, plan), fastest first, no plan twice. What is set by hand stands in all of them."""
+    named = MEMORY_PLANS.get(hyperparameters.memory_plan)
+    if named is not None:
+        if named.frees_gradients and processes > 1:
+            raise HyperparameterError(
+                f"memory_plan={hyperparameters.memory_plan} trains in one process, and this job "
+                f"has {processes}: start it without accelerate launch, or set memory_plan=auto."
+            )
+        return [(hyperparameters.memory_plan, named)]
+    found: dict[MemoryPlan, str] = {}
+    for name, plan in MEMORY_PLANS.items():
+        adds_up = hyperparameters.gradient_accumulation_steps > 1 or processes > 1
+        if plan.is_automatic and not (plan.frees_gradients and adds_up):
+            found.setdefault(_with_what_is_set(plan, hyperparameters), name)
+    return [(name, plan) for plan, name in found.items()]
+
+
+def _with_what_is_set(plan: MemoryPlan, hyperparameters: Hyperparameters) -> MemoryPlan:
+    eight_bit, checkpointing = hyperparameters.use_8bit_adam, hyperparameters.gradient_checkpointing
+    if eight_bit is not None:
+        plan = plan._replace(use_8bit_adam=eight_bit)
+    if checkpointing is not None:
+        plan = plan._replace(gradient_checkpointing=checkpointing)
+    return plan
+
+
+def _activation_bytes(
+    hyperparameters: Hyperparameters, facts: ModelFacts, mixed_precision: str, plan: MemoryPlan
+) -> float:
+    """Of all that is saved for the backward pass, without gradient checkpointing."""
+    each = AUTOCAST_BYTES if mixed_precision != "no" else FP32_BYTES
+    if plan.rounds_stochastically:
+        each = HALF_BYTES
     resolution = hyperparameters.resolution or facts.resolution
-    tensors = TENSORS_PER_LAYER_CHECKPOINTED if gradient_checkpointing else TENSORS_PER_LAYER
-    activations = (
-        tensors
-        * facts.unet_layer_elements
-        * (resolution / facts.resolution) ** 2
-        * (2.6 if half else 4)  # bytes: matrix products in half, normalisations in fp32
-        * hyperparameters.batch_size
-        * halves
-    )
-    if (
+    area: float = (resolution / facts.resolution) ** 2
+    halves = 2 if hyperparameters.with_prior_preservation else 1
+    pictures = hyperparameters.batch_size * halves
+    return TENSORS_PER_LAYER * facts.unet_layer_elements * area * each * pictures
+
+
+def _predicts_the_prior(hyperparameters: Hyperparameters) -> bool:
+    return (
         hyperparameters.with_prior_preservation
         and hyperparameters.prior_preservation_mode == "prediction"
-    ):
-        weights += 4 * facts.unet_parameters  # the frozen copy whose prediction is the target
-    # Gradients are whole just when the activations, and autocast's half copies of the weights, are
-    # gone; what overlaps was fitted to the same simulation. The optimizer's states stay throughout.
-    passing = activations + (2 * trained if half else 0)
-    return int(weights + optimizer + max(passing, 4 * trained) + 0.3 * activations)
+    )
 
 
 def _trained_parameters(hyperparameters: Hyperparameters, facts: ModelFacts) -> int:

@@ -1,8 +1,13 @@
-"""AdamW over the trained parts: plain, or bitsandbytes' 8-bit states."""
+"""AdamW over the trained parts: plain, or bitsandbytes' 8-bit states; going on from saved states.
+
+States saved in fp32 go on in 8 bits and the other way round, so that a run whose memory plan has
+changed goes on from its checkpoint: what 8 bits cannot hold is lost, as in every step of that plan.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,11 +34,16 @@ def decay_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict
 
 
 def build(
-    modules: Iterable[nn.Module], hyperparameters: Hyperparameters, *, use_8bit_adam: bool
+    modules: Iterable[nn.Module],
+    hyperparameters: Hyperparameters,
+    *,
+    use_8bit_adam: bool,
+    rounds_stochastically: bool = False,
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019) with the published hyperparameters.
 
-    Raises ResourceError where 8-bit states are asked for and bitsandbytes cannot be loaded.
+    rounds_stochastically: 8-bit states, for bf16 weights. Raises ResourceError where 8-bit states
+    are asked for and bitsandbytes cannot be loaded.
     """
     groups = decay_groups(modules, hyperparameters.adam_weight_decay)
     settings = {
@@ -41,16 +51,42 @@ def build(
         "betas": (hyperparameters.adam_beta1, hyperparameters.adam_beta2),
         "eps": hyperparameters.adam_epsilon,
     }
-    if use_8bit_adam:
+    if use_8bit_adam or rounds_stochastically:
         try:
-            import bitsandbytes
+            from dreambooth.training import adamw_8bit
         except (ImportError, RuntimeError, OSError) as error:
             raise ResourceError(
                 f"8-bit AdamW needs bitsandbytes, which cannot be loaded here ({error}); "
                 "install it or set use_8bit_adam to False."
             ) from error
-        optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(groups, **settings)
-        return optimizer
+        if rounds_stochastically:
+            return adamw_8bit.RoundedAdamW8bit(groups, seed=hyperparameters.seed, **settings)
+        plain: torch.optim.Optimizer = adamw_8bit.AdamW8bit(groups, **settings)
+        return plain
     # One fused pass over the many small tensors; on CUDA torch's default stays until measured.
     on_cpu = all(p.device.type == "cpu" for group in groups for p in group["params"])  # type: ignore[attr-defined]
     return torch.optim.AdamW(groups, fused=True if on_cpu else None, **settings)  # type: ignore[arg-type]
+
+
+def load(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Go on from the state_dict of an optimizer that `build` made, of the same or other bits.
+
+    Raises ValueError, KeyError or RuntimeError where it is of other weights.
+    """
+    in_8bit = not isinstance(optimizer, torch.optim.AdamW)
+    states: Mapping[int, Mapping[str, Any]] = saved["state"]
+    if not states or all(in_8bit == ("exp_avg" not in state) for state in states.values()):
+        optimizer.load_state_dict(dict(saved))
+        return
+    from dreambooth.training import adamw_8bit
+
+    converted = {
+        number: adamw_8bit.from_fp32(state) if in_8bit else adamw_8bit.to_fp32(state)
+        for number, state in states.items()
+    }
+    groups = optimizer.state_dict()["param_groups"]
+    if [len(group["params"]) for group in groups] != [
+        len(group["params"]) for group in saved["param_groups"]
+    ]:
+        raise ValueError("the optimizer's states are of another number of weights")
+    optimizer.load_state_dict({"state": converted, "param_groups": groups})

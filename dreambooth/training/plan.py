@@ -6,14 +6,15 @@ Standard library only: `--dry-run` prints a plan in well under two seconds.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dreambooth.data.dataset_info import DatasetInfo
 from dreambooth.diffusion.facts import ModelFacts
-from dreambooth.hyperparameters import Hyperparameters
+from dreambooth.hyperparameters import MEMORY_PLANS, Hyperparameters
 from dreambooth.training import disk, lr_schedulers, memory
 from dreambooth.training.device import DeviceFacts, host_memory_bytes
 from dreambooth.training.disk import DiskBudget
+from dreambooth.training.memory import MemoryChoice
 
 MAX_CACHED_CROPS = 8  # random crops per picture that is not square
 CHECKPOINT_MINUTES = 10.0  # where a checkpoint folder is given and no interval
@@ -25,6 +26,7 @@ class TrainingPlan:
     """What the job will do.
 
     memory_bytes: expected peak on the device; disk: expected need; 0 where not known yet.
+    smaller: the memory plans to go over to, one after the other, should memory run out.
     """
 
     device: DeviceFacts
@@ -50,11 +52,30 @@ class TrainingPlan:
     memory_bytes: int
     disk: DiskBudget
     warnings: tuple[str, ...] = ()
+    frees_gradients: bool = False
+    rounds_stochastically: bool = False
+    smaller: tuple[MemoryChoice, ...] = ()
 
     def epoch(self, step: int) -> float:
         """Passes over the instance images after `step` steps."""
         per_step = self.batch_size * self.gradient_accumulation_steps * self.processes
         return step * per_step / self.instance_images
+
+    def in_less_memory(self) -> TrainingPlan | None:
+        """The same job by the next smaller memory plan; None after the last."""
+        if not self.smaller:
+            return None
+        chosen, *smaller = self.smaller
+        return replace(
+            self,
+            memory_plan=chosen.name,
+            use_8bit_adam=chosen.plan.use_8bit_adam,
+            gradient_checkpointing=chosen.plan.gradient_checkpointing,
+            frees_gradients=chosen.plan.frees_gradients,
+            rounds_stochastically=chosen.plan.rounds_stochastically,
+            memory_bytes=chosen.expected_bytes,
+            smaller=tuple(smaller),
+        )
 
 
 def samples_per_step(hyperparameters: Hyperparameters, processes: int) -> int:
@@ -93,9 +114,9 @@ def make(
     )
     given = len(dataset.class_images) if needs_class_images else 0
     class_images = max(given, hyperparameters.num_class_images) if needs_class_images else 0
-    mixed_precision = hyperparameters.mixed_precision or device.mixed_precision
-    memory_plan, use_8bit_adam, gradient_checkpointing = memory.choose_plan(
-        hyperparameters, facts, device, mixed_precision
+    mixed_precision = _mixed_precision(hyperparameters, device)
+    chosen, *smaller = memory.choose(
+        hyperparameters, facts, device, mixed_precision=mixed_precision, processes=processes
     )
     warmup = hyperparameters.lr_warmup_steps
     if warmup is None:
@@ -104,13 +125,6 @@ def make(
     checkpointing_minutes = hyperparameters.checkpointing_minutes
     if has_checkpoint_dir and checkpointing_steps is None and checkpointing_minutes is None:
         checkpointing_minutes = CHECKPOINT_MINUTES
-    memory_bytes = memory.expected_memory_bytes(
-        hyperparameters,
-        facts,
-        mixed_precision=mixed_precision,
-        use_8bit_adam=use_8bit_adam,
-        gradient_checkpointing=gradient_checkpointing,
-    )
     return TrainingPlan(
         device=device,
         steps=steps,
@@ -126,24 +140,36 @@ def make(
         cached_crops=max(1, min(MAX_CACHED_CROPS, math.ceil(samples / instances))),
         mixed_precision=mixed_precision,
         prior_generation_precision=_prior_precision(hyperparameters, device),
-        use_8bit_adam=use_8bit_adam,
-        gradient_checkpointing=gradient_checkpointing,
-        memory_plan=memory_plan,
+        use_8bit_adam=chosen.plan.use_8bit_adam,
+        gradient_checkpointing=chosen.plan.gradient_checkpointing,
+        frees_gradients=chosen.plan.frees_gradients,
+        rounds_stochastically=chosen.plan.rounds_stochastically,
+        memory_plan=chosen.name,
+        smaller=tuple(smaller),
         lr_warmup_steps=warmup,
         checkpointing_steps=checkpointing_steps,
         checkpointing_minutes=checkpointing_minutes,
-        memory_bytes=memory_bytes,
+        memory_bytes=chosen.expected_bytes,
         disk=disk.expected(
             hyperparameters,
             facts,
             class_images=class_images - given,
-            use_8bit_adam=use_8bit_adam,
+            use_8bit_adam=chosen.plan.use_8bit_adam,
             keeps_checkpoints=bool(checkpointing_steps or checkpointing_minutes),
             base_bytes=base_bytes,
             copied_bytes=copied_bytes,
         ),
-        warnings=_warnings(hyperparameters, device, steps, warmup, memory_bytes),
+        warnings=_warnings(
+            hyperparameters, device, mixed_precision, steps, warmup, chosen.expected_bytes
+        ),
     )
+
+
+def _mixed_precision(hyperparameters: Hyperparameters, device: DeviceFacts) -> str:
+    if hyperparameters.mixed_precision is not None:
+        return hyperparameters.mixed_precision
+    named = MEMORY_PLANS.get(hyperparameters.memory_plan)
+    return "bf16" if named is not None and named.rounds_stochastically else device.mixed_precision
 
 
 def _prior_precision(hyperparameters: Hyperparameters, device: DeviceFacts) -> str:
@@ -154,16 +180,19 @@ def _prior_precision(hyperparameters: Hyperparameters, device: DeviceFacts) -> s
 def _warnings(
     hyperparameters: Hyperparameters,
     device: DeviceFacts,
+    mixed_precision: str,
     steps: int,
     warmup: int,
     memory_bytes: int,
 ) -> tuple[str, ...]:
     notes = []
-    there = device.memory_bytes or host_memory_bytes()
-    if there and memory_bytes > there:
+    usable = memory.usable_bytes(device)
+    there = host_memory_bytes() if usable is None else usable
+    if memory_bytes > there > 0:
         notes.append(
             f"The run is expected to take {_bytes(memory_bytes)} of memory, and {device.name} has "
-            f"{_bytes(there)}: lower batch_size or resolution, or choose a smaller memory_plan."
+            f"{_bytes(there)} to give: lower batch_size or resolution, or choose a smaller "
+            "memory_plan."
         )
     if hyperparameters.lr_scheduler == "constant" and warmup:
         notes.append(
@@ -175,11 +204,11 @@ def _warnings(
             f"lr_warmup_steps={warmup} is not below the {steps} steps of this run: "
             "the learning rate never reaches its full value."
         )
-    if hyperparameters.mixed_precision == "bf16" and device.mixed_precision == "fp16":
+    if mixed_precision == "bf16" and device.mixed_precision == "fp16":
         notes.append(
             f"{device.name} computes bf16 slowly (compute capability below 8.0); use fp16."
         )
-    if hyperparameters.mixed_precision == "fp16" and device.kind == "cpu":
+    if mixed_precision == "fp16" and device.kind == "cpu":
         notes.append("fp16 on a CPU is slow and less exact than the default, fp32.")
     return tuple(notes)
 
@@ -208,6 +237,7 @@ def rows(plan: TrainingPlan, hyperparameters: Hyperparameters) -> list[tuple[str
         ("device", plan.device.name),
         ("precision", _precision_line(plan)),
         ("learning rate", curve),
+        ("memory plan", _memory_line(plan)),
         ("expected memory", _bytes(plan.memory_bytes)),
         ("expected disk", _disk_line(plan.disk)),
     ]
@@ -245,8 +275,18 @@ def _pictures_line(plan: TrainingPlan) -> str:
 
 def _precision_line(plan: TrainingPlan) -> str:
     name = {"no": "fp32", "fp16": "fp16 with loss scaling", "bf16": "bf16"}[plan.mixed_precision]
-    line = f"{name}, fp32 weights, " + ("8-bit AdamW" if plan.use_8bit_adam else "AdamW")
+    weights = "stochastically rounded" if plan.rounds_stochastically else "fp32"
+    line = f"{name}, {weights} weights, " + ("8-bit AdamW" if plan.use_8bit_adam else "AdamW")
     return line + (", gradient checkpointing" if plan.gradient_checkpointing else "")
+
+
+def _memory_line(plan: TrainingPlan) -> str:
+    line = plan.memory_plan
+    if plan.frees_gradients:
+        line += ", gradients freed as they arrive: every pass is made twice"
+    if plan.smaller:
+        line += f"; should memory run out, {plan.smaller[0].name}"
+    return line
 
 
 def _disk_line(budget: DiskBudget) -> str:

@@ -27,6 +27,7 @@ from torch import nn
 
 from dreambooth.durable import fsync
 from dreambooth.errors import HyperparameterError, ResourceError, TrainingDivergedError
+from dreambooth.training import optimizer as optimizers
 from dreambooth.training.precision import Precision
 
 log = logging.getLogger(__name__)
@@ -115,6 +116,17 @@ def clear(folder: Path) -> None:
     _remove_partial(folder)
     for path in _checkpoints(folder):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def refuse_another_job(folder: Path, *, identity: Mapping[str, str]) -> None:
+    """Raise what `load_newest` would on a changed job; only the manifest is read."""
+    for path in _checkpoints(folder):
+        try:
+            stored = json.loads((path / "manifest.json").read_text())["identity"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue  # damaged: told when it is skipped
+        if isinstance(stored, dict):
+            return _compare(path, stored, identity)
 
 
 def load_newest(state: TrainingState, folder: Path, *, identity: Mapping[str, str]) -> bool:
@@ -210,7 +222,7 @@ def _load_files(state: TrainingState, folder: Path, checked: Set[str]) -> None:
     for name, module in state.modules():
         module.load_state_dict(load_file(folder / f"{name}.safetensors"))
     saved = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
-    state.optimizer.load_state_dict(saved)
+    optimizers.load(state.optimizer, saved)
 
 
 def _remove_partial(folder: Path) -> None:
@@ -249,7 +261,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 def _compare(path: Path, stored: Mapping[str, str], wanted: Mapping[str, str]) -> None:
     changed = [
         f"{name} was {stored.get(name, 'unset')} and is now {wanted.get(name, 'unset')}"
-        for name in sorted({*stored, *wanted})
+        for name in sorted({*stored, *wanted} - _may_differ(stored, wanted))
         if stored.get(name) != wanted.get(name)
     ]
     if changed:
@@ -257,6 +269,12 @@ def _compare(path: Path, stored: Mapping[str, str], wanted: Mapping[str, str]) -
             f"The checkpoint {path} belongs to another job: {'; '.join(changed)}. "
             "Set resume=fresh to start over, or go back to the earlier settings."
         )
+
+
+def _may_differ(stored: Mapping[str, str], wanted: Mapping[str, str]) -> set[str]:
+    """The width of AdamW's states, where the memory plan is chosen by the memory that is free."""
+    both = {stored.get("memory_plan"), wanted.get("memory_plan")}
+    return {"use_8bit_adam"} if both == {"auto"} else set()
 
 
 def _sha256(path: Path) -> str:

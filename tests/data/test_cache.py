@@ -118,6 +118,23 @@ def test_the_posterior_is_sampled_afresh(photos: list[Path], model: models.Diffu
     assert torch.allclose(spread, posteriors.std[0], rtol=0.25)
 
 
+def test_known_latents_stand_for_their_picture_which_is_not_opened(
+    photos: list[Path], model: models.DiffusionModel, tmp_path: Path
+) -> None:
+    gone, latents, done = tmp_path / "gone.png", torch.randn(model.latent_channels, 16, 16), []
+    posteriors = build(
+        [photos[1], gone, photos[0]],
+        model,
+        known=lambda path: latents if path == gone else None,
+        on_image=done.append,
+    )
+    assert (posteriors.first, posteriors.crops) == ((0, 5, 6), (5, 1, 1))
+    assert torch.equal(posteriors.mean[5], latents)
+    assert not posteriors.std[5].any()
+    assert torch.equal(posteriors.mean[6], build(photos, model).mean[0])
+    assert done == [1, 2, 3]
+
+
 def test_pixels_cover_minus_one_to_one() -> None:
     picture = np.array([[[0, 127, 255]]], dtype=np.uint8)
     assert cache.to_pixels(picture).flatten().tolist() == pytest.approx([-1, -0.00392, 1], abs=1e-4)

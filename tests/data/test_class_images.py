@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,8 +8,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreambooth.data.class_images import Pixels, derived_seed, ensure
+from dreambooth.data import class_latents
+from dreambooth.data.class_images import Pixels, Sampled, derived_seed, ensure
 from dreambooth.errors import DatasetError, ResourceError
+
+
+def latents_of(seed: int) -> class_latents.Latents:
+    return np.random.default_rng(seed).normal(size=(4, 2, 3)).astype(np.float32)
+
+
+def sampled(picture: Pixels | None, seed: int = 0) -> Sampled | None:
+    return None if picture is None else Sampled(picture=picture, latents=latents_of(seed))
 
 
 class Sampler:
@@ -24,11 +34,11 @@ class Sampler:
     def seeds(self) -> list[int]:
         return [seed for batch in self.batches for seed in batch]
 
-    def __call__(self, seeds: Sequence[int]) -> Sequence[Pixels | None]:
+    def __call__(self, seeds: Sequence[int]) -> Sequence[Sampled | None]:
         if self.stop_after is not None and len(self.batches) >= self.stop_after:
             raise KeyboardInterrupt
         self.batches.append(list(seeds))
-        return [self.draw(seed) for seed in seeds]
+        return [sampled(self.draw(seed), seed) for seed in seeds]
 
     def draw(self, seed: int) -> Pixels | None:
         if seed in self.broken:
@@ -76,7 +86,40 @@ def test_missing_pictures_are_sampled_in_batches_and_lossless(tmp_path: Path) ->
         expected = sampler.draw(derived_seed(5, index))
         assert expected is not None
         assert np.array_equal(pixels(path), expected)
-    assert sorted(p.name for p in paths[0].parent.iterdir()) == [p.name for p in paths]
+    names = [p.name for p in paths]
+    assert sorted(p.name for p in paths[0].parent.iterdir()) == [*names, "latents"]
+    kept = sorted(p.name for p in (paths[0].parent / "latents").iterdir())
+    assert kept == [f"class_{n:05d}.safetensors" for n in range(7)]
+
+
+def test_the_latents_of_a_picture_are_kept_with_it(tmp_path: Path) -> None:
+    for index, path in enumerate(run(tmp_path, Sampler())):
+        kept = class_latents.read(path, origin="abc", shape=(4, 2, 3))
+        assert kept is not None
+        assert np.array_equal(kept, latents_of(derived_seed(5, index)))
+
+
+def test_where_a_picture_is_its_latents_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[str] = []
+    original = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        moved.append(Path(target).suffix)
+        original(source, target)
+
+    monkeypatch.setattr("dreambooth.data.class_images.os.replace", replace)
+    run(tmp_path, Sampler(), count=2)
+    assert moved == [".safetensors", ".png"] * 2  # a kill between the two loses nothing
+
+
+def test_pictures_without_latents_are_not_sampled_again(tmp_path: Path) -> None:
+    paths = run(tmp_path, Sampler())
+    class_latents.place_of(paths[1]).unlink()
+    again = Sampler()
+    assert run(tmp_path, again) == paths
+    assert again.batches == []
 
 
 def test_the_batch_size_does_not_change_any_picture(tmp_path: Path) -> None:
@@ -172,7 +215,7 @@ def test_a_dark_picture_with_something_in_it_is_kept(tmp_path: Path) -> None:
     night = np.zeros((16, 24, 3), np.uint8)
     night[3, 3] = 40
     paths = ensure(
-        tmp_path, given=(), count=1, batch_size=1, seed=0, sample=lambda seeds: [night] * len(seeds)
+        tmp_path, given=(), count=1, batch_size=1, seed=0, sample=lambda seeds: [sampled(night)]
     )
     assert pixels(paths[0]).max() == 40
 
@@ -186,7 +229,9 @@ def test_a_folder_that_cannot_be_written_is_a_resource_error(tmp_path: Path) -> 
 @pytest.mark.parametrize("wrong", [np.zeros((4, 4, 3), np.float32), np.zeros((4, 4), np.uint8)])
 def test_a_sampler_of_the_wrong_type_is_our_own_fault(tmp_path: Path, wrong: Pixels) -> None:
     with pytest.raises(ValueError, match="uint8"):
-        ensure(tmp_path, given=(), count=1, batch_size=1, seed=0, sample=lambda seeds: [wrong])
+        ensure(
+            tmp_path, given=(), count=1, batch_size=1, seed=0, sample=lambda seeds: [sampled(wrong)]
+        )
     with pytest.raises(ValueError, match="zip"):
         ensure(tmp_path, given=(), count=1, batch_size=1, seed=0, sample=lambda seeds: [])
 

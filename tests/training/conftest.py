@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +34,7 @@ class Training:
 
     def steps(self) -> Iterator[loop.StepMetrics]:
         settings = self.settings
+        precision = self.state.precision
         by_prediction = settings.prior_preservation_mode == "prediction"
         return loop.train(
             self.state,
@@ -42,7 +43,7 @@ class Training:
             settings,
             noise_scheduler=models.training_noise_scheduler(self.model),
             encode_text=lambda ids: models.text_features(self.model, ids),
-            prior_unet=copy.deepcopy(self.model.unet).eval() if by_prediction else None,
+            prior_unet=precision.frozen_copy(self.model.unet) if by_prediction else None,
             accelerator=Accelerator(cpu=True),
         )
 
@@ -78,7 +79,7 @@ def loaded_small_model(small_model_folder: Path) -> models.DiffusionModel:
 
 @pytest.fixture
 def make_training(loaded_small_model: models.DiffusionModel) -> Callable[..., Training]:
-    def make(**changes: object) -> Training:
+    def make(*, frees_gradients: bool = False, **changes: object) -> Training:
         settings = Hyperparameters(**{"max_steps": 4, "learning_rate": 1e-3, **changes})  # type: ignore[arg-type]
         model = copy.copy(loaded_small_model)
         model.unet = copy.deepcopy(loaded_small_model.unet).requires_grad_(True).train()
@@ -87,6 +88,13 @@ def make_training(loaded_small_model: models.DiffusionModel) -> Callable[..., Tr
             model.text_encoder = copy.deepcopy(model.text_encoder).requires_grad_(True).train()
             trained.append(model.text_encoder)
         plan = plans.make(settings, dataset(), None, CPU_FACTS)
+        if frees_gradients:
+            plan = replace(plan, frees_gradients=True)
+        if plan.rounds_stochastically:
+            for module in trained:
+                torch.nn.Module.to(module, torch.bfloat16)
+        if plan.gradient_checkpointing:
+            model.unet.enable_gradient_checkpointing()
         with_class = settings.with_prior_preservation
         ids = models.tokenize(model, ["a photo of riobugger cat", "a photo of cat"])
         text = ids if settings.train_text_encoder else models.encode_text(model, ids)
@@ -103,8 +111,13 @@ def make_training(loaded_small_model: models.DiffusionModel) -> Callable[..., Tr
         state = TrainingState(
             unet=model.unet,
             text_encoder=model.text_encoder if settings.train_text_encoder else None,
-            optimizer=optimizer.build(trained, settings, use_8bit_adam=plan.use_8bit_adam),
-            precision=Precision(plan.mixed_precision, CPU),
+            optimizer=optimizer.build(
+                trained,
+                settings,
+                use_8bit_adam=plan.use_8bit_adam,
+                rounds_stochastically=plan.rounds_stochastically,
+            ),
+            precision=Precision.of(plan, CPU),
         )
         return Training(model=model, settings=settings, plan=plan, state=state, data=data)
 

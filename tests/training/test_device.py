@@ -18,10 +18,14 @@ def with_driver(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_driver_names_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with_driver(tmp_path, "echo 'Tesla T4, 15360, 7.5'", monkeypatch)
+    with_driver(tmp_path, "echo 'Tesla T4, 15360, 15109, 7.5'", monkeypatch)
     facts = device.from_driver()
     assert facts == device.DeviceFacts(
-        kind="cuda", name="Tesla T4", compute_capability=(7, 5), memory_bytes=15 * 2**30
+        kind="cuda",
+        name="Tesla T4",
+        compute_capability=(7, 5),
+        memory_bytes=15 * 2**30,
+        free_bytes=15109 * 2**20 - device.CONTEXT_BYTES,
     )
     assert facts.mixed_precision == "fp16"
 

@@ -96,8 +96,40 @@ def test_the_memory_plan_is_the_fastest_that_fits() -> None:
     assert make(small).memory_plan == "8bit_adamw"
     assert make(small).use_8bit_adam
     tiny = replace(T4, memory_bytes=6 * GIB)
-    assert make(tiny).memory_plan == "8bit_adamw_checkpointing"
+    assert make(tiny).memory_plan == "8bit_adamw_in_backward"
     assert make(tiny).gradient_checkpointing
+    assert make(tiny).frees_gradients
+
+
+def test_out_of_memory_there_is_a_smaller_plan_until_the_last() -> None:
+    plan: plans.TrainingPlan | None = make(A10G)
+    found = []
+    while plan is not None:
+        found.append((plan.memory_plan, plan.use_8bit_adam, plan.frees_gradients))
+        expected, plan = plan.memory_bytes, plan.in_less_memory()
+        assert plan is None or 0 < plan.memory_bytes < expected
+    assert found == [
+        ("fp32_adamw", False, False),
+        ("8bit_adamw", True, False),
+        ("8bit_adamw_checkpointing", True, False),
+        ("8bit_adamw_in_backward", True, True),
+    ]
+    assert make(A10G, memory_plan="fp32_adamw").in_less_memory() is None
+
+
+def test_stochastic_rounding_means_bf16_weights() -> None:
+    plan = make(T4, memory_plan="8bit_adamw_stochastic_rounding")
+    assert plan.mixed_precision == "bf16"
+    assert plan.rounds_stochastically
+    assert any("computes bf16 slowly" in warning for warning in plan.warnings)
+    assert "stochastically rounded weights" in plans.describe(plan, Hyperparameters())
+
+
+def test_the_memory_plan_is_printed_with_its_price_and_its_expected_bytes() -> None:
+    text = plans.describe(make(replace(T4, memory_bytes=6 * GIB)), Hyperparameters())
+    assert "8bit_adamw_in_backward, gradients freed as they arrive: every pass is made" in text
+    assert "expected memory  5.2" in text
+    assert "should memory run out, 8bit_adamw" in plans.describe(make(A10G), Hyperparameters())
 
 
 def test_what_is_set_by_hand_stands() -> None:

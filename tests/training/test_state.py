@@ -18,8 +18,19 @@ IDENTITY = {"learning_rate": "0.001", "data": "abc"}
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"use_8bit_adam": True}, {"mixed_precision": "fp16"}, {"train_text_encoder": True}],
-    ids=["plain", "8-bit", "fp16", "text encoder"],
+    [
+        {},
+        {"use_8bit_adam": True},
+        {"mixed_precision": "fp16"},
+        {"train_text_encoder": True},
+        {"memory_plan": "8bit_adamw_checkpointing"},
+        {"memory_plan": "8bit_adamw_in_backward", "mixed_precision": "fp16"},
+        {"memory_plan": "8bit_adamw_stochastic_rounding"},
+    ],
+    ids=[
+        *("plain", "8-bit", "fp16", "text encoder"),
+        *("checkpointing", "in backward, fp16", "stochastic rounding"),
+    ],
 )
 def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(
     make_training: Make, tmp_path: Path, changes: dict[str, object]
@@ -69,6 +80,25 @@ def test_a_changed_setting_is_named(make_training: Make, tmp_path: Path) -> None
         HyperparameterError, match=r"learning_rate was 0\.001 and is now 0\.01.*resume=fresh"
     ):
         states.load_newest(training.state, tmp_path, identity=changed)
+
+
+def test_only_a_plan_that_was_chosen_by_itself_may_change(
+    make_training: Make, tmp_path: Path
+) -> None:
+    first = make_training(max_steps=4)
+    for metrics in first.steps():
+        if metrics.step == 2:
+            break
+    automatic = {**IDENTITY, "memory_plan": "auto", "use_8bit_adam": "False"}
+    states.save(first.state, tmp_path, identity=automatic, keep=1)
+    smaller = make_training(max_steps=4, use_8bit_adam=True)
+    changed = {**automatic, "use_8bit_adam": "True"}
+    assert states.load_newest(smaller.state, tmp_path, identity=changed)
+    assert torch.equal(smaller.weights(), first.weights())
+    assert [metrics.step for metrics in smaller.steps()] == [3, 4]
+    named = {**changed, "memory_plan": "8bit_adamw"}
+    with pytest.raises(HyperparameterError, match="memory_plan was auto"):
+        states.load_newest(smaller.state, tmp_path, identity=named)
 
 
 @pytest.mark.parametrize("name", ["unet.safetensors", "optimizer.pt", "manifest.json"])

@@ -16,12 +16,13 @@ from dreambooth.training.device import DeviceFacts
 
 _BEGINS = re.compile(r"\[([a-z ]+)(?:, step \d+)?\] begins$")
 _MODEL_WRITTEN = re.compile(r"the model of step \d+ of \d+ is in ")
+_SAMPLED = re.compile(r"(\d+) class images sampled in ([\d.]+) s")
 BATCH_SIZE = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scale:
-    """How much is measured: steps after the first `warm_up` (>= 1), class images sampled (>= 2)."""
+    """How much is measured: steps after the first `warm_up` (>= 1), class images sampled."""
 
     steps: int
     warm_up: int
@@ -110,11 +111,11 @@ def run(setting: Setting, subject: Subject, scale: Scale, folder: Path) -> Outco
     ended = processes.run(script, arguments, folder=folder)
     fault = ended.fault()
     class_images = output / "class_images"
-    figures = None if fault else _figures(ended, output, class_images, scale)
+    figures = None if fault else _figures(ended, output, scale)
     return Outcome(setting=setting, figures=figures, fault=fault, class_images=class_images)
 
 
-def _figures(ended: Ended, output: Path, class_images: Path, scale: Scale) -> Figures:
+def _figures(ended: Ended, output: Path, scale: Scale) -> Figures:
     text = (output / "metrics.jsonl").read_text("utf-8")
     rows = [json.loads(row) for row in text.splitlines()]
     ends = [row["time"] for row in rows]
@@ -129,7 +130,7 @@ def _figures(ended: Ended, output: Path, class_images: Path, scale: Scale) -> Fi
         ),
         memory=ended.memory,
         first_step_s=ends[0] - ended.started_at,
-        class_image_s=_seconds_per_class_image(sorted(class_images.glob("*.png"))),
+        class_image_s=_seconds_per_class_image(ended.lines),
         export_s=written - begins["export"],
         run_s=ended.seconds,
         without_class_images_s=ended.seconds - sampling_s,
@@ -142,9 +143,7 @@ def _begins(lines: Sequence[Line]) -> dict[str, float]:
     return {match[1]: seconds for match, seconds in found if match}
 
 
-def _seconds_per_class_image(paths: Sequence[Path]) -> float | None:
-    """From the first to the last that was written: loading the sampler does not count."""
-    if len(paths) < 2:
-        return None
-    written = sorted(path.stat().st_mtime for path in paths)
-    return (written[-1] - written[0]) / (len(written) - 1)
+def _seconds_per_class_image(lines: Sequence[Line]) -> float | None:
+    """As the run says; loading the sampler does not count."""
+    found = (_SAMPLED.search(line.text) for line in lines)
+    return next((float(match[2]) / int(match[1]) for match in found if match), None)

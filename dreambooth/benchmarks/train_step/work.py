@@ -32,7 +32,7 @@ class Peak:
 
 # Half precision. T4: data sheet. A10G: measured products (its data sheet says 125). H100: dense
 # products and memory as well-tuned kernels reach them.
-_CARDS = {
+CARDS = {
     "Tesla T4": Peak(flop_per_s=65e12, bytes_per_s=320e9, source="table"),
     "NVIDIA A10G": Peak(flop_per_s=70e12, bytes_per_s=600e9, source="table"),
     "NVIDIA H100 80GB HBM3": Peak(flop_per_s=800e12, bytes_per_s=3.0e12, source="table"),
@@ -70,14 +70,18 @@ def optimizer_bytes(memory_plan: str, mixed_precision: str) -> int:
 
     AdamW reads weight, gradient and two states, writes weight and states (4 bytes each, states of 1
     byte in 8 bits); in mixed precision gradients have 2 bytes and a half copy is written as well.
+    Weights that are rounded stochastically have 2 bytes, and no copy.
     """
-    states = 4 if MEMORY_PLANS[memory_plan][0] else 16
+    plan = MEMORY_PLANS[memory_plan]
+    states = 4 if plan.use_8bit_adam else 16
+    if plan.rounds_stochastically:
+        return states + 8
     return states + (14 if mixed_precision != "no" else 16)
 
 
 def peak(device: DeviceFacts) -> Peak:
     """Of a card that is known, else measured here and now."""
-    return _CARDS.get(device.name) or _measure(device)
+    return CARDS.get(device.name) or _measure(device)
 
 
 def _measure(device: DeviceFacts) -> Peak:

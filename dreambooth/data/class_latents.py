@@ -1,0 +1,79 @@
+"""The latents that a sampled class image was decoded from, kept so that nobody encodes it again.
+
+One safetensors file per picture, in a folder beside the pictures; it names the picture's bytes and
+its origin, so that a file of another picture, model or seed is not taken. Torch-free.
+Legend: C latent channels, h w latent cells.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from dreambooth.data.picture_files import shown
+
+log = logging.getLogger(__name__)
+
+Latents = npt.NDArray[np.float32]
+
+FOLDER = "latents"
+"""Beside the pictures: their own folder then holds nothing but pictures."""
+
+_TENSOR = "latents"
+_HEADER_BYTES = 4096  # generous: a length, one tensor and two texts
+
+
+def place_of(picture: Path) -> Path:
+    """Where the latents of a picture lie."""
+    return picture.parent / FOLDER / f"{picture.stem}.safetensors"
+
+
+def content(latents: Latents, *, picture: bytes, origin: str) -> bytes:
+    """The file of one picture: latents float32 [C,h,w]; picture: the whole file it belongs to."""
+    written: bytes = save(
+        {_TENSOR: np.ascontiguousarray(latents, dtype=np.float32)},
+        metadata={"picture": hashlib.sha256(picture).hexdigest(), "origin": origin},
+    )
+    return written
+
+
+def read(picture: Path, *, origin: str, shape: tuple[int, int, int]) -> Latents | None:
+    """The latents float32 [C,h,w] of a picture, as they were given to `content`.
+
+    None where there are none, and (with a warning) where the file is damaged, of another shape or
+    not finite, or belongs to another picture or origin.
+    """
+    path = place_of(picture)
+    try:
+        size = path.stat().st_size
+        if size > 4 * int(np.prod(shape)) + _HEADER_BYTES:
+            raise ValueError(f"it has {size} bytes")
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            latents = file.get_tensor(_TENSOR)
+        if metadata.get("origin") != origin:
+            raise ValueError("it is of another model, prompt or seed")
+        if metadata.get("picture") != hashlib.sha256(picture.read_bytes()).hexdigest():
+            raise ValueError("the picture is not the one that it was written for")
+        if latents.shape != shape or latents.dtype != np.float32:
+            raise ValueError(f"it holds {latents.dtype} {latents.shape}")
+        if not np.isfinite(latents).all():
+            raise ValueError("it is not finite")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, SafetensorError) as error:
+        name = os.path.join(FOLDER, path.name)
+        log.warning(
+            "%s is not used, and its class image encoded instead: %s",
+            shown(name),
+            shown(str(error)),
+        )
+        return None
+    return np.asarray(latents)

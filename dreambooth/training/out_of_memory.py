@@ -1,0 +1,31 @@
+"""Which errors mean that the GPU's memory is used up, and what the user can do."""
+
+from __future__ import annotations
+
+import torch
+
+from dreambooth.hyperparameters import MEMORY_PLANS
+from dreambooth.training.plan import TrainingPlan
+
+# Libraries that allocate for themselves say it in an error of no class of its own.
+_SIGNS = ("CUDA out of memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+
+
+def is_meant_by(error: BaseException) -> bool:
+    """Whether it, or what it was raised from, says so."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS):
+        return True
+    return error.__cause__ is not None and is_meant_by(error.__cause__)
+
+
+def advice(plan: TrainingPlan) -> str:
+    """The sentence for the user whose job ends by it."""
+    names = list(MEMORY_PLANS)
+    smaller = names[names.index(plan.memory_plan) + 1 :]
+    by_plan = f", or set memory_plan to {' or '.join(smaller)}" if smaller else ""
+    return (
+        f"The GPU ran out of memory (memory_plan {plan.memory_plan}): lower batch_size or "
+        f"resolution{by_plan}."
+    )

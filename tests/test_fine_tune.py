@@ -1,0 +1,226 @@
+"""Out of memory in training: real jobs on a miniature model whose optimizer runs out of memory."""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+import shutil
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from dreambooth import job
+
+Start = Callable[..., int]
+Optimizer = torch.optim.Optimizer
+EIGHT_BIT = ("--memory_plan=8bit_adamw",)
+
+
+@pytest.fixture
+def start(small_model_folder: Path, tmp_path: Path) -> Start:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(3):
+        pixels = generator.integers(0, 255, (40, 48, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(photos / f"{number}.png")
+    prompts = {"instance_prompt": "a photo of riobugger cat", "class_prompt": "a photo of cat"}
+    (photos / "dataset_info.json").write_text(json.dumps(prompts))
+
+    def run(out: str, *options: str) -> int:
+        argv = [f"--pretrained-model={small_model_folder}", f"--train={photos}"]
+        argv += [f"--model_dir={tmp_path / out}", "--max_steps=4", "--learning_rate=1e-4"]
+        return job.run([*argv, "--log_level=info", *options], {"SAGEMAKER_BASE_DIR": str(tmp_path)})
+
+    return run
+
+
+def weights(folder: Path) -> torch.Tensor:
+    tensors = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    return torch.cat([tensors[key].flatten() for key in sorted(tensors)])
+
+
+def steps(folder: Path) -> list[int]:
+    lines = (folder.with_name(folder.name + "-output") / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
+@contextmanager
+def out_of_memory(where: Callable[[Optimizer, int], bool]) -> Iterator[list[str]]:
+    """Each step of an optimizer for which `where(optimizer, its steps so far)` runs out of memory.
+
+    Yields the kinds of optimizer that did, as the tests that read it know them.
+    """
+    failed: list[str] = []
+    counts: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+
+    def hook(optimizer: Optimizer, *_: object) -> None:
+        done = counts.get(optimizer, 0)
+        if where(optimizer, done):
+            failed.append(type(optimizer).__name__)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+        counts[optimizer] = done + 1
+
+    handle = register_optimizer_step_pre_hook(hook)
+    try:
+        yield failed
+    finally:
+        handle.remove()
+
+
+def keeps_gradients(optimizer: Optimizer) -> bool:
+    """An optimizer that steps more than one weight at a time."""
+    members = sum(len(group["params"]) for group in optimizer.param_groups)
+    return members > 1
+
+
+def test_it_goes_over_to_the_next_plan_from_the_start(
+    start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with out_of_memory(lambda adamw, done: type(adamw) is torch.optim.AdamW and done == 2):
+        assert start("moved") == 0
+    shown = capsys.readouterr().err
+    assert "memory ran out with memory_plan fp32_adamw: going on with 8bit_adamw" in shown
+    assert steps(tmp_path / "moved") == [1, 2, 3, 4]
+    assert "memory ran out" in (tmp_path / "moved-output" / "report.html").read_text()
+    assert start("named", *EIGHT_BIT) == 0
+    assert torch.equal(weights(tmp_path / "moved"), weights(tmp_path / "named"))
+
+
+def test_it_goes_on_from_the_last_checkpoint(
+    start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str], small_model_folder: Path
+) -> None:
+    options = (f"--checkpoint_dir={tmp_path / 'kept'}", "--checkpointing_steps=2", "--resume=fresh")
+    with out_of_memory(
+        lambda adamw, done: type(adamw) is torch.optim.AdamW and done == 3
+    ) as failed:
+        assert start("moved", *options) == 0
+    assert failed == ["AdamW"]
+    assert "resumed at step 2" in capsys.readouterr().err
+    assert steps(tmp_path / "moved") == [1, 2, 3, 4]
+    assert start("whole") == 0
+    base = weights(small_model_folder)
+    moved, whole = weights(tmp_path / "moved") - base, weights(tmp_path / "whole") - base
+    assert float(torch.nn.functional.cosine_similarity(moved, whole, dim=0)) > 0.99
+    assert float(moved.norm() / whole.norm()) == pytest.approx(1, abs=0.02)
+
+
+def test_a_job_that_moved_resumes_its_8_bit_checkpoint_under_any_automatic_plan(
+    start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str], small_model_folder: Path
+) -> None:
+    kept = tmp_path / "kept"
+    options = (f"--checkpoint_dir={kept}", "--checkpointing_steps=2", "--checkpoints_total_limit=2")
+    with out_of_memory(lambda adamw, _: type(adamw) is torch.optim.AdamW):
+        assert start("moved", *options) == 0
+    shutil.rmtree(kept / "step-00000004")
+    capsys.readouterr()
+    assert start("named", *options, *EIGHT_BIT) == 1
+    assert "memory_plan was auto and is now 8bit_adamw" in capsys.readouterr().err
+    with out_of_memory(lambda adamw, _: type(adamw) is torch.optim.AdamW):
+        assert start("again", *options) == 0
+    assert "resumed at step 2" in capsys.readouterr().err
+    assert torch.equal(weights(tmp_path / "again"), weights(tmp_path / "moved"))
+    shutil.rmtree(kept / "step-00000004")
+    assert start("fp32", *options) == 0  # memory is free by now
+    assert "resumed at step 2" in capsys.readouterr().err
+    base = weights(small_model_folder)
+    fp32, moved = weights(tmp_path / "fp32") - base, weights(tmp_path / "moved") - base
+    assert float(torch.nn.functional.cosine_similarity(fp32, moved, dim=0)) > 0.99
+
+
+def test_the_smallest_plan_is_reached(start: Start, tmp_path: Path) -> None:
+    with out_of_memory(lambda adamw, _: keeps_gradients(adamw)) as failed:
+        assert start("moved") == 0
+    assert failed == ["AdamW", "AdamW8bit", "AdamW8bit"]
+    assert start("named", *EIGHT_BIT) == 0
+    assert torch.equal(weights(tmp_path / "moved"), weights(tmp_path / "named"))
+
+
+def test_nothing_of_the_attempt_that_failed_is_kept(start: Start) -> None:
+    attempts: list[weakref.ref[Any]] = []
+    alive: list[bool] = []
+
+    def first_step(adamw: Optimizer, done: int) -> bool:
+        if done == 0 and keeps_gradients(adamw):
+            gc.collect()
+            alive.extend(attempt() is not None for attempt in attempts)
+            attempts.append(weakref.ref(adamw.param_groups[0]["params"][0]))
+        return type(adamw) is torch.optim.AdamW
+
+    with out_of_memory(first_step):
+        assert start("moved") == 0
+    assert alive == [False]
+
+
+def test_after_the_last_plan_the_job_ends_in_one_sentence(
+    start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with out_of_memory(lambda *_: True):
+        assert start("none") == 1
+    shown = capsys.readouterr().err
+    assert "error: The GPU ran out of memory (memory_plan 8bit_adamw_in_backward): lower" in shown
+    assert "Traceback" not in shown
+    assert not (tmp_path / "none" / "model_index.json").exists()
+
+
+def test_a_named_plan_stays_and_the_smaller_ones_are_named(
+    start: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with out_of_memory(lambda *_: True) as failed:
+        assert start("none", *EIGHT_BIT) == 1
+    assert failed == ["AdamW8bit"]
+    assert "memory_plan to 8bit_adamw_checkpointing or 8bit_adamw_in_backward" in (
+        capsys.readouterr().err
+    )
+
+
+def test_memory_is_no_reason_to_train_again_once_all_steps_are_made(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draw(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("dreambooth.previews.Previews.sample", draw)
+    with out_of_memory(lambda *_: False) as failed:
+        assert start("none") == 1
+    assert failed == []
+    assert steps(tmp_path / "none") == [1, 2, 3, 4]
+
+
+def test_the_measured_peak_is_logged_beside_the_expected_one(
+    start: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start("plain") == 0
+    shown = capsys.readouterr().err
+    figure = r"0\.\d\d GiB"
+    assert re.search(rf"memory: {figure} expected by the plan, at the peak \d+\.\d\d GiB of", shown)
+
+
+@pytest.mark.parametrize(
+    "name", ["8bit_adamw_in_backward", "8bit_adamw_checkpointing", "8bit_adamw_stochastic_rounding"]
+)
+def test_a_resumed_job_equals_the_unbroken_one_in_every_plan(
+    start: Start, tmp_path: Path, name: str
+) -> None:
+    plan = f"--memory_plan={name}"
+    assert start("whole", plan) == 0
+    options = (plan, f"--checkpoint_dir={tmp_path / 'kept'}", "--checkpointing_steps=2")
+
+    def third(optimizer: Optimizer, done: int) -> bool:
+        return next(iter(optimizer.state.values()), {"step": 0})["step"] == 3
+
+    with out_of_memory(third):  # a named plan stays: the job ends
+        assert start("resumed", *options) == 1
+    assert start("resumed", *options) == 0
+    assert steps(tmp_path / "resumed") == [1, 2, 3, 4]
+    assert torch.equal(weights(tmp_path / "resumed"), weights(tmp_path / "whole"))

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dreambooth.hyperparameters import Hyperparameters
+from dreambooth.training import adamw_8bit, optimizer
+
+SETTINGS = Hyperparameters(learning_rate=1e-3)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(96, 96), nn.LayerNorm(96), nn.Linear(96, 4))  # 9216 and fewer
+
+
+def step(module: nn.Module, adamw: torch.optim.Optimizer, number: int) -> None:
+    generator = torch.Generator().manual_seed(number)
+    for parameter in module.parameters():
+        gradient = torch.randn(parameter.shape, generator=generator) * 1e-3
+        parameter.grad = gradient.to(parameter.dtype)
+    adamw.step()
+    adamw.zero_grad()
+
+
+def trained(steps: int, *, eight_bit: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
+    module = network()
+    adamw = optimizer.build([module], SETTINGS, use_8bit_adam=eight_bit)
+    for number in range(steps):
+        step(module, adamw, number)
+    return module, adamw
+
+
+def moments(saved: dict[str, Any]) -> list[torch.Tensor]:
+    return [state[name] for state in saved.values() for name in ("exp_avg", "exp_avg_sq")]
+
+
+@pytest.mark.parametrize("first_bits", ["fp32", "8-bit"])
+def test_a_run_goes_on_with_states_of_other_bits(first_bits: str) -> None:
+    before = network()
+    reference, adamw = trained(10, eight_bit=False)
+    for number in range(10, 20):
+        step(reference, adamw, number)
+
+    module, saved = trained(10, eight_bit=first_bits == "8-bit")
+    other = optimizer.build([module], SETTINGS, use_8bit_adam=first_bits != "8-bit")
+    optimizer.load(other, copy.deepcopy(saved.state_dict()))
+    for number in range(10, 20):
+        step(module, other, number)
+
+    moved, expected = (
+        torch.cat([(b - a).detach().flatten() for a, b in zip(*parameters, strict=True)])
+        for parameters in (
+            (before.parameters(), after.parameters()) for after in (module, reference)
+        )
+    )
+    cosine = torch.nn.functional.cosine_similarity(moved, expected, dim=0)
+    assert cosine > 0.999
+    assert float(moved.norm() / expected.norm()) == pytest.approx(1, abs=0.01)
+    assert {type(state["step"]) for state in saved.state.values()} != {
+        type(state["step"]) for state in other.state.values()
+    }
+
+
+def test_states_come_back_from_fp32_within_one_code() -> None:
+    _, adamw = trained(5, eight_bit=True)
+    for state in adamw.state_dict()["state"].values():
+        back = adamw_8bit.from_fp32(adamw_8bit.to_fp32(state))
+        assert back["step"] == state["step"] == 5
+        (old,) = (value for value in state.values() if isinstance(value, dict))
+        (new,) = (value for value in back.values() if isinstance(value, dict))
+        assert new.keys() == old.keys()
+        # The signed codes end at -0.993: a block whose largest moment is negative shrinks by that.
+        assert int((new["state1"].int() - old["state1"].int()).abs().max()) <= 1
+        assert torch.equal(new["state2"], old["state2"])
+        if "absmax1" in old:
+            assert torch.allclose(new["absmax1"], old["absmax1"], rtol=0.01)
+            assert torch.equal(new["absmax2"], old["absmax2"])
+
+
+def test_8_bit_moments_are_near_those_of_fp32() -> None:
+    _, plain = trained(10, eight_bit=False)
+    _, small = trained(10, eight_bit=True)
+    states = small.state_dict()["state"]
+    restored = {number: adamw_8bit.to_fp32(state) for number, state in states.items()}
+    for a, b in zip(moments(restored), moments(plain.state_dict()["state"]), strict=True):
+        assert float((a - b).norm() / b.norm()) < 0.05
+
+
+def test_states_of_other_weights_are_refused() -> None:
+    _, saved = trained(1, eight_bit=False)
+    other = optimizer.build([nn.Linear(4, 4)], SETTINGS, use_8bit_adam=True)
+    with pytest.raises(ValueError, match="another number of weights"):
+        optimizer.load(other, saved.state_dict())
+
+
+def test_rounding_is_right_on_average_and_never_further_than_a_neighbour() -> None:
+    values = torch.tensor([1.0, 1.001, -1.001, 3e-5, -0.0]).repeat_interleave(20_000)
+    rounded = adamw_8bit.round_stochastically(values, torch.Generator().manual_seed(0)).float()
+    distance = (rounded - values).abs()
+    assert bool((distance <= values.abs() * 2**-7).all())
+    for one, mean in zip(values.view(5, -1)[:, 0], rounded.view(5, -1).mean(dim=1), strict=True):
+        assert float(mean) == pytest.approx(float(one), abs=float(one.abs()) * 1e-4)
+    assert torch.equal(rounded[:20_000], values[:20_000])  # what bf16 holds stays
+
+
+def test_rounded_weights_keep_updates_that_the_nearest_would_lose() -> None:
+    lost, kept = (nn.Linear(128, 128, bias=False) for _ in range(2))
+    for module in (lost, kept):
+        nn.init.constant_(module.weight, 1.0)
+        module.to(torch.bfloat16)
+    settings = Hyperparameters(learning_rate=1e-4, adam_weight_decay=0.0)
+    for module, rounds in ((lost, False), (kept, True)):
+        adamw = optimizer.build(
+            [module], settings, use_8bit_adam=True, rounds_stochastically=rounds
+        )
+        for _ in range(10):
+            module.weight.grad = torch.ones_like(module.weight)
+            adamw.step()
+        assert module.weight.dtype == torch.bfloat16
+    assert bool((lost.weight == 1).all())
+    assert (1 - kept.weight.float()).mean().item() == pytest.approx(1e-3, rel=0.1)
+
+
+def test_rounding_is_a_function_of_seed_and_step() -> None:
+    def weights(seed: int) -> torch.Tensor:
+        module = network().to(torch.bfloat16)
+        adamw = optimizer.build(
+            [module],
+            Hyperparameters(learning_rate=1e-4, seed=seed),
+            use_8bit_adam=True,
+            rounds_stochastically=True,
+        )
+        torch.manual_seed(seed + 7)
+        for number in range(3):
+            step(module, adamw, number)
+        return torch.cat([parameter.flatten() for parameter in module.parameters()])
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
