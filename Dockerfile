@@ -21,15 +21,19 @@ ENV PYTHONUNBUFFERED=1 \
 
 WORKDIR /opt/dreambooth
 
-# The heavy layer: rebuilt only when requirements.txt changes.
+# The heavy layer: rebuilt only when requirements.txt changes. Of torch, C++ tests and headers stay out.
 COPY requirements.txt ./
 RUN if [ -n "$TORCH_INDEX" ]; then \
       pip install --no-cache-dir --index-url "$TORCH_INDEX" "$(grep -o '^torch==[^ ]*' requirements.txt)"; \
     fi \
- && pip install --no-cache-dir -r requirements.txt
+ && pip install --no-cache-dir -r requirements.txt \
+ && cd "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+ && rm -rf torch/test torch/include
 
+# What cannot be read by any user is made so; the rest is not copied into a second layer.
 COPY . ./
-RUN python -m compileall -q dreambooth transfer_learning.py inference.py && chmod -R a+rX /opt/dreambooth
+RUN python -m compileall -q dreambooth transfer_learning.py inference.py \
+ && find . \( ! -perm -444 -o -type d ! -perm -555 \) -exec chmod a+rX {} +
 
 ENTRYPOINT ["python", "-m", "dreambooth"]
 CMD ["train"]

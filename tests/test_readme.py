@@ -1,10 +1,15 @@
-"""The README's requests are sent, as they stand there, to a server."""
+"""The README's shell blocks are run as they stand there: training, drawing, serving, asking.
+
+Its folders are those of the embedded model, its steps are few. The blocks for docker and for
+SageMaker's SDKs are run by tests/container.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,18 +23,67 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from dreambooth.tiny import DATA, WEIGHTS
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 ADDRESS = "http://127.0.0.1:8080"
 
 
+def workshop(folder: Path) -> Path:
+    """Makes a folder in which the README's words name something small."""
+    for name in ("dreambooth", "transfer_learning.py"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "models").mkdir()
+    (folder / "models/stable-diffusion-2-1-base").symlink_to(WEIGHTS)
+    shutil.copytree(DATA / "cat", folder / "photos")
+    return folder
+
+
+def shell_block(word: str) -> str:
+    (block,) = [b for b in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) if word in b]
+    return block
+
+
+def environ() -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # `python` is this one
+    return {**os.environ, "PATH": path, "no_proxy": "127.0.0.1"}
+
+
+def test_the_block_for_ones_own_pictures_plans_trains_and_draws(tmp_path: Path) -> None:
+    block = shell_block("transfer_learning.py")
+    assert block.count("--max_steps 400") == 2
+    script = "set -e\n" + block.replace("--max_steps 400", "--max_steps 4")
+    done = subprocess.run(
+        ["bash", "-c", script],
+        cwd=workshop(tmp_path),
+        env=environ(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("4 (0.5 epochs of 8 instance images)") == 2, done.stdout
+    assert (tmp_path / "out/mine/model_index.json").is_file()
+    drawn = [path for path in (tmp_path / "out").rglob("*.png") if "mine" not in path.parts]
+    assert len(drawn) >= 4
+
+
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    log = tmp_path_factory.mktemp("server") / "log"
-    command = [sys.executable, "-m", "dreambooth", "serve", "--model", "tiny"]
+    """The server of the README's line, on a port that is free; out/mine is the embedded model."""
+    folder = workshop(tmp_path_factory.mktemp("server"))
+    (folder / "out").mkdir()
+    (folder / "out/mine").symlink_to(WEIGHTS)
+    log = folder / "server.log"
+    line = shell_block("python -m dreambooth serve").split("#")[0].strip()
     with log.open("wb") as stream:
         server = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", "0"], cwd=ROOT, stderr=stream
+            [*shlex.split(line), "--host", "127.0.0.1", "--port", "0"],
+            cwd=folder,
+            env=environ(),
+            stderr=stream,
         )
     try:
         end = time.monotonic() + 180
@@ -60,7 +114,7 @@ def ready(log: Path) -> bool:
 
 
 def requests() -> list[str]:
-    (block,) = [b for b in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) if "curl" in b]
+    block = shell_block("curl")
     address, *_ = block.splitlines()
     assert address == f"U={ADDRESS}/invocations"
     return [line for line in block.replace("\\\n", " ").splitlines() if line.startswith("curl")]
@@ -75,7 +129,7 @@ def test_a_request_of_the_readme_is_answered(line: str, address: str, tmp_path: 
         cwd=tmp_path,
         capture_output=True,
         timeout=120,
-        env={**os.environ, "no_proxy": "127.0.0.1"},
+        env=environ(),
         check=False,
     )
     assert done.returncode == 0, done.stdout[:500]

@@ -1,7 +1,8 @@
 """How long a user waits before anything happens: processes are started and their output is timed.
 
-Four moments, each the median of several starts: the table of hyperparameters is printed; a job's
-plan is printed; its first step is made; the server's /ping says 200. The embedded model throughout.
+Four moments: the table of hyperparameters is printed; a job's plan is printed; its first step is
+made; the server's /ping says 200. Of each the median and the best of several starts, on the
+embedded model.
 """
 
 from __future__ import annotations
@@ -40,15 +41,15 @@ def main(arguments: argparse.Namespace) -> int:
         "first step made": lambda: _training_says("training: 1/1"),
         "server ready": _server_ready,
     }
-    medians = {}
+    medians, best = {}, {}
     print(f"{'moment':<28}seconds after the start")
     for name, measure in moments.items():
         seconds = [measure() for _ in range(arguments.starts)]
-        medians[name] = round(statistics.median(seconds), 2)
-        print(f"{name:<28}{medians[name]:.2f}   ({min(seconds):.2f} to {max(seconds):.2f})")
+        medians[name], best[name] = round(statistics.median(seconds), 2), round(min(seconds), 2)
+        print(f"{name:<28}{medians[name]:.2f}   ({best[name]:.2f} to {max(seconds):.2f})")
     machine = f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"
     summary = {"benchmark": "startup", "machine": machine, "starts": arguments.starts}
-    print(json.dumps({**summary, "seconds": medians}))
+    print(json.dumps({**summary, "seconds": medians, "best": best}))
     return 0
 
 

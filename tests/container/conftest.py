@@ -62,6 +62,18 @@ def container(docker: Docker) -> Iterator[Callable[..., str]]:
 
 
 @pytest.fixture
+def no_leftovers(docker: Docker) -> Iterator[None]:
+    """The SDKs leave stopped containers and a network behind; none may be left running."""
+    yield
+    network = "sagemaker-local"
+    assert not docker("ps", "--quiet", f"--filter=network={network}").stdout
+    for name in docker("ps", "--all", "--quiet", f"--filter=network={network}").stdout.split():
+        docker("rm", name)
+    if docker("network", "ls", "--quiet", f"--filter=name={network}").stdout:
+        docker("network", "rm", network)
+
+
+@pytest.fixture
 def tree(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     """Makes an /opt/ml tree with the cat's eight pictures and the given hyperparameters."""
     made: list[Path] = []
@@ -81,6 +93,24 @@ def tree(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     yield make
     for root in made:  # containers write as root
         shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture
+def train(docker: Docker, image: str) -> Docker:
+    """Runs a job on a tree, with the network closed: `train(root, *options of docker run)`."""
+
+    def run(root: Path, *options: str, **more: bool) -> subprocess.CompletedProcess[str]:
+        mount = f"--volume={root}:/opt/ml"
+        return docker("run", "--rm", "--network=none", mount, *options, image, "train", **more)
+
+    return run
+
+
+@pytest.fixture
+def model_in() -> Callable[[Path], bool]:
+    """Whether a tree holds a whole model."""
+    parts = {"model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler"}
+    return lambda root: parts <= {path.name for path in (root / "model").iterdir()}
 
 
 @pytest.fixture

@@ -1,4 +1,7 @@
-"""The image as docker runs it: verbs, users, signals, a closed network, a read-only root."""
+"""The image as docker runs it: verbs, users, signals, a closed network, a read-only root.
+
+What comes in through awkward channels is in test_channels.py.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,60 +21,88 @@ from PIL import Image
 
 from dreambooth.tiny import WEIGHTS
 
+ROOT = Path(__file__).parents[2]
+
+# Ends a process that looks up a name or opens a connection.
+GUARD = """
+import sys
+def refuse(event, arguments):
+    if event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.connect"):
+        raise SystemExit(f"{event} {arguments}")
+sys.addaudithook(refuse)
+print("the guard stands", file=sys.stderr)
+"""
 TINY = {"pretrained_model": "tiny", "learning_rate": "1e-4"}
-MODEL_PARTS = {"model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler"}
+RESTRICTED = ("--user=12345:12345", "--read-only", "--tmpfs=/tmp", "--shm-size=64m")
 Docker = Callable[..., subprocess.CompletedProcess[str]]
 Tree = Callable[..., Path]
 Start = Callable[..., str]
+Holds = Callable[[Path], bool]
 
 
-def job(root: Path, *options: str) -> list[str]:
-    return ["run", "--rm", "--network=none", f"--volume={root}:/opt/ml", *options]
-
-
-def entries(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
-
-
-def test_without_an_argument_it_trains(docker: Docker, image: str, tree: Tree) -> None:
+def test_without_an_argument_it_trains(
+    docker: Docker, image: str, tree: Tree, model_in: Holds
+) -> None:
     root = tree(**TINY, max_steps=3)
-    done = docker(*job(root), image)
-    assert entries(root / "model") >= MODEL_PARTS
-    assert {"metrics.jsonl", "report.html"} <= entries(root / "output/data")
+    done = docker("run", "--rm", "--network=none", f"--volume={root}:/opt/ml", image)
+    assert model_in(root)
+    for name in ("metrics.jsonl", "report.html"):
+        assert (root / "output/data" / name).is_file()
     assert not (root / "output/failure").exists()
     assert "train_avg_loss=" in done.stderr + done.stdout
 
 
-def test_any_user_on_a_read_only_root_trains(docker: Docker, image: str, tree: Tree) -> None:
+def test_any_user_on_a_read_only_root_trains(train: Docker, tree: Tree, model_in: Holds) -> None:
     root = tree(**TINY, max_steps=2)
-    options = ("--user=12345:12345", "--read-only", "--tmpfs=/tmp", "--shm-size=64m")
-    docker(*job(root, *options), image, "train")
-    assert entries(root / "model") >= MODEL_PARTS
+    train(root, *RESTRICTED)
+    assert model_in(root)
 
 
-def test_a_failing_job_says_why_and_leaves_no_model(docker: Docker, image: str, tree: Tree) -> None:
+def test_a_failing_job_says_why_and_leaves_no_model(train: Docker, tree: Tree) -> None:
     root = tree(**TINY, max_steps=2, learning_rat="3")
     (root / "input/data/training/dataset_info.json").unlink()
-    done = docker(*job(root), image, "train", check=False)
+    done = train(root, check=False)
     assert done.returncode == 1
     assert "dataset_info.json" in (root / "output/failure").read_text()
-    assert entries(root / "model") == set()
+    assert not list((root / "model").iterdir())
 
 
-def test_a_hub_id_without_a_network_is_told_at_once(docker: Docker, image: str, tree: Tree) -> None:
+def test_a_hub_id_without_a_network_is_told_at_once(train: Docker, tree: Tree) -> None:
     root = tree(pretrained_model="somebody/some-model", max_steps=2)
     began = time.monotonic()
-    done = docker(*job(root), image, "train", check=False)
+    done = train(root, check=False)
     assert done.returncode == 1
     assert "somebody/some-model" in (root / "output/failure").read_text()
     assert time.monotonic() - began < 40  # a guard against waiting for time-outs
 
 
-def test_a_promised_gpu_that_is_not_there_is_told(docker: Docker, image: str, tree: Tree) -> None:
+def test_a_job_asks_nobody_on_the_network(
+    train: Docker, tree: Tree, model_in: Holds, tmp_path: Path
+) -> None:
+    root = tree(**TINY, max_steps=2, compute_fid="True")
+    guard = tmp_path / "guard"
+    guard.mkdir()
+    (guard / "sitecustomize.py").write_text(GUARD)
+    options = (f"--volume={guard}:/guard:ro", "--env=PYTHONPATH=/guard:/opt/dreambooth")
+    done = train(root, *options)
+    assert "the guard stands" in done.stderr
+    assert model_in(root)
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("--env=SM_NUM_GPUS=1", "SM_NUM_GPUS=1 promises a GPU"),
+        ("--device=/dev/null:/dev/nvidia0", "this machine shows 1 NVIDIA GPU"),  # as --gpus does
+    ],
+)
+def test_a_promised_gpu_that_cannot_be_used_is_told(
+    option: str, told: str, train: Docker, tree: Tree
+) -> None:
     root = tree(**TINY, max_steps=2)
-    done = docker(*job(root, "--env=SM_NUM_GPUS=1"), image, "train", check=False)
+    done = train(root, option, check=False)
     assert done.returncode == 1
-    assert "SM_NUM_GPUS=1 promises a GPU" in (root / "output/failure").read_text()
+    assert told in (root / "output/failure").read_text()
 
 
 def test_any_verb_of_the_program_works(docker: Docker, image: str) -> None:
@@ -93,6 +125,31 @@ def test_neither_tests_nor_history_are_inside(docker: Docker, image: str) -> Non
     assert not {".git", "tests", ".ci", ".venv", "out"} & set(listed)
 
 
+def test_the_build_argument_takes_torch_from_another_index_first(
+    docker: Docker, image: str, tmp_path: Path
+) -> None:
+    """The project's Dockerfile on a base whose pip only writes down what it is asked for."""
+    base, built = f"{image}-noting-pip", f"{image}-other-torch"
+    noting = "FROM {}\nRUN printf '#!/bin/sh\\necho \"$@\" >>/asked\\n' >/usr/local/bin/pip"
+    (tmp_path / "Dockerfile").write_text(noting.format(image) + " && chmod +x /usr/local/bin/pip\n")
+    try:
+        docker("build", "-t", base, str(tmp_path))
+        arguments = (f"BASE_IMAGE={base}", "TORCH_INDEX=https://index.invalid/cu126")
+        given = [f"--build-arg={argument}" for argument in arguments]
+        docker("build", *given, "-t", built, str(ROOT))
+        asked = docker("run", "--rm", "--entrypoint=cat", built, "/asked").stdout.splitlines()
+    finally:
+        docker("rmi", "--force", built, base, check=False)
+    torch, everything = asked
+    pin = next(
+        line.split()[0]
+        for line in (ROOT / "requirements.txt").read_text().splitlines()
+        if line.startswith("torch==")
+    )
+    assert torch.endswith(f"--index-url https://index.invalid/cu126 {pin}")
+    assert everything.endswith("-r requirements.txt")
+
+
 def test_docker_stop_during_training_ends_it_in_time(
     docker: Docker, image: str, tree: Tree, container: Start
 ) -> None:
@@ -106,12 +163,14 @@ def test_docker_stop_during_training_ends_it_in_time(
     assert state["ExitCode"] == 143
 
 
+@pytest.mark.parametrize("options", [(), RESTRICTED], ids=["as root", "restricted"])
 def test_serve_answers_and_docker_stop_drains(
-    docker: Docker, image: str, container: Start, free_port: int
+    options: tuple[str, ...], docker: Docker, image: str, container: Start, free_port: int
 ) -> None:
     name = container(
         f"--publish=127.0.0.1:{free_port}:8080",
         f"--volume={WEIGHTS}:/opt/ml/model:ro",
+        *options,
         image,
         "serve",
     )
@@ -119,17 +178,32 @@ def test_serve_answers_and_docker_stop_drains(
     began = time.monotonic()
     wait_for(lambda: answers(url), 60)
     assert time.monotonic() - began < 20
+    assert draw(url, num_inference_steps=4) == [(64, 64)]
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(draw, url, num_inference_steps=80, num_images_per_prompt=2)
+        wait_for(lambda: waiting.done() or working(url), 60)
+        assert not waiting.done()
+        docker("stop", "--time=30", name)
+        assert waiting.result() == [(64, 64)] * 2
+    state = json.loads(docker("inspect", name).stdout)[0]["State"]
+    assert state["ExitCode"] == 0, docker("logs", name).stderr
+
+
+def working(url: str) -> bool:
+    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as reply:
+        return "dreambooth_requests_in_flight 1.0" in reply.read().decode()
+
+
+def draw(url: str, **keys: int) -> list[tuple[int, int]]:
+    """The sizes of the pictures that the server replies."""
     request = urllib.request.Request(
         f"{url}/invocations",
-        json.dumps({"prompt": "a photo of a cat", "num_inference_steps": 4, "seed": 1}).encode(),
+        json.dumps({"prompt": "a photo of a cat", "seed": 1, **keys}).encode(),
         {"Content-Type": "application/json", "Accept": "application/json;jpeg"},
     )
     with urllib.request.urlopen(request, timeout=60) as reply:
-        picture = json.load(reply)["generated_images"][0]
-    assert Image.open(io.BytesIO(base64.b64decode(picture))).size == (64, 64)
-    docker("stop", "--time=30", name)
-    state = json.loads(docker("inspect", name).stdout)[0]["State"]
-    assert state["ExitCode"] == 0, docker("logs", name).stderr
+        pictures = json.load(reply)["generated_images"]
+    return [Image.open(io.BytesIO(base64.b64decode(picture))).size for picture in pictures]
 
 
 def answers(url: str) -> bool:
@@ -145,27 +219,3 @@ def wait_for(ready: Callable[[], bool], seconds: float) -> None:
     while not ready():
         assert time.monotonic() < end, "it took too long"
         time.sleep(0.1)
-
-
-@pytest.mark.parametrize("name", ["other.tar.gz", "output.tar.gz"])
-def test_a_stray_tarball_beside_the_model_is_not_taken_for_it(
-    docker: Docker, image: str, tree: Tree, name: str
-) -> None:
-    root = tree(max_steps=2, learning_rate="1e-4")
-    channel = root / "input/data/model"
-    channel.mkdir()
-    subprocess.run(["tar", "-czf", channel / "base.tar.gz", "-C", WEIGHTS, "."], check=True)
-    subprocess.run(
-        ["tar", "-czf", channel / name, "-C", root, "output", "input/config"], check=True
-    )
-    docker(*job(root, f"--volume={channel}:/opt/ml/input/data/model:ro"), image, "train")
-    assert entries(root / "model") >= MODEL_PARTS
-
-
-def test_a_read_only_channel_full_of_stray_files_trains(
-    docker: Docker, image: str, tree: Tree
-) -> None:
-    root = tree(**TINY, max_steps=2)
-    training = root / "input/data/training"
-    for number in range(3000):
-        (training / f"nötiz {number}.txt").write_text("no picture")

@@ -24,6 +24,7 @@ ENVIRONMENT = {
     "AWS_EC2_METADATA_DISABLED": "true",
     "SAGEMAKER_SUPPRESS_V2_WARNING": "1",
 }
+pytestmark = pytest.mark.usefixtures("no_leftovers")
 Flow = Callable[..., tuple[dict[str, Any], str]]
 
 
@@ -93,7 +94,10 @@ def test_v2_fit_deploy_predict(v2: Flow) -> None:
 def test_v2_a_failing_job_raises_with_our_sentence(v2: Flow, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    result, printed = v2("fit", training=f"{empty}/")
+    for _ in range(3):  # on a busy machine docker-compose 1.29 may miss how a container ended
+        result, printed = v2("fit", training=f"{empty}/")
+        if "raised" in result:
+            break
     assert "exited with code: 1" in result["raised"]
     assert "dataset_info.json" in printed
 
