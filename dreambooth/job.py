@@ -6,7 +6,6 @@ Builds the objects and hands them down; the heavy half is `fine_tune`, imported 
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import threading
 import traceback
@@ -24,6 +23,7 @@ from dreambooth.errors import ResourceError
 from dreambooth.hyperparameters import Hyperparameters
 from dreambooth.stop import Stopped, StopSignals
 from dreambooth.training import device as devices
+from dreambooth.training import host_allocator
 from dreambooth.training import plan as plans
 from dreambooth.training.plan import TrainingPlan
 
@@ -50,14 +50,18 @@ def run(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     0 done, 1 error (its sentence on stderr and in the failure file), 143 and 130 where SIGTERM or
     SIGINT stopped it.
     """
+    with logs.lasting_streams():
+        return _run(argv, environ)
+
+
+def _run(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     failure_file = container.failure_file(environ)
     stop = StopSignals()
-    _mend_streams()
     threads_say, threading.excepthook = threading.excepthook, _say_in_one_line
     try:
         with stop.listening():
             environment = container.read(argv, environ)
-            logs.to_stderr(environment.log_level)
+            logs.to_stderr(environment.log_level, phase="starting")
             if environment.dry_run:
                 _dry_run(_prepare(environment, environ))
             else:
@@ -67,11 +71,11 @@ def run(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         return stopped.exit_code
     except Exception as error:
         told = failure.for_the_user(error)
+        failure.write_failure(failure_file, told or error)
         if told is None:
             traceback.print_exc()
         else:
             print(f"error: {told}", file=sys.stderr)
-        failure.write_failure(failure_file, told or error)
         return 1
     finally:
         threading.excepthook = threads_say
@@ -81,13 +85,6 @@ def run(argv: Sequence[str], environ: Mapping[str, str]) -> int:
 def _say_in_one_line(failed: threading.ExceptHookArgs) -> None:
     """Of a library's thread, such as the one that writes TensorBoard events to a full disk."""
     log.warning("a background thread ended: %s", failed.exc_value)
-
-
-def _mend_streams() -> None:
-    """A job that was started with a stream closed runs all the same."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
 def _prepare(environment: container.Environment, environ: Mapping[str, str]) -> Job:
@@ -124,10 +121,7 @@ def _prepare(environment: container.Environment, environ: Mapping[str, str]) -> 
 def _print_plan(job: Job, plan: TrainingPlan) -> None:
     if not job.is_main_process:
         return
-    try:
-        print(plans.describe(plan, job.hyperparameters), flush=True)
-    except OSError:  # nobody reads (a closed pipe), or a full disk: no reason not to train
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print(plans.describe(plan, job.hyperparameters), flush=True)
     sizes = dataset_info.size_warnings(job.dataset, plan.resolution) if plan.resolution else ()
     for warning in (*plan.warnings, *sizes):
         log.warning(warning)
@@ -180,6 +174,7 @@ def _train(job: Job, stop: StopSignals) -> None:
 
         device = devices.from_torch(torch)
         if device.kind == "cpu":
+            host_allocator.keep_freed_memory()
             gpu_driver.refuse_cpu(
                 job.environ,
                 gpu_driver.look(),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from typing import Any, TextIO, cast
 
 # They remark on what nobody asked for, such as optional packages that are not installed.
 _NOISY = (
@@ -15,10 +18,11 @@ _NOISY = (
 _VERBOSITY = ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY")
 
 
-def to_stderr(level: str) -> None:
+def to_stderr(level: str, *, phase: str | None = None) -> None:
     """Send log lines from `level` on ("debug" .. "critical") to stderr, of libraries errors only.
 
-    On a terminal each line wipes the progress bar that may stand there. May be called again.
+    phase: what the lines of a job name until its recorder does. On a terminal each line wipes the
+    progress bar that may stand there. May be called again.
     """
     over_the_bar = "\r\033[K" if sys.stderr.isatty() else ""
     handler = logging.StreamHandler(sys.stderr)
@@ -26,7 +30,7 @@ def to_stderr(level: str) -> None:
         logging.Formatter(
             over_the_bar + "%(asctime)s %(levelname)s %(where)s%(message)s",
             datefmt="%H:%M:%S",
-            defaults={"where": ""},  # a job's phase and step, set by its recorder
+            defaults={"where": f"[{phase}] " if phase else ""},
         )
     )
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
@@ -34,3 +38,42 @@ def to_stderr(level: str) -> None:
         os.environ.setdefault(variable, "error")
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def lasting_streams() -> Iterator[None]:
+    """In the block a stdout or stderr that is closed, or lies on a full disk, costs words only."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast(TextIO, _Lasting(stream)) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+        for stream in before:
+            try:
+                stream.flush()
+            except (OSError, ValueError):  # Python's own flush at its exit would change the code
+                with contextlib.suppress(OSError, ValueError):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class _Lasting:
+    """A text stream whose writes do not fail."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

@@ -21,8 +21,9 @@ class Progress:
     """Shows how far a task of ``total`` units has come, how fast it goes and how long it will take.
 
     On a terminal one line is redrawn: label, bar, done/total, fields, units per second, time left.
-    Elsewhere (logs) a line is written at the start, every ``interval_s`` seconds and at the end. A
-    context manager; ``initial`` units were done before this run and do not count for the speed.
+    Elsewhere (logs) a line, with the time, is written at the start, every ``interval_s`` seconds
+    and at the end. A context manager; ``initial`` units were done before this run and do not count
+    for the speed.
     """
 
     def __init__(
@@ -89,7 +90,8 @@ class Progress:
 
     def _show(self) -> None:
         if not self._terminal:
-            self._stream.write(f"{self._label}: {self._status()}\n")
+            when = time.strftime("%H:%M:%S")  # as the log's lines begin
+            self._stream.write(f"{when} {self._label}: {self._status()}\n")
             self._stream.flush()
             return
         status = self._status()

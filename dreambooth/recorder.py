@@ -73,13 +73,13 @@ class Recorder:
     ) -> None:
         if self._listener is not None:
             logging.getLogger("dreambooth").removeHandler(self._listener)
-        if self._where is not None:
-            for handler in logging.getLogger().handlers:
-                handler.removeFilter(self._where)
         if isinstance(error, TrainingDivergedError):
             self.step, self.stopped = error.step, str(error)
         if self.writes and (error is None or self.stopped is not None):
             self._write()
+        if self._where is not None:
+            for handler in logging.getLogger().handlers:
+                handler.removeFilter(self._where)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -89,8 +89,9 @@ class Recorder:
         try:
             with self.timings.phase(name):
                 yield
-        except Exception:
-            if not self._failed:
+        except Exception as error:
+            # Out of memory may still go on by a smaller plan; its own line says so.
+            if not self._failed and not isinstance(error, torch.OutOfMemoryError):
                 self._failed = True
                 log.info("the job fails here")
             raise
@@ -100,8 +101,8 @@ class Recorder:
     @property
     def where(self) -> str:
         """The phase, and the step where there is one, as log lines begin with them."""
-        phase = self._phases[-1] if self._phases else ""
-        return phase + (f", step {self.step}" if phase and self.step is not None else "")
+        phase = self._phases[-1] if self._phases else "job"
+        return phase + (f", step {self.step}" if self.step is not None else "")
 
     def _write(self) -> None:
         """Write the report as well as it can be: it must not cost the job a trained model."""
@@ -157,8 +158,7 @@ class _Where(logging.Filter):
         self._recorder = recorder
 
     def filter(self, record: logging.LogRecord) -> bool:
-        where = self._recorder.where
-        record.where = f"[{where}] " if where else ""
+        record.where = f"[{self._recorder.where}] "
         return True
 
 

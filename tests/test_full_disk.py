@@ -100,7 +100,7 @@ def test_what_an_earlier_run_left_counts_as_room(
 @pytest.mark.parametrize(
     ("count", "options", "told"),
     [
-        (4096, [], "The output folder"),
+        (12288, [], "The output folder"),
         (8192, ["--num_class_images=4"], "The class image"),
         (6 * MIB, [], "The checkpoint of step 1 cannot be written"),
         (2 * MIB, ["--checkpointing_steps=9"], "The model could not be written"),

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreambooth import handover, job
+from dreambooth import handover, job, tiny
+from dreambooth.diffusion.source import read_facts
+from tests.stopped_run import checked_checkpoint, size, stop_in_training
 
 
 class StopInTraining(StringIO):
@@ -46,3 +48,34 @@ def test_where_no_time_is_left_the_checkpoint_goes_before_the_model(
     assert model.exists() is not checkpoints
     if checkpoints:
         assert [path.name for path in (tmp_path / "c").iterdir()] == ["step-00000001"]
+
+
+@pytest.mark.parametrize("checkpoints", [True, False], ids=["checkpoint", "no checkpoint"])
+def test_a_real_process_on_a_slow_disk_leaves_what_there_is_time_for(
+    tmp_path: Path, checkpoints: bool
+) -> None:
+    mine, kept = tmp_path / "mine", tmp_path / "kept"
+    # A checkpoint of 58 MB takes all of the time that there is, and a model of 24 MB 1.2 s.
+    bytes_per_second, stop_seconds = 20e6, 2.5
+    arguments = ["--pretrained-model", tiny.WEIGHTS, "--train", tiny.DATA / "dog1_8"]
+    arguments += ["--model_dir", mine, "--max_steps=1000"]
+    arguments += ["--with_prior_preservation=False", "--instance_prompt=a photo of riobugger dog"]
+    arguments += [f"--checkpoint_dir={kept}"] if checkpoints else []
+    run = stop_in_training(
+        arguments,
+        tmp_path,
+        metrics=tmp_path / "mine-output" / "metrics.jsonl",
+        bytes_per_second=bytes_per_second,
+        stop_seconds=stop_seconds,
+    )
+    assert run.code == 143, run.log
+    written = checked_checkpoint(kept) if checkpoints else 0
+    if checkpoints:
+        assert not mine.exists() or not list(mine.iterdir())
+    else:
+        assert read_facts(mine) == read_facts(tiny.WEIGHTS)
+        assert "**Partial:" in (mine / "README.md").read_text("utf-8")
+        assert not list(mine.glob(".partial-*"))
+    assert run.flushed >= written + (size(mine) if mine.exists() else 0)
+    # The disk was slow, and what is no writing took no minute.
+    assert run.flushed / bytes_per_second <= run.seconds < 60

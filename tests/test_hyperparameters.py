@@ -191,6 +191,12 @@ def test_every_wrong_value_is_told_at_once() -> None:
         ("8bit_adamw", "gradient_checkpointing", "False", True),
         ("8bit_adamw_checkpointing", "gradient_checkpointing", "False", False),
         ("8bit_adamw_checkpointing", "use_8bit_adam", "True", True),
+        ("8bit_adamw_in_backward", "gradient_checkpointing", "False", False),
+        ("8bit_adamw_in_backward", "gradient_accumulation_steps", "2", False),
+        ("8bit_adamw_in_backward", "mixed_precision", "fp16", True),
+        ("8bit_adamw_checkpointing", "gradient_accumulation_steps", "2", True),
+        ("8bit_adamw_stochastic_rounding", "mixed_precision", "fp16", False),
+        ("8bit_adamw_stochastic_rounding", "mixed_precision", "bf16", True),
         ("auto", "gradient_checkpointing", "True", True),
     ],
 )

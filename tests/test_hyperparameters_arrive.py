@@ -109,16 +109,17 @@ def test_epochs_and_max_steps(run_job: Start) -> None:
 
 
 def test_batch_size(run_job: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dreambooth.diffusion import sampling
+    from dreambooth import class_sampling
 
     batches: list[int] = []
-    original = sampling.generate
+    original = class_sampling.advance
 
-    def generate(*arguments: Any, **keywords: Any) -> Any:
-        batches.append(keywords.get("batch_size", 0))
-        return original(*arguments, **keywords)
+    def advance(unet: Any, pictures: Any, text: Any) -> None:
+        batches.append(len(pictures))
+        original(unet, pictures, text)
 
-    monkeypatch.setattr(sampling, "generate", generate)
+    monkeypatch.setattr(class_sampling, "advance", advance)
+    monkeypatch.setattr(class_sampling, "BATCH_SIZE", 2)
     run = run_job(**PRIOR, num_class_images=5, batch_size=3)
     assert run.metrics[0]["epoch"] == 1.0
     assert batches[0] == 3  # class images are sampled so many at once

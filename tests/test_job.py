@@ -110,7 +110,7 @@ def test_prior_preservation_samples_what_is_missing_and_keeps_it(
     options = ["--with_prior_preservation", "--num_class_images=4", "--batch_size=2"]
     assert train(small_model_folder, photos, out, *options) == 0
     sampled = sorted((tmp_path / "model-output" / "class_images").iterdir())
-    assert [path.name for path in sampled] == ["class_00000.png", "class_00001.png"]
+    assert [path.name for path in sampled] == ["class_00000.png", "class_00001.png", "latents"]
     times = [path.stat().st_mtime_ns for path in sampled]
     row = json.loads((tmp_path / "model-output" / "metrics.jsonl").read_text().splitlines()[0])
     assert row["class_loss"] > 0
@@ -425,9 +425,10 @@ def test_a_stop_before_training_leaves_nothing_half_done(
     assert train(small_model_folder, photos, tmp_path / "model", *options) == 143
     assert stderr.getvalue().endswith("stopped by SIGTERM\n")
     assert list((tmp_path / "model").iterdir()) == []
-    sampled = list((tmp_path / "model-output" / "class_images").glob("*"))
-    assert len(sampled) == (0 if text == "[class images]" else 2)
-    assert all(path.suffix == ".png" for path in sampled)
+    folder = tmp_path / "model-output" / "class_images"
+    sampled = sorted(path.name for path in folder.rglob("*") if path.is_file())
+    names = [f"class_0000{n}{end}" for n in (0, 1) for end in (".png", ".safetensors")]
+    assert sampled == ([] if text == "[class images]" else names)
 
 
 @pytest.mark.parametrize("text", ["training: 0/6", "checkpoint of step 2 written"])

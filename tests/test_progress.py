@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 
@@ -35,6 +36,13 @@ def eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
 
 
+def untimed(stream: io.StringIO) -> list[str]:
+    """The lines without the time of day, with which each begins."""
+    lines = stream.getvalue().splitlines()
+    assert all(re.match(r"\d\d:\d\d:\d\d \S", line) for line in lines)
+    return [line[9:] for line in lines]
+
+
 def test_a_log_gets_a_line_at_the_start_every_interval_and_at_the_end(clock: Clock) -> None:
     stream = io.StringIO()
     with Progress(40, "training", stream=stream, clock=clock, interval_s=5.0) as progress:
@@ -42,7 +50,7 @@ def test_a_log_gets_a_line_at_the_start_every_interval_and_at_the_end(clock: Clo
             clock.now += 0.5
             progress.update(step, loss=0.0123, learning_rate="2.0e-06")
 
-    assert stream.getvalue().splitlines() == [
+    assert untimed(stream) == [
         "training: 0/40",
         "training: 10/40  loss 0.0123  learning_rate 2.0e-06  2 steps/s  0:15 left",
         "training: 20/40  loss 0.0123  learning_rate 2.0e-06  2 steps/s  0:10 left",
@@ -126,8 +134,8 @@ def test_steps_done_before_this_run_do_not_count_for_the_speed(clock: Clock) -> 
     with Progress(100, "t", stream=stream, clock=clock, initial=90) as progress:
         clock.now += 10.0
         progress.update(95)
-    assert stream.getvalue().splitlines()[0] == "t: 90/100"
-    assert stream.getvalue().splitlines()[1] == "t: 95/100  0.5 steps/s  0:10 left"
+    assert untimed(stream)[0] == "t: 90/100"
+    assert untimed(stream)[1] == "t: 95/100  0.5 steps/s  0:10 left"
 
 
 def test_long_times_show_hours(clock: Clock) -> None:

@@ -1,36 +1,54 @@
 """The real size through the real entry points: opt-in, minutes, no network and no real weights.
 
 A folder of the configuration of Stable Diffusion 2.1 base with random weights -> training with the
-published defaults and prior preservation -> `generate` -> a JPEG. `make test-real-size` runs it; it
-needs about 20 GB of memory and 12 GB of disk (TMPDIR says where), and prints one JSON line.
-DREAMBOOTH_REAL_SIZE_OPTIONS adds options to the training command, such as those that save memory.
+published defaults and prior preservation -> `generate` -> a JPEG; the same folder served; and a
+training that is stopped while its disk writes 125 MB/s. `make test-real-size` runs it; it needs
+about 20 GB of memory and 35 GB of disk (TMPDIR says where), and prints one JSON line per test.
+DREAMBOOTH_REAL_SIZE_OPTIONS adds options to the training commands, such as those that save memory.
+DREAMBOOTH_REAL_SIZE=small takes the embedded model instead: to try the tests themselves.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from dreambooth.benchmarks.train_step.full_size import PARAMETERS, SIDE, write_json, write_model
+from dreambooth import tiny
+from dreambooth.benchmarks.server_probes import server as servers
+from dreambooth.benchmarks.server_probes.processes import descendants
+from dreambooth.benchmarks.train_step.full_size import PARAMETERS, write_json, write_model
 from dreambooth.diffusion.source import read_facts
+from tests.stopped_run import checked_checkpoint, size, stop_in_training
+
+SIZE = os.environ.get("DREAMBOOTH_REAL_SIZE")
+FULL = SIZE != "small"
 
 pytestmark = pytest.mark.skipif(
-    os.environ.get("DREAMBOOTH_REAL_SIZE") != "1",
-    reason="DREAMBOOTH_REAL_SIZE is not 1: it takes minutes, 20 GB of memory and 12 GB of disk",
+    SIZE not in ("1", "small"),
+    reason="DREAMBOOTH_REAL_SIZE is not 1: it takes minutes, 20 GB of memory and 35 GB of disk",
 )
 
 ROOT = Path(__file__).parents[1]
+MORE = os.environ.get("DREAMBOOTH_REAL_SIZE_OPTIONS", "").split()
+READY_S: Final = 100.0
+# AWS, "How Amazon SageMaker AI Signals Algorithms": SIGKILL comes so long after SIGTERM.
+KILLED_S: Final = 120.0
+DISK_BYTES_PER_SECOND: Final = 125e6
 
 
 @pytest.fixture
@@ -38,6 +56,24 @@ def place() -> Iterator[Path]:
     """A folder that goes at once: pytest would keep three of them, 12 GB each."""
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def base() -> Iterator[Path]:
+    """The model, written once for all tests here; nobody writes into it."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "base"
+        if FULL:
+            write_model(model)
+        else:
+            shutil.copytree(tiny.WEIGHTS, model)
+        yield model
+
+
+@pytest.fixture(scope="module")
+def side(base: Path) -> int:
+    """Of the model's own pictures, in pixels."""
+    return read_facts(base).resolution
 
 
 def write_photos(folder: Path) -> None:
@@ -60,49 +96,145 @@ def run(*arguments: object) -> tuple[float, float]:
     return round(time.monotonic() - started, 1), round(usage.ru_maxrss / 1024**2, 2)
 
 
+def draw(model: Path, side: int, pictures: Path) -> tuple[tuple[float, float], int]:
+    """`generate` one JPEG; return what it took, and the JPEG's bytes."""
+    asked = ["--prompt", "a photo of a riobugger cat on a beach", "--seed", 7, "--steps", 2]
+    asked += ["--format", "jpeg"]
+    taken = run("-m", "dreambooth", "generate", "--model", model, *asked, "--out", pictures)
+    (jpeg,) = pictures.iterdir()
+    with Image.open(jpeg) as drawn:
+        assert (drawn.format, drawn.size) == ("JPEG", (side, side))
+    return taken, jpeg.stat().st_size
+
+
 def unet_file(folder: Path) -> Path:
     return folder / "unet" / "diffusion_pytorch_model.safetensors"
 
 
-def test_stable_diffusion_2_1_base_is_trained_exported_and_drawn_from(place: Path) -> None:
-    base, photos, mine, pictures = (place / name for name in ("base", "photos", "mine", "pictures"))
-    write_model(base)
+def changed(base: Path, mine: Path) -> bool:
+    """Whether a weight of the middle of the U-Net is another one."""
+    with safe_open(unet_file(base), "np") as before, safe_open(unet_file(mine), "np") as after:
+        name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+        return not np.array_equal(before.get_tensor(name), after.get_tensor(name))
+
+
+def tell(test: str, **figures: object) -> None:
+    threads = os.environ.get("OMP_NUM_THREADS", os.cpu_count())
+    told = {"test": test, **figures, "options": MORE, "threads": threads}
+    print("\n" + json.dumps(told | ({} if FULL else {"size": "small"})))
+
+
+def test_stable_diffusion_2_1_base_is_trained_exported_and_drawn_from(
+    base: Path, side: int, place: Path
+) -> None:
+    photos, mine = (place / name for name in ("photos", "mine"))
     write_photos(photos)
     facts = read_facts(base)
-    assert {
+    parameters = {
         "unet": facts.unet_parameters,
         "text_encoder": facts.text_encoder_parameters,
         "vae": facts.vae_parameters,
-    } == PARAMETERS
+    }
+    assert parameters == PARAMETERS or not FULL
 
     arguments = ["--pretrained-model", base, "--train", photos, "--model_dir", mine]
     settings = ["--with_prior_preservation=True", "--num_class_images=1", "--max_steps=2"]
-    more = os.environ.get("DREAMBOOTH_REAL_SIZE_OPTIONS", "").split()
-    training = run("transfer_learning.py", *arguments, *settings, *more)
+    training = run("transfer_learning.py", *arguments, *settings, *MORE)
     rows = (place / "mine-output" / "metrics.jsonl").read_text("utf-8").splitlines()
     metrics = [json.loads(row) for row in rows]
     assert [row["step"] for row in metrics] == [1, 2]
     assert all(np.isfinite(row["loss"]) and row["class_loss"] > 0 for row in metrics)
     assert read_facts(mine) == facts
-    with safe_open(unet_file(base), "np") as before, safe_open(unet_file(mine), "np") as after:
-        name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
-        assert not np.array_equal(before.get_tensor(name), after.get_tensor(name))
+    assert changed(base, mine)
+    drawing, jpeg_bytes = draw(mine, side, place / "pictures")
+    tell(
+        "train",
+        training_seconds=training[0],
+        training_peak_memory_gib=training[1],
+        seconds_per_step=[round(1 / row["steps_per_second"], 1) for row in metrics],
+        generate_seconds=drawing[0],
+        generate_peak_memory_gib=drawing[1],
+        jpeg_bytes=jpeg_bytes,
+    )
 
-    asked = ["--prompt", "a photo of a riobugger cat on a beach", "--seed", 7, "--steps", 2]
-    asked += ["--format", "jpeg"]
-    drawing = run("-m", "dreambooth", "generate", "--model", mine, *asked, "--out", pictures)
-    (jpeg,) = pictures.iterdir()
-    with Image.open(jpeg) as drawn:
-        assert (drawn.format, drawn.size) == ("JPEG", (SIDE, SIDE))
 
-    figures = {
-        "training_seconds": training[0],
-        "training_peak_memory_gib": training[1],
-        "seconds_per_step": [round(1 / row["steps_per_second"], 1) for row in metrics],
-        "generate_seconds": drawing[0],
-        "generate_peak_memory_gib": drawing[1],
-        "jpeg_bytes": jpeg.stat().st_size,
-        "options": more,
-        "threads": os.environ.get("OMP_NUM_THREADS", os.cpu_count()),
-    }
-    print("\n" + json.dumps(figures))
+def test_it_is_served_on_the_cpu(base: Path, side: int) -> None:
+    asked = {"prompt": "a photo of a cat on a beach", "num_inference_steps": 2, "seed": 7}
+    began = time.monotonic()
+    # A picture of a second or of a minute: what is asked here is whether it comes.
+    options = ("--device", "cpu", "--request_timeout_s", "900")
+    with servers.start(str(base), *options, ready=False) as server:
+        while server.ping().status != 200:
+            assert server.process.poll() is None, server.log
+            assert time.monotonic() - began < 10 * READY_S, server.log
+            time.sleep(0.1)
+        ready = time.monotonic() - began
+        reply = server.draw(asked, accept="image/jpeg")
+        assert reply.status == 200, reply.body
+        with Image.open(BytesIO(reply.body)) as drawn:
+            assert (drawn.format, drawn.size) == ("JPEG", (side, side))
+        family = [server.pid, *(process.pid for process in descendants(server.pid))]
+        peaks = [peak_memory_gib(pid) for pid in family]
+        stopping = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(servers.STOP_S) == 0
+        stopped = time.monotonic() - stopping
+    tell(
+        "serve",
+        ready_seconds=round(ready, 1),
+        picture_seconds=round(reply.seconds, 1),
+        stop_seconds=round(stopped, 2),
+        peak_memory_gib=round(sum(peaks), 2),
+        jpeg_bytes=len(reply.body),
+    )
+    assert ready < READY_S
+
+
+def peak_memory_gib(pid: int) -> float:
+    """Of a process that lives (proc(5), status)."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024**2
+
+
+@pytest.mark.parametrize("checkpoints", [True, False], ids=["checkpoint", "no checkpoint"])
+def test_a_stop_in_training_is_written_in_time_on_a_slow_disk(
+    base: Path, side: int, place: Path, checkpoints: bool
+) -> None:
+    photos, mine, kept = (place / name for name in ("photos", "mine", "kept"))
+    write_photos(photos)
+    # Small pictures: a step is short, and what is written is as large as ever.
+    small = max(64, side // 2)
+    arguments = ["--pretrained-model", base, "--train", photos, "--model_dir", mine]
+    arguments += ["--max_steps=1000", f"--resolution={small}"]
+    arguments += [f"--checkpoint_dir={kept}"] if checkpoints else []
+    run = stop_in_training(
+        [*arguments, *MORE],
+        place,
+        metrics=place / "mine-output" / "metrics.jsonl",
+        bytes_per_second=DISK_BYTES_PER_SECOND,
+    )
+    print(run.log)
+    whole = (mine / "model_index.json").exists()
+    tell(
+        "stop",
+        checkpoint_folder=checkpoints,
+        seconds_from_sigterm_to_exit=run.seconds,
+        steps=run.steps,
+        flushed_gb=round(run.flushed / 1e9, 2),
+        checkpoint_gb=round(size(kept) / 1e9, 2) if checkpoints else 0,
+        model_gb=round(size(mine) / 1e9, 2),
+    )
+    assert run.code == 143
+    assert run.seconds < KILLED_S
+    written = checked_checkpoint(kept) if checkpoints else 0
+    if whole or not checkpoints:
+        assert read_facts(mine).unet_parameters == read_facts(base).unet_parameters
+        assert "**Partial:" in (mine / "README.md").read_text("utf-8")
+        assert changed(base, mine)
+        assert not list(mine.glob(".partial-*"))
+        draw(mine, small, place / "pictures")
+    else:
+        assert not mine.exists() or not list(mine.iterdir())
+    assert run.flushed >= written + size(mine)  # nothing that counts goes around the throttle
+    if FULL:
+        assert not (checkpoints and whole)  # not both: there was no time for it
