@@ -10,7 +10,7 @@ from typing import Final, Protocol
 
 from dreambooth.serving.engine_process import EngineProcess
 from dreambooth.serving.flights import ProtocolError
-from dreambooth.serving.messages import Drawn, FromEngine, LoadFailed, Ready
+from dreambooth.serving.messages import FromEngine, LoadFailed, Ready
 from dreambooth.serving.watchdog import Patience, Watchdog
 from dreambooth.serving.wire import WireError
 
@@ -41,7 +41,11 @@ class Listener(Protocol):
 
 
 def backoff_s(barren: int) -> float:
-    """Seconds before the next start, after so many processes in a row that served no picture."""
+    """Seconds before the next start, after so many processes in a row that never were ready.
+
+    One that was has drawn its test picture: its next start costs a load, and nothing is asked of it
+    twice.
+    """
     if barren <= 1:
         return 0.0
     return float(min(_LONGEST_BACKOFF_S, _FIRST_BACKOFF_S * 2.0 ** min(barren - 2, 16)))
@@ -58,7 +62,7 @@ class Keeper:
         self._patience = patience
         self._listener = listener
         self._watchdog = Watchdog(patience, self.started)
-        self._served = False  # a picture, by this process
+        self._was_ready = False  # this process
         self._fault = ""  # how this process ended, as far as it is known
 
     @property
@@ -78,14 +82,14 @@ class Keeper:
             await self._one_process()
             if self._listener.finished:
                 return
-            barren = 0 if self._served else barren + 1
+            barren = 0 if self._was_ready else barren + 1
             pause = backoff_s(barren)
             log.error("the engine has ended (%s); the next starts in %g s", self._fault, pause)
             await asyncio.sleep(pause)
             self.restarts += 1
 
     async def _one_process(self) -> None:
-        self._served, self._fault = False, ""
+        self._was_ready, self._fault = False, ""
         self.started = time.monotonic()
         self._watchdog = Watchdog(self._patience, self.started)
         try:
@@ -113,8 +117,8 @@ class Keeper:
         try:
             while (message := await process.receive()) is not None:
                 self._watchdog.heard(time.monotonic(), message)
-                self._served |= isinstance(message, Drawn)
                 if isinstance(message, Ready):
+                    self._was_ready = True
                     self._watchdog.ready(time.monotonic())
                 if isinstance(message, LoadFailed):
                     self._fault = f"it was not loaded: {message.fault.message}"

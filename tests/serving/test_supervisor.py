@@ -362,6 +362,29 @@ def test_an_engine_that_is_frozen_is_down_until_it_goes_on(
     runner.run(live())
 
 
+def test_an_engine_that_was_ready_is_replaced_at_once_however_often_it_dies(
+    runner: asyncio.Runner, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def replaced(times: int) -> Callable[[SupervisorStatus], bool]:
+        return lambda status: ready(status) and status.restarts_total == times
+
+    async def live() -> None:
+        (tmp_path / "marker").touch()  # it behaves
+        supervisor = misbehaving("nonsense", tmp_path)
+        await supervisor.start()
+        for deaths in range(1, 5):
+            pid = supervisor.status().engine_pid
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+            await until(supervisor, replaced(deaths))
+        await supervisor.close()
+
+    runner.run(live())
+    pauses = [line for line in caplog.text.splitlines() if "the next starts in" in line]
+    assert len(pauses) == 4
+    assert all("starts in 0 s" in line for line in pauses)
+
+
 def test_an_engine_that_never_gets_ready_is_replaced(
     runner: asyncio.Runner, tmp_path: Path
 ) -> None:
