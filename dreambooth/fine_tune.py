@@ -24,6 +24,7 @@ from dreambooth import class_sampling, export, fid, handover, outputs
 from dreambooth.checkpoints import Checkpoints
 from dreambooth.data import cache
 from dreambooth.diffusion import model as models
+from dreambooth.diffusion.cuda_graphs import CudaRecorder
 from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.errors import ResourceError
 from dreambooth.previews import Previews
@@ -34,7 +35,9 @@ from dreambooth.stop import Stopped, StopSignals
 from dreambooth.task import Task
 from dreambooth.training import loop, optimizer, out_of_memory
 from dreambooth.training import state as states
+from dreambooth.training.graphed_passes import Record, by_calling
 from dreambooth.training.precision import Precision
+from dreambooth.training.readings import StepMetrics
 from dreambooth.training.report import Report
 
 log = logging.getLogger(__name__)
@@ -86,10 +89,11 @@ def _fine_tune_in_what_is_free(
             if plan is None or trained or accelerator.num_processes > 1:
                 raise ResourceError(out_of_memory.advice(task.plan)) from error
         log.warning(
-            "memory ran out with memory_plan %s: going on with %s, from the last checkpoint or "
+            "memory ran out with memory_plan %s: going on with %s%s, from the last checkpoint or "
             "from the start",
             task.plan.memory_plan,
             plan.memory_plan,
+            " without fast_step" * (task.plan.fast_step and not plan.fast_step),
         )
         task = replace(task, plan=plan)
         record.task, record.step = task, None
@@ -143,16 +147,18 @@ def _fine_tune(
         encode_text=lambda ids: models.text_features(model, ids),
         prior_unet=prior_unet,
         accelerator=accelerator,
+        record=_record_on(task.device) if plan.fast_step else by_calling,
     )
     with stop.held():  # from here on a stop signal waits for the end of a step, or of the export
-        steps = _until_stopped(steps, stop, accelerator)
+        steps = _until_stopped(steps, state, stop, accelerator)
         if not accelerator.is_main_process:  # `accelerate launch`: one process reports and writes
             for _ in steps:
                 pass
             return
         try:
             _follow(task, record, state, steps, draw_sample, checkpoints)
-            state.optimizer.state.clear()  # its memory is free for the last pictures
+            state.optimizer.state.clear()  # its memory is free for the last pictures,
+            accelerator.free_memory()  # and that of half weights and graphs
             record.final = draw_sample()
             if settings.compute_fid:
                 with phase("fid_score"), stop.released():
@@ -165,6 +171,10 @@ def _fine_tune(
             handover.write_model(task, state, record.final)
 
 
+def _record_on(device: torch.device) -> Record:
+    return CudaRecorder(device).record if device.type == "cuda" else by_calling
+
+
 def _checkpoints(task: Task) -> Checkpoints:
     return Checkpoints(
         folder=outputs.checkpoint_folder(task.environment, task.plan),
@@ -175,11 +185,16 @@ def _checkpoints(task: Task) -> Checkpoints:
 
 
 def _until_stopped(
-    steps: Iterator[loop.StepMetrics], stop: StopSignals, accelerator: Accelerator
-) -> Iterator[loop.StepMetrics]:
+    steps: Iterator[StepMetrics],
+    state: states.TrainingState,
+    stop: StopSignals,
+    accelerator: Accelerator,
+) -> Iterator[StepMetrics]:
     """The steps; after one in which a stop signal came, Stopped is raised on all processes."""
     for metrics in steps:
         yield metrics
+        if metrics.step < state.step:  # made already: its report is still to come
+            continue
         if accelerator.num_processes > 1:
             asked = torch.tensor(float(stop.asked), device=accelerator.device)
             if accelerator.reduce(asked, "sum") > 0 and not stop.asked:
@@ -191,7 +206,7 @@ def _follow(
     task: Task,
     record: Recorder,
     state: states.TrainingState,
-    steps: Iterator[loop.StepMetrics],
+    steps: Iterator[StepMetrics],
     draw_sample: Callable[[], Image.Image | None],
     checkpoints: Checkpoints,
 ) -> None:
@@ -208,7 +223,7 @@ def _follow(
         for metrics in steps:
             record.step = metrics.step
             report.step(metrics)
-            if checkpoints.due(state.step):
+            if metrics.step == state.step and checkpoints.due(state.step):
                 with record.phase("checkpoints"):
                     checkpoints.save(state)
     report.finish(state.loss_total / state.step)
@@ -318,6 +333,7 @@ def _training_state(task: Task, model: DiffusionModel) -> states.TrainingState:
             settings,
             use_8bit_adam=plan.use_8bit_adam,
             rounds_stochastically=plan.rounds_stochastically,
+            fused=plan.fast_step,
         ),
         precision=Precision.of(plan, task.device),
     )

@@ -45,6 +45,13 @@ class MemoryPlan(NamedTuple):
         """Whether memory_plan=auto may take it: it learns what fp32 AdamW learns."""
         return not self.rounds_stochastically
 
+    @property
+    def can_step_fast(self) -> bool:
+        """Whether fast_step goes with it: nothing is computed twice, and gradients stand still."""
+        return not (
+            self.gradient_checkpointing or self.frees_gradients or self.rounds_stochastically
+        )
+
 
 # Fastest first; after those that auto takes, what is taken by name alone.
 MEMORY_PLANS: Final[Mapping[str, MemoryPlan]] = {
@@ -190,6 +197,11 @@ class Hyperparameters:
         "images compares with class images, prediction with what the base model predicts.",
         choices=("images", "prediction"),
     )
+    fast_step: bool = ours(
+        False,
+        "On CUDA: passes in half precision beside fp32 master weights, replayed as a CUDA graph, "
+        "losses read every 10 steps; no GPU has measured it yet.",
+    )
 
 
 KNOBS: Final = tuple(Knob.of(entry) for entry in fields(Hyperparameters))
@@ -264,6 +276,8 @@ def _contradictions(given: Hyperparameters) -> list[tuple[tuple[str, ...], str]]
         )
     if given.memory_plan in MEMORY_PLANS:
         found += _against_the_plan(given, MEMORY_PLANS[given.memory_plan])
+    if given.fast_step:
+        found += _against_the_fast_step(given)
     return found
 
 
@@ -295,3 +309,23 @@ def _against_the_plan(
             )
         )
     return found
+
+
+def _against_the_fast_step(given: Hyperparameters) -> list[tuple[tuple[str, ...], str]]:
+    """Faults between fast_step and other settings."""
+    named = MEMORY_PLANS.get(given.memory_plan)
+    wrong = {
+        "train_text_encoder": given.train_text_encoder,
+        "gradient_accumulation_steps": given.gradient_accumulation_steps > 1,
+        "gradient_checkpointing": given.gradient_checkpointing is True,
+        "mixed_precision": given.mixed_precision == "no",
+        "memory_plan": named is not None and not named.can_step_fast,
+    }
+    return [
+        (
+            ("fast_step", name),
+            f"fast_step does not go with {name}={getattr(given, name)}: leave one of them unset.",
+        )
+        for name, is_wrong in wrong.items()
+        if is_wrong
+    ]

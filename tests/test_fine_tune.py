@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import re
 import shutil
+import signal
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from dreambooth import job
+from dreambooth import fine_tune, job
+from dreambooth.stop import Stopped, StopSignals
 
 Start = Callable[..., int]
 Optimizer = torch.optim.Optimizer
@@ -224,3 +229,40 @@ def test_a_resumed_job_equals_the_unbroken_one_in_every_plan(
     assert start("resumed", *options) == 0
     assert steps(tmp_path / "resumed") == [1, 2, 3, 4]
     assert torch.equal(weights(tmp_path / "resumed"), weights(tmp_path / "whole"))
+
+
+@pytest.fixture
+def fast_step(monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    """Options of a job with the fast step; all of it but the capture works without a GPU."""
+    monkeypatch.setattr("dreambooth.training.memory.why_no_fast_step", lambda *_, **__: None)
+    return ("--fast_step=True", "--mixed_precision=bf16")
+
+
+def test_out_of_memory_in_the_fast_step_goes_on_from_the_last_checkpoint(
+    start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str], fast_step: tuple[str, ...]
+) -> None:
+    def third(adamw: Optimizer, _: int) -> bool:
+        steps_done = next(iter(adamw.state.values()), {"step": 0})["step"]
+        return type(adamw) is torch.optim.AdamW and steps_done == 3
+
+    options = (f"--checkpoint_dir={tmp_path / 'kept'}", "--checkpointing_steps=2")
+    with out_of_memory(third) as failed:
+        assert start("moved", *fast_step, *options) == 0
+    assert failed == ["AdamW"]
+    assert "resumed at step 2" in capsys.readouterr().err
+    assert steps(tmp_path / "moved") == [1, 2, 3, 4]
+
+
+def test_a_stop_in_the_fast_step_waits_for_the_figures_of_steps_that_are_made() -> None:
+    stop, state, read = StopSignals(), SimpleNamespace(step=1), []
+
+    def made() -> Iterator[Any]:
+        yield SimpleNamespace(step=1)
+        state.step = 4
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield from (SimpleNamespace(step=step) for step in (2, 3, 4))
+
+    followed = fine_tune._until_stopped(made(), state, stop, Accelerator(cpu=True))  # type: ignore[arg-type]
+    with stop.listening(), pytest.raises(Stopped), stop.held():
+        read.extend(metrics.step for metrics in followed)
+    assert read == [1, 2, 3, 4]

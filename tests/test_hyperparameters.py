@@ -58,6 +58,7 @@ OURS = {
     "fid_features": "None",
     "deterministic": "False",
     "prior_preservation_mode": "images",
+    "fast_step": "False",
 }
 # A value off the default of every knob, and how a user would type it.
 OFF_DEFAULT: dict[str, tuple[str, object]] = {
@@ -98,6 +99,7 @@ OFF_DEFAULT: dict[str, tuple[str, object]] = {
     "fid_features": ("features.safetensors", "features.safetensors"),
     "deterministic": ("True", True),
     "prior_preservation_mode": ("prediction", "prediction"),
+    "fast_step": ("True", True),
 }
 
 
@@ -210,6 +212,32 @@ def test_a_memory_plan_may_not_contradict_what_it_fixes(
         (fault,) = faults_of(raw)
         assert plan in fault
         assert knob in fault
+
+
+@pytest.mark.parametrize(
+    ("knob", "value", "fits"),
+    [
+        ("train_text_encoder", "True", False),
+        ("gradient_accumulation_steps", "2", False),
+        ("gradient_checkpointing", "True", False),
+        ("gradient_checkpointing", "False", True),
+        ("mixed_precision", "no", False),
+        ("mixed_precision", "fp16", True),
+        ("memory_plan", "8bit_adamw_checkpointing", False),
+        ("memory_plan", "8bit_adamw_in_backward", False),
+        ("memory_plan", "8bit_adamw_stochastic_rounding", False),
+        ("memory_plan", "8bit_adamw", True),
+        ("use_8bit_adam", "True", True),
+    ],
+)
+def test_the_fast_step_refuses_what_it_does_not_go_with(knob: str, value: str, fits: bool) -> None:
+    raw: dict[str, object] = {"fast_step": "True", knob: value}
+    if fits:
+        parse(raw)
+    else:
+        (fault,) = faults_of(raw)
+        assert f"fast_step does not go with {knob}={value}" in fault
+        parse({knob: value})
 
 
 def test_prediction_mode_needs_prior_preservation() -> None:

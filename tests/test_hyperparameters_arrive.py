@@ -291,6 +291,30 @@ def test_deterministic(run_job: Start) -> None:
         torch.use_deterministic_algorithms(False)
 
 
+def test_fast_step(
+    run_job: Start, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bf16 = {"mixed_precision": "bf16", "max_steps": 5}
+    left_out = run_job(**bf16, fast_step=True)
+    assert "fast_step is left out: there is no CUDA graph on CPU." in capsys.readouterr().err
+    plain = run_job(**bf16)
+    assert torch.equal(left_out.weights(), plain.weights())
+    # All of it but the capture works here too.
+    monkeypatch.setattr("dreambooth.training.memory.why_no_fast_step", lambda *_, **__: None)
+    fast = run_job(**bf16, fast_step=True, sample_steps=3)
+    assert len(list((fast.output / "samples").iterdir())) == 1
+    assert [row["step"] for row in fast.metrics] == [1, 2, 3, 4, 5]
+    losses = [row["loss"] for row in fast.metrics]
+    assert losses == pytest.approx([row["loss"] for row in plain.metrics], rel=0.02)
+    assert losses != [row["loss"] for row in plain.metrics]
+    near = (fast.weights() - plain.weights()).abs().mean()
+    assert 0 < float(near) < 1e-3  # of five steps of 1e-3
+    tensors = load_file(fast.model / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    halves = sum(int(torch.equal(t, t.bfloat16().float())) for t in tensors.values())
+    assert halves < len(tensors) / 2  # the masters, not what the passes computed with
+
+
 def test_prior_preservation_mode(run_job: Start) -> None:
     run = run_job(**PRIOR, prior_preservation_mode="prediction")
     assert run.metrics[0]["class_loss"] == pytest.approx(0, abs=1e-9)

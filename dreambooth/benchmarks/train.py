@@ -24,6 +24,7 @@ from dreambooth.diffusion.facts import read_facts
 from dreambooth.errors import UserError
 
 if TYPE_CHECKING:  # it loads torch
+    from dreambooth.benchmarks.train_step.graph_check import GraphCheck
     from dreambooth.benchmarks.train_step.work import Peak
 
 _WARM_UP = 5
@@ -31,7 +32,8 @@ _GIB = 2**30
 _LEGEND = """\
 ms: median of a step, with its tenth and ninth decile. TFLOP/s: U-Net forward and backward as
 counted by torch.utils.flop_counter (what gradient checkpointing computes again is not counted).
-floor: those FLOPs at the device's peak and the optimizer's bytes at its bandwidth."""
+floor: those FLOPs at the device's peak and the optimizer's bytes at its bandwidth.
+fast: with fast_step=True, whose steps are timed ten at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,11 +48,12 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """All rows; stand_in: the peer ran without the real torchvision."""
+    """All rows; stand_in: the peer ran without the real torchvision; graphs: only on CUDA."""
 
     rows: tuple[Row, ...]
     peak: Peak
     stand_in: bool
+    graphs: GraphCheck | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +102,8 @@ def main(arguments: argparse.Namespace) -> int:
         result = measure(subject, settings, scale, Path(place), script=arguments.peer)
     show(result)
     print(json.dumps(summary(result, subject, scale, model=name)), flush=True)
-    return 1 if any(_faults(row) for row in result.rows) else 0
+    wrong = result.graphs is not None and result.graphs.fault is not None
+    return 1 if wrong or any(_faults(row) for row in result.rows) else 0
 
 
 def _derive() -> int:
@@ -136,6 +140,10 @@ def measure(
             theirs = peer.run(script, outcome, subject, scale, folder / "peer")
         shutil.rmtree(folder)
         outcomes.append((outcome, theirs))
+    graphs = None
+    if any(setting.fast_step for setting in settings):
+        _tell("fast step: replays beside eager calls")
+        graphs = _check_graphs(subject)
     peak = work.peak(subject.device)  # measured, if so, when nothing else runs
     parameters = read_facts(subject.model).unet_parameters
     rows = []
@@ -146,8 +154,30 @@ def measure(
         floor_ms = 1000 * (flops / peak.flop_per_s + traffic / peak.bytes_per_s)
         rows.append(Row(outcome=outcome, flops=flops, floor_ms=floor_ms, peer=theirs))
     return Result(
-        rows=tuple(rows), peak=peak, stand_in=script is not None and peer.needs_stand_in()
+        rows=tuple(rows),
+        peak=peak,
+        stand_in=script is not None and peer.needs_stand_in(),
+        graphs=graphs,
     )
+
+
+def _check_graphs(subject: Subject) -> GraphCheck:
+    import torch
+
+    from dreambooth.benchmarks.train_step import graph_check
+    from dreambooth.diffusion.cuda_graphs import CudaRecorder
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        return graph_check.check(
+            subject.model,
+            device,
+            mixed_precision=subject.mixed_precision,
+            pictures=2 * ours.BATCH_SIZE,
+            record=CudaRecorder(device).record,
+        )
+    except RuntimeError as error:  # what was measured before it is not lost
+        return graph_check.GraphCheck(error=str(error))
 
 
 def summary(result: Result, subject: Subject, scale: Scale, *, model: str) -> dict[str, Any]:
@@ -166,6 +196,7 @@ def summary(result: Result, subject: Subject, scale: Scale, *, model: str) -> di
         "scale": asdict(scale),
         "peak": asdict(result.peak),
         "peer_has_stand_in": result.stand_in,
+        "graphs": None if result.graphs is None else asdict(result.graphs),
         "settings": [_plain(row) for row in result.rows],
     }
 
@@ -196,7 +227,8 @@ def _tell(doing: str) -> None:
 
 
 def _name(setting: Setting) -> str:
-    return f"{'prior' if setting.with_prior_preservation else 'plain'} {setting.memory_plan}"
+    loss = "prior" if setting.with_prior_preservation else "plain"
+    return f"{loss} {'fast ' * setting.fast_step}{setting.memory_plan}"
 
 
 def show(result: Result) -> None:
@@ -221,6 +253,8 @@ def show(result: Result) -> None:
     print(f"\n{_LEGEND}")
     print(f"peak: {peak.flop_per_s / 1e12:.3g} TFLOP/s, {peak.bytes_per_s / 1e9:.4g} GB/s", end=" ")
     print(f"({peak.source})")
+    if result.graphs is not None:
+        print(f"fast step: {result.graphs.told}")
     if result.stand_in:
         print("torchvision is missing: the peer ran with a small stand-in for its transforms")
 

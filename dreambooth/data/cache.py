@@ -46,8 +46,8 @@ class LatentPosteriors:
     def sample(self, samples: pairs.Samples) -> torch.Tensor:
         """Latents [B,C,h,w], unscaled: mean + std * posterior_noise of the chosen crops."""
         first = torch.tensor([self.first[int(image)] for image in samples.images])
-        rows = (first + samples.crops).to(self.mean.device)
-        noise = samples.posterior_noise.to(self.mean.device)
+        rows = pairs.onto(self.mean.device, first + samples.crops)
+        noise = pairs.onto(self.mean.device, samples.posterior_noise)
         return self.mean[rows] + self.std[rows] * noise
 
     def to(self, device: torch.device) -> LatentPosteriors:

@@ -94,3 +94,10 @@ def sample_numbers(
     """The sample numbers of one micro-batch of one process: no two processes or steps share one."""
     first = ((step * micro_batches + micro_batch) * processes + process) * batch_size
     return range(first, first + batch_size)
+
+
+def onto(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the CPU on the training device; the host does not wait for what that is doing."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -17,20 +17,19 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dreambooth.diffusion.cuda_graphs import CudaRecorder, Recorder
 from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.serving.memory import free_caches, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
 _GIB = 2**30
-_WARM_UP_CALLS = 2  # libraries build their handles and choose their kernels in the first
 _COUNTED_KEYS = 1024
 
 Key = tuple[int, int, int, int]  # R, h, w, L
@@ -53,80 +52,6 @@ class GraphBounds:
     most_cells: int = 16 * 64 * 64
     pool_bytes: int = 3 * _GIB
     spare_bytes: int = 2 * _GIB
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Recording:
-    """replay() does the recorded work once more; then `output` holds its result."""
-
-    replay: Callable[[], None]
-    output: Tensor
-
-
-class Recorder(Protocol):
-    """Records calls on tensors that stay where they are."""
-
-    def record(self, call: Callable[[], Tensor]) -> Recording:
-        """Record what call() does. Its inputs must live on, and keep their addresses."""
-
-    def pool_bytes(self) -> int:
-        """What the recordings hold."""
-
-    def free_bytes(self) -> int:
-        """What other work could still allocate."""
-
-    def forget(self) -> None:
-        """Start a new pool: the caller has let go of every recording."""
-
-
-class CudaRecorder:
-    """Records CUDA graphs that share one memory pool; to be replayed one after another."""
-
-    def __init__(self, device: torch.device) -> None:
-        """Take a stream of its own on a CUDA device."""
-        self._device = device
-        self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle()
-        self._pool_bytes = 0
-
-    def record(self, call: Callable[[], Tensor]) -> Recording:
-        """See Recorder; whatever torch raises in recording comes out of here."""
-        graph = torch.cuda.CUDAGraph()
-        current = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(current)
-        # This block restores the current stream even where ending a failed capture raises.
-        with torch.cuda.stream(self._stream):
-            for _ in range(_WARM_UP_CALLS):
-                call()
-            torch.cuda.synchronize(self._device)
-            torch.cuda.empty_cache()  # what the calls left is of use to this stream alone
-            before = torch.cuda.memory_reserved(self._device)
-            with torch.cuda.graph(
-                graph,
-                pool=self._pool,
-                stream=self._stream,
-                capture_error_mode="thread_local",  # other threads may use the device
-            ):
-                output = call()
-            self._pool_bytes += torch.cuda.memory_reserved(self._device) - before
-        current.wait_stream(self._stream)
-        return Recording(replay=graph.replay, output=output)
-
-    def pool_bytes(self) -> int:
-        """See Recorder."""
-        return self._pool_bytes
-
-    def free_bytes(self) -> int:
-        """See Recorder: the device's free memory, and the allocator's outside of the pool."""
-        free, _ = torch.cuda.mem_get_info(self._device)
-        reserved = torch.cuda.memory_reserved(self._device)
-        idle = reserved - torch.cuda.memory_allocated(self._device) - self._pool_bytes
-        return free + max(0, idle)
-
-    def forget(self) -> None:
-        """See Recorder."""
-        self._pool = torch.cuda.graph_pool_handle()
-        self._pool_bytes = 0
 
 
 class _Held:

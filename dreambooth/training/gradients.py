@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -22,8 +23,21 @@ from dreambooth.training.state import TrainingState
 Passes = Callable[[], torch.Tensor]
 
 
+class Gradients(Protocol):
+    """In each step: collect, norm, update."""
+
+    def collect(self, passes: Passes) -> torch.Tensor:
+        """Run the passes of a step for its gradients; returns what they return."""
+
+    def norm(self) -> torch.Tensor:
+        """L2 norm of all gradients together, before clipping: a scalar on the device."""
+
+    def update(self, passes: Passes) -> bool:
+        """Clip, update the weights; False, and no update, where fp16 gradients overflowed."""
+
+
 class KeptGradients:
-    """The plain way. In each step: collect, norm, update."""
+    """The plain way."""
 
     def __init__(self, state: TrainingState, max_grad_norm: float) -> None:
         self._optimizer, self._precision = state.optimizer, state.precision
@@ -35,16 +49,16 @@ class KeptGradients:
         """Run the passes of a step for its gradients; returns what they return."""
         return passes()
 
-    def norm(self) -> float:
+    def norm(self) -> torch.Tensor:
         """L2 norm of all gradients together, before clipping."""
         self._precision.unscale(self._optimizer)
         arrived = [p.grad for p in self._parameters if p.grad is not None]
         self._norm = nn.utils.get_total_norm(arrived)
-        return float(self._norm)
+        return self._norm
 
     def update(self, passes: Passes) -> bool:
         """Clip, update the weights, free the gradients; False where fp16 gradients overflowed."""
-        if _clip_factor(self._norm, self._max_norm) < 1:  # multiplying by 1 would change nothing
+        if clip_factor(self._norm, self._max_norm) < 1:  # multiplying by 1 would change nothing
             nn.utils.clip_grads_with_norm_(self._parameters, self._max_norm, self._norm)
         updated = self._precision.step(self._optimizer)
         self._optimizer.zero_grad(set_to_none=True)
@@ -52,7 +66,7 @@ class KeptGradients:
 
 
 class FreedGradients:
-    """The same in the memory of one layer's gradients. In each step: collect, norm, update."""
+    """The same in the memory of one layer's gradients."""
 
     def __init__(self, state: TrainingState, max_grad_norm: float) -> None:
         self._state, self._precision = state, state.precision
@@ -61,9 +75,6 @@ class FreedGradients:
         self._scale = 1.0  # of the loss in this pass: asking the scaler waits for the device
         self._norms: dict[nn.Parameter, torch.Tensor] = {}
         self._norm = torch.zeros(())
-        # The loss scaler looks for overflows in an optimizer's gradients: here, in the norm alone.
-        self._probe = nn.Parameter(torch.zeros((), device=state.precision.device))
-        self._probe_optimizer = torch.optim.SGD([self._probe], lr=0.0)
 
     def collect(self, passes: Passes) -> torch.Tensor:
         """Run the passes of a step, noting each gradient's norm; returns what they return."""
@@ -75,12 +86,10 @@ class FreedGradients:
         with self._as_each_arrives(free):
             return passes()
 
-    def norm(self) -> float:
+    def norm(self) -> torch.Tensor:
         """L2 norm of all gradients together, before clipping."""
         self._norm = self._norm_of_all()
-        self._probe.grad = self._norm.clone()
-        self._precision.unscale(self._probe_optimizer)
-        return float(self._norm)
+        return self._norm
 
     def update(self, passes: Passes) -> bool:
         """Run the passes again, each weight updated by its clipped gradient as that arrives.
@@ -88,18 +97,18 @@ class FreedGradients:
         False, and no update, where fp16 gradients overflowed. Raises TrainingDivergedError.
         """
         if bool(torch.isfinite(self._norm)):
-            factor = _clip_factor(self._norm, self._max_norm)
-            with _one_at_a_time(self._state.optimizer) as step:
+            factor = clip_factor(self._norm, self._max_norm)
+            with part_by_part(self._state.optimizer) as step:
 
                 def apply(parameter: nn.Parameter) -> None:
                     self._measure(parameter).mul_(factor)
-                    step(parameter)
+                    step([parameter])
                     parameter.grad = None
 
                 with self._as_each_arrives(apply):
                     passes()
             self._refuse_what_the_norm_did_not_see()
-        return self._precision.step(self._probe_optimizer)
+        return self._precision.adapt_scale(self._norm)
 
     def _measure(self, parameter: nn.Parameter) -> torch.Tensor:
         """Unscale the gradient that has arrived, note its norm."""
@@ -143,26 +152,25 @@ class FreedGradients:
                 hook.remove()
 
 
-def of(
-    plan: TrainingPlan, state: TrainingState, max_grad_norm: float
-) -> KeptGradients | FreedGradients:
+def of(plan: TrainingPlan, state: TrainingState, max_grad_norm: float) -> Gradients:
     """Kept or freed, as the plan says."""
     kind = FreedGradients if plan.frees_gradients else KeptGradients
     return kind(state, max_grad_norm)
 
 
 @contextmanager
-def _one_at_a_time(
+def part_by_part(
     optimizer: torch.optim.Optimizer,
-) -> Iterator[Callable[[nn.Parameter], None]]:
-    """A call that steps one parameter alone; its state stays where all states are."""
+) -> Iterator[Callable[[list[nn.Parameter]], None]]:
+    """A call that steps parameters of one group alone; their state stays where all states are."""
     groups = [(group, group["params"]) for group in optimizer.param_groups]
     group_of = {parameter: group for group, members in groups for parameter in members}
 
-    def step(parameter: nn.Parameter) -> None:
-        group_of[parameter]["params"] = [parameter]
+    def step(parameters: list[nn.Parameter]) -> None:
+        group = group_of[parameters[0]]
+        group["params"] = parameters
         optimizer.step()
-        group_of[parameter]["params"] = []
+        group["params"] = []
 
     try:
         for group, _ in groups:
@@ -173,7 +181,7 @@ def _one_at_a_time(
             group["params"] = members
 
 
-def _clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
+def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
     """As torch's clip_grads_with_norm_ computes it."""
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 

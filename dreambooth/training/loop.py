@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,11 +18,13 @@ from torch import nn
 from dreambooth.data import pairs
 from dreambooth.data.cache import LatentPosteriors
 from dreambooth.diffusion.loss import dreambooth_loss, noise_target
-from dreambooth.errors import TrainingDivergedError
 from dreambooth.hyperparameters import Hyperparameters
 from dreambooth.training import gradients as step_gradients
-from dreambooth.training import lr_schedulers
+from dreambooth.training import lr_schedulers, readings
+from dreambooth.training.graphed_passes import GraphedPasses, Record, by_calling
+from dreambooth.training.master_weights import MasterWeights
 from dreambooth.training.plan import TrainingPlan
+from dreambooth.training.readings import StepMetrics, Unread, refuse_not_finite
 from dreambooth.training.state import TrainingState
 
 MAX_SKIPPED_IN_A_ROW = 25  # fp16 loss scaling starts at 2^16: this many halvings end below 1
@@ -46,19 +49,6 @@ class TrainingData:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepMetrics:
-    """Of one step: losses are means over its micro-batches; grad_norm is that before clipping."""
-
-    step: int
-    epoch: float
-    loss: float
-    instance_loss: float
-    class_loss: float | None
-    learning_rate: float
-    grad_norm: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
     """noisy_latents, target [B,C,h,w]; timesteps [B]; text [B,L,D] or ids [B,L]; instances lead."""
 
@@ -66,18 +56,20 @@ class MicroBatch:
     timesteps: torch.Tensor
     text: torch.Tensor
     target: torch.Tensor
-    instances: int
 
 
 class TrainedNetworks(nn.Module):
     """All that is trained, as one network: several processes average the gradients of it all."""
 
     def __init__(
-        self, state: TrainingState, encode_text: Callable[[torch.Tensor], torch.Tensor]
+        self,
+        unet: nn.Module,
+        text_encoder: nn.Module | None,
+        encode_text: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
         super().__init__()
-        self.unet = state.unet
-        self.text_encoder = state.text_encoder
+        self.unet = unet
+        self.text_encoder = text_encoder
         self._encode_text = encode_text
 
     def forward(
@@ -110,21 +102,50 @@ def train(
     encode_text: Callable[[torch.Tensor], torch.Tensor],
     prior_unet: nn.Module | None = None,
     accelerator: Accelerator,
+    record: Record = by_calling,
 ) -> Iterator[StepMetrics]:
     """Train until plan.steps, yielding after each step: time to report, sample and save.
 
+    With plan.fast_step the metrics of several steps come one after the other once all of them are
+    made: sample and save where metrics.step is state.step. record: of the fast step's passes.
     encode_text: token ids [B,L] -> encoder_hidden_states [B,L,D], used where the text encoder is
     trained. prior_unet: the frozen base model, whose prediction is the class target
     (prior_preservation_mode=prediction). Raises TrainingDivergedError.
     """
-    networks = accelerator.prepare(TrainedNetworks(state, encode_text))
-    gradients = step_gradients.of(plan, state, hyperparameters.max_grad_norm)
-    precision = state.precision
-    skipped_in_a_row = 0
+    precision, max_grad_norm = state.precision, hyperparameters.max_grad_norm
+    gradients, unet = step_gradients.of(plan, state, max_grad_norm), state.unet
+    autocast: Callable[[], AbstractContextManager[Any]] = precision.autocast
+    if plan.fast_step:
+        gradients = masters = MasterWeights(state, max_grad_norm)
+        unet, autocast = masters.unet, nullcontext
+    networks = accelerator.prepare(TrainedNetworks(unet, state.text_encoder, encode_text))
+
+    def one_pass(
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        text: torch.Tensor,
+        target: torch.Tensor,
+    ) -> torch.Tensor:
+        """A micro-batch forward and backward; losses [3]: all, the instance's, the class's."""
+        with autocast():
+            model_pred = networks(noisy_latents, timesteps, text)
+        losses = dreambooth_loss(
+            model_pred,
+            target,
+            instances=plan.batch_size,
+            prior_loss_weight=hyperparameters.prior_loss_weight,
+        )
+        precision.backward(losses.total / plan.gradient_accumulation_steps)
+        class_loss = torch.zeros_like(losses.total) if losses.class_ is None else losses.class_
+        return torch.stack((losses.total, losses.instance, class_loss)).detach()
+
+    run_pass = one_pass
+    if plan.fast_step:
+        run_pass = GraphedPasses(one_pass, list(unet.parameters()), record)
 
     def passes() -> torch.Tensor:
         """The micro-batches of the state's step, forward and backward; means of the losses [3]."""
-        sums = torch.zeros(3, device=accelerator.device)  # loss, instance loss, class loss
+        sums = torch.zeros(3, device=accelerator.device)
         # Accumulate gradients: every window has the same number of micro-batches
         for micro_batch in range(plan.gradient_accumulation_steps):
             samples = pairs.sample_numbers(
@@ -139,17 +160,12 @@ def train(
                 batch = make_micro_batch(
                     data, samples, noise_scheduler, hyperparameters.seed, prior_unet
                 )
-                model_pred = networks(batch.noisy_latents, batch.timesteps, batch.text)
-            losses = dreambooth_loss(
-                model_pred,
-                batch.target,
-                instances=batch.instances,
-                prior_loss_weight=hyperparameters.prior_loss_weight,
-            )
-            precision.backward(losses.total / plan.gradient_accumulation_steps)
-            class_loss = torch.zeros_like(losses.total) if losses.class_ is None else losses.class_
-            sums += torch.stack((losses.total, losses.instance, class_loss)).detach()
+            sums += run_pass(batch.noisy_latents, batch.timesteps, batch.text, batch.target)
         return sums / plan.gradient_accumulation_steps
+
+    is_read = readings.rhythm(state, plan, hyperparameters)
+    unread: list[Unread] = []
+    skipped_in_a_row = 0
 
     while state.step < plan.steps:
         # Set the learning rate
@@ -164,28 +180,25 @@ def train(
             group["lr"] = learning_rate
 
         # Forward and backward passes; clip by global norm, update the weights
-        means = accelerator.reduce(gradients.collect(passes), "mean").tolist()
-        grad_norm = gradients.norm()
-        _refuse_not_finite(means[0], grad_norm, state, learning_rate)
+        losses = accelerator.reduce(gradients.collect(passes), "mean")
+        step = state.step + 1
+        unread.append(Unread(step, learning_rate, losses, gradients.norm()))
+        read: list[StepMetrics] = []
+        if is_read(step):
+            read = readings.read(unread, state, plan, with_class=data.class_text is not None)
+            unread.clear()
         updated = gradients.update(passes)  # runs them again where gradients were not kept
         if not updated:  # fp16 overflow: the scale is lower now, the same step is tried again
             state.skipped_steps += 1
             skipped_in_a_row += 1
             if skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
-                _refuse_not_finite(means[0], math.nan, state, learning_rate, force=True)
+                refuse_not_finite(replace(read[-1], grad_norm=math.nan), state, force=True)
             continue
         skipped_in_a_row = 0
-        state.step += 1
-        state.loss_total += means[0]
-        yield StepMetrics(
-            step=state.step,
-            epoch=plan.epoch(state.step),
-            loss=means[0],
-            instance_loss=means[1],
-            class_loss=means[2] if data.class_text is not None else None,
-            learning_rate=learning_rate,
-            grad_norm=grad_norm,
-        )
+        state.step = step
+        for metrics in read:
+            state.loss_total += metrics.loss
+        yield from read
 
 
 def make_micro_batch(
@@ -219,7 +232,6 @@ def make_micro_batch(
         timesteps=torch.cat([half[1] for half in halves]),
         text=torch.cat([half[2] for half in halves]),
         target=torch.cat([half[3] for half in halves]),
-        instances=len(samples),
     )
 
 
@@ -241,24 +253,7 @@ def _draw_half(
         train_timesteps=noise_scheduler.config.num_train_timesteps,
     )
     latents = posteriors.sample(drawn) * data.latent_scale
-    noise = drawn.noise.to(latents.device)
-    timesteps = drawn.timesteps.to(latents.device)
+    noise = pairs.onto(latents.device, drawn.noise)
+    timesteps = pairs.onto(latents.device, drawn.timesteps)
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
     return noisy_latents, timesteps, noise_target(noise_scheduler, latents, noise, timesteps)
-
-
-def _refuse_not_finite(
-    loss: float, grad_norm: float, state: TrainingState, learning_rate: float, force: bool = False
-) -> None:
-    """Raise TrainingDivergedError; fp16 gradients that overflow are the loss scaler's business."""
-    scaled = state.precision.scaler.is_enabled() and not force
-    if math.isfinite(loss) and (math.isfinite(grad_norm) or scaled):
-        return
-    what = "gradient" if math.isfinite(loss) else "loss"
-    half = state.precision.dtype != torch.float32
-    kept = f" The last good checkpoint is {state.checkpoint}." if state.checkpoint else ""
-    raise TrainingDivergedError(
-        f"The {what} is not finite at step {state.step + 1} (learning rate {learning_rate:g}): "
-        f"training has diverged. Lower learning_rate{' or set mixed_precision=no' * half}.{kept}",
-        step=state.step + 1,
-    )

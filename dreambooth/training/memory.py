@@ -25,6 +25,8 @@ TENSORS_PER_LAYER = 39
 TENSORS_PER_LAYER_CHECKPOINTED = 6.5
 # Of all activations, those of the largest block, which alone is recomputed at a time.
 LARGEST_BLOCK = 1 / 6
+# Of gradients that the fast step holds in fp32 at a time (`master_weights.PART_ELEMENTS`).
+PART_BYTES = 2**28
 # Bytes per activation; under autocast matrix products are in half and normalisations in fp32.
 FP32_BYTES, AUTOCAST_BYTES, HALF_BYTES = 4.0, 2.6, 2.0
 
@@ -36,6 +38,7 @@ class MemoryChoice:
     name: str
     plan: MemoryPlan
     expected_bytes: int
+    fast_step: bool = False
 
 
 def choose(
@@ -50,21 +53,38 @@ def choose(
 
     Raises HyperparameterError where the named plan cannot train this job.
     """
-    choices = [
-        MemoryChoice(
-            name=name,
+    may_step_fast = not why_no_fast_step(
+        hyperparameters, device, mixed_precision=mixed_precision, processes=processes
+    )
+    choices = []
+    for name, plan in _candidates(hyperparameters, processes):
+        fast_step = hyperparameters.fast_step and may_step_fast and plan.can_step_fast
+        expected_bytes = expected_memory_bytes(
+            hyperparameters,
+            facts,
+            mixed_precision=mixed_precision,
             plan=plan,
-            expected_bytes=expected_memory_bytes(
-                hyperparameters, facts, mixed_precision=mixed_precision, plan=plan
-            ),
+            fast_step=fast_step,
         )
-        for name, plan in _candidates(hyperparameters, processes)
-    ]
+        choices.append(
+            MemoryChoice(name=name, plan=plan, expected_bytes=expected_bytes, fast_step=fast_step)
+        )
     usable = usable_bytes(device)
     if usable is None or facts is None:
         return tuple(choices)
     fitting = (n for n, one in enumerate(choices) if one.expected_bytes * MARGIN <= usable)
     return tuple(choices[next(fitting, len(choices) - 1) :])
+
+
+def why_no_fast_step(
+    hyperparameters: Hyperparameters, device: DeviceFacts, *, mixed_precision: str, processes: int
+) -> str | None:
+    """What of this machine keeps fast_step from being taken, whatever the memory plan."""
+    if device.kind != "cuda":
+        return f"there is no CUDA graph on {device.name}"
+    if mixed_precision == "no":
+        return "mixed_precision=no has no half weights"
+    return f"this job has {processes} processes" if processes > 1 else None
 
 
 def usable_bytes(device: DeviceFacts) -> int | None:
@@ -79,19 +99,24 @@ def expected_memory_bytes(
     *,
     mixed_precision: str,
     plan: MemoryPlan,
+    fast_step: bool = False,
 ) -> int:
     """Peak of the step: weights, gradients, optimizer states, activations; 0: unknown."""
     if facts is None:
         return 0
     trained = _trained_parameters(hyperparameters, facts)
-    under_autocast = mixed_precision != "no" and not plan.rounds_stochastically
+    half_weights = plan.rounds_stochastically or fast_step
+    under_autocast = mixed_precision != "no" and not half_weights
     weights = (2 if plan.rounds_stochastically else 4) * trained
-    gradients = weights
+    gradients = 2 * trained if half_weights else weights
     optimizer = (STATE_BYTES_8BIT if plan.use_8bit_adam else STATE_BYTES) * trained
-    whole = _activation_bytes(hyperparameters, facts, mixed_precision, plan)
+    each = AUTOCAST_BYTES if under_autocast else HALF_BYTES if half_weights else FP32_BYTES
+    whole = each * _saved_activations(hyperparameters, facts)
     kept = whole
     if plan.gradient_checkpointing:
         kept *= TENSORS_PER_LAYER_CHECKPOINTED / TENSORS_PER_LAYER
+    if fast_step:  # the half weights, and a part of their gradients in fp32
+        weights += 2 * trained + PART_BYTES
     if _predicts_the_prior(hyperparameters):  # by a frozen copy
         weights += (4 if mixed_precision == "no" else 2) * facts.unet_parameters
     # Autocast's half copies of the weights; a checkpointed block makes its own again.
@@ -133,18 +158,13 @@ def _with_what_is_set(plan: MemoryPlan, hyperparameters: Hyperparameters) -> Mem
     return plan
 
 
-def _activation_bytes(
-    hyperparameters: Hyperparameters, facts: ModelFacts, mixed_precision: str, plan: MemoryPlan
-) -> float:
-    """Of all that is saved for the backward pass, without gradient checkpointing."""
-    each = AUTOCAST_BYTES if mixed_precision != "no" else FP32_BYTES
-    if plan.rounds_stochastically:
-        each = HALF_BYTES
+def _saved_activations(hyperparameters: Hyperparameters, facts: ModelFacts) -> float:
+    """How many are kept for the backward pass, without gradient checkpointing."""
     resolution = hyperparameters.resolution or facts.resolution
     area: float = (resolution / facts.resolution) ** 2
     halves = 2 if hyperparameters.with_prior_preservation else 1
     pictures = hyperparameters.batch_size * halves
-    return TENSORS_PER_LAYER * facts.unet_layer_elements * area * each * pictures
+    return TENSORS_PER_LAYER * facts.unet_layer_elements * area * pictures
 
 
 def _predicts_the_prior(hyperparameters: Hyperparameters) -> bool:

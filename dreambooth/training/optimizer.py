@@ -39,10 +39,12 @@ def build(
     *,
     use_8bit_adam: bool,
     rounds_stochastically: bool = False,
+    fused: bool = False,
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019) with the published hyperparameters.
 
-    rounds_stochastically: 8-bit states, for bf16 weights. Raises ResourceError where 8-bit states
+    rounds_stochastically: 8-bit states, for bf16 weights. fused: one kernel for many weights on
+    CUDA too, where steps are then counted by the device. Raises ResourceError where 8-bit states
     are asked for and bitsandbytes cannot be loaded.
     """
     groups = decay_groups(modules, hyperparameters.adam_weight_decay)
@@ -65,7 +67,7 @@ def build(
         return plain
     # One fused pass over the many small tensors; on CUDA torch's default stays until measured.
     on_cpu = all(p.device.type == "cpu" for group in groups for p in group["params"])  # type: ignore[attr-defined]
-    return torch.optim.AdamW(groups, fused=True if on_cpu else None, **settings)  # type: ignore[arg-type]
+    return torch.optim.AdamW(groups, fused=True if on_cpu or fused else None, **settings)  # type: ignore[arg-type]
 
 
 def load(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
@@ -75,18 +77,17 @@ def load(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
     """
     in_8bit = not isinstance(optimizer, torch.optim.AdamW)
     states: Mapping[int, Mapping[str, Any]] = saved["state"]
-    if not states or all(in_8bit == ("exp_avg" not in state) for state in states.values()):
-        optimizer.load_state_dict(dict(saved))
-        return
-    from dreambooth.training import adamw_8bit
+    if states and any(in_8bit == ("exp_avg" in state) for state in states.values()):
+        from dreambooth.training import adamw_8bit
 
-    converted = {
-        number: adamw_8bit.from_fp32(state) if in_8bit else adamw_8bit.to_fp32(state)
-        for number, state in states.items()
-    }
+        states = {
+            number: adamw_8bit.from_fp32(state) if in_8bit else adamw_8bit.to_fp32(state)
+            for number, state in states.items()
+        }
+    # Settings are the job's own and kernels the plan's: only the weights must be the saved ones.
     groups = optimizer.state_dict()["param_groups"]
     if [len(group["params"]) for group in groups] != [
         len(group["params"]) for group in saved["param_groups"]
     ]:
         raise ValueError("the optimizer's states are of another number of weights")
-    optimizer.load_state_dict({"state": converted, "param_groups": groups})
+    optimizer.load_state_dict({"state": dict(states), "param_groups": groups})

@@ -12,12 +12,15 @@ _SIGNS = ("CUDA out of memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILE
 
 
 def is_meant_by(error: BaseException) -> bool:
-    """Whether it, or what it was raised from, says so."""
+    """Whether it says so, or what it was raised from or came up in: a capture that runs out of
+    memory fails once more when it is ended.
+    """
     if isinstance(error, torch.OutOfMemoryError):
         return True
     if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS):
         return True
-    return error.__cause__ is not None and is_meant_by(error.__cause__)
+    earlier = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return earlier is not None and is_meant_by(earlier)
 
 
 def advice(plan: TrainingPlan) -> str:

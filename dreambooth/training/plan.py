@@ -54,6 +54,7 @@ class TrainingPlan:
     warnings: tuple[str, ...] = ()
     frees_gradients: bool = False
     rounds_stochastically: bool = False
+    fast_step: bool = False
     smaller: tuple[MemoryChoice, ...] = ()
 
     def epoch(self, step: int) -> float:
@@ -73,6 +74,7 @@ class TrainingPlan:
             gradient_checkpointing=chosen.plan.gradient_checkpointing,
             frees_gradients=chosen.plan.frees_gradients,
             rounds_stochastically=chosen.plan.rounds_stochastically,
+            fast_step=chosen.fast_step,
             memory_bytes=chosen.expected_bytes,
             smaller=tuple(smaller),
         )
@@ -144,6 +146,7 @@ def make(
         gradient_checkpointing=chosen.plan.gradient_checkpointing,
         frees_gradients=chosen.plan.frees_gradients,
         rounds_stochastically=chosen.plan.rounds_stochastically,
+        fast_step=chosen.fast_step,
         memory_plan=chosen.name,
         smaller=tuple(smaller),
         lr_warmup_steps=warmup,
@@ -159,8 +162,11 @@ def make(
             base_bytes=base_bytes,
             copied_bytes=copied_bytes,
         ),
-        warnings=_warnings(
-            hyperparameters, device, mixed_precision, steps, warmup, chosen.expected_bytes
+        warnings=(
+            *_warnings(
+                hyperparameters, device, mixed_precision, steps, warmup, chosen.expected_bytes
+            ),
+            *_fast_step_warnings(hyperparameters, device, mixed_precision, processes, chosen),
         ),
     )
 
@@ -211,6 +217,21 @@ def _warnings(
     if mixed_precision == "fp16" and device.kind == "cpu":
         notes.append("fp16 on a CPU is slow and less exact than the default, fp32.")
     return tuple(notes)
+
+
+def _fast_step_warnings(
+    hyperparameters: Hyperparameters,
+    device: DeviceFacts,
+    mixed_precision: str,
+    processes: int,
+    chosen: MemoryChoice,
+) -> tuple[str, ...]:
+    if not hyperparameters.fast_step or chosen.fast_step:
+        return ()
+    why = memory.why_no_fast_step(
+        hyperparameters, device, mixed_precision=mixed_precision, processes=processes
+    )
+    return (f"fast_step is left out: {why or f'it does not go with {chosen.name}'}.",)
 
 
 def describe(plan: TrainingPlan, hyperparameters: Hyperparameters) -> str:
@@ -276,7 +297,10 @@ def _pictures_line(plan: TrainingPlan) -> str:
 def _precision_line(plan: TrainingPlan) -> str:
     name = {"no": "fp32", "fp16": "fp16 with loss scaling", "bf16": "bf16"}[plan.mixed_precision]
     weights = "stochastically rounded" if plan.rounds_stochastically else "fp32"
+    if plan.fast_step:
+        weights = "half weights beside fp32"
     line = f"{name}, {weights} weights, " + ("8-bit AdamW" if plan.use_8bit_adam else "AdamW")
+    line += ", replayed as a CUDA graph" if plan.fast_step else ""
     return line + (", gradient checkpointing" if plan.gradient_checkpointing else "")
 
 

@@ -91,3 +91,14 @@ class Precision:
         self.scaler.step(optimizer)
         self.scaler.update()
         return self.loss_scale >= scale
+
+    def adapt_scale(self, norm: torch.Tensor) -> bool:
+        """As `step`, after an update that others made, or left undone, by the gradients' norm."""
+        if not self.scaler.is_enabled():
+            return True
+        # The scaler looks for overflows in an optimizer's gradients: here, in the norm alone.
+        probe = nn.Parameter(torch.zeros_like(norm))
+        probe.grad = norm.clone()
+        optimizer = torch.optim.SGD([probe], lr=0.0)
+        self.scaler.unscale_(optimizer)
+        return self.step(optimizer)

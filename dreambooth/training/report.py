@@ -18,8 +18,8 @@ from PIL import Image
 
 from dreambooth.errors import ResourceError
 from dreambooth.progress import Progress
-from dreambooth.training.loop import StepMetrics
 from dreambooth.training.plan import TrainingPlan
+from dreambooth.training.readings import StepMetrics
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +61,7 @@ class Report:
         self._progress = Progress(plan.steps, "training", stream=stream, initial=first_step)
         self._epoch_losses: list[float] = []
         self._last_time = clock()
+        self._seconds, self._read_until = 0.0, 0  # of a step; the last step that is read by now
 
     def __enter__(self) -> Report:
         return self
@@ -80,13 +81,15 @@ class Report:
 
     def step(self, metrics: StepMetrics) -> None:
         """Show and write one step; draw a sample picture where one is due."""
-        now = self._clock()
-        steps_per_second = 1.0 / max(now - self._last_time, 1e-9)
-        row = {
-            **asdict(metrics),
-            "steps_per_second": round(steps_per_second, 4),
-            "time": round(time.time(), 3),
-        }
+        if metrics.step > self._read_until:  # steps that are read at once share their time evenly
+            now = self._clock()
+            self._seconds = max(now - self._last_time, 1e-9) / metrics.read_with
+            self._last_time = now
+            self._read_until = metrics.step + metrics.read_with - 1
+        row = asdict(metrics)
+        del row["read_with"]
+        row["steps_per_second"] = round(1.0 / self._seconds, 4)
+        row["time"] = round(time.time() - (self._read_until - metrics.step) * self._seconds, 3)
         with _writing(self._folder):
             self._metrics.write(json.dumps(row) + "\n")
             self._metrics.flush()
@@ -98,9 +101,12 @@ class Report:
                 if row[name] is not None:
                     self._tensorboard.add_scalar(name, row[name], metrics.step)
         self._count_epoch(metrics)
-        if self._sample_steps and metrics.step % self._sample_steps == 0:
+        draws = self._sample_steps and metrics.step % self._sample_steps == 0
+        if draws:
             self._save_sample(metrics.step)
-        self._last_time = self._clock()  # drawing and writing is not the step's time
+        # Drawing and writing is not the step's time; what is read late is written beside the next.
+        if draws or metrics.read_with == 1:
+            self._last_time = self._clock()
 
     def finish(self, average_loss: float) -> None:
         """The last line that SageMaker's metric definitions read; the average is of all steps."""

@@ -149,7 +149,10 @@ def test_one_step_has_no_spread(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_cpu_is_offered_one_plan_and_a_gpu_all() -> None:
     card = DeviceFacts(kind="cuda", name="a card", compute_capability=(8, 0))
     assert [s.memory_plan for s in ours.settings(CPU, quick=False)] == ["fp32_adamw"] * 2
-    assert len(list(ours.settings(card, quick=False))) == 2 * len(MEMORY_PLANS)
+    settings = list(ours.settings(card, quick=False))
+    assert len([s for s in settings if not s.fast_step]) == 2 * len(MEMORY_PLANS)
+    fast = ["fp32_adamw"] * 2 + ["8bit_adamw"] * 2
+    assert [s.memory_plan for s in settings if s.fast_step] == fast
     assert [s.pictures for s in ours.settings(card, quick=True)] == [1, 2]
 
 

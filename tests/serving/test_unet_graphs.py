@@ -13,12 +13,13 @@ from torch import Tensor
 
 from dreambooth.benchmarks.serving_load import redrawing
 from dreambooth.diffusion import model as models
+from dreambooth.diffusion.cuda_graphs import Recording
 from dreambooth.diffusion.denoising import TextRows, predict
 from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.diffusion.sampling_request import SamplingRequest
 from dreambooth.serving import unet_graphs
 from dreambooth.serving.engine import Engine, EngineSettings
-from dreambooth.serving.unet_graphs import GraphBounds, GraphedUNet, Recording
+from dreambooth.serving.unet_graphs import GraphBounds, GraphedUNet
 
 TOKENS, WIDTH = 32, 32
 

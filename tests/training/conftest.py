@@ -18,6 +18,7 @@ from dreambooth.hyperparameters import Hyperparameters
 from dreambooth.training import loop, optimizer
 from dreambooth.training import plan as plans
 from dreambooth.training.device import CPU as CPU_FACTS
+from dreambooth.training.graphed_passes import Record, by_calling
 from dreambooth.training.precision import Precision
 from dreambooth.training.state import TrainingState
 
@@ -32,7 +33,7 @@ class Training:
     state: TrainingState
     data: loop.TrainingData
 
-    def steps(self) -> Iterator[loop.StepMetrics]:
+    def steps(self, record: Record = by_calling) -> Iterator[loop.StepMetrics]:
         settings = self.settings
         precision = self.state.precision
         by_prediction = settings.prior_preservation_mode == "prediction"
@@ -45,6 +46,7 @@ class Training:
             encode_text=lambda ids: models.text_features(self.model, ids),
             prior_unet=precision.frozen_copy(self.model.unet) if by_prediction else None,
             accelerator=Accelerator(cpu=True),
+            record=record,
         )
 
     def weights(self) -> torch.Tensor:
@@ -90,6 +92,8 @@ def make_training(loaded_small_model: models.DiffusionModel) -> Callable[..., Tr
         plan = plans.make(settings, dataset(), None, CPU_FACTS)
         if frees_gradients:
             plan = replace(plan, frees_gradients=True)
+        if settings.fast_step:  # which is CUDA's, but for the capture
+            plan = replace(plan, fast_step=True)
         if plan.rounds_stochastically:
             for module in trained:
                 torch.nn.Module.to(module, torch.bfloat16)

@@ -7,7 +7,7 @@ import pytest
 from dreambooth.diffusion.facts import ModelFacts
 from dreambooth.errors import HyperparameterError
 from dreambooth.hyperparameters import MEMORY_PLANS, Hyperparameters, MemoryPlan
-from dreambooth.training import memory
+from dreambooth.training import master_weights, memory
 from dreambooth.training.device import CPU, DeviceFacts
 
 GIB = 2**30
@@ -80,6 +80,28 @@ def test_expected_memory_is_near_the_derived_figures(
 ) -> None:
     changes = PRIOR if pictures == 2 else {}
     assert peak_gib(plan, "bf16", **changes) == pytest.approx(derived, rel=0.04)
+
+
+# The same simulation, of half weights in the graph and fp32 masters beside them.
+@pytest.mark.parametrize(
+    ("name", "pictures", "derived"),
+    [
+        *(("fp32_adamw", 1, 13.1), ("fp32_adamw", 2, 13.4)),
+        *(("8bit_adamw", 1, 8.3), ("8bit_adamw", 2, 8.6)),
+    ],
+)
+def test_the_fast_step_is_expected_near_the_derived_figures_and_a_part(
+    name: str, pictures: int, derived: float
+) -> None:
+    peak = memory.expected_memory_bytes(
+        Hyperparameters(with_prior_preservation=pictures == 2),
+        FULL_SIZE,
+        mixed_precision="bf16",
+        plan=MEMORY_PLANS[name],
+        fast_step=True,
+    )
+    assert (peak - memory.PART_BYTES) / GIB == pytest.approx(derived, rel=0.04)
+    assert memory.PART_BYTES == 4 * master_weights.PART_ELEMENTS
 
 
 def test_the_goals_with_prior_preservation_as_derived_figures() -> None:

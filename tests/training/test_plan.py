@@ -171,3 +171,33 @@ def test_the_description_names_all_that_was_decided() -> None:
         assert part in text
     for part in ("linear", "GiB", "50 steps"):
         assert part in text
+
+
+def test_the_fast_step_is_taken_where_it_can_be_and_else_one_line_says_why() -> None:
+    big = replace(A10G, memory_bytes=80 * GIB)
+    plan = make(big, fast_step=True)
+    assert (plan.fast_step, plan.warnings) == (True, ())
+    text = plans.describe(plan, Hyperparameters(fast_step=True))
+    assert "bf16, half weights beside fp32 weights, AdamW, replayed as a CUDA graph" in text
+    assert not make(big).fast_step
+    small = replace(A10G, memory_bytes=8 * GIB)
+    processes = plans.make(Hyperparameters(fast_step=True), dataset(), None, big, processes=2)
+    for left_out, why in (
+        (make(CPU, fast_step=True), "there is no CUDA graph on CPU"),
+        (make(small, fast_step=True), "it does not go with 8bit_adamw_in_backward"),
+        (processes, "this job has 2 processes"),
+    ):
+        assert not left_out.fast_step
+        assert left_out.warnings == (f"fast_step is left out: {why}.",)
+
+
+def test_a_smaller_plan_keeps_the_fast_step_while_it_goes_with_it() -> None:
+    plan: plans.TrainingPlan | None = make(replace(A10G, memory_bytes=80 * GIB), fast_step=True)
+    found = []
+    while plan is not None:
+        found.append((plan.memory_plan, plan.fast_step))
+        plan = plan.in_less_memory()
+    assert found == [
+        *(("fp32_adamw", True), ("8bit_adamw", True)),
+        *(("8bit_adamw_checkpointing", False), ("8bit_adamw_in_backward", False)),
+    ]

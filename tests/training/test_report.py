@@ -5,6 +5,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +132,18 @@ def test_tensorboard_events_hold_the_curves(make_training: Make, tmp_path: Path)
     }
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
     assert events.Scalars("learning_rate")[0].value == pytest.approx(2e-6)
+
+
+def test_steps_that_are_read_at_once_share_their_time(make_training: Make, tmp_path: Path) -> None:
+    plan = make_training(max_steps=5).plan
+    clock = iter([0.0, 1.0, 1.0, 5.0]).__next__
+    began = time.time()
+    with Report(tmp_path, plan, first_step=0, stream=io.StringIO(), clock=clock) as report:
+        report.step(metrics(1, plan))
+        for step in range(2, 6):
+            report.step(replace(metrics(step, plan), read_with=4))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["steps_per_second"] for row in rows] == [1.0] * 5
+    ends = [row["time"] - began for row in rows[1:]]  # as they were made, not as they were read
+    assert ends == pytest.approx([-3, -2, -1, 0], abs=0.5)
+    assert "read_with" not in rows[0]

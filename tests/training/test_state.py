@@ -14,6 +14,7 @@ from dreambooth.training import state as states
 
 Make = Callable[..., Any]
 IDENTITY = {"learning_rate": "0.001", "data": "abc"}
+FAST = {"fast_step": True, "checkpointing_steps": 3}
 
 
 @pytest.mark.parametrize(
@@ -26,10 +27,14 @@ IDENTITY = {"learning_rate": "0.001", "data": "abc"}
         {"memory_plan": "8bit_adamw_checkpointing"},
         {"memory_plan": "8bit_adamw_in_backward", "mixed_precision": "fp16"},
         {"memory_plan": "8bit_adamw_stochastic_rounding"},
+        {**FAST, "mixed_precision": "bf16"},
+        {**FAST, "mixed_precision": "fp16"},
+        {**FAST, "mixed_precision": "bf16", "use_8bit_adam": True},
     ],
     ids=[
         *("plain", "8-bit", "fp16", "text encoder"),
         *("checkpointing", "in backward, fp16", "stochastic rounding"),
+        *("fast step", "fast step, fp16", "fast step, 8-bit"),
     ],
 )
 def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(

@@ -54,6 +54,7 @@ class Setting:
 
     with_prior_preservation: bool
     memory_plan: str
+    fast_step: bool = False
 
     @property
     def pictures(self) -> int:
@@ -89,11 +90,21 @@ class Outcome:
 
 
 def settings(device: DeviceFacts, *, quick: bool) -> Iterator[Setting]:
-    """Both losses in each memory plan that is offered: on a CPU, and when quick, the first."""
-    offered = list(MEMORY_PLANS)[: 1 if quick or device.kind == "cpu" else None]
-    for plan in offered:
+    """Both losses in each memory plan that is offered: on a CPU, and when quick, the first.
+
+    After the plans, those that the fast step goes with once more, by it.
+    """
+    few = quick or device.kind == "cpu"
+    offered = [(name, False) for name in MEMORY_PLANS][: 1 if few else None]
+    if not few:
+        offered += [(name, True) for name, plan in MEMORY_PLANS.items() if plan.can_step_fast]
+    for name, fast_step in offered:
         for with_prior_preservation in (False, True):
-            yield Setting(with_prior_preservation=with_prior_preservation, memory_plan=plan)
+            yield Setting(
+                with_prior_preservation=with_prior_preservation,
+                memory_plan=name,
+                fast_step=fast_step,
+            )
 
 
 def run(setting: Setting, subject: Subject, scale: Scale, folder: Path) -> Outcome:
@@ -105,7 +116,7 @@ def run(setting: Setting, subject: Subject, scale: Scale, folder: Path) -> Outco
         *("--max_steps", scale.all_steps, "--batch_size", BATCH_SIZE),
         *("--memory_plan", setting.memory_plan, "--mixed_precision", subject.mixed_precision),
         *("--with_prior_preservation", setting.with_prior_preservation),
-        *("--num_class_images", scale.class_images),
+        *("--num_class_images", scale.class_images, "--fast_step", setting.fast_step),
     ]
     script = processes.ROOT / "transfer_learning.py"
     ended = processes.run(script, arguments, folder=folder)
