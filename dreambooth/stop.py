@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -67,10 +68,38 @@ class StopSignals:
             yield
             return
         try:
-            yield
+            with self._counted():
+                yield
         finally:
             for number, before in previous:
                 signal.signal(number, before)
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Leave at the second signal, whatever the main thread does.
+
+        `_answer` runs between its calls only: two signals during a long one (a step, a file) are
+        one to it.
+        """
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        counter = threading.Thread(target=self._count, args=(reading,), daemon=True)
+        counter.start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            os.close(writing)
+            counter.join()
+            os.close(reading)
+
+    def _count(self, reading: int) -> None:
+        arrived = 0
+        while number := os.read(reading, 1):
+            arrived += number[0] in _SIGNALS
+            if arrived > 1:
+                self._leave(128 + number[0])
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -104,7 +133,7 @@ class StopSignals:
 
     def _answer(self, number: int, frame: FrameType | None) -> None:
         if self._number is not None:
-            self._leave(128 + number)
+            return
         self._number, self._at = signal.Signals(number), self._clock()
         if not self._held:
             raise Stopped(self._number)

@@ -122,6 +122,24 @@ def test_a_second_signal_ends_a_real_process_at_once() -> None:
         assert process.wait(timeout=30) == 143
 
 
+def test_two_signals_during_one_long_call_end_a_real_process_at_once() -> None:
+    code = (
+        "import hashlib; from dreambooth.stop import StopSignals\n"
+        "stop = StopSignals()\n"
+        "with stop.listening(), stop.held():\n"
+        "    print('ready', flush=True)\n"
+        "    hashlib.pbkdf2_hmac('sha256', b'a', b'b', 10**9)\n"  # minutes, in C
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT)
+    assert process.stdout is not None
+    with process, process.stdout:
+        assert process.stdout.readline() == b"ready\n"
+        for _ in range(2):
+            time.sleep(0.2)
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 143
+
+
 def test_the_time_left_runs_from_the_signal() -> None:
     now, left = [1000.0], []
     stop = StopSignals(clock=lambda: now[0])
