@@ -17,6 +17,7 @@ from dreambooth.data import class_images, class_latents, fingerprint
 from dreambooth.data.class_images import Sampled
 from dreambooth.diffusion import model as models
 from dreambooth.diffusion import sampling
+from dreambooth.diffusion.decoding import decode
 from dreambooth.diffusion.denoising import advance
 from dreambooth.diffusion.facts import read_facts
 from dreambooth.diffusion.model import DiffusionModel
@@ -227,7 +228,7 @@ class _Sampler:
 
     @staticmethod
     def _decoded(model: DiffusionModel, latents: torch.Tensor) -> Sampled | None:
-        pictures = models.decode_latents(model, latents)
+        pictures = decode(model, latents)
         if pictures is None:
             return None
         return Sampled(picture=pictures[0], latents=latents[0].float().cpu().numpy())

@@ -17,6 +17,7 @@ from dreambooth.class_sampling import batch_size, class_image_paths, known_laten
 from dreambooth.data import cache, class_latents, dataset_info
 from dreambooth.diffusion import model as models
 from dreambooth.diffusion import sampling
+from dreambooth.diffusion.decoding import decode
 from dreambooth.diffusion.denoising import advance
 from dreambooth.diffusion.facts import read_facts
 from dreambooth.diffusion.model import DiffusionModel
@@ -89,9 +90,7 @@ def test_sampled_latents_are_trained_on_as_they_are(task: Task) -> None:
     assert bool((cached.std[0] > 0).all())
     assert not cached.std[1:].any()
     for row, path in enumerate(paths[1:], start=1):
-        picture = models.decode_latents(
-            model, cached.mean[row : row + 1] * model.vae.config.scaling_factor
-        )
+        picture = decode(model, cached.mean[row : row + 1] * model.vae.config.scaling_factor)
         assert picture is not None
         levels = np.abs(picture[0].astype(int) - np.asarray(Image.open(path)).astype(int))
         assert levels.max() <= 1

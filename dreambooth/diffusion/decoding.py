@@ -25,10 +25,10 @@ logger = logging.getLogger(__name__)
 def decode_in_parts(
     model: DiffusionModel, latents: Tensor
 ) -> Generator[None, None, np.ndarray | None]:
-    """Do what `model.decode_latents` does, and return what it returns; yield between the layers.
+    """Do what `decode` does, and return what it returns; yield between the layers.
 
-    latents: [B, C, h, w], scaled. Gradients should be off whenever it goes on. While it waits it
-    holds one layer's output: at most 128 MiB per picture of 512 x 512 in half precision.
+    Gradients should be off whenever it goes on. While it waits it holds one layer's output: at most
+    128 MiB per picture of 512 x 512 in half precision.
     """
     if not bool(torch.isfinite(latents).all()):
         return None
@@ -44,8 +44,14 @@ def decode_in_parts(
     return picture
 
 
-def to_the_end(parts: Generator[None, None, np.ndarray | None]) -> np.ndarray | None:
-    """Go on without a pause."""
+@torch.no_grad()
+def decode(model: DiffusionModel, latents: Tensor) -> np.ndarray | None:
+    """Latents as the U-Net sees them (scaled) [B, C, h, w] -> pictures uint8 0..255 [B, H, W, 3].
+
+    None where latents or pixels are not finite. A VAE whose activations pass what its half
+    precision can hold is asked once more in float32.
+    """
+    parts = decode_in_parts(model, latents)
     while True:
         try:
             next(parts)

@@ -10,7 +10,6 @@ and unknown files with a mere warning.
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import torch
 from accelerate import init_empty_weights
 
@@ -205,33 +203,6 @@ def encode_posterior(
     """
     posterior = model.vae.encode(pixels.to(model.vae.device, model.vae.dtype)).latent_dist
     return posterior.mean, posterior.std
-
-
-@torch.no_grad()
-def decode_latents(model: DiffusionModel, latents: torch.Tensor) -> np.ndarray | None:
-    """Latents as the U-Net sees them (scaled) [B, C, h, w] -> pictures uint8 0..255 [B, H, W, 3].
-
-    None where latents or pixels are not finite. A VAE whose activations pass what its half
-    precision can hold is asked once more in float32.
-    """
-    if not bool(torch.isfinite(latents).all()):
-        return None
-    pixels = _decode(model.vae, latents)
-    if model.vae.dtype != torch.float32 and not bool(torch.isfinite(pixels).all()):
-        logger.warning("The VAE overflows as %s: the picture is decoded again.", model.vae.dtype)
-        pixels = _decode(copy.deepcopy(model.vae).float(), latents)
-    if not bool(torch.isfinite(pixels).all()):
-        return None
-    pixels = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
-    picture: np.ndarray = (pixels.cpu().numpy() * 255).round().astype("uint8")
-    return picture
-
-
-def _decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Latents [B, C, h, w] -> pixels float32 [B, 3, H, W], -1..1 but for overshoots."""
-    latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
-    pixels: torch.Tensor = vae.decode(latents, return_dict=False)[0].float()
-    return pixels
 
 
 def current_vae_name(key: str) -> str:

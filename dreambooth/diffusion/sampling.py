@@ -18,7 +18,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from dreambooth.diffusion.decoding import decode_in_parts, to_the_end
+from dreambooth.diffusion.decoding import decode
 from dreambooth.diffusion.denoising import TextRows, advance
 from dreambooth.diffusion.model import (
     DiffusionModel,
@@ -212,7 +212,7 @@ def _decode(model: DiffusionModel, latents: Tensor) -> np.ndarray | None:
     """Return the picture of latents [1, C, h, w], or None if they or it are not finite."""
     try:
         with _evaluating(model.vae):
-            pictures = to_the_end(decode_in_parts(model, latents))
+            pictures = decode(model, latents)
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             "The device ran out of memory while decoding one picture; lower width and height."

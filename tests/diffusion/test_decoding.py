@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from dreambooth.diffusion import model as models
-from dreambooth.diffusion.decoding import decode_in_parts, to_the_end
+from dreambooth.diffusion.decoding import decode, decode_in_parts
 from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.tiny import WEIGHTS
 
@@ -23,6 +23,14 @@ def embedded() -> DiffusionModel:
 
 def latents(size: int, *, count: int = 1) -> torch.Tensor:
     return torch.randn(count, 4, size, size + 1, generator=torch.Generator().manual_seed(size))
+
+
+def whole(model: DiffusionModel, latents: torch.Tensor) -> np.ndarray:
+    """As diffusers decodes and rounds."""
+    scaled = latents.to(model.vae.dtype) / model.vae.config.scaling_factor
+    pixels = model.vae.decode(scaled, return_dict=False)[0].float()
+    levels = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy() * 255
+    return np.asarray(levels.round().astype("uint8"))
 
 
 def count_parts(parts: Generator[None, None, np.ndarray | None]) -> tuple[int, np.ndarray | None]:
@@ -41,9 +49,8 @@ def test_a_picture_in_parts_is_the_same_to_the_byte(dtype: torch.dtype) -> None:
     model = models.load(WEIGHTS, device=CPU, dtype=dtype)
     for size in (3, 8, 16):
         given = latents(size, count=2)
-        expected = models.decode_latents(model, given)
-        picture = to_the_end(decode_in_parts(model, given))
-        assert expected is not None
+        expected = whole(model, given)
+        picture = decode(model, given)
         assert np.array_equal(expected, np.asarray(picture))
 
 
@@ -54,8 +61,8 @@ def test_pixels_in_parts_are_the_same_to_the_bit(embedded: DiffusionModel) -> No
         lambda _, inputs, output: pixels.append(output)
     )
     try:
-        models.decode_latents(embedded, latents(16))
-        to_the_end(decode_in_parts(embedded, latents(16)))
+        whole(embedded, latents(16))
+        decode(embedded, latents(16))
     finally:
         hook.remove()
     assert torch.equal(*pixels)
@@ -96,8 +103,8 @@ def test_blocks_of_another_kind_are_one_part(make_model_folder: Callable[..., Pa
     model = models.load(make_model_folder(), device=CPU)
     blocks = ("AttnUpDecoderBlock2D", "UpDecoderBlock2D")
     model.vae = AutoencoderKL.from_config({**model.vae.config, "up_block_types": blocks}).eval()
-    picture = to_the_end(decode_in_parts(model, latents(8)))
-    assert np.array_equal(np.asarray(picture), np.asarray(models.decode_latents(model, latents(8))))
+    picture = decode(model, latents(8))
+    assert np.array_equal(np.asarray(picture), whole(model, latents(8)))
 
 
 @torch.no_grad()
@@ -117,5 +124,5 @@ def test_a_vae_that_overflows_is_asked_again_in_float32() -> None:
         return torch.full_like(output, float("inf")) if len(calls) == 1 else output
 
     model.vae.decoder.conv_out.register_forward_hook(overflow)
-    assert to_the_end(decode_in_parts(model, latents(8))) is not None
+    assert decode(model, latents(8)) is not None
     assert calls == [torch.bfloat16, torch.float32]

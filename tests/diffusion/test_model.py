@@ -14,6 +14,7 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 
 from dreambooth.diffusion import model as models
 from dreambooth.diffusion.component_classes import SCHEDULERS
+from dreambooth.diffusion.decoding import decode
 from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.errors import ModelArtifactError
 
@@ -163,7 +164,7 @@ def test_latents_are_decoded_as_the_pipeline_does(
     model: DiffusionModel, small_model_folder: Path
 ) -> None:
     latents = torch.randn(2, 4, 16, 12)
-    picture = models.decode_latents(model, latents)
+    picture = decode(model, latents)
     assert picture is not None
     assert picture.shape == (2, 32, 24, 3)
     assert picture.dtype == np.uint8
@@ -174,7 +175,7 @@ def test_latents_are_decoded_as_the_pipeline_does(
 
 
 def test_latents_that_are_not_finite_are_no_picture(model: DiffusionModel) -> None:
-    assert models.decode_latents(model, torch.full((1, 4, 8, 8), float("nan"))) is None
+    assert decode(model, torch.full((1, 4, 8, 8), float("nan"))) is None
 
 
 @torch.inference_mode()
@@ -186,14 +187,14 @@ def test_a_vae_that_overflows_in_half_precision_is_asked_in_float32(
     last = model.vae.decoder.conv_out
     last.weight *= 1e4
     last.bias.fill_(6e4)
-    picture = models.decode_latents(model, latents)
+    picture = decode(model, latents)
     assert picture is not None
     assert picture.any()
     assert model.vae.dtype == torch.float16, "the model stays as it was"
-    expected = models.decode_latents(model.to(dtype=torch.float32, parts=["vae"]), latents)
+    expected = decode(model.to(dtype=torch.float32, parts=["vae"]), latents)
     assert np.array_equal(picture, expected)
     last.bias.fill_(float("nan"))
-    assert models.decode_latents(model, latents) is None
+    assert decode(model, latents) is None
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # numpy's, inside of diffusers
