@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from dreambooth.data.dataset_info import DatasetInfo
 from dreambooth.diffusion.facts import ModelFacts
@@ -66,18 +67,7 @@ class TrainingPlan:
         """The same job by the next smaller memory plan; None after the last."""
         if not self.smaller:
             return None
-        chosen, *smaller = self.smaller
-        return replace(
-            self,
-            memory_plan=chosen.name,
-            use_8bit_adam=chosen.plan.use_8bit_adam,
-            gradient_checkpointing=chosen.plan.gradient_checkpointing,
-            frees_gradients=chosen.plan.frees_gradients,
-            rounds_stochastically=chosen.plan.rounds_stochastically,
-            fast_step=chosen.fast_step,
-            memory_bytes=chosen.expected_bytes,
-            smaller=tuple(smaller),
-        )
+        return replace(self, **_decided_by(*self.smaller))
 
 
 def samples_per_step(hyperparameters: Hyperparameters, processes: int) -> int:
@@ -142,17 +132,10 @@ def make(
         cached_crops=max(1, min(MAX_CACHED_CROPS, math.ceil(samples / instances))),
         mixed_precision=mixed_precision,
         prior_generation_precision=_prior_precision(hyperparameters, device),
-        use_8bit_adam=chosen.plan.use_8bit_adam,
-        gradient_checkpointing=chosen.plan.gradient_checkpointing,
-        frees_gradients=chosen.plan.frees_gradients,
-        rounds_stochastically=chosen.plan.rounds_stochastically,
-        fast_step=chosen.fast_step,
-        memory_plan=chosen.name,
-        smaller=tuple(smaller),
+        **_decided_by(chosen, *smaller),
         lr_warmup_steps=warmup,
         checkpointing_steps=checkpointing_steps,
         checkpointing_minutes=checkpointing_minutes,
-        memory_bytes=chosen.expected_bytes,
         disk=disk.expected(
             hyperparameters,
             facts,
@@ -169,6 +152,20 @@ def make(
             *_fast_step_warnings(hyperparameters, device, mixed_precision, processes, chosen),
         ),
     )
+
+
+def _decided_by(chosen: MemoryChoice, *smaller: MemoryChoice) -> dict[str, Any]:
+    """The fields of a TrainingPlan that its memory plan decides."""
+    return {
+        "memory_plan": chosen.name,
+        "use_8bit_adam": chosen.plan.use_8bit_adam,
+        "gradient_checkpointing": chosen.plan.gradient_checkpointing,
+        "frees_gradients": chosen.plan.frees_gradients,
+        "rounds_stochastically": chosen.plan.rounds_stochastically,
+        "fast_step": chosen.fast_step,
+        "memory_bytes": chosen.expected_bytes,
+        "smaller": smaller,
+    }
 
 
 def _mixed_precision(hyperparameters: Hyperparameters, device: DeviceFacts) -> str:
