@@ -19,30 +19,33 @@ log = logging.getLogger(__name__)
 class Checkpoints:
     """The checkpoints of one job, in `folder`; without a folder there are none.
 
-    identity: what a run that goes on must share. keep: how many stay. bytes_per_second: how fast
-    the last one was written.
+    mode: "auto" or "fresh" (the hyperparameter `resume`). identity: what a run that goes on must
+    share. keep: how many stay. bytes_per_second: how fast the last one was written.
     """
 
     folder: Path | None
+    mode: str
     identity: Mapping[str, str]
     plan: TrainingPlan
     keep: int
     bytes_per_second: float | None = None
     _saved_at: float = field(default_factory=time.monotonic)
 
-    def check(self, mode: str) -> None:
+    def check(self) -> None:
         """Refuse a changed job before an hour of class images or an earlier model is lost to it."""
-        if self.folder is not None and mode != "fresh":
+        if self.folder is not None and self.mode != "fresh":
             states.refuse_another_job(self.folder, identity=self.identity)
 
-    def resume(self, state: TrainingState, mode: str, *, tidies: bool) -> None:
-        """Bring the state to the newest whole checkpoint; `fresh` removes them all instead.
+    def resume(self, state: TrainingState, *, tidies: bool) -> None:
+        """Bring the state to the newest whole checkpoint; the first time, `fresh` removes them all
+        instead.
 
         tidies: whether this process may remove what killed runs left.
         """
         if self.folder is None:
             return
-        if mode == "fresh":
+        if self.mode == "fresh":
+            self.mode = "auto"  # what lies there from now on is of this run
             if tidies:
                 states.clear(self.folder)
             return

@@ -24,6 +24,7 @@ PROMPTS = (
 )
 PICTURES_PER_ROW = 8
 SEED = 1000
+SAMPLE_STEPS = 100  # for report.html: four pictures, some 4 s of one thread
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +43,7 @@ def main(arguments: argparse.Namespace) -> int:
             *("--pretrained-model", "tiny", "--train", str(dataset)),
             *("--model_dir", str(model_dir), "--output_data_dir", str(out / "output")),
             *settings,
+            f"--sample_steps={SAMPLE_STEPS}",
         ],
         os.environ,
     )

@@ -9,16 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from dreambooth import tiny
+from dreambooth import failure, logs, tiny
 from dreambooth.data import images
 from dreambooth.data.seeds import derive_seed
 from dreambooth.diffusion.model import DiffusionModel
+from dreambooth.diffusion.text_encoders import in_one_line
 from dreambooth.errors import DatasetError
-from dreambooth.evaluation import features, scores
+from dreambooth.evaluation import features, scores, vision_model
 from dreambooth.previews import Previews
 from dreambooth.progress import Progress
 from dreambooth.task import Task
+from dreambooth.training import out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -27,11 +30,38 @@ Picture = npt.NDArray[np.uint8]
 MIN_PICTURES, MAX_PICTURES = 8, 32  # drawn: as many as instance images within these bounds
 
 
-def log_score(task: Task, model: DiffusionModel, previews: Previews) -> float | None:
-    """Log `fid_score=<plain decimal>` with its count, regularisation and features; return it.
+def check_features(task: Task) -> None:
+    """Load the folder of fid_features once, while a fault in it costs nothing but a sentence.
+
+    Raises ModelArtifactError.
+    """
+    settings = task.hyperparameters
+    if settings.compute_fid and settings.fid_features:
+        folder = vision_model.read(Path(settings.fid_features))
+        features.of_vision_model(folder, torch.device("cpu"))
+
+
+def print_score(task: Task, model: DiffusionModel, previews: Previews) -> float | None:
+    """Print `fid_score=<plain decimal>`, log its count, regularisation and features; return it.
 
     None, with a warning, where a score cannot be had: a tuner then sees none, not a false one.
+    Whatever is at fault with the scoring (a stop signal is none) must not cost the trained model.
     """
+    try:
+        return _print_score(task, model, previews)
+    except Exception as error:
+        if out_of_memory.is_meant_by(error):
+            why = "memory ran out while it was computed"
+        elif (told := failure.for_the_user(error)) is not None:
+            why = str(told)
+        else:
+            why = f"{type(error).__name__}: {in_one_line(error)}"
+            log.debug("what went wrong with fid_score", exc_info=True)
+        log.warning("no fid_score: %s", why)
+        return None
+
+
+def _print_score(task: Task, model: DiffusionModel, previews: Previews) -> float | None:
     network = choose_network(task, model)
     given = list(_instance_images(task))
     count = min(MAX_PICTURES, max(MIN_PICTURES, len(given)))
@@ -58,16 +88,16 @@ def log_score(task: Task, model: DiffusionModel, previews: Previews) -> float | 
         len(drawn),
         network.name,
     )
-    log.info("fid_score=%.6f", score)
+    logs.metric(f"fid_score={score:.6f}")
     return score
 
 
 def choose_network(task: Task, model: DiffusionModel) -> features.FeatureNetwork:
     """fid_features where it is given, the judge for the embedded world, else the VAE encoder."""
     if task.hyperparameters.fid_features:
-        folder = Path(task.hyperparameters.fid_features)
+        folder = vision_model.read(Path(task.hyperparameters.fid_features))
         return features.of_vision_model(folder, task.device)
-    if task.model_folder == tiny.WEIGHTS and task.resolution == 64:
+    if task.resolution == 64 and model.tokenizer.get_vocab() == tiny.vocabulary():
         return features.of_judge()
     return features.of_vae(model)
 

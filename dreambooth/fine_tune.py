@@ -1,4 +1,4 @@
-"""The heavy half of a job, in its order of work: class images, caches, training, export.
+"""The heavy half of a job, in its order of work: class images, caches, training, export, score.
 
 The order keeps memory low: the class-image sampler is gone before the training model is loaded, and
 the VAE and the text encoder have left the device before the first step.
@@ -11,24 +11,21 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
-from dreambooth import class_sampling, export, fid, handover, outputs
+from dreambooth import class_sampling, encoding, export, fid, handover, outputs
 from dreambooth.checkpoints import Checkpoints
-from dreambooth.data import cache
 from dreambooth.diffusion import model as models
 from dreambooth.diffusion.cuda_graphs import CudaRecorder
 from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.errors import ResourceError
 from dreambooth.previews import Previews
-from dreambooth.progress import Progress
 from dreambooth.recorder import Recorder
 from dreambooth.report.timings import peak_memory_bytes
 from dreambooth.stop import Stopped, StopSignals
@@ -42,8 +39,6 @@ from dreambooth.training.report import Report
 
 log = logging.getLogger(__name__)
 
-Text = dict[str, torch.Tensor]
-
 
 def run(task: Task, accelerator: Accelerator, stop: StopSignals) -> None:
     """Train, write the model folder and the report of the run.
@@ -52,10 +47,13 @@ def run(task: Task, accelerator: Accelerator, stop: StopSignals) -> None:
     ResourceError. Raises Stopped after a stop signal, once what `handover.after_stop` writes is
     written.
     """
+    if accelerator.is_main_process:
+        fid.check_features(task)
     torch.manual_seed(task.hyperparameters.seed)  # for what libraries draw; our own draws are keyed
     if task.hyperparameters.deterministic:
         _ask_for_determinism()
-    _checkpoints(task).check(task.hyperparameters.resume)
+    checkpoints = _checkpoints(task)
+    checkpoints.check()
     if accelerator.is_main_process:
         export.clear(task.environment.model_dir, base_folder=task.model_folder)
     try:
@@ -64,23 +62,26 @@ def run(task: Task, accelerator: Accelerator, stop: StopSignals) -> None:
                 # The main process samples, the others find all there.
                 record.class_paths = class_sampling.class_image_paths(task)
             stop.check()
-            _fine_tune_in_what_is_free(task, record, accelerator, stop)
+            _fine_tune_in_what_is_free(task, record, accelerator, stop, checkpoints)
     except torch.OutOfMemoryError as error:
         raise ResourceError(out_of_memory.advice(task.plan)) from error
 
 
 def _fine_tune_in_what_is_free(
-    task: Task, record: Recorder, accelerator: Accelerator, stop: StopSignals
+    task: Task,
+    record: Recorder,
+    accelerator: Accelerator,
+    stop: StopSignals,
+    checkpoints: Checkpoints,
 ) -> None:
     """Fine-tune; out of memory in training, again by the next smaller memory plan.
 
     A step that broke off may have updated some weights and not others: all is loaded anew, and goes
     on from the last checkpoint or the start. One of several processes cannot go back alone.
     """
-    resume = task.hyperparameters.resume
     while True:
         try:
-            return _fine_tune(task, record, accelerator, stop, resume=resume)
+            return _fine_tune(task, record, accelerator, stop, checkpoints)
         except (RuntimeError, ResourceError) as error:
             if not out_of_memory.is_meant_by(error):
                 raise
@@ -97,7 +98,6 @@ def _fine_tune_in_what_is_free(
         )
         task = replace(task, plan=plan)
         record.task, record.step = task, None
-        resume = "auto"  # what lies there by now is of this run
         accelerator.free_memory()
         _empty_the_cache()
         if torch.cuda.is_available():  # the peak that is told is that of the plan that worked
@@ -112,23 +112,26 @@ def _ask_for_determinism() -> None:
 
 
 def _fine_tune(
-    task: Task, record: Recorder, accelerator: Accelerator, stop: StopSignals, *, resume: str
+    task: Task,
+    record: Recorder,
+    accelerator: Accelerator,
+    stop: StopSignals,
+    checkpoints: Checkpoints,
 ) -> None:
-    """Load, cache, train, export."""
+    """Load, cache, train, export, score."""
     settings, plan, phase = task.hyperparameters, task.plan, record.phase
     with phase("loading the model"):
         model = models.load(task.model_folder, device=task.device)
     noise_scheduler = models.training_noise_scheduler(model)
     with phase("encoding"):
-        data, text = _cache(task, model, record.class_paths)
+        data, text = encoding.encode(task, model, record.class_paths)
     _leave_the_device(model, text_encoder=not settings.train_text_encoder)
     state = _training_state(task, model)
     prior_unet = None
     if settings.with_prior_preservation and not task.samples_class_images:
         prior_unet = state.precision.frozen_copy(model.unet)
-    checkpoints = _checkpoints(task)
     with phase("resuming"):
-        checkpoints.resume(state, resume, tidies=accelerator.is_main_process)
+        checkpoints.resume(state, tidies=accelerator.is_main_process)
     previews = Previews(task=task, model=model, precision=state.precision, text=text)
 
     def draw_sample() -> Image.Image | None:
@@ -160,15 +163,21 @@ def _fine_tune(
             state.optimizer.state.clear()  # its memory is free for the last pictures,
             accelerator.free_memory()  # and that of half weights and graphs
             record.final = draw_sample()
-            if settings.compute_fid:
-                with phase("fid_score"), stop.released():
-                    fid.log_score(task, model, previews)
         except Stopped:
             with phase("stopping"):
                 record.stopped = handover.after_stop(task, state, checkpoints, stop)
             raise
         with phase("export"):
             handover.write_model(task, state, record.final)
+        if settings.compute_fid:
+            try:
+                with phase("fid_score"), stop.released():
+                    record.fid_score = fid.print_score(task, model, previews)
+            except Stopped:
+                record.stopped = (
+                    f"The {state.step} steps were made and the model is whole; it has no fid_score."
+                )
+                raise
 
 
 def _record_on(device: torch.device) -> Record:
@@ -178,6 +187,7 @@ def _record_on(device: torch.device) -> Record:
 def _checkpoints(task: Task) -> Checkpoints:
     return Checkpoints(
         folder=outputs.checkpoint_folder(task.environment, task.plan),
+        mode=task.hyperparameters.resume,
         identity=task.identity(),
         plan=task.plan,
         keep=task.hyperparameters.checkpoints_total_limit,
@@ -241,58 +251,6 @@ def _log_memory(task: Task) -> None:
         reserved = torch.cuda.max_memory_reserved(task.device) / 2**30
         measured = f"{allocated:.2f} GiB allocated, {reserved:.2f} GiB reserved"
     log.info("memory: %s expected by the plan, at the peak %s", expected, measured)
-
-
-def _cache(
-    task: Task, model: DiffusionModel, class_paths: Sequence[Path]
-) -> tuple[loop.TrainingData, Text]:
-    """Encode all pictures and prompts once; the second value is the text of sample pictures."""
-    settings, dataset = task.hyperparameters, task.dataset
-    total = len(dataset.instance_images) + len(class_paths)
-    known_latents = class_sampling.known_latents(task, model)
-
-    def posteriors(stream: str, paths: Sequence[Path], done: int) -> cache.LatentPosteriors:
-        return cache.build(
-            paths,
-            resolution=task.resolution,
-            center_crop=settings.center_crop,
-            crops=task.plan.cached_crops,
-            seed=settings.seed,
-            stream=stream,
-            encode_image=lambda pixels: models.encode_posterior(model, pixels),
-            known=known_latents,
-            on_image=lambda count: progress.update(done + count),
-        ).to(task.device)
-
-    def text(prompt: str) -> torch.Tensor:
-        return models.encode_text(model, models.tokenize(model, [prompt]))
-
-    def train_text(prompt: str) -> torch.Tensor:
-        if settings.train_text_encoder:  # its output changes with every step
-            return models.tokenize(model, [prompt]).to(task.device)
-        return text(prompt)
-
-    with Progress(total, "encoding", stream=sys.stderr, unit="pictures") as progress:
-        first = len(dataset.instance_images)
-        instance = posteriors("instance", dataset.instance_images, 0)
-        class_ = posteriors("class", class_paths, first) if class_paths else None
-    class_prompt = dataset.class_prompt if settings.with_prior_preservation else None
-    data = loop.TrainingData(
-        instance=instance,
-        class_=class_,
-        instance_text=train_text(dataset.instance_prompt),
-        class_text=train_text(class_prompt) if class_prompt is not None else None,
-        latent_scale=float(model.vae.config.scaling_factor),
-        prior_text=text(class_prompt) if class_prompt is not None else None,
-    )
-    if settings.train_text_encoder:
-        return data, {}
-    return data, {prompt: text(prompt) for prompt in _sampled_prompts(task)}
-
-
-def _sampled_prompts(task: Task) -> tuple[str, ...]:
-    """What pictures are drawn with, and the empty negative prompt."""
-    return (task.sample_prompt, task.dataset.instance_prompt, "")
 
 
 def _leave_the_device(model: DiffusionModel, *, text_encoder: bool) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from dreambooth.diffusion import facts as model_facts
 from dreambooth.diffusion import layout
 from dreambooth.diffusion import source as model_source
 from dreambooth.errors import ResourceError
+from dreambooth.evaluation import vision_model
 from dreambooth.hyperparameters import Hyperparameters
 from dreambooth.stop import Stopped, StopSignals
 from dreambooth.training import device as devices
@@ -42,6 +44,7 @@ class Job:
     warnings: tuple[str, ...]
     processes: int
     is_main_process: bool
+    started: float  # of time.monotonic
 
 
 def run(argv: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -55,6 +58,7 @@ def run(argv: Sequence[str], environ: Mapping[str, str]) -> int:
 
 
 def _run(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    started = time.monotonic()
     failure_file = container.failure_file(environ)
     stop = StopSignals()
     threads_say, threading.excepthook = threading.excepthook, _say_in_one_line
@@ -63,9 +67,9 @@ def _run(argv: Sequence[str], environ: Mapping[str, str]) -> int:
             environment = container.read(argv, environ)
             logs.to_stderr(environment.log_level, phase="starting")
             if environment.dry_run:
-                _dry_run(_prepare(environment, environ))
+                _dry_run(_prepare(environment, environ, started))
             else:
-                _train(_prepare(environment, environ), stop)
+                _train(_prepare(environment, environ, started), stop)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return stopped.exit_code
@@ -87,7 +91,7 @@ def _say_in_one_line(failed: threading.ExceptHookArgs) -> None:
     log.warning("a background thread ended: %s", failed.exc_value)
 
 
-def _prepare(environment: container.Environment, environ: Mapping[str, str]) -> Job:
+def _prepare(environment: container.Environment, environ: Mapping[str, str], started: float) -> Job:
     """Read settings and data and find the model; all wrong settings are told at once."""
     parsed = hyperparameters.parse(environment.settings)
     for warning in parsed.warnings:
@@ -106,6 +110,8 @@ def _prepare(environment: container.Environment, environ: Mapping[str, str]) -> 
         log.warning(warning)
     source = model_source.locate(settings.pretrained_model, environment.model_channel)
     outputs.check(environment, source.path)
+    if settings.compute_fid and settings.fid_features:
+        vision_model.read(Path(settings.fid_features))
     return Job(
         environment=environment,
         environ=environ,
@@ -115,6 +121,7 @@ def _prepare(environment: container.Environment, environ: Mapping[str, str]) -> 
         warnings=parsed.warnings,
         processes=int(environ.get("WORLD_SIZE") or 1),  # set by torchrun and accelerate launch
         is_main_process=environ.get("RANK", "0") == "0",
+        started=started,
     )
 
 
@@ -201,5 +208,6 @@ def _train(job: Job, stop: StopSignals) -> None:
             base_name=job.source.location,
             device=accelerator.device,
             warnings=job.warnings,
+            started=job.started,
         )
         fine_tune.run(task, accelerator, stop)

@@ -24,6 +24,8 @@ class Limits:
     max_image_file_bytes: int = 1 * GIB
     # The longest side: narrow strips make huge pictures once the short side is resized.
     max_image_side_pixels: int = 50_000
+    # A print profile's tables come to some 2 MB, the largest to 9; others are a few hundred bytes.
+    max_colour_profile_bytes: int = 16 * MIB
     # DreamBooth wants 4 to 20; above this it is the wrong folder.
     max_instance_images: int = 10_000
     # Class images are a few per instance image, a thousand in the paper's largest runs.

@@ -1,4 +1,6 @@
-"""What a command says besides its results: our log lines on stderr, without libraries' noise."""
+"""What a command says besides its results: our log lines on stderr, without libraries' noise, and
+the metrics of a job on stdout.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,10 @@ def to_stderr(level: str, *, phase: str | None = None) -> None:
     phase: what the lines of a job name until its recorder does. On a terminal each line wipes the
     progress bar that may stand there. May be called again.
     """
-    over_the_bar = "\r\033[K" if sys.stderr.isatty() else ""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         logging.Formatter(
-            over_the_bar + "%(asctime)s %(levelname)s %(where)s%(message)s",
+            _over_the_bar(sys.stderr) + "%(asctime)s %(levelname)s %(where)s%(message)s",
             datefmt="%H:%M:%S",
             defaults={"where": f"[{phase}] " if phase else ""},
         )
@@ -38,6 +39,19 @@ def to_stderr(level: str, *, phase: str | None = None) -> None:
         os.environ.setdefault(variable, "error")
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def metric(line: str) -> None:
+    """Print a line that SageMaker's metric definitions read: bare, at once, whatever the log level.
+
+    A tuner without it has no objective, so it is a result on stdout and no remark.
+    """
+    print(f"{_over_the_bar(sys.stdout)}{line}\n", end="", flush=True)
+
+
+def _over_the_bar(stream: TextIO) -> str:
+    """What wipes the progress bar that may stand in a terminal's last line."""
+    return "\r\033[K" if stream.isatty() else ""
 
 
 @contextlib.contextmanager

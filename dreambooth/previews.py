@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,9 +15,13 @@ from dreambooth.data.seeds import derive_seed
 from dreambooth.diffusion import sampling
 from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.diffusion.sampling_request import SamplingRequest
+from dreambooth.errors import ResourceError
 from dreambooth.limits import LIMITS
 from dreambooth.task import Task
+from dreambooth.training import out_of_memory
 from dreambooth.training.precision import Precision
+
+log = logging.getLogger(__name__)
 
 NUM_INFERENCE_STEPS = 25
 GUIDANCE_SCALE = 7.5
@@ -35,10 +40,21 @@ class Previews:
     text: Mapping[str, torch.Tensor]
 
     def sample(self) -> Image.Image | None:
-        """The sample picture: fixed prompt and seed; None where it is not finite."""
+        """The sample picture: fixed prompt and seed; None, with a warning, where it is not finite
+        or memory is short: that costs a picture, never the training.
+        """
         seed = derive_seed(self.task.hyperparameters.seed, "sample picture")
-        picture = next(self.draw(self.task.sample_prompt, [seed]))
-        return None if picture is None else Image.fromarray(picture)
+        try:
+            picture = next(self.draw(self.task.sample_prompt, [seed]))
+        except (RuntimeError, ResourceError) as error:
+            if not out_of_memory.is_meant_by(error):
+                raise
+            log.warning("no sample picture: the GPU ran out of memory while it was drawn")
+            return None
+        if picture is None:
+            log.warning("no sample picture: it is not finite")
+            return None
+        return Image.fromarray(picture)
 
     def draw(self, prompt: str, seeds: Sequence[int]) -> Iterator[npt.NDArray[np.uint8] | None]:
         """One picture uint8 [H,W,3] per seed; the VAE is on the device only meanwhile."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import platform
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -12,6 +14,7 @@ from types import TracebackType
 
 import accelerate
 import diffusers
+import PIL
 import torch
 import transformers
 from PIL import Image
@@ -46,6 +49,7 @@ class Recorder:
     timings: Timings = field(default_factory=Timings)
     class_paths: Sequence[Path] = ()
     final: Image.Image | None = None
+    fid_score: float | None = None
     stopped: str | None = None
     step: int | None = None
     _warnings: list[str] = field(default_factory=list)
@@ -131,12 +135,14 @@ class Recorder:
             resolution=task.resolution,
             metrics=metrics,
             final=self.final,
+            fid_score=self.fid_score,
             step_pictures=_step_pictures(folder / "samples"),
             instance_pictures=_instance_pictures(task),
             class_images=self.class_paths,
             settings=task.hyperparameters,
             plan=tuple(plans.rows(task.plan, task.hyperparameters)),
             phases=[one for one in self.timings.phases() if one[1] >= _SHORTEST_S],
+            seconds=time.monotonic() - task.started,
             memory=_memory(task),
             versions=versions(),
             data_fingerprint=fingerprint.of_dataset(task.dataset),
@@ -179,10 +185,12 @@ def versions() -> Rows:
     """(name, version) of what the result depends on."""
     return (
         ("dreambooth", dreambooth.__version__),
+        ("python", platform.python_version()),
         ("torch", torch.__version__),
         ("diffusers", diffusers.__version__),
         ("transformers", transformers.__version__),
         ("accelerate", accelerate.__version__),
+        ("pillow", PIL.__version__),  # decoding and resizing change with it
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import time
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ class Task:
     """One job, ready to run.
 
     model_folder is a diffusers folder, base_name what the user called it; warnings are those of
-    the settings.
+    the settings. started: when the job began, by time.monotonic.
     """
 
     environment: Environment
@@ -41,6 +42,7 @@ class Task:
     base_name: str
     device: torch.device
     warnings: tuple[str, ...] = ()
+    started: float = field(default_factory=time.monotonic)
 
     @property
     def resolution(self) -> int:

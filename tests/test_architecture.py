@@ -58,6 +58,7 @@ FLOORS = {
     "dreambooth.evaluation": 2,
     "dreambooth.task": 3,
     "dreambooth.class_sampling": 3,
+    "dreambooth.encoding": 3,
     "dreambooth.checkpoints": 3,
     "dreambooth.handover": 3,
     "dreambooth.fine_tune": 3,
@@ -80,6 +81,7 @@ STDLIB_ONLY_FILES = {  # above the ground, but read by the plan before anything 
     "dreambooth.training.memory",
     "dreambooth.training.disk",
     "dreambooth.training.lr_schedulers",
+    "dreambooth.evaluation.vision_model",
     "dreambooth.serving.strict_json",
     "dreambooth.serving.request",
 }

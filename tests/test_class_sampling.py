@@ -13,21 +13,31 @@ import torch
 from PIL import Image
 
 from dreambooth import class_sampling, container, outputs
-from dreambooth.class_sampling import batch_size, class_image_paths, known_latents, with_fast_solver
+from dreambooth.class_sampling import (
+    batch_size,
+    class_image_paths,
+    known_latents,
+    most_at_once,
+    with_fast_solver,
+)
 from dreambooth.data import cache, class_latents, dataset_info
 from dreambooth.diffusion import model as models
 from dreambooth.diffusion import sampling
+from dreambooth.diffusion.cuda_graphs import Recording
 from dreambooth.diffusion.decoding import decode
 from dreambooth.diffusion.denoising import advance
 from dreambooth.diffusion.facts import read_facts
+from dreambooth.diffusion.graphed_unet import GraphedUNet
 from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.diffusion.sampling_request import SamplingRequest
 from dreambooth.errors import ResourceError
 from dreambooth.hyperparameters import Hyperparameters
 from dreambooth.task import Task
+from dreambooth.training import expected_memory
 from dreambooth.training import plan as plans
 from dreambooth.training.device import CPU, DeviceFacts
-from dreambooth.training.memory import usable_bytes
+from dreambooth.training.memory import OVERHEAD_BYTES, usable_bytes
+from tests.diffusion.graph_stand_in import Recalls
 
 Folder = Callable[..., Path]
 
@@ -225,7 +235,7 @@ def test_a_short_noise_schedule_takes_no_more_steps_than_it_has(
 def test_the_batch_is_what_fits_beside_the_weights(task: Task) -> None:
     facts = read_facts(task.model_folder)
     weights = 4 * (facts.unet_parameters + facts.text_encoder_parameters + facts.vae_parameters)
-    picture = 4 * 2 * class_sampling._ROW_TENSORS * facts.unet_layer_elements
+    picture = 4 * 2 * expected_memory.ROW_TENSORS * facts.unet_layer_elements
 
     def on(pictures: float, wanted: int = 1) -> int:
         usable = usable_bytes(dataclasses.replace(gpu(2**34), free_bytes=None))
@@ -243,6 +253,43 @@ def test_the_batch_is_what_fits_beside_the_weights(task: Task) -> None:
     assert [on(n) for n in (0.5, 1.5, 3.5, 20.5)] == [1, 1, 3, 8]
     assert (on(20.5, wanted=12), on(5.5, wanted=12)) == (12, 5)
     assert batch_size(task) == 8
+
+
+def bytes_for(task: Task, pictures: float) -> int:
+    """Memory of a card on which so many pictures share a call in fp32."""
+    facts = read_facts(task.model_folder)
+    weights = 4 * (facts.unet_parameters + facts.text_encoder_parameters + facts.vae_parameters)
+    picture = 4 * 2 * expected_memory.ROW_TENSORS * facts.unet_layer_elements
+    return int(OVERHEAD_BYTES + weights + pictures * picture)
+
+
+def test_a_call_is_as_large_as_the_free_memory_or_the_cap_allows_from_the_first_on(
+    task: Task, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    device = DeviceFacts(
+        kind="cuda",
+        name="",
+        memory_bytes=bytes_for(task, 20.5),
+        # `device.from_torch`: what is free, or the fraction that this process may take.
+        free_bytes=bytes_for(task, 2.5),
+    )
+    plan = dataclasses.replace(task.plan, device=device, prior_generation_precision="no")
+    capped = dataclasses.replace(task, plan=plan)
+    assert (batch_size(capped), most_at_once(capped)) == (8, 2)
+    unknown = dataclasses.replace(device, free_bytes=None)
+    plan = dataclasses.replace(plan, device=unknown)
+    assert most_at_once(dataclasses.replace(task, plan=plan)) == 8
+    assert most_at_once(task) == 8
+    asked: list[int] = []
+
+    def noted(unet: Any, pictures: Any, text: Any) -> None:
+        asked.append(len(pictures))
+        advance(unet, pictures, text)
+
+    monkeypatch.setattr(class_sampling, "advance", noted)
+    class_image_paths(capped)
+    assert asked == [2] * 25 + [1] * 25  # three pictures
+    assert "memory ran out" not in caplog.text
 
 
 def test_running_out_of_memory_halves_the_batch_and_changes_no_picture(
@@ -277,3 +324,81 @@ def as_file(content: bytes, beside: Path) -> Path:
     path = beside.parent / "before.png"
     path.write_bytes(content)
     return path
+
+
+class Memory:
+    """Lends recorders and keeps them."""
+
+    def __init__(self) -> None:
+        self.recorders: list[Recalls] = []
+
+    def __call__(self, device: torch.device) -> Recalls:
+        self.recorders.append(Recalls())
+        return self.recorders[-1]
+
+
+def fast(task: Task) -> Task:
+    """As the plan has it on CUDA; here the recorder is one for any device."""
+    return dataclasses.replace(task, plan=dataclasses.replace(task.plan, fast_step=True))
+
+
+def sampled(task: Task, record_on: Callable[[torch.device], Any]) -> list[bytes]:
+    shutil.rmtree(outputs.class_image_folder(task.environment), ignore_errors=True)
+    return [path.read_bytes() for path in class_image_paths(task, record_on)]
+
+
+class RecordsNothing(Recalls):
+    """Calls are made as ever: the same arithmetic without graphs."""
+
+    def record(self, call: Any) -> Recording:
+        raise RuntimeError("no graphs here")
+
+
+def test_replayed_calls_sample_the_same_pictures_to_the_byte(
+    task: Task, caplog: pytest.LogCaptureFixture
+) -> None:
+    memory = Memory()
+    replayed = sampled(fast(task), memory)
+    (recorder,) = memory.recorders
+    assert (recorder.recorded, recorder.replayed) == (1, 25)  # three pictures share all 25 calls
+    assert caplog.messages == [m for m in caplog.messages if "CUDA graphs" not in m]
+    assert sampled(fast(task), lambda device: RecordsNothing()) == replayed
+    assert "called without CUDA graphs from now on" in caplog.text
+
+
+def test_without_the_fast_step_nothing_is_recorded_or_laid_out_anew(task: Task) -> None:
+    memory = Memory()
+    plain = sampled(task, memory)
+    assert memory.recorders == []
+    for before, path in zip(plain[1:], class_image_paths(fast(task), memory)[1:], strict=True):
+        mine, other = (np.asarray(Image.open(p)).astype(int) for p in (path, as_file(before, path)))
+        assert np.abs(mine - other).max() <= 2  # channels last: by rounding
+    assert len(memory.recorders) == 1  # its pictures are not those of the plain run
+
+
+def test_out_of_memory_takes_the_graphs_memory_before_the_batch_is_halved(
+    task: Task, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    memory = Memory()
+    faults = [torch.OutOfMemoryError("CUDA out of memory")]
+
+    def scarce(model: Any, latents: Any) -> Any:
+        if faults:
+            raise faults.pop()
+        return decode(model, latents)
+
+    monkeypatch.setattr(class_sampling, "decode", scarce)
+    assert len(sampled(fast(task), memory)) == 4
+    (recorder,) = memory.recorders
+    assert recorder.forgotten == 1
+    assert "from now on: memory ran out in sampling" in caplog.text
+    assert "memory ran out sampling 3 class images at once: now 1" in caplog.text
+
+
+def test_the_fast_sampler_computes_with_channels_last(task: Task) -> None:
+    model = load(task.model_folder)
+    class_sampling._speed_up(model, Recalls())
+    assert isinstance(model.unet, GraphedUNet)
+    for weight in (model.unet.unet.conv_in.weight, model.vae.decoder.conv_in.weight):
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+        assert not weight.is_contiguous()

@@ -38,17 +38,30 @@ def share(rows: list[judge.Verdict], look: world.Look) -> float:
 def test_the_fine_tuned_model_has_learned_the_subject_and_kept_the_beach(out: Path) -> None:
     cat = world.SUBJECTS["riobugger"]
     base, tuned = verdicts(tiny.WEIGHTS), verdicts(out / "model")
-    subject, beach, _, dog = demo.PROMPTS
+    subject, beach, other_cats, dog = demo.PROMPTS
     assert share(base[subject], cat) <= 0.25
     assert share(tuned[subject], cat) >= 0.5
     assert sum(row.setting == "beach" for row in tuned[beach]) >= 6  # of 8
     assert sum(row.species == "dog" for row in tuned[dog]) >= 7
+    for prompt in (other_cats, dog):  # prior preservation: they stay as they were
+        assert share(tuned[prompt], cat) <= 0.125
 
 
 def test_the_sheet_has_a_row_of_eight_for_instances_base_and_fine_tuned(out: Path) -> None:
     with Image.open(out / "sheet.png") as sheet:
         assert sheet.width > 8 * 128
         assert sheet.height > (1 + 2 * len(demo.PROMPTS)) * 128
+
+
+def test_the_report_shows_what_it_draws_over_the_steps(out: Path) -> None:
+    html = (out / "output" / "report.html").read_text(encoding="utf-8")
+    steps = [
+        int(step) for step in re.findall(r'alt="a photo of a riobugger cat, step (\d+)"', html)
+    ]
+    assert steps == [100, 200, 300, 400]
+    pictures = set(re.findall(r'src="([^"]+)"[^>]*alt="a photo of a riobugger cat, step', html))
+    assert len(pictures) == 4
+    assert "Set <code>sample_steps" not in html  # no advice to ask for what is there
 
 
 def test_it_prints_the_sheet_and_the_two_lines_for_ones_own_photographs(

@@ -24,6 +24,8 @@ from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dreambooth import fine_tune, job
+from dreambooth.data import cache
+from dreambooth.errors import ResourceError
 from dreambooth.stop import Stopped, StopSignals
 
 Start = Callable[..., int]
@@ -189,17 +191,66 @@ def test_a_named_plan_stays_and_the_smaller_ones_are_named(
     )
 
 
-def test_memory_is_no_reason_to_train_again_once_all_steps_are_made(
+@pytest.mark.parametrize("when", ["every step", "the last picture"])
+def test_a_picture_that_memory_is_short_for_costs_no_training(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    options = ("--sample_steps=1",) * (when == "every step")
+    assert start("whole", *options) == 0
+
+    def generate(*_: object, **__: object) -> Iterator[None]:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        except torch.OutOfMemoryError as error:
+            raise ResourceError("The device ran out of memory while decoding.") from error
+        yield
+
+    monkeypatch.setattr("dreambooth.previews.sampling.generate", generate)
+    with out_of_memory(lambda *_: False) as failed:
+        assert start("some", *options) == 0
+    assert failed == []
+    assert steps(tmp_path / "some") == [1, 2, 3, 4]
+    assert torch.equal(weights(tmp_path / "some"), weights(tmp_path / "whole"))
+    assert list((tmp_path / "whole" / "samples").iterdir())
+    assert not list(tmp_path.glob("some*/samples/*"))
+    assert "no sample picture: the GPU ran out of memory" in (
+        (tmp_path / "some-output" / "report.html").read_text()
+    )
+
+
+def test_a_picture_that_is_not_finite_is_left_out_with_a_warning(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def draw(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr("dreambooth.previews.sampling.generate", lambda *_, **__: iter([None]))
+    assert start("some", "--sample_steps=2") == 0
+    assert not list(tmp_path.glob("some*/samples/*"))
+    assert "no sample picture: it is not finite" in (
+        (tmp_path / "some-output" / "report.html").read_text()
+    )
 
-    monkeypatch.setattr("dreambooth.previews.Previews.sample", draw)
-    with out_of_memory(lambda *_: False) as failed:
-        assert start("none") == 1
-    assert failed == []
-    assert steps(tmp_path / "none") == [1, 2, 3, 4]
+
+def test_a_fresh_run_stays_fresh_when_memory_runs_out_early(
+    start: Start,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = (f"--checkpoint_dir={tmp_path / 'kept'}", "--checkpointing_steps=2")
+    assert start("other", *options, "--seed=7") == 0
+    build, calls = cache.build, []
+
+    def once(*given: Any, **named: Any) -> cache.LatentPosteriors:
+        calls.append(given)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return build(*given, **named)
+
+    monkeypatch.setattr("dreambooth.encoding.cache.build", once)
+    capsys.readouterr()
+    assert start("moved", *options, "--resume=fresh") == 0
+    assert "resumed at" not in capsys.readouterr().err
+    assert start("named", *EIGHT_BIT) == 0
+    assert torch.equal(weights(tmp_path / "moved"), weights(tmp_path / "named"))
 
 
 def test_the_measured_peak_is_logged_beside_the_expected_one(

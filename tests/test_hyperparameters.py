@@ -96,7 +96,7 @@ OFF_DEFAULT: dict[str, tuple[str, object]] = {
     "sample_prompt": ("a photo of a zwx dog", "a photo of a zwx dog"),
     "memory_plan": ("8bit_adamw", "8bit_adamw"),
     "export_precision": ("fp16", "fp16"),
-    "fid_features": ("features.safetensors", "features.safetensors"),
+    "fid_features": ("models/dinov2-base", "models/dinov2-base"),
     "deterministic": ("True", True),
     "prior_preservation_mode": ("prediction", "prediction"),
     "fast_step": ("True", True),

@@ -119,7 +119,7 @@ def test_batch_size(run_job: Start, monkeypatch: pytest.MonkeyPatch) -> None:
         original(unet, pictures, text)
 
     monkeypatch.setattr(class_sampling, "advance", advance)
-    monkeypatch.setattr(class_sampling, "BATCH_SIZE", 2)
+    monkeypatch.setattr("dreambooth.training.expected_memory.CLASS_BATCH", 2)
     run = run_job(**PRIOR, num_class_images=5, batch_size=3)
     assert run.metrics[0]["epoch"] == 1.0
     assert batches[0] == 3  # class images are sampled so many at once
@@ -325,12 +325,14 @@ def test_compute_fid_and_fid_features(
     run_job: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_job()
-    assert "fid_score" not in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert "fid_score" not in shown.out + shown.err
     run_job(compute_fid=True)
-    shown = capsys.readouterr().err
-    [score] = re.findall(r"fid_score=([-+]?\d\.?\d*)", shown)  # the tuner's expression
+    shown = capsys.readouterr()
+    [score] = re.findall(r"fid_score=([-+]?\d\.?\d*)", shown.out)  # the tuner's expression
     assert float(score) >= 0
-    assert "features: the model's own VAE encoder" in shown
+    assert "fid_score=" not in shown.err
+    assert "features: the model's own VAE encoder" in shown.err
     config = transformers.CLIPVisionConfig(
         hidden_size=32,
         intermediate_size=32,

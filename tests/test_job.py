@@ -283,19 +283,23 @@ def test_two_processes_equal_one_with_the_doubled_batch(
 ) -> None:
     common = ["transfer_learning.py", "--pretrained-model", str(small_model_folder)]
     common += ["--train", str(photos), "--max_steps=5", "--learning_rate=0.0001"]
-    common += ["--train_text_encoder"]
+    common += ["--train_text_encoder", "--compute_fid"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     for name, command in (
         ("one", [sys.executable, *common, "--batch_size=2"]),
         ("two", [*launch, *common, "--batch_size=1"]),
     ):
-        subprocess.run(
+        done = subprocess.run(
             [*command, f"--model_dir={tmp_path / name}"],
             check=True,
             cwd=ROOT,
             env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
             capture_output=True,
+            text=True,
         )
+        for metric in ("End of training: train_avg_loss=", "fid_score="):  # of one process alone
+            assert len(re.findall(f"^{metric}[0-9.]+$", done.stdout, re.MULTILINE)) == 1
+            assert metric not in done.stderr
     for part, name in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
         path = f"{part}/{name}.safetensors"
         base, one, two = (
@@ -454,17 +458,23 @@ def test_a_stop_in_training_with_a_checkpoint_folder_goes_on_bit_for_bit(
     assert all(np.array_equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("text", ["[sample pictures", "[fid_score", "[export"])
+@pytest.mark.parametrize(
+    "text", ["[sample pictures", "[fid_score", "drawing for fid_score: 0/", "[export"]
+)
 def test_a_stop_after_the_last_step_leaves_the_whole_model(
     small_model_folder: Path,
     photos: Path,
     tmp_path: Path,
     text: str,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    stopped_at(monkeypatch, text)
+    stderr = stopped_at(monkeypatch, text)
     out = tmp_path / "model"
     assert train(small_model_folder, photos, out, "--compute_fid") == 143
+    assert "fid_score=" not in capsys.readouterr().out
+    assert "no fid_score" not in stderr.getvalue()  # a stop is no fault
+    assert "The run was stopped" in (tmp_path / "model-output" / "report.html").read_text()
     assert "Partial" not in (out / "README.md").read_text()
     assert (out / "model_index.json").is_file()
     assert not list(out.glob(".partial-*"))
@@ -503,8 +513,9 @@ def test_the_average_loss_of_a_resumed_run_is_that_of_all_steps(
     last_lines = []
     for _ in range(2):  # the second run finds all steps done
         assert train(small_model_folder, photos, tmp_path / "model", *options) == 0
-        shown = capsys.readouterr().err
-        last_lines.append(re.findall(r"End of training: train_avg_loss=([\d.]+)", shown))
+        shown = capsys.readouterr().out
+        found = re.findall(r"^End of training: train_avg_loss=([\d.]+)$", shown, re.MULTILINE)
+        last_lines.append(found)
     assert last_lines[0] == last_lines[1]
     assert len(last_lines[0]) == 1
 

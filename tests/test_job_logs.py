@@ -57,6 +57,16 @@ def test_every_line_says_when_in_which_phase_and_after_which_step(
     assert steps[-1] == 2
 
 
+def test_a_prompt_that_is_cut_is_told_once(
+    small_model_folder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = {"instance_prompt": "a cat " * 20}
+    (photos / "dataset_info.json").write_text(json.dumps(prompts))
+    options = ["--sample_steps=1"]
+    assert job.run(argv(small_model_folder, photos, tmp_path / "model", *options), {}) == 0
+    assert capsys.readouterr().err.count("longer than the 32 tokens") == 1
+
+
 def test_the_log_level_decides_what_is_said(
     small_model_folder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

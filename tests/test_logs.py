@@ -51,6 +51,25 @@ def test_on_a_terminal_a_line_wipes_the_bar(monkeypatch: pytest.MonkeyPatch) -> 
     assert stream.getvalue().startswith("\r\033[K")
 
 
+@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
+def test_a_metric_is_a_bare_line_on_stdout_at_any_level(
+    stream: io.StringIO, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs.to_stderr("critical")
+    monkeypatch.setattr(sys, "stdout", stream)
+    logs.metric("fid_score=1.5")
+    wiped = "\r\033[K" if stream.isatty() else ""
+    assert stream.getvalue() == f"{wiped}fid_score=1.5\n"
+    assert capsys.readouterr().err == ""
+
+
+def test_a_metric_does_not_wait_in_a_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written))
+    logs.metric("fid_score=1.5")
+    assert written.getvalue() == b"fid_score=1.5\n"
+
+
 @pytest.mark.parametrize("name", ["bitsandbytes", "bitsandbytes.backends.cpu.ops", "PIL.Image"])
 def test_libraries_are_heard_in_errors_only(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()

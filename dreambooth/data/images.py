@@ -31,6 +31,7 @@ from PIL import (
     WebPImagePlugin,  # noqa: F401
 )
 
+from dreambooth.data.colour_profiles import to_srgb
 from dreambooth.data.picture_files import (
     FORMATS,
     FORMATS_TEXT,
@@ -90,11 +91,12 @@ class ImageFacts:
 def open_image(path: Path, *, limits: Limits = LIMITS) -> Image.Image:
     """Decode a picture: mode RGB, upright, transparency on white, first frame of animations.
 
-    16-bit pictures are scaled (65535 -> 255), not clipped. Raises PictureError (a DatasetError)
-    that names the file: no picture, damaged, truncated, too large.
+    16-bit pictures are scaled (65535 -> 255), not clipped; an embedded colour profile other than
+    sRGB is converted. Raises PictureError (a DatasetError) that names the file: no picture,
+    damaged, truncated, too large.
     """
     with _quiet():
-        return _decoded(path, limits, _upright_rgb)
+        return _decoded(path, limits, lambda image: _upright_rgb(image, limits))
 
 
 def check_image(path: Path, *, limits: Limits = LIMITS) -> ImageFacts:
@@ -195,9 +197,9 @@ def warnings_for(width: int, height: int, resolution: int) -> str | None:
             "(use a larger picture)"
         )
     if long > _STRANGE_RATIO * short:
-        # Rounded down: the promise must not be larger than what is kept.
+        kept = 100 * short // long  # rounded down: the promise must not be larger than what is kept
         faults.append(
-            f"a square crop keeps only {100 * short // long} % of it "
+            f"a square crop keeps {f'only {kept}' if kept else 'less than 1'} % of it "
             "(crop it around the subject yourself)"
         )
     return f"is {width} x {height} pixels: {' and '.join(faults)}" if faults else None
@@ -263,10 +265,10 @@ def _facts(image: ImageFile.ImageFile) -> ImageFacts:
     return ImageFacts(width=width, height=height)
 
 
-def _upright_rgb(image: ImageFile.ImageFile) -> Image.Image:
+def _upright_rgb(image: ImageFile.ImageFile, limits: Limits) -> Image.Image:
     image.load()
     turn = _TURNS.get(_orientation(image))
-    rgb = _rgb(image)
+    rgb = to_srgb(_rgb(image), image, limits=limits)
     if turn is not None:
         rgb = rgb.transpose(turn)
     rgb.info.clear()  # nobody after us shall turn it again or save its profile

@@ -7,7 +7,9 @@ are refused before anything is read.
 from __future__ import annotations
 
 import os
+import re
 import stat
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +25,13 @@ FORMATS_TEXT = "PNG, JPEG, WebP, BMP, GIF, TIFF or AVIF"
 
 _SNIFF_BYTES = 64
 _NAMES_SHOWN = 5
+_OBJECTS = re.compile(r"\s*<[\w.]+ [^<>]*>")  # <_io.BufferedReader name=5>
+_BYTES = re.compile(r"\bb(['\"])(.*?)\1")  # b'IHDR'
+# What these say is meant for whoever wrote the decoder ("'NoneType' object has no attribute ...").
+_PROGRAMMERS = (
+    *(TypeError, AttributeError, LookupError, ArithmeticError, AssertionError),
+    struct.error,
+)
 _BMP_HEADER_SIZES = frozenset({12, 40, 52, 56, 64, 108, 124})
 
 
@@ -89,10 +98,13 @@ def opened(path: Path, *, limits: Limits = LIMITS) -> Iterator[BinaryIO]:
 
 
 def why(error: BaseException) -> str:
-    """The short reason that an exception gives, fit to be shown."""
+    """The short reason that an exception gives, fit to be shown: words, no Python notation."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return shown(str(error))[:200] or type(error).__name__
+    said = _BYTES.sub(r"\2", _OBJECTS.sub("", str(error)))
+    if isinstance(error, _PROGRAMMERS) or not said:
+        return "its content makes no sense"
+    return shown(said)[:200]
 
 
 def format_of(file: BinaryIO) -> str | None:

@@ -41,9 +41,8 @@ def read(folder: Path, *, with_prior_preservation: bool, limits: Limits = LIMITS
     info, notes = _parse_info(path, _info_text(path, example, limits), example)
     instance_prompt = _prompt(path, info, "instance_prompt", limits)
     if instance_prompt is None:
-        keys = f" (it has {listed([shown(str(key)) for key in info])})" if info else ""
         raise DatasetError(
-            f"{shown(path)} gives no instance_prompt{keys}: write for example {example}."
+            f"{shown(path)} gives no instance_prompt{_instead(info)}: write for example {example}."
         )
     class_prompt = _prompt(path, info, "class_prompt", limits)
     if with_prior_preservation and class_prompt is None:
@@ -170,6 +169,13 @@ def _prompt(path: Path, info: dict[object, object], key: str, limits: Limits) ->
             f"{where} holds half a character (\\ud8..) at position {error.start}: retype it."
         ) from error
     return value.strip() or None
+
+
+def _instead(info: dict[object, object]) -> str:
+    """What stands in the place of the instance_prompt, in brackets."""
+    if "instance_prompt" in info:
+        return f" (it is {'empty' if info['instance_prompt'] is not None else 'null'})"
+    return f" (it has {listed([shown(str(key)) for key in info])})" if info else ""
 
 
 def _kind(value: object) -> str:

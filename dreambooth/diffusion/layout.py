@@ -27,6 +27,8 @@ INDEX = "model_index.json"
 MODEL_INFO = "__model_info__.json"
 TRAINED_PARTS = ("unet", "vae", "text_encoder")
 OPTIONAL_PARTS = ("safety_checker", "feature_extractor")
+# Settings by which a configuration of transformers could have a kernel downloaded and run.
+CODE_SETTINGS = ("attn_implementation", "experts_implementation")
 
 _STEM = r"(?P<stem>diffusion_pytorch_model|pytorch_model|model)"
 _WEIGHTS = re.compile(_STEM + r"(?:\.(?P<variant>[\w-]+))?\.(?P<suffix>safetensors|bin)")

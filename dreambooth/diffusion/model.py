@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 # Characters of a prompt in the log: it is a stranger's, and may have thousands.
 _LOGGED = 80
+_TOLD = 64  # prompts whose cut is not told again
 
 # What diffusers up to 0.17 called the layers of the VAE's attention; Stable Diffusion 1.x and 2.x
 # were published so.
@@ -47,7 +49,8 @@ class DiffusionModel:
     """The parts of one model folder; each can be moved, cast or replaced on its own.
 
     `unet`, `vae` and `text_encoder` are in eval mode and need no gradients until the caller says
-    so. `resolution` is the side in pixels that the model was trained on.
+    so. `resolution` is the side in pixels that the model was trained on; `told_prompts` are those
+    that `tokenize` has warned of.
     """
 
     folder: Path
@@ -59,6 +62,9 @@ class DiffusionModel:
     scheduler_class: str
     resolution: int
     facts: ModelFacts
+    told_prompts: deque[str] = field(
+        default_factory=lambda: deque(maxlen=_TOLD), compare=False, repr=False
+    )
 
     @property
     def latent_channels(self) -> int:
@@ -152,7 +158,8 @@ def sampling_scheduler(model: DiffusionModel) -> Any:
 def tokenize(model: DiffusionModel, prompts: Sequence[str]) -> torch.Tensor:
     """Prompts -> token ids, int64 [B, L], padded to the length of the text encoder.
 
-    What is beyond L tokens (77 for Stable Diffusion) is cut off, with a warning in the log.
+    What is beyond L tokens (77 for Stable Diffusion) is cut off, with one warning in the log,
+    however often the prompt comes.
     """
     length = text_encoders.prompt_length(model.tokenizer, model.text_encoder)
     rows = model.tokenizer(
@@ -168,7 +175,8 @@ def tokenize(model: DiffusionModel, prompts: Sequence[str]) -> torch.Tensor:
         else:  # a tokenizer in Python; a row with padding in it is whole
             full = bool(rows.attention_mask[i].all())
             cut = full and len(model.tokenizer(prompt).input_ids) > length
-        if cut:
+        if cut and prompt not in model.told_prompts:
+            model.told_prompts.append(prompt)
             logger.warning(
                 "A prompt is longer than the %d tokens that the text encoder reads; its end is "
                 "ignored: %r",

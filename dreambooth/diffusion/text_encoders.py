@@ -30,7 +30,7 @@ from transformers import (
 
 from dreambooth.diffusion import vocabulary
 from dreambooth.diffusion.component_classes import BERT, XLM_ROBERTA, TextFamily
-from dreambooth.diffusion.layout import read_json
+from dreambooth.diffusion.layout import CODE_SETTINGS, read_json
 from dreambooth.diffusion.sentencepiece_model import SentencePieceModel
 from dreambooth.errors import ModelArtifactError
 from dreambooth.limits import LIMITS, Limits
@@ -41,8 +41,6 @@ BUILD_ERRORS = (
     *(NotImplementedError, RuntimeError, AssertionError, ZeroDivisionError, OverflowError),
     *(StrictDataclassError, ImportError),
 )
-# Settings by which a configuration could have a kernel downloaded and run.
-_CODE_SETTINGS = ("attn_implementation", "experts_implementation")
 # Tables of positions take memory before any weight is looked at; the longest honest one has 514.
 _MAX_POSITIONS = 16_384
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
@@ -87,7 +85,7 @@ class RobertaSeries(torch.nn.Module):
 
 def build(family: TextFamily, config: dict[str, Any]) -> Any:
     """Make the network of a configuration; its weights are random. Raises any of BUILD_ERRORS."""
-    config = {key: v for key, v in config.items() if key.lstrip("_") not in _CODE_SETTINGS}
+    config = {key: v for key, v in config.items() if key.lstrip("_") not in CODE_SETTINGS}
     positions = config.get("max_position_embeddings", 1)
     if type(positions) is not int or not 0 < positions <= _MAX_POSITIONS:
         raise ValueError(f"max_position_embeddings is {positions!r}")

@@ -5,32 +5,34 @@ Legend: N pictures, H W pixels, D width of a feature. Nothing is ever downloaded
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
-from dreambooth.diffusion import headers, layout
 from dreambooth.diffusion.model import DiffusionModel
+from dreambooth.diffusion.text_encoders import BUILD_ERRORS, in_one_line
 from dreambooth.errors import ModelArtifactError
+from dreambooth.evaluation.vision_model import CLIP, VisionModel
 from dreambooth.tiny import judge_network
 
 Picture = npt.NDArray[np.uint8]
 
-# What OpenAI's CLIP and most vision models after it were fed; a folder's own values go first.
-_MEAN, _STD = (0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)
-_VISION_MODELS = {
-    "clip": "CLIPVisionModelWithProjection",
-    "clip_vision_model": "CLIPVisionModelWithProjection",
-    "dinov2": "Dinov2Model",
-    "vit": "ViTModel",
+# By the kind of a folder: the classes of its configuration and of its network, and what the latter
+# is built with. A ViT's pooler is not read: many folders, such as DINO's, come without its weights.
+_CLASSES: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
+    **dict.fromkeys(CLIP, ("CLIPVisionConfig", "CLIPVisionModelWithProjection", {})),
+    "dinov2": ("Dinov2Config", "Dinov2Model", {}),
+    "vit": ("ViTConfig", "ViTModel", {"add_pooling_layer": False}),
 }
+# Weights that no feature depends on, and tables that are no weights.
+_UNREAD = ("mask_token", "position_ids")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,10 +43,15 @@ class FeatureNetwork:
     one: Callable[[Picture], torch.Tensor]
 
     def __call__(self, pictures: Sequence[Picture]) -> npt.NDArray[np.float64]:
-        """Features float64 [N,D]; one picture is in the network at a time."""
+        """Features float64 [N,D]; one picture is in the network at a time.
+
+        Raises ModelArtifactError where one is not finite.
+        """
         with torch.no_grad():
             rows = [self.one(picture).double() for picture in pictures]
         stacked: npt.NDArray[np.float64] = torch.stack(rows).numpy()
+        if not np.isfinite(stacked).all():
+            raise ModelArtifactError(f"Features of {self.name} are not finite.")
         return stacked
 
 
@@ -73,55 +80,85 @@ def of_judge() -> FeatureNetwork:
     return FeatureNetwork(name="the judge of the embedded world", one=one)
 
 
-def of_vision_model(folder: Path, device: torch.device) -> FeatureNetwork:
-    """A vision model in transformers' layout: CLIP, DINOv2 or ViT, safetensors only.
+def of_vision_model(model: VisionModel, device: torch.device) -> FeatureNetwork:
+    """A vision model in transformers' layout: CLIP, DINOv2 or ViT (DINO's own too).
 
-    The feature is the pooled output (CLIP's image embedding). Raises ModelArtifactError.
+    The feature is CLIP's image embedding, else the CLS token behind the last layer norm: what
+    DINO's authors compare pictures by, and what a folder without a pooler's weights has too.
+    Raises ModelArtifactError where weights are missing, of another shape or not finite.
+    """
+    network = _load(model)
+    network.to(device=device, dtype=torch.float32).eval()
+    mean, std = (
+        torch.tensor(numbers, device=device).reshape(3, 1, 1) for numbers in (model.mean, model.std)
+    )
+
+    def one(picture: Picture) -> torch.Tensor:
+        resized = Image.fromarray(picture).resize(
+            (model.width, model.height), Image.Resampling.BICUBIC
+        )
+        pixels = torch.tensor(np.asarray(resized), device=device).permute(2, 0, 1) / 255.0
+        output: Any = network(pixel_values=((pixels - mean) / std)[None])
+        rows = output.image_embeds if model.kind in CLIP else output.last_hidden_state[:, 0]
+        feature: torch.Tensor = rows[0].float().cpu()
+        return feature
+
+    return FeatureNetwork(name=f"{network.__class__.__name__} of {model.folder}", one=one)
+
+
+def _load(model: VisionModel) -> Any:
+    """The network on the CPU; what the library only warns of, and fills up with random numbers,
+    is refused.
     """
     import transformers
 
-    path = folder / "config.json"
-    config = layout.read_json(path)
-    kind = config.get("model_type")
-    if kind not in _VISION_MODELS or config.get("auto_map"):
-        raise ModelArtifactError(
-            f"fid_features: {path} is of the type {kind!r}; a folder of one of "
-            f"{', '.join(sorted(_VISION_MODELS))} in transformers' layout is expected."
-        )
-    for weights in sorted(folder.glob("*.safetensors")):
-        headers.read_header(weights)
+    config_class, network_class, options = _CLASSES[model.kind]
     try:
-        network = getattr(transformers, _VISION_MODELS[kind]).from_pretrained(
-            folder, local_files_only=True, use_safetensors=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelArtifactError(f"fid_features: {folder} cannot be loaded: {error}.") from error
-    network.to(device).eval()
-    size = int(config.get("image_size") or config.get("vision_config", {}).get("image_size", 224))
-    mean, std = _normalisation(folder, device)
-
-    def one(picture: Picture) -> torch.Tensor:
-        resized = Image.fromarray(picture).resize((size, size), Image.Resampling.BICUBIC)
-        pixels = torch.tensor(np.asarray(resized), device=device).permute(2, 0, 1) / 255.0
-        output: Any = network(pixel_values=((pixels - mean) / std)[None])
-        pooled = output.image_embeds if hasattr(output, "image_embeds") else output.pooler_output
-        feature: torch.Tensor = pooled[0].float().cpu()
-        return feature
-
-    return FeatureNetwork(name=f"{network.__class__.__name__} of {folder}", one=one)
-
-
-def _normalisation(folder: Path, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    path = folder / "preprocessor_config.json"
-    settings = layout.read_json(path) if path.is_file() else {}
-    values = []
-    for name, default in (("image_mean", _MEAN), ("image_std", _STD)):
-        given = settings.get(name, default)
-        try:
-            values.append(torch.tensor(given, device=device).float().reshape(3, 1, 1))
-        except (TypeError, ValueError, RuntimeError) as error:
+        with _without_words(transformers.utils.logging):
+            network, found = getattr(transformers, network_class).from_pretrained(
+                model.folder,
+                config=getattr(transformers, config_class).from_dict(model.config),
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below
+                **options,
+            )
+    except (OSError, SafetensorError, *BUILD_ERRORS) as error:
+        raise ModelArtifactError(
+            f"fid_features: {model.folder} cannot be loaded: {in_one_line(error)}."
+        ) from error
+    others = [entry[0] for entry in found["mismatched_keys"]]
+    missing = [
+        name for name in found["missing_keys"] if not name.endswith(_UNREAD) and name not in others
+    ]
+    damaged = [
+        name for name, weight in network.named_parameters() if not bool(weight.isfinite().all())
+    ]
+    faults = (
+        ("lacks the weights", sorted(missing)),
+        ("holds in other shapes than its config.json asks for", sorted(others)),
+        ("holds numbers that are not finite in", damaged),
+    )
+    for fault, names in faults:
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ModelArtifactError(
-                f"fid_features: {path} gives {name} as {json.dumps(given)[:80]}; "
-                "three numbers are expected."
-            ) from error
-    return values[0], values[1]
+                f"fid_features: {model.folder} {fault} {', '.join(names[:3])}{more}: "
+                "its features would mean nothing."
+            )
+    return network
+
+
+@contextlib.contextmanager
+def _without_words(library: Any) -> Iterator[None]:
+    """transformers shows a bar and a report of what it loads; what matters of it is told by us."""
+    verbosity, bars = library.get_verbosity(), library.is_progress_bar_enabled()
+    library.set_verbosity_error()
+    library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        library.set_verbosity(verbosity)
+        if bars:
+            library.enable_progress_bar()

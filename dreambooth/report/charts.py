@@ -18,6 +18,7 @@ MAX_POINTS = 600  # drawn of one series: the extremes of each stretch are kept
 LOG_RATIO = 100.0  # a maximum above so many medians asks for a logarithmic axis
 MIN_SMOOTHED = 20  # values; fewer are joined as they are
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 10, 12, 32
+_DIGIT = 8  # units that a digit takes at most, in any browser's letters
 _COLOURS = ("var(--series-1,#2461c9)", "var(--series-2,#c2570c)")
 _MARK = "var(--mark,#b42318)"
 _GRID = "var(--grid,#d9d6cf)"
@@ -176,9 +177,11 @@ def _grid(frame: _Frame, x_label: str) -> str:
             f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{short(level)}</text>'
         )
     for step in (tick for tick in ticks(*frame.x, about=4) if tick.is_integer()):
+        told = f"{step:g}"
         x, _ = frame.at(step, frame.y[0])
+        x = min(x, WIDTH - 2 - len(told) * _DIGIT / 2)  # the last one stays whole
         parts.append(
-            f'<text x="{x:.1f}" y="{HEIGHT - _BOTTOM + 15}" text-anchor="middle">{step:g}</text>'
+            f'<text x="{x:.1f}" y="{HEIGHT - _BOTTOM + 15}" text-anchor="middle">{told}</text>'
         )
     scale = ", logarithmic" if frame.logarithmic else ""
     parts.append(

@@ -41,13 +41,20 @@ def render(record: RunRecord, *, max_picture_bytes: int = MAX_PICTURE_BYTES) -> 
     A picture that cannot be read any more is left out too.
     """
     thumbnails = Thumbnails(max_picture_bytes)
+    # Those that take least come first: what they leave of their share is for those that take most.
+    with thumbnails.share_of(3):
+        class_images = pictures.class_images(record, thumbnails)
+    with thumbnails.share_of(2):
+        drawn = pictures.drawn(record, thumbnails)
+    with thumbnails.share_of(1):
+        instance_images = pictures.instance_images(record, thumbnails)
     sections = [
         _head(record),
         _warnings(record.warnings),
-        pictures.drawn(record, thumbnails),
+        drawn,
         _curves(record),
-        pictures.instance_images(record, thumbnails),
-        pictures.class_images(record, thumbnails),
+        instance_images,
+        class_images,
         '<div class="twin">',
         section("Time and memory", _costs(record)),
         section("Plan", table(record.plan)),
@@ -74,13 +81,17 @@ def render(record: RunRecord, *, max_picture_bytes: int = MAX_PICTURE_BYTES) -> 
 
 
 def _head(record: RunRecord) -> str:
-    total = sum(seconds for _, seconds in record.phases)
-    tiles = [("steps", f"{record.steps}"), ("in all", duration(total))]
+    tiles = [("steps", f"{record.steps}"), ("in all", duration(record.seconds))]
     if record.steps != record.planned_steps:
         tiles[0] = ("steps of " + str(record.planned_steps), str(record.steps))
     per_step = _seconds_per_step(record.metrics)
     if per_step is not None:
         tiles.append(("per step (median)", duration(per_step)))
+    average = _average_loss(record)
+    if average is not None:
+        tiles.append(("train_avg_loss", f"{average:.4g}"))
+    if record.fid_score is not None:
+        tiles.append(("fid_score", f"{record.fid_score:.4g}"))
     tiles += [(name, text) for name, text in record.memory if name.startswith("peak")][-1:]
     shown_tiles = "".join(
         f"<div><b>{text(value)}</b><span>{text(name)}</span></div>" for name, value in tiles
@@ -157,11 +168,13 @@ def _summary(title: str, named: Sequence[tuple[str, Sequence[float]]]) -> str:
 
 
 def _costs(record: RunRecord) -> str:
-    longest = max((seconds for _, seconds in record.phases), default=0.0) or 1.0
+    outside = record.seconds - sum(seconds for _, seconds in record.phases)
+    phases = [("before and between the phases", max(0.0, outside)), *record.phases]
+    longest = max(seconds for _, seconds in phases) or 1.0
     rows = "".join(
         f'<tr><th>{text(name)}</th><td class="num">{duration(seconds)}</td><td class="bar">'
         f'<i style="width:{100 * seconds / longest:.1f}%"></i></td></tr>'
-        for name, seconds in record.phases
+        for name, seconds in phases
     )
     more = []
     timed = sorted(row.seconds for row in record.metrics if row.seconds is not None)
@@ -208,6 +221,12 @@ def _breakable(value: object) -> str:
 
 def _versions(record: RunRecord) -> str:
     return table((*record.versions, ("fingerprint of the data", record.data_fingerprint)))
+
+
+def _average_loss(record: RunRecord) -> float | None:
+    """What the log calls train_avg_loss: the mean over all steps; None where some are not told."""
+    losses = [row.loss for row in record.metrics]
+    return statistics.fmean(losses) if losses and len(losses) == record.steps else None
 
 
 def _seconds_per_step(rows: Sequence[MetricsRow]) -> float | None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -45,11 +46,21 @@ class Thumbnails:
 
     def __init__(self, max_bytes: int) -> None:
         self._remaining_bytes = max_bytes
+        self._kept_bytes = 0  # for the sections to come
+        self._full = False
         self.left_out = 0
+
+    @contextmanager
+    def share_of(self, sections: int) -> Iterator[None]:
+        """In the block an equal share of what remains may be used; the rest of it goes on."""
+        self._kept_bytes = self._remaining_bytes - self._remaining_bytes // sections
+        self._full = False
+        yield
+        self._kept_bytes = 0
 
     def make(self, image: Image.Image, *, side: int) -> Thumbnail | None:
         """An RGB picture shrunk to at most `side` pixels, never enlarged; None above the cap."""
-        if self._remaining_bytes <= 0:
+        if self._full:
             self.left_out += 1
             return None
         scale = min(1.0, side / max(image.size))
@@ -57,9 +68,9 @@ class Thumbnails:
         if size != image.size:
             image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
         uri = _data_uri(image)
-        if len(uri) > self._remaining_bytes:
+        if len(uri) > self._remaining_bytes - self._kept_bytes:
             self.left_out += 1
-            self._remaining_bytes = 0  # all that follow are left out: no gaps in the middle
+            self._full = True  # all that follow are left out: no gaps in the middle
             return None
         self._remaining_bytes -= len(uri)
         return Thumbnail(uri=uri, width=size[0], height=size[1])
@@ -93,7 +104,7 @@ def drawn(record: RunRecord, thumbnails: Thumbnails) -> str:
     if not final and not steps:
         return ""
     note = f"Prompt: <q>{text(record.sample_prompt)}</q>; the same seed every time."
-    if len(record.step_pictures) > MAX_STEP_PICTURES:
+    if len(record.step_pictures) > len(strip):
         note += f" All {len(record.step_pictures)} are in <code>samples/</code>."
     if not record.step_pictures:
         note += " Set <code>sample_steps</code> to see pictures over the steps."
@@ -109,15 +120,17 @@ def instance_images(record: RunRecord, thumbnails: Thumbnails) -> str:
             image = images.open_image(picture.path)
         except PictureError:
             continue
-        cards.append(_card(picture, image, record.resolution, thumbnails))
+        card = _card(picture, image, record.resolution, thumbnails)
+        if card:
+            cards.append(card)
     note = (
         "The whole picture, upright, and beside it what the model sees of it: squares of "
         f"{record.resolution} x {record.resolution} pixels. Outlines show every cached crop, "
         "coloured ones those beside."
     )
-    left = len(record.instance_pictures) - MAX_INSTANCE_IMAGES
-    if left > 0:
-        note += f" {left} more pictures were trained on."
+    count = len(record.instance_pictures)
+    if len(cards) < count:
+        note += f" {count} were trained on, {_count_of(cards)} of them here."
     return section("Instance images", f'<div class="cards">{"".join(cards)}</div>', note)
 
 
@@ -139,7 +152,7 @@ def _card(
     count = len(picture.offsets)
     told = f"{count} crops" if count > 1 else "1 crop"
     if count > len(crops):
-        told += f", {len(crops)} of them here"
+        told += f", {_count_of(crops)} of them here"
     return (
         f'<figure class="card"><div class="pair"><div class="whole">{_image(whole, name)}'
         f"{_outlines(picture, image.size, resolution)}</div>"
@@ -176,8 +189,12 @@ def class_images(record: RunRecord, thumbnails: Thumbnails) -> str:
             pictures.append(_image(thumbnail, path.name))
     count = len(record.class_images)
     note = f"Prompt: <q>{text(record.class_prompt or '')}</q>; {count} in all"
-    note += f", {MAX_CLASS_IMAGES} of them here." if count > MAX_CLASS_IMAGES else "."
+    note += f", {_count_of(pictures)} of them here." if len(pictures) < count else "."
     return section("Class images", f'<div class="grid">{"".join(pictures)}</div>', note)
+
+
+def _count_of(shown: Sequence[str]) -> str:
+    return str(len(shown) or "none")
 
 
 def _figure(thumbnail: Thumbnail, caption: str, alt: str) -> str:

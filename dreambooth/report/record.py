@@ -16,9 +16,13 @@ Rows = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetricsRow:
-    """One line of metrics.jsonl; seconds: the step alone. class_loss: None without class images."""
+    """One line of metrics.jsonl; loss is what was minimised: instance and class loss together.
+
+    seconds: the step alone. class_loss: None without class images.
+    """
 
     step: int
+    loss: float
     instance_loss: float
     class_loss: float | None
     learning_rate: float
@@ -45,6 +49,8 @@ class RunRecord:
     final: the picture drawn after the last step. step_pictures: (step, file), ascending. stopped:
     why the run ended early, with the step, or None. class_images: of all `class_count` those that
     may be shown. metrics: ascending steps. settings: those of the run, compared with the defaults.
+    seconds: from the job's start on, also what lies outside of the phases. fid_score: None where
+    none was computed.
     """
 
     instance_prompt: str
@@ -59,12 +65,14 @@ class RunRecord:
     resolution: int
     metrics: Sequence[MetricsRow]
     final: Image.Image | None
+    fid_score: float | None
     step_pictures: Sequence[tuple[int, Path]]
     instance_pictures: Sequence[InstancePicture]
     class_images: Sequence[Path]
     settings: Hyperparameters
     plan: Rows
     phases: Sequence[tuple[str, float]]
+    seconds: float
     memory: Rows
     versions: Rows
     data_fingerprint: str
@@ -93,6 +101,7 @@ def _row(raw: dict[str, float]) -> MetricsRow:
     speed = float(raw.get("steps_per_second") or 0.0)
     return MetricsRow(
         step=int(raw["step"]),
+        loss=float(raw["loss"]),
         instance_loss=float(raw["instance_loss"]),
         class_loss=None if raw["class_loss"] is None else float(raw["class_loss"]),
         learning_rate=float(raw["learning_rate"]),

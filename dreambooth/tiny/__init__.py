@@ -5,6 +5,7 @@ Standard library only: whoever wants a path must not pay for torch.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +17,8 @@ DEFAULTS: Mapping[str, str] = MappingProxyType(
     {
         "learning_rate": "0.0001",
         "max_steps": "400",
+        "with_prior_preservation": "True",
+        "prior_preservation_mode": "prediction",
         "guidance_scale": "3.5",
         "num_inference_steps": "25",
     }
@@ -23,3 +26,12 @@ DEFAULTS: Mapping[str, str] = MappingProxyType(
 """The embedded model's own settings, as strings; the published defaults stay what they are. Used by
 the demo alone.
 """
+
+
+def vocabulary() -> dict[str, int]:
+    """Token -> id, by which a model is known as one of the embedded world: fine-tuned and exported,
+    copied or packed, it keeps them.
+    """
+    content = (WEIGHTS / "tokenizer" / "vocab.json").read_text(encoding="utf-8")
+    tokens: dict[str, int] = json.loads(content)
+    return tokens

@@ -1,5 +1,5 @@
-"""What DreamBooth does to the embedded model, over several seeds, with prior preservation and
-without.
+"""What DreamBooth does to the embedded model, over several seeds: without prior preservation, with
+class images, and with the base model's own prediction in their place.
 
 `python -m dreambooth.tiny.study --out DIR` fine-tunes through the real job, asks each result (and
 the base model) about the subject, and prints the means. Finished fine-tunes and interviews are kept
@@ -30,6 +30,22 @@ from dreambooth.tiny.data_sets import DATA_SETS
 
 SAMPLINGS = {"3.5": (3.5, 25), "7.5": (7.5, 50)}
 """(guidance_scale, num_inference_steps): the embedded model's own, and the served defaults."""
+CONDITIONS = {
+    "prior_off": ("--with_prior_preservation", "False"),
+    "prior_on": ("--with_prior_preservation", "True"),
+    "prior_prediction": (
+        *("--with_prior_preservation", "True"),
+        *("--prior_preservation_mode", "prediction"),
+    ),
+}
+"""Condition -> what its training jobs are told."""
+_CHOICES = {
+    "off": ("prior_off",),
+    "on": ("prior_on",),
+    "prediction": ("prior_prediction",),
+    "both": ("prior_off", "prior_on"),
+    "all": tuple(CONDITIONS),
+}
 _MAY_DIFFER = ("seeds", "prior", "samplings")  # between commands with one folder
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; a normal one's beyond them.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -37,14 +53,14 @@ _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is compared; `job` are further options of every training job."""
+    """What is compared; prior: names of CONDITIONS; job: further options of every training job."""
 
     model: str
     data: str
     seeds: int
     steps: int
     learning_rate: float
-    prior: tuple[bool, ...]
+    prior: tuple[str, ...]
     pictures: int
     samplings: tuple[tuple[float, int], ...]
     batch_size: int
@@ -78,11 +94,10 @@ class Study:
         for sampling in plan.samplings:
             records["base"].append(self._interview("base", self._base(), sampling))
         for prior, seed in runs:
-            name = _condition(prior)
             folder = self._fine_tune(prior, seed)
             for sampling in plan.samplings:
-                record = self._interview(f"{name}-{seed}", folder, sampling)
-                records.setdefault(name, []).append(record)
+                record = self._interview(f"{prior}-{seed}", folder, sampling)
+                records.setdefault(prior, []).append(record)
         results = {
             "settings": asdict(plan),
             "summary": [summarise(records, sampling) for sampling in plan.samplings],
@@ -94,10 +109,10 @@ class Study:
     def _base(self) -> Path:
         return tiny.WEIGHTS if self._plan.model == "tiny" else Path(self._plan.model)
 
-    def _fine_tune(self, prior: bool, seed: int) -> Path:
+    def _fine_tune(self, prior: str, seed: int) -> Path:
         """The model folder of one fine-tune; a finished one is not made again."""
         plan = self._plan
-        folder = self._out / f"{_condition(prior)}-{seed}"
+        folder = self._out / f"{prior}-{seed}"
         if (folder / "model" / "model_index.json").exists():
             return folder / "model"
         code = job.run(
@@ -106,7 +121,7 @@ class Study:
                 *("--model_dir", str(folder / "model")),
                 *("--output_data_dir", str(folder / "output")),
                 *("--max_steps", str(plan.steps), "--learning_rate", str(plan.learning_rate)),
-                *("--with_prior_preservation", str(prior), "--seed", str(seed)),
+                *(*CONDITIONS[prior], "--seed", str(seed)),
                 *plan.job,
             ],
             os.environ,
@@ -205,10 +220,6 @@ def _text(cell: dict[str, Any]) -> str:
     return f"{cell['mean']:.3f} ({cell['low']:.3f}..{cell['high']:.3f})"
 
 
-def _condition(prior: bool) -> str:
-    return "prior_on" if prior else "prior_off"
-
-
 def _write_json(path: Path, content: object) -> None:
     partial = path.with_suffix(f".partial-{os.getpid()}")
     partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -225,7 +236,7 @@ def read_plan(argv: Sequence[str] | None) -> tuple[Plan, Path, int]:
     parser.add_argument("--steps", type=int, default=int(tiny.DEFAULTS["max_steps"]))
     rate = float(tiny.DEFAULTS["learning_rate"])
     parser.add_argument("--learning_rate", type=float, default=rate)
-    parser.add_argument("--prior", choices=("off", "on", "both"), default="off")
+    parser.add_argument("--prior", choices=_CHOICES, default="off")
     parser.add_argument("--pictures", type=int, default=256, help="of each prompt")
     parser.add_argument("--guidance", choices=(*SAMPLINGS, "both"), default="both")
     parser.add_argument("--batch_size", type=int, default=evaluate.BATCH_SIZE)
@@ -238,7 +249,7 @@ def read_plan(argv: Sequence[str] | None) -> tuple[Plan, Path, int]:
         seeds=known.seeds,
         steps=known.steps,
         learning_rate=known.learning_rate,
-        prior={"off": (False,), "on": (True,), "both": (False, True)}[known.prior],
+        prior=_CHOICES[known.prior],
         pictures=known.pictures,
         samplings=tuple(
             sampling for name, sampling in SAMPLINGS.items() if known.guidance in (name, "both")

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from PIL import Image
 
+from dreambooth import logs
 from dreambooth.errors import ResourceError
 from dreambooth.progress import Progress
 from dreambooth.training.plan import TrainingPlan
@@ -110,20 +111,19 @@ class Report:
 
     def finish(self, average_loss: float) -> None:
         """The last line that SageMaker's metric definitions read; the average is of all steps."""
-        log.info("End of training: train_avg_loss=%s", plain_decimal(average_loss))
+        logs.metric(f"End of training: train_avg_loss={plain_decimal(average_loss)}")
 
     def _count_epoch(self, metrics: StepMetrics) -> None:
         self._epoch_losses.append(metrics.loss)
         epoch = math.floor(metrics.epoch + 1e-9)
         if epoch > math.floor(self._plan.epoch(metrics.step - 1) + 1e-9):
             average = sum(self._epoch_losses) / len(self._epoch_losses)
-            log.info("End epoch %d: train_avg_loss=%s", epoch, plain_decimal(average))
+            logs.metric(f"End epoch {epoch}: train_avg_loss={plain_decimal(average)}")
             self._epoch_losses.clear()
 
     def _save_sample(self, step: int) -> None:
         picture = self._draw_sample()
         if picture is None:
-            log.warning("the sample picture of step %d is not finite and is left out", step)
             return
         path = self._folder / "samples" / f"step-{step:06d}.png"
         with _writing(self._folder):

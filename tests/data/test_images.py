@@ -487,6 +487,8 @@ def test_to_array_gives_writable_pixels() -> None:
         ((1000, 512), None),
         ((400, 700), "is 400 x 700 pixels: its short side is enlarged to 512"),
         ((600, 1300), "is 600 x 1300 pixels: a square crop keeps only 46 %"),
+        ((1600, 80_000), "a square crop keeps only 2 % of it"),
+        ((1000, 100_001), "a square crop keeps less than 1 % of it"),
         ((100, 400), "enlarged to 512 pixels, which teaches blur .* and a square crop .* 25 %"),
     ],
 )

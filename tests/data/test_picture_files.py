@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+import struct
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,27 @@ def test_names_are_made_fit_for_a_log_line() -> None:
     assert shown("a\nb\x1b[31m.png") == "a\\nb\\x1b[31m.png"
     assert shown("caf\udce9.png") == "caf\\udce9.png"
     assert shown(Path("Фото 猫.png")) == "Фото 猫.png"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(2, "No such file or directory", "a.png"), "No such file or directory"),
+        (
+            OSError("cannot identify image file <_io.BufferedReader name=5>"),
+            "cannot identify image file",
+        ),
+        (OSError("cannot open <PIL.X object at 0x7f0> twice"), "cannot open twice"),
+        (SyntaxError("broken PNG file (chunk b'IHDX')"), "broken PNG file (chunk IHDX)"),
+        (AttributeError("'NoneType' object has no attribute 'x'"), "its content makes no sense"),
+        (KeyError(("RGB", 3)), "its content makes no sense"),
+        (struct.error("unpack requires a buffer of 4 bytes"), "its content makes no sense"),
+        (EOFError(), "its content makes no sense"),
+        (ValueError("size 3 < 5, 7 > 6"), "size 3 < 5, 7 > 6"),
+    ],
+)
+def test_reasons_are_words_and_no_python(error: Exception, words: str) -> None:
+    assert picture_files.why(error) == words
 
 
 def test_long_lists_are_counted() -> None:

@@ -110,6 +110,12 @@ def test_a_hidden_suffix_and_a_nested_folder_are_noticed(tmp_path: Path) -> None
         ('{"prompt": "x"}', "no instance_prompt (it has prompt)"),
         ('{"instance_prompt": ""}', "no instance_prompt"),
         ('{"instance_prompt": "  \\n"}', "no instance_prompt"),
+        ('{"instance_prompt": ""}', "no instance_prompt (it is empty): write"),
+        (
+            '{"instance_prompt": " ", "class_prompt": "x"}',
+            "no instance_prompt (it is empty): write",
+        ),
+        ('{"instance_prompt": null}', "no instance_prompt (it is null): write"),
         ('{"instance_prompt": ["x"]}', "instance_prompt in"),
         ('{"instance_prompt": ["x"]}', "is a list"),
         ('{"instance_prompt": 3}', "is a number"),

@@ -139,6 +139,9 @@ def test_a_prompt_that_is_cut_is_told(
     models.tokenize(model, ["a cat " * 16, "a photo of a cat", "a dog " * 1000])
     assert caplog.text.count("longer than the 32 tokens") == 2
     assert len(caplog.text) < 800  # the prompts themselves do not flood the log
+    for _ in range(3):  # nor do those that come again
+        models.tokenize(model, ["a cat " * 16])
+    assert caplog.text.count("longer than the 32 tokens") == 2
 
 
 def test_the_text_encoder_can_be_trained(small_model_folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -144,7 +145,8 @@ def test_a_folder_of_one_such_picture_is_refused_and_the_picture_named(
     suffix, data = REFUSED[name]
     (sandbox.photos / "good.png").unlink()
     (sandbox.photos / f"hostile.{suffix}").write_bytes(data)
-    sandbox.refuses(f"hostile.{suffix}")
+    sentence = sandbox.refuses(f"hostile.{suffix}")
+    assert not re.search(r"[<>]|\bb'|0x|Error|object at", sentence)  # no Python in it
 
 
 NAMES = {

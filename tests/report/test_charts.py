@@ -97,6 +97,16 @@ def test_nothing_to_draw_is_said(values: list[float]) -> None:
     parsed(svg)
 
 
+@pytest.mark.parametrize("last", [8, 40, 400, 4000, 20_000])
+def test_the_last_step_stays_whole_at_the_right_end(last: int) -> None:
+    svg = line_chart([Series(label="a", x=[0, last], y=[1, 2])], label="a")
+    (label,) = [text for text in parsed(svg).iter("text") if text.text == f"{last}"]
+    assert label.get("text-anchor") == "middle"
+    half = 8 * len(str(last)) / 2  # digits of 12 units are some 7 wide
+    assert float(label.get("x", "nan")) + half <= charts.WIDTH - 1
+    assert float(label.get("x", "nan")) > charts.WIDTH - 40
+
+
 def test_texts_are_escaped() -> None:
     evil = '<script>"&'
     series = [Series(label=evil, x=[1, 2], y=[1, 2])]

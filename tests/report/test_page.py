@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,7 +19,8 @@ import torch
 from PIL import Image
 
 from dreambooth import job
-from dreambooth.data import cache, images
+from dreambooth.data import cache, dataset_info, images
+from dreambooth.data.dataset_info import DatasetInfo
 from dreambooth.hyperparameters import KNOBS, Hyperparameters
 from dreambooth.report import page as report_page
 from dreambooth.report import pictures as report_pictures
@@ -145,6 +147,8 @@ def test_all_sections_of_a_real_run_are_there(page: Page) -> None:
         assert ("th", phase) in page.texts
     for name in ("seconds per step", "peak memory", "torch", "fingerprint of the data", "steps"):
         assert ("th", name) in page.texts
+    for name in ("python", "pillow"):
+        assert ("th", name) in page.texts
     charts = [svg["aria-label"] or "" for svg in page.of("svg") if svg.get("role") == "img"]
     assert [label.partition(" over")[0] for label in charts] == [
         *("Loss", "Gradient norm", "Learning rate"),
@@ -269,6 +273,7 @@ def make_record(tmp_path: Path) -> Callable[..., RunRecord]:
             "resolution": 256,
             "metrics": (),
             "final": None,
+            "fid_score": None,
             "step_pictures": (),
             "instance_pictures": [
                 InstancePicture(path=path, size=(256, 341), offsets=((0, 0), (0, 85)))
@@ -278,6 +283,7 @@ def make_record(tmp_path: Path) -> Callable[..., RunRecord]:
             "settings": Hyperparameters(),
             "plan": (("steps", "10"), ("", "a row without a name")),
             "phases": (("training", 75.0),),
+            "seconds": 80.0,
             "memory": (("peak memory", "1.00 GiB"),),
             "versions": (("torch", "2.13.0"),),
             "data_fingerprint": "0123456789abcdef",
@@ -295,6 +301,63 @@ def test_an_empty_run_makes_a_page(make_record: Callable[..., RunRecord]) -> Non
     assert "no values" in page.text
     assert "All are at their defaults." in page.text
     assert "1 min 15 s" in page.text
+
+
+def test_the_time_in_all_is_that_of_the_job(
+    small_model_folder: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make_record: Callable[..., RunRecord],
+) -> None:
+    rendered: list[RunRecord] = []
+    read = dataset_info.read
+
+    def slow_read(*args: object, **options: object) -> DatasetInfo:
+        time.sleep(1.5)
+        return read(*args, **options)  # type: ignore[arg-type]
+
+    render = report_page.render
+    monkeypatch.setattr(dataset_info, "read", slow_read)
+    monkeypatch.setattr(
+        report_page,
+        "render",
+        lambda record, **more: rendered.append(record) or render(record, **more),
+    )
+    began = time.monotonic()
+    assert train(small_model_folder, photos, tmp_path / "model", "--max_steps=1") == 0
+    took = time.monotonic() - began
+    (record,) = rendered
+    assert sum(seconds for _, seconds in record.phases) + 1.5 <= record.seconds <= took
+    page = Page(report_page.render(make_record(seconds=80.0)))
+    assert "1 min 20 sin all" in page.text
+    rows = re.findall(r"before and between the phases(.*?)training", page.text)
+    assert rows == ["5.0 s"]
+
+
+def test_the_average_loss_is_that_of_the_log(
+    page: Page, make_record: Callable[..., RunRecord]
+) -> None:
+    assert "train_avg_loss" in page.text
+    rows = [
+        MetricsRow(
+            step=step,
+            loss=loss,
+            instance_loss=9,
+            class_loss=None,
+            learning_rate=1,
+            grad_norm=1,
+            seconds=1,
+        )
+        for step, loss in ((1, 0.25), (2, 0.5))
+    ]
+    assert (
+        "0.375train_avg_loss" in Page(report_page.render(make_record(steps=2, metrics=rows))).text
+    )
+    scored = Page(report_page.render(make_record(fid_score=12.345678)))
+    assert "12.35fid_score" in scored.text
+    partial = Page(report_page.render(make_record(steps=2, metrics=rows[1:])))
+    assert "train_avg_loss" not in partial.text  # rows were lost
 
 
 def test_pictures_stop_at_the_cap_and_the_page_says_so(
@@ -318,6 +381,40 @@ def test_of_many_pictures_a_sample_is_shown(make_record: Callable[..., RunRecord
     assert "2000 in all, 24 of them here" in page.text
 
 
+def test_at_the_cap_every_section_keeps_some_and_counts_them(
+    make_record: Callable[..., RunRecord], tmp_path: Path
+) -> None:
+    paths = make_record(40).class_images
+    record = make_record(
+        40,
+        final=Image.open(paths[0]),
+        step_pictures=[(step, paths[step]) for step in range(1, 31)],
+        resolution=256,
+    )
+    html = report_page.render(record, max_picture_bytes=1_500_000)
+    assert len(html) < 1_500_000 + 60_000
+    parts = dict(re.findall(r"<h2>([^<]*)</h2>(.*?)</section>", html, re.DOTALL))
+    steps = Page(parts["What it draws"]).pictures("a photo of a riobugger cat, step")
+    whole = Page(parts["Instance images"]).pictures("00")
+    drawn = Page(parts["Class images"]).pictures("00")
+    assert 3 <= len(steps) < 30
+    assert 3 <= len(whole) < 40
+    assert 3 <= len(drawn) <= report_pictures.MAX_CLASS_IMAGES
+    assert f"40 in all, {len(drawn)} of them here." in parts["Class images"]
+    assert f"40 were trained on, {len(whole)} of them here." in parts["Instance images"]
+    assert "All 30 are in <code>samples/</code>." in parts["What it draws"]
+    # What one section does not need, the others may use.
+    lone = report_page.render(make_record(40, class_images=()), max_picture_bytes=1_500_000)
+    assert len(Page(lone).pictures("00")) > len(whole)
+
+
+def test_a_cap_that_no_picture_fits_under_is_told(make_record: Callable[..., RunRecord]) -> None:
+    page = Page(report_page.render(make_record(3), max_picture_bytes=1000))
+    assert not page.of("img")
+    assert "3 in all, none of them here." in page.text
+    assert "3 were trained on, none of them here." in page.text
+
+
 def test_pictures_that_are_gone_are_left_out(make_record: Callable[..., RunRecord]) -> None:
     record = make_record(3)
     record.instance_pictures[1].path.unlink()
@@ -330,7 +427,7 @@ def test_every_text_of_a_stranger_is_escaped(make_record: Callable[..., RunRecor
     evil = "\"'><script>alert(1)</script>\u202e\ud800"
     settings = Hyperparameters(sample_prompt=evil, pretrained_model=evil)
     row = MetricsRow(
-        step=1, instance_loss=1, class_loss=None, learning_rate=1, grad_norm=1, seconds=1
+        step=1, loss=1, instance_loss=1, class_loss=None, learning_rate=1, grad_norm=1, seconds=1
     )
     record = make_record(
         instance_prompt=evil,
@@ -357,14 +454,20 @@ def test_every_text_of_a_stranger_is_escaped(make_record: Callable[..., RunRecor
 
 
 PHOTOS = os.environ.get("DREAMBOOTH_PHOTOS")
+SUBJECTS = sorted(path for path in Path(PHOTOS).iterdir() if path.is_dir()) if PHOTOS else []
 
 
 @pytest.mark.skipif(PHOTOS is None, reason="DREAMBOOTH_PHOTOS names no folder of photographs")
+def test_there_are_photographs_where_they_are_promised() -> None:
+    assert SUBJECTS
+
+
+@pytest.mark.parametrize("subject", SUBJECTS, ids=lambda path: path.name)
 def test_real_photographs_are_shown_upright_and_whole(
-    small_model_folder: Path, tmp_path: Path
+    small_model_folder: Path, tmp_path: Path, subject: Path
 ) -> None:
     folder = tmp_path / "photos"
-    shutil.copytree(Path(str(PHOTOS)) / "cat", folder, copy_function=shutil.copyfile)
+    shutil.copytree(subject, folder, copy_function=shutil.copyfile)
     folder.chmod(0o755)
     names = sorted(path.name for path in folder.iterdir())
     with images.open_image(folder / names[0]) as first:

@@ -27,6 +27,7 @@ def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
     path.write_text(json.dumps(ROW) + "\n" + json.dumps(more) + "\n")
     first, second = record.read_metrics(path)
     assert (first.step, first.instance_loss, first.class_loss) == (1, 0.2, None)
+    assert first.loss == 0.3
     assert first.seconds == 0.25
     assert second.class_loss == 0.1
     assert second.seconds is None  # too slow for the digits that are kept

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,32 @@ def evaluate(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[list[str],
     return lines, json.loads(last)
 
 
+def assert_intervals(lines: list[str], result: dict[str, Any]) -> None:
+    """Each share has its 95 % interval (Wilson, 1927) in the JSON line and in the table."""
+    for column in ("question", "measure"):
+        (head,) = [line for line in lines if line.startswith(column)]
+        assert head.split()[-5:-1] == ["share", "95", "%", "interval"]
+        assert head.endswith("base")
+    rows = [(each["prompt"], each) for each in result["questions"]]
+    rows += list(result["measures"].items())
+    assert rows
+    for name, row in rows:
+        assert 0 <= row["low"] <= row["share"] <= row["high"] <= 1
+        assert row["share"] == row["right"] / row["of"]
+        low, high = wilson(row["right"], row["of"])
+        assert (row["low"], row["high"]) == pytest.approx((low, high), abs=1e-4)
+        printed = rf"{row['share']:.3f}  {low:.3f}\.\.{high:.3f}  "
+        assert any(re.search(rf"^{re.escape(name)} .*{printed}", line) for line in lines), name
+
+
+def wilson(right: int, of: int) -> tuple[float, float]:
+    """The shares p for which (right / of - p) is 1.96 standard deviations: roots of a quadratic."""
+    share, z = right / of, 1.959964
+    a, b, c = 1 + z**2 / of, -(2 * share + z**2 / of), share**2
+    root = max(0.0, b**2 - 4 * a * c) ** 0.5
+    return max(0.0, (-b - root) / (2 * a)), min(1.0, (-b + root) / (2 * a))
+
+
 def test_a_tuned_model_is_asked_about_its_subject(
     tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -46,6 +73,7 @@ def test_a_tuned_model_is_asked_about_its_subject(
     # The same weights on the same noise: the base's answers are the model's.
     assert result["base"]["measures"] == result["measures"]
     assert any("MISSED" in line for line in lines)
+    assert_intervals(lines, result)
     for name in ("sheet.png", "disagreements.png"):
         with Image.open(out / name) as sheet:
             assert sheet.width > 64

@@ -14,15 +14,20 @@ from dreambooth.tiny import judge as judging
 
 @pytest.fixture(scope="module")
 def held_out() -> tuple[list[world.Scene], np.ndarray]:
-    return judging.drawings("judge test", 300)
+    return judging.drawings("judge test", 1200)
 
 
 def test_the_judge_reads_held_out_drawings(
     held_out: tuple[list[world.Scene], np.ndarray],
 ) -> None:
+    # A ninth are sketches, whose colours cannot be told.
+    told = {
+        name: int((labels >= 0).sum()) for name, labels in judging.labels_of(held_out[0]).items()
+    }
+    assert min(told.values()) >= 1000, told
     shares = judging.accuracy(judge_network.load(), *held_out)
     assert shares.keys() == judging.ATTRIBUTES.keys()
-    assert min(shares.values()) >= 0.97, shares
+    assert min(shares.values()) >= 0.98, shares
 
 
 def test_the_judge_knows_the_shipped_subjects_and_tells_them_apart() -> None:

@@ -65,3 +65,49 @@ def test_a_fine_tune_that_fails_ends_the_study(
         == 1
     )
     assert "exit code 1" in capsys.readouterr().err
+
+
+def test_prior_prediction_stands_beside_class_images_and_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(study.SAMPLINGS, "3.5", (3.5, 1))
+    out = tmp_path / "out"
+    options = (*OPTIONS, "--seeds", "1", "--num_class_images", "1", "--out", str(out))
+
+    def written(condition: str) -> dict[str, str]:
+        path = out / f"{condition}-0" / "model" / "hyperparameters.json"
+        settings: dict[str, str] = json.loads(path.read_text())
+        return settings
+
+    assert study.main([*options, "--prior", "both"]) == 0
+    made = {path.name for path in out.glob("prior_*")}
+    assert made == {"prior_off-0", "prior_on-0"}  # as they were named before there was a third
+    assert "prior" not in json.loads((out / "study.json").read_text())
+    kept = [out / name / "model" / "model_index.json" for name in sorted(made)]
+    times = [path.stat().st_mtime_ns for path in kept]
+    capsys.readouterr()
+
+    assert study.main([*options, "--prior", "all"]) == 0
+    assert [path.stat().st_mtime_ns for path in kept] == times
+    heads = [line.split() for line in capsys.readouterr().out.splitlines() if "measure" in line]
+    assert heads == [["measure", "base", "prior_off", "prior_on", "prior_prediction"]]
+    assert written("prior_off")["with_prior_preservation"] == "False"
+    assert written("prior_on").get("prior_preservation_mode", "images") == "images"
+    assert written("prior_prediction")["prior_preservation_mode"] == "prediction"
+    assert (out / "prior_on-0" / "output" / "class_images").is_dir()
+    assert not (out / "prior_prediction-0" / "output" / "class_images").exists()
+
+
+@pytest.mark.parametrize(
+    ("word", "conditions"),
+    [
+        ("off", ("prior_off",)),
+        ("on", ("prior_on",)),
+        ("prediction", ("prior_prediction",)),
+        ("both", ("prior_off", "prior_on")),
+        ("all", ("prior_off", "prior_on", "prior_prediction")),
+    ],
+)
+def test_prior_names_the_conditions(word: str, conditions: tuple[str, ...]) -> None:
+    plan, _, _ = study.read_plan(["--out", "out", "--prior", word])
+    assert plan.prior == conditions

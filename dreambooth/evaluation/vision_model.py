@@ -1,0 +1,138 @@
+"""The folder of a vision model whose features compute_fid uses, checked before anything is loaded.
+
+Standard library only. The folder is data, in transformers' layout and safetensors alone: the
+classes are ours to choose, and nothing in it names code that we would import or download.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dreambooth.diffusion import headers, layout
+from dreambooth.errors import ModelArtifactError
+
+CLIP = ("clip", "clip_vision_model")
+KINDS = (*CLIP, "dinov2", "vit")
+
+# What all of these libraries' configurations mean where they do not say it.
+_IMAGE_SIZE = 224
+# What OpenAI's CLIP and most vision models after it were fed; a folder's own values go first.
+_MEAN, _STD = (0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)
+# Of a mean (up to 255 where pixels are not taken as 0..1) and of what is divided by.
+_MOST, _LEAST = 1e4, 1e-4
+# By these the library would load weights in another float type than they are kept in.
+_FLOAT_TYPES = ("dtype", "torch_dtype")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisionModel:
+    """A folder that can be tried: kind is one of KINDS, config the vision part's settings.
+
+    Pictures are fed as RGB 0..1 of `height` x `width` pixels, less `mean`, divided by `std`.
+    """
+
+    folder: Path
+    kind: str
+    config: dict[str, Any]
+    height: int
+    width: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def read(folder: Path) -> VisionModel:
+    """Read the configurations and the weights' headers of a folder that fid_features names.
+
+    Raises ModelArtifactError, in one sentence that names the setting and the file.
+    """
+    try:
+        return _read(folder)
+    except (ModelArtifactError, OSError) as error:
+        raise ModelArtifactError(f"fid_features: {error}") from error
+
+
+def _read(folder: Path) -> VisionModel:
+    if not folder.is_dir():
+        raise ModelArtifactError(
+            f"There is no folder {folder}; one of a CLIP, DINOv2 or ViT model in transformers' "
+            "layout (config.json, model.safetensors) is expected."
+        )
+    path = folder / "config.json"
+    config = layout.read_json(path)
+    kind = config.get("model_type")
+    if kind not in KINDS or config.get("auto_map"):
+        raise ModelArtifactError(
+            f"{path} is of the type {kind!r}; a folder of one of "
+            f"{', '.join(KINDS)} in transformers' layout is expected."
+        )
+    chosen, files = layout.weight_files(folder)
+    if chosen.pickled:
+        raise ModelArtifactError(f"{folder / chosen.name} is a pickle; safetensors are expected.")
+    for weights in files:
+        headers.read_header(weights)
+    vision = _vision_settings(path, config) if kind == "clip" else config
+    height, width = _image_size(path, vision)
+    if kind in CLIP and height != width:
+        raise ModelArtifactError(f"{path} asks for {width} x {height} pixels; CLIP's are square.")
+    if (channels := vision.get("num_channels", 3)) != 3:
+        raise ModelArtifactError(f"{path} asks for {_shown(channels)} channels, not RGB's three.")
+    vision["image_size"] = height if height == width else [height, width]
+    settings_path = folder / "preprocessor_config.json"
+    settings = layout.read_json(settings_path) if settings_path.is_file() else {}
+    return VisionModel(
+        folder=folder,
+        kind=kind,
+        config=_harmless(vision),
+        height=height,
+        width=width,
+        mean=_three_numbers(settings_path, "image_mean", settings.get("image_mean", _MEAN)),
+        std=_three_numbers(settings_path, "image_std", settings.get("image_std", _STD)),
+    )
+
+
+def _vision_settings(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The half of a whole CLIP model that sees."""
+    vision = config.get("vision_config")
+    if not isinstance(vision, dict):
+        raise ModelArtifactError(
+            f"{path} gives vision_config as {_shown(vision)}; "
+            "the settings of CLIP's vision model are expected."
+        )
+    return dict(vision)
+
+
+def _harmless(config: dict[str, Any]) -> dict[str, Any]:
+    """Without what would have a kernel downloaded, or the weights changed while they are read."""
+    unwanted = (*layout.CODE_SETTINGS, *_FLOAT_TYPES, "quantization_config")
+    return {key: value for key, value in config.items() if key.lstrip("_") not in unwanted}
+
+
+def _image_size(path: Path, config: dict[str, Any]) -> tuple[int, int]:
+    """(height, width): the library takes one side or both."""
+    given = config.get("image_size", _IMAGE_SIZE)
+    sides = given if isinstance(given, list) else [given, given]
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+        raise ModelArtifactError(
+            f"{path} gives image_size as {_shown(given)}; "
+            "the side in pixels, or height and width, are expected."
+        )
+    return sides[0], sides[1]
+
+
+def _three_numbers(path: Path, name: str, given: Any) -> tuple[float, ...]:
+    positive = name == "image_std"
+    least = _LEAST if positive else -_MOST
+    fits = isinstance(given, (list, tuple)) and len(given) == 3
+    if not fits or not all(type(n) in (int, float) and least <= n <= _MOST for n in given):
+        raise ModelArtifactError(
+            f"{path} gives {name} as {_shown(given)}; "
+            f"three {'positive ' * positive}numbers are expected."
+        )
+    return tuple(map(float, given))
+
+
+def _shown(given: object) -> str:
+    return json.dumps(given)[:80]
