@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import sys
 import time
@@ -17,16 +16,21 @@ from dreambooth.data import class_images, class_latents, fingerprint
 from dreambooth.data.class_images import Sampled
 from dreambooth.diffusion import model as models
 from dreambooth.diffusion import sampling
+from dreambooth.diffusion.cuda_graphs import CudaRecorder
+from dreambooth.diffusion.cuda_graphs import Recorder as GraphRecorder
 from dreambooth.diffusion.decoding import decode
 from dreambooth.diffusion.denoising import advance
+from dreambooth.diffusion.device_memory import free_caches
 from dreambooth.diffusion.facts import read_facts
+from dreambooth.diffusion.graphed_unet import GraphedUNet
 from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.diffusion.sampling_request import SamplingRequest, check
 from dreambooth.diffusion.schedules import Schedules
 from dreambooth.errors import ModelArtifactError, ResourceError
-from dreambooth.limits import LIMITS
 from dreambooth.progress import Progress
 from dreambooth.task import Task
+from dreambooth.training import expected_memory
+from dreambooth.training.device import DeviceFacts
 from dreambooth.training.memory import usable_bytes
 from dreambooth.training.precision import DTYPES
 
@@ -34,7 +38,6 @@ log = logging.getLogger(__name__)
 
 NUM_INFERENCE_STEPS = 25
 GUIDANCE_SCALE = 7.5  # the pipeline's own default, as the originals use it
-BATCH_SIZE = 8  # 16 rows of a U-Net call, with guidance: more gain little on any device
 
 # DPM-Solver++ (arXiv 2211.01095), second-order multistep, over the base model's own noise schedule:
 # its betas, timesteps and prediction type. What other noise schedulers say of their solvers goes.
@@ -48,22 +51,21 @@ _SOLVER_SETTINGS = {
 }
 _STEPS_OF_ITS_OWN = 50  # of a model whose noise schedule the solver does not know
 
-# Live elements at the peak of a U-Net call without gradients, per row, channel and latent cell:
-# counted at full size (65 MiB a row in half precision), and a half more for workspaces.
-_ROW_TENSORS = 4.3
 
-
-def class_image_paths(task: Task) -> Sequence[Path]:
+def class_image_paths(
+    task: Task, record_on: Callable[[torch.device], GraphRecorder] = CudaRecorder
+) -> Sequence[Path]:
     """Class images given and sampled; none without prior preservation.
 
     The sampler is loaded only where pictures are missing and has left the memory on return.
+    record_on: what records the U-Net's calls on a device where the plan has the fast step.
     """
     if not task.samples_class_images:
         return ()
     missing = task.plan.class_images_to_sample
     if missing <= 0:
         return task.dataset.class_images
-    sampler = _Sampler(task)
+    sampler = _Sampler(task, record_on)
     with Progress(missing, "sampling class images", stream=sys.stderr, unit="pictures") as progress:
         paths = class_images.ensure(
             _folder(task),
@@ -101,23 +103,29 @@ def known_latents(task: Task, model: DiffusionModel) -> Callable[[Path], torch.T
 
 
 def batch_size(task: Task) -> int:
-    """How many class images share the U-Net's calls: what fits beside the weights, at least one.
+    """How many class images make a batch: what fits beside the weights, at least one.
 
     A function of the device, the model and the settings alone, so that a job that goes on samples
     in the batches that it began with. On a CPU memory is no question.
     """
-    wanted = min(max(BATCH_SIZE, task.hyperparameters.batch_size), LIMITS.max_generated_batch)
-    whole = replace(task.plan.device, free_bytes=None)  # what is free differs from start to start
-    usable = usable_bytes(whole)
-    if usable is None:
-        return wanted
-    facts = read_facts(task.model_folder)
-    element = DTYPES[task.plan.prior_generation_precision].itemsize
-    parameters = facts.unet_parameters + facts.text_encoder_parameters + facts.vae_parameters
-    area = (task.resolution / facts.resolution) ** 2
-    picture = 2 * _ROW_TENSORS * facts.unet_layer_elements * area  # two rows: it is guided
-    # Pictures are decoded one by one, when the U-Net's call is over.
-    return max(1, min(wanted, int((usable - element * parameters) // (element * picture))))
+    # What is free differs from start to start.
+    return _that_fit(task, replace(task.plan.device, free_bytes=None))
+
+
+def most_at_once(task: Task) -> int:
+    """How many pictures of a batch share a U-Net call: what fits into the memory that is free, or
+    that this process may take (`torch.cuda.set_per_process_memory_fraction`).
+    """
+    return _that_fit(task, task.plan.device)
+
+
+def _that_fit(task: Task, device: DeviceFacts) -> int:
+    return expected_memory.class_batch(
+        task.hyperparameters,
+        read_facts(task.model_folder),
+        task.plan.prior_generation_precision,
+        usable_bytes(device),
+    )
 
 
 def _origin(task: Task) -> str:
@@ -130,6 +138,7 @@ def _origin(task: Task) -> str:
         task.plan.prior_generation_precision,
         SOLVER,
         str(NUM_INFERENCE_STEPS),
+        *(["channels_last"] if task.plan.fast_step else []),
     )
 
 
@@ -156,16 +165,25 @@ def with_fast_solver(model: DiffusionModel) -> tuple[DiffusionModel, int]:
     return fast, min(NUM_INFERENCE_STEPS, steps)
 
 
+def _speed_up(model: DiffusionModel, recorder: GraphRecorder) -> None:
+    """What the fast step adds: channels last, which changes pictures by rounding, and the U-Net's
+    calls replayed as a CUDA graph, which changes none. Nobody has measured either on a GPU.
+    """
+    for part in (model.unet, model.vae):
+        part.to(memory_format=torch.channels_last)
+    model.unet = GraphedUNet(model.unet, recorder).eval()
+
+
 class _Sampler:
     """seeds -> pictures with the class prompt; loads the model at its first call."""
 
-    def __init__(self, task: Task) -> None:
-        self._task = task
+    def __init__(self, task: Task, record_on: Callable[[torch.device], GraphRecorder]) -> None:
+        self._task, self._record_on = task, record_on
         self._model: DiffusionModel | None = None
         self._schedules: Schedules | None = None
         self._steps = NUM_INFERENCE_STEPS
         self._text: dict[str, torch.Tensor] = {}
-        self._most = LIMITS.max_generated_batch
+        self._most = most_at_once(task)
         self._pictures, self._seconds = 0, 0.0
 
     def __call__(self, seeds: Sequence[int]) -> Sequence[Sampled | None]:
@@ -184,9 +202,11 @@ class _Sampler:
                         "resolution, set prior_generation_precision to fp16, or set "
                         "prior_preservation_mode to prediction, which samples none."
                     ) from error
+            if self._model is not None and isinstance(self._model.unet, GraphedUNet):
+                self._model.unet.release("memory ran out in sampling")
             self._most = most // 2
             log.warning("memory ran out sampling %d class images at once: now %d", most, self._most)
-            _empty_the_cache()
+            free_caches()
 
     def _timed(self, seeds: Sequence[int]) -> list[Sampled | None]:
         model, schedules = self._loaded()
@@ -223,6 +243,8 @@ class _Sampler:
             dtype = DTYPES[self._task.plan.prior_generation_precision]
             model = models.load(self._task.model_folder, device=self._task.device, dtype=dtype)
             self._model, self._steps = with_fast_solver(model)
+            if self._task.plan.fast_step:
+                _speed_up(self._model, self._record_on(self._task.device))
             self._schedules = sampling.schedules_of(self._model)
         return self._model, self._schedules
 
@@ -239,11 +261,4 @@ class _Sampler:
             log.info("%d class images sampled in %.2f s", self._pictures, self._seconds)
         self._model = self._schedules = None
         self._text.clear()
-        _empty_the_cache()
-
-
-def _empty_the_cache() -> None:
-    """What nothing refers to goes back to the GPU."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        free_caches()

@@ -32,6 +32,7 @@ from dreambooth.stop import Stopped, StopSignals
 from dreambooth.task import Task
 from dreambooth.training import loop, optimizer, out_of_memory
 from dreambooth.training import state as states
+from dreambooth.training.gpu_peaks import GpuPeaks
 from dreambooth.training.graphed_passes import Record, by_calling
 from dreambooth.training.precision import Precision
 from dreambooth.training.readings import StepMetrics
@@ -100,8 +101,6 @@ def _fine_tune_in_what_is_free(
         record.task, record.step = task, None
         accelerator.free_memory()
         _empty_the_cache()
-        if torch.cuda.is_available():  # the peak that is told is that of the plan that worked
-            torch.cuda.reset_peak_memory_stats()
 
 
 def _ask_for_determinism() -> None:
@@ -230,6 +229,7 @@ def _follow(
         draw_sample=draw_sample,
     )
     with report, record.phase("training"):
+        record.gpu_peaks.begin_training()
         for metrics in steps:
             record.step = metrics.step
             report.step(metrics)
@@ -237,19 +237,17 @@ def _follow(
                 with record.phase("checkpoints"):
                     checkpoints.save(state)
     report.finish(state.loss_total / state.step)
-    _log_memory(task)
+    _log_memory(task, record.gpu_peaks)
     if state.skipped_steps:
         log.info("%d fp16 steps overflowed and were tried again", state.skipped_steps)
 
 
-def _log_memory(task: Task) -> None:
-    """The measured peak beside what the plan expected."""
+def _log_memory(task: Task, peaks: GpuPeaks) -> None:
+    """The measured peak of training beside what the plan expected, and that of all so far."""
     expected = f"{task.plan.memory_bytes / 2**30:.2f} GiB"
     measured = f"{peak_memory_bytes() / 2**30:.2f} GiB of this process"
     if task.device.type == "cuda":
-        allocated = torch.cuda.max_memory_allocated(task.device) / 2**30
-        reserved = torch.cuda.max_memory_reserved(task.device) / 2**30
-        measured = f"{allocated:.2f} GiB allocated, {reserved:.2f} GiB reserved"
+        measured = peaks.in_words()
     log.info("memory: %s expected by the plan, at the peak %s", expected, measured)
 
 

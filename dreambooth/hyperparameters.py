@@ -53,11 +53,13 @@ class MemoryPlan(NamedTuple):
         )
 
 
-# Fastest first; after those that auto takes, what is taken by name alone.
+# Fastest first (of two that make the same passes, the one with fp32 states); after those that auto
+# takes, what is taken by name alone.
 MEMORY_PLANS: Final[Mapping[str, MemoryPlan]] = {
     "fp32_adamw": MemoryPlan(False, False),
     "8bit_adamw": MemoryPlan(True, False),
     "8bit_adamw_checkpointing": MemoryPlan(True, True),
+    "fp32_adamw_in_backward": MemoryPlan(False, True, frees_gradients=True),
     "8bit_adamw_in_backward": MemoryPlan(True, True, frees_gradients=True),
     "8bit_adamw_stochastic_rounding": MemoryPlan(True, False, rounds_stochastically=True),
 }
@@ -187,7 +189,9 @@ class Hyperparameters:
         "fp32", "Number format of the exported weights.", choices=("fp32", "fp16")
     )
     fid_features: str | None = ours(
-        None, "File of the feature network for compute_fid; None: the built-in features."
+        None,
+        "Folder of a CLIP, DINOv2 or ViT model whose features compute_fid uses; None: the built-in "
+        "features.",
     )
     deterministic: bool = ours(
         False, "Asks CUDA for bit-identical runs, slower; a CPU always gives them."

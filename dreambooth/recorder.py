@@ -27,6 +27,7 @@ from dreambooth.report.record import InstancePicture, Rows, RunRecord
 from dreambooth.report.timings import Timings, peak_memory_bytes
 from dreambooth.task import Task
 from dreambooth.training import plan as plans
+from dreambooth.training.gpu_peaks import GpuPeaks
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class Recorder:
     task: Task
     writes: bool = True
     timings: Timings = field(default_factory=Timings)
+    gpu_peaks: GpuPeaks = field(default_factory=GpuPeaks)
     class_paths: Sequence[Path] = ()
     final: Image.Image | None = None
     fid_score: float | None = None
@@ -143,7 +145,7 @@ class Recorder:
             plan=tuple(plans.rows(task.plan, task.hyperparameters)),
             phases=[one for one in self.timings.phases() if one[1] >= _SHORTEST_S],
             seconds=time.monotonic() - task.started,
-            memory=_memory(task),
+            memory=_memory(task, self.gpu_peaks),
             versions=versions(),
             data_fingerprint=fingerprint.of_dataset(task.dataset),
             warnings=(
@@ -223,12 +225,12 @@ def _step_pictures(folder: Path) -> tuple[tuple[int, Path], ...]:
     return tuple(sorted(found))
 
 
-def _memory(task: Task) -> Rows:
+def _memory(task: Task, peaks: GpuPeaks) -> Rows:
     rows = [("peak memory", _size(peak_memory_bytes()))]
     if task.device.type == "cuda":
         rows += [
-            ("peak GPU memory, reserved", _size(torch.cuda.max_memory_reserved(task.device))),
-            ("peak GPU memory, allocated", _size(torch.cuda.max_memory_allocated(task.device))),
+            ("peak GPU memory, reserved", _size(peaks.whole.reserved)),
+            ("peak GPU memory, allocated in training", _size(peaks.training.allocated)),
         ]
     where = "GPU memory" if task.device.type == "cuda" else "training memory"
     rows.append((f"{where} expected by the plan", _size(task.plan.memory_bytes)))

@@ -79,6 +79,8 @@ STDLIB_ONLY_FILES = {  # above the ground, but read by the plan before anything 
     "dreambooth.training.plan",
     "dreambooth.training.device",
     "dreambooth.training.memory",
+    "dreambooth.training.expected_memory",
+    "dreambooth.training.plan_warnings",
     "dreambooth.training.disk",
     "dreambooth.training.lr_schedulers",
     "dreambooth.evaluation.vision_model",

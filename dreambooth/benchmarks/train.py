@@ -1,7 +1,9 @@
 """Training, measured: whole runs of transfer_learning.py, a peer's script beside them.
 
 On a CPU the embedded model, on CUDA the configuration of Stable Diffusion 2.1 base with random
-weights. Every figure is of a real run: there is no second training loop here.
+weights. Every figure is of a real run: there is no second training loop here. The record of a run
+on a GPU is written by `--record` and committed in the folder `records` beside this file, named by
+date and device; no GPU has made one yet.
 """
 
 from __future__ import annotations
@@ -11,49 +13,27 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreambooth import tiny
-from dreambooth.benchmarks.train_step import ours, peer
-from dreambooth.benchmarks.train_step.ours import Figures, Outcome, Scale, Setting, Subject
-from dreambooth.benchmarks.train_step.peer import PeerFigures, PeerOutcome
+from dreambooth.benchmarks.train_step import levers, ours, peer, table
+from dreambooth.benchmarks.train_step.conditions import T4_MEMORY_GIB, Conditions
+from dreambooth.benchmarks.train_step.ours import Outcome, Scale, Setting, Subject
+from dreambooth.benchmarks.train_step.peer import PeerOutcome
+from dreambooth.benchmarks.train_step.result import Result, Row
 from dreambooth.diffusion.facts import read_facts
 from dreambooth.errors import UserError
+from dreambooth.hyperparameters import MEMORY_PLANS
 
 if TYPE_CHECKING:  # it loads torch
     from dreambooth.benchmarks.train_step.graph_check import GraphCheck
-    from dreambooth.benchmarks.train_step.work import Peak
+    from dreambooth.training.device import DeviceFacts
 
 _WARM_UP = 5
-_GIB = 2**30
-_LEGEND = """\
-ms: median of a step, with its tenth and ninth decile. TFLOP/s: U-Net forward and backward as
-counted by torch.utils.flop_counter (what gradient checkpointing computes again is not counted).
-floor: those FLOPs at the device's peak and the optimizer's bytes at its bandwidth.
-fast: with fast_step=True, whose steps are timed ten at a time."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One setting's outcome with what its step costs at the least; peer: the script's outcome."""
-
-    outcome: Outcome
-    flops: int
-    floor_ms: float
-    peer: PeerOutcome | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """All rows; stand_in: the peer ran without the real torchvision; graphs: only on CUDA."""
-
-    rows: tuple[Row, ...]
-    peak: Peak
-    stand_in: bool
-    graphs: GraphCheck | None = None
+_JOB = Scale(steps=395, warm_up=_WARM_UP, class_images=100)  # the goal's own: 400 steps in all
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +46,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--derived",
         action="store_true",
         help="only print what a step should take on a T4 and an A10G, from counts alone",
+    )
+    parser.add_argument(
+        "--levers", action="store_true", help="only print what each lever should gain, and gains"
+    )
+    parser.add_argument(
+        *("--memory_gib", "--memory-gib"),
+        type=float,
+        metavar="N",
+        help="on a GPU: one whole job, in which torch may reserve so much and no more",
+    )
+    parser.add_argument(
+        *("--as_t4", "--as-t4"),
+        action="store_true",
+        help="the same as a T4: fp16 with loss scaling, without flash and cuDNN attention, "
+        f"{T4_MEMORY_GIB:g} GiB where --memory_gib says nothing else",
+    )
+    parser.add_argument(
+        *("--memory_plan", "--memory-plan"), choices=tuple(MEMORY_PLANS), help="only this one"
+    )
+    parser.add_argument(
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="on a GPU: write the JSON document to this file too, to be committed",
     )
     parser.add_argument(
         "--steps", type=_steps, metavar="N", help="measured per setting; default: 50, quick 3"
@@ -81,29 +85,73 @@ def main(arguments: argparse.Namespace) -> int:
     """Run, print the table and the JSON line; 1 where a run failed. Raises UserError."""
     if arguments.derived:
         return _derive()
-    if arguments.peer is not None and not arguments.peer.is_file():
-        raise UserError(f"There is no file {arguments.peer}: give --peer a train_dreambooth.py.")
+    if arguments.levers:
+        levers.show()
+        return 0
     import torch
 
+    from dreambooth.benchmarks import provenance
     from dreambooth.training import device as devices
 
     device = devices.from_torch(torch)
+    _refuse(arguments, device)
+    conditions = Conditions(memory_gib=arguments.memory_gib, as_t4=arguments.as_t4)
+    if conditions.as_t4 and conditions.memory_gib is None:
+        conditions = replace(conditions, memory_gib=T4_MEMORY_GIB)
     scale = Scale(
         steps=arguments.steps or (3 if arguments.quick else 50),
         warm_up=1 if arguments.quick else _WARM_UP,
         class_images=2 if arguments.quick else 16,
     )
+    own_scale = arguments.quick or arguments.steps or device.kind == "cpu"
     name = arguments.model or ("full" if device.kind == "cuda" else "tiny")
     with tempfile.TemporaryDirectory(prefix="train-") as place:
         subject = Subject(
-            model=_model(name, Path(place)), photos=tiny.DATA / "dog1_8", device=device
+            model=_model(name, Path(place)),
+            photos=tiny.DATA / "dog1_8",
+            device=device,
+            conditions=conditions,
         )
-        settings = tuple(ours.settings(device, quick=arguments.quick))
-        result = measure(subject, settings, scale, Path(place), script=arguments.peer)
-    show(result)
-    print(json.dumps(summary(result, subject, scale, model=name)), flush=True)
-    wrong = result.graphs is not None and result.graphs.fault is not None
-    return 1 if wrong or any(_faults(row) for row in result.rows) else 0
+        settings = tuple(_settings(arguments, subject))
+        job_scale = scale if own_scale else _JOB
+        result = measure(
+            subject, settings, scale, Path(place), script=arguments.peer, job_scale=job_scale
+        )
+    found = provenance.facts(torch.device(device.kind))
+    print(provenance.told(found))
+    table.show(result)
+    document = summary(result, subject, scale, job_scale, model=name, found=found)
+    print(json.dumps(document), flush=True)
+    if arguments.record is not None:
+        arguments.record.parent.mkdir(parents=True, exist_ok=True)
+        arguments.record.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return 1 if result.failed else 0
+
+
+def _refuse(arguments: argparse.Namespace, device: DeviceFacts) -> None:
+    """Raise UserError for what cannot be measured here."""
+    script: Path | None = arguments.peer
+    if script is not None and not script.is_file():
+        raise UserError(f"There is no file {script}: give --peer a train_dreambooth.py.")
+    held = {"--as_t4": arguments.as_t4, "--memory_gib": arguments.memory_gib is not None}
+    if script is not None and any(held.values()):
+        raise UserError(
+            "--peer is timed on the GPU as it is: leave out --memory_gib and --as_t4, or --peer."
+        )
+    if device.kind == "cpu":
+        for option, given in {**held, "--record": arguments.record is not None}.items():
+            if given:
+                raise UserError(f"{option} is for a run on a CUDA GPU, and torch sees none here.")
+    if arguments.memory_gib is not None and arguments.memory_gib <= 0:
+        raise UserError("--memory_gib must be above 0.")
+
+
+def _settings(arguments: argparse.Namespace, subject: Subject) -> Iterator[Setting]:
+    """Those of the device and a whole job; under conditions the job alone."""
+    plan: str | None = arguments.memory_plan
+    if subject.conditions == Conditions():
+        yield from ours.settings(subject.device, quick=arguments.quick, only=plan)
+    yield Setting(with_prior_preservation=True, memory_plan=plan or "auto", whole_job=True)
 
 
 def _derive() -> int:
@@ -122,21 +170,25 @@ def measure(
     place: Path,
     *,
     script: Path | None,
+    job_scale: Scale | None = None,
 ) -> Result:
     """Each setting in a folder of its own in `place`, which goes when it is measured.
 
-    script: the peer's, run where the memory plan is what it does by default.
+    script: the peer's, run where the memory plan is what it does by default. job_scale: of whole
+    jobs, where it is another.
     """
     from dreambooth.benchmarks.train_step import work
 
     outcomes: list[tuple[Outcome, PeerOutcome | None]] = []
     for number, setting in enumerate(settings):
-        _tell(_name(setting))
+        _tell(table.name(setting))
         folder = place / f"setting{number}"
-        outcome, theirs = ours.run(setting, subject, scale, folder), None
+        long = job_scale if setting.whole_job else None
+        outcome, theirs = ours.run(setting, subject, long or scale, folder), None
         shutil.rmtree(folder / "model", ignore_errors=True)
-        if script is not None and setting.memory_plan == "fp32_adamw" and not outcome.fault:
-            _tell(f"{_name(setting)}: {script.name}")
+        as_theirs = setting.memory_plan == "fp32_adamw" and not setting.whole_job
+        if script is not None and as_theirs and not outcome.fault:
+            _tell(f"{table.name(setting)}: {script.name}")
             theirs = peer.run(script, outcome, subject, scale, folder / "peer")
         shutil.rmtree(folder)
         outcomes.append((outcome, theirs))
@@ -149,8 +201,7 @@ def measure(
     rows = []
     for outcome, theirs in outcomes:
         flops = work.count_flops(subject.model, outcome.setting.pictures)
-        plan = outcome.setting.memory_plan
-        traffic = parameters * work.optimizer_bytes(plan, subject.mixed_precision)
+        traffic = parameters * work.optimizer_bytes(_plan(outcome), subject.mixed_precision)
         floor_ms = 1000 * (flops / peak.flop_per_s + traffic / peak.bytes_per_s)
         rows.append(Row(outcome=outcome, flops=flops, floor_ms=floor_ms, peer=theirs))
     return Result(
@@ -159,6 +210,12 @@ def measure(
         stand_in=script is not None and peer.needs_stand_in(),
         graphs=graphs,
     )
+
+
+def _plan(outcome: Outcome) -> str:
+    """The plan that a job took, or would have tried first."""
+    taken = outcome.figures.memory_plan if outcome.figures else outcome.setting.memory_plan
+    return taken if taken in MEMORY_PLANS else next(iter(MEMORY_PLANS))
 
 
 def _check_graphs(subject: Subject) -> GraphCheck:
@@ -180,24 +237,29 @@ def _check_graphs(subject: Subject) -> GraphCheck:
         return graph_check.GraphCheck(error=str(error))
 
 
-def summary(result: Result, subject: Subject, scale: Scale, *, model: str) -> dict[str, Any]:
-    """The JSON document."""
-    import torch
-
+def summary(
+    result: Result,
+    subject: Subject,
+    scale: Scale,
+    job_scale: Scale,
+    *,
+    model: str,
+    found: dict[str, Any],
+) -> dict[str, Any]:
+    """The JSON document; found: `provenance.facts`."""
     return {
         "benchmark": "train",
         "model": model,
-        "device": subject.device.name,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "threads": torch.get_num_threads(),
+        **found,
         "mixed_precision": subject.mixed_precision,
+        "conditions": asdict(subject.conditions),
         "batch_size": ours.BATCH_SIZE,
         "scale": asdict(scale),
+        "job_scale": asdict(job_scale),
         "peak": asdict(result.peak),
         "peer_has_stand_in": result.stand_in,
         "graphs": None if result.graphs is None else asdict(result.graphs),
-        "settings": [_plain(row) for row in result.rows],
+        "settings": [row.document() for row in result.rows],
     }
 
 
@@ -224,105 +286,3 @@ def _steps(text: str) -> int:
 
 def _tell(doing: str) -> None:
     print(doing, file=sys.stderr, flush=True)
-
-
-def _name(setting: Setting) -> str:
-    loss = "prior" if setting.with_prior_preservation else "plain"
-    return f"{loss} {'fast ' * setting.fast_step}{setting.memory_plan}"
-
-
-def show(result: Result) -> None:
-    """Print the table and what its columns mean."""
-    peak = result.peak
-    print(
-        f"{'setting':<32}{'ms':>9}{'p10-p90':>18}{'pictures/s':>12}{'TFLOP/s':>10}{'of floor':>10}"
-        f"{'memory GiB':>12}{'first step':>12}{'class image':>13}{'export':>9}{'run':>9}"
-    )
-    for row in result.rows:
-        name, figures = _name(row.outcome.setting), row.outcome.figures
-        print(_line(name, row, figures) if figures else f"{name:<32}{row.outcome.fault}")
-        if row.peer is not None:
-            theirs = row.peer.figures
-            print(_peer_line(theirs) if theirs else f"{'  peer':<32}{row.peer.fault}")
-            if theirs and figures:
-                print(
-                    f"{'  ratio':<32}{theirs.times.median_ms / figures.times.median_ms:9.2f}"
-                    f"  whole run {theirs.run_s / figures.without_class_images_s:.2f} "
-                    "(without sampling class images)"
-                )
-    print(f"\n{_LEGEND}")
-    print(f"peak: {peak.flop_per_s / 1e12:.3g} TFLOP/s, {peak.bytes_per_s / 1e9:.4g} GB/s", end=" ")
-    print(f"({peak.source})")
-    if result.graphs is not None:
-        print(f"fast step: {result.graphs.told}")
-    if result.stand_in:
-        print("torchvision is missing: the peer ran with a small stand-in for its transforms")
-
-
-def _line(name: str, row: Row, figures: Figures) -> str:
-    sampling = figures.class_image_s
-    return (
-        f"{name:<32}{_times(figures)}{_pictures_per_s(row, figures):12.2f}"
-        f"{_tflop_per_s(row, figures):10.4g}{row.floor_ms / figures.times.median_ms:10.1%}"
-        f"{_memory(figures):>12}{figures.first_step_s:10.1f} s"
-        f"{'-' if sampling is None else f'{sampling:.2f} s':>13}{figures.export_s:7.2f} s"
-        f"{figures.run_s:7.1f} s"
-    )
-
-
-def _peer_line(theirs: PeerFigures) -> str:
-    blank = " " * 32  # pictures per second, TFLOP/s and share of the floor: see the ratio
-    return (
-        f"{'  peer':<32}{_times(theirs)}{blank}{_memory(theirs):>12}{theirs.first_step_s:10.1f} s"
-        f"{'':22}{theirs.run_s:7.1f} s"
-    )
-
-
-def _times(figures: Figures | PeerFigures) -> str:
-    times = figures.times
-    return f"{times.median_ms:9.1f}{f'{times.p10_ms:.1f}-{times.p90_ms:.1f}':>18}"
-
-
-def _memory(figures: Figures | PeerFigures) -> str:
-    """Allocated/reserved on the GPU; on a CPU what the process held."""
-    memory = figures.memory
-    if memory is None:
-        return "-"
-    if memory.allocated is None or memory.reserved is None:
-        return f"{memory.resident / _GIB:.2f}"
-    return f"{memory.allocated / _GIB:.2f}/{memory.reserved / _GIB:.2f}"
-
-
-def _pictures_per_s(row: Row, figures: Figures) -> float:
-    return 1000 * row.outcome.setting.pictures / figures.times.mean_ms
-
-
-def _tflop_per_s(row: Row, figures: Figures) -> float:
-    return row.flops / figures.times.median_ms / 1e9
-
-
-def _faults(row: Row) -> list[str]:
-    both = (row.outcome, row.peer)
-    return [each.fault for each in both if each is not None and each.fault is not None]
-
-
-def _plain(row: Row) -> dict[str, Any]:
-    """One row of the JSON document."""
-    figures, theirs = row.outcome.figures, row.peer.figures if row.peer else None
-    plain: dict[str, Any] = {
-        **asdict(row.outcome.setting),
-        "flops_per_step": row.flops,
-        "floor_ms": row.floor_ms,
-        "faults": _faults(row),
-    }
-    if figures is not None:
-        plain |= asdict(figures)
-        plain["pictures_per_s"] = _pictures_per_s(row, figures)
-        plain["tflop_per_s"] = _tflop_per_s(row, figures)
-        plain["share_of_floor"] = row.floor_ms / figures.times.median_ms
-    if figures is not None and theirs is not None:
-        plain["peer"] = asdict(theirs)
-        plain["ratio"] = theirs.times.median_ms / figures.times.median_ms
-        plain["ratio_mean"] = theirs.times.mean_ms / figures.times.mean_ms
-        plain["ratio_whole_run"] = theirs.run_s / figures.without_class_images_s
-    return plain

@@ -87,9 +87,14 @@ class CudaRecorder:
         return self._pool_bytes
 
     def free_bytes(self) -> int:
-        """See Recorder: the device's free memory, and the allocator's outside of the pool."""
-        free, _ = torch.cuda.mem_get_info(self._device)
+        """See Recorder: the device's free memory, and the allocator's outside of the pool.
+
+        Of the device's no more than the fraction that torch may take for this process.
+        """
+        free, total = torch.cuda.mem_get_info(self._device)
         reserved = torch.cuda.memory_reserved(self._device)
+        allowed = int(torch.cuda.get_per_process_memory_fraction(self._device) * total)
+        free = max(0, min(free, allowed - reserved))
         idle = reserved - torch.cuda.memory_allocated(self._device) - self._pool_bytes
         return free + max(0, idle)
 

@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-import gc
 import math
 
 import torch
 
-# What CPU allocators and CUDA libraries say, in lower case.
-_SIGNS = ("out of memory", "can't allocate memory", "alloc_failed", "not enough memory")
+from dreambooth.diffusion.device_memory import free_caches, is_out_of_memory
+
+__all__ = ["RowCap", "advice", "free_caches", "is_device_lost", "is_out_of_memory"]
+
 # Full calls that must succeed before the cap is raised; doubled each time that this goes wrong.
 PATIENCE = 50
 MOST_PATIENCE = 6400
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that an allocation failed, on a GPU or on a CPU."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(s in str(error).lower() for s in _SIGNS)
-
-
 def is_device_lost(error: BaseException) -> bool:
     """Whether the accelerator itself failed, after which only a new process can use it."""
     return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)
-
-
-def free_caches() -> None:
-    """Hand back what allocators keep for later; call it outside of the `except` block.
-
-    An exception holds the tensors of the frames that it passed through.
-    """
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 class RowCap:

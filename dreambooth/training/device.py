@@ -66,6 +66,23 @@ def from_driver() -> DeviceFacts:
     )
 
 
+def process_memory_bytes(pid: int) -> int | None:
+    """What the driver counts for a process on all GPUs (NVML, by nvidia-smi): torch's memory, and
+    that of CUDA's context and the libraries.
+
+    None without a driver, before the process uses a GPU, and where the driver does not know it by
+    this number: in a container with numbers of its own.
+    """
+    query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True)
+        rows = [row.split(", ") for row in answer.stdout.splitlines()]
+        mebibytes = [int(used) for number, used in rows if int(number) == pid]
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+    return sum(mebibytes) * 2**20 if mebibytes else None
+
+
 def host_memory_bytes() -> int:
     """Physical memory of the machine; 0 where the system does not tell."""
     try:

@@ -43,9 +43,10 @@ def build(
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019) with the published hyperparameters.
 
-    rounds_stochastically: 8-bit states, for bf16 weights. fused: one kernel for many weights on
-    CUDA too, where steps are then counted by the device. Raises ResourceError where 8-bit states
-    are asked for and bitsandbytes cannot be loaded.
+    rounds_stochastically: 8-bit states, for bf16 weights. fused, for the fast step: one kernel for
+    many weights on CUDA too, where steps are then counted by the device, and 8-bit states that no
+    kernel is waited for. Raises ResourceError where 8-bit states are asked for and bitsandbytes
+    cannot be loaded.
     """
     groups = decay_groups(modules, hyperparameters.adam_weight_decay)
     settings = {
@@ -63,7 +64,8 @@ def build(
             ) from error
         if rounds_stochastically:
             return adamw_8bit.RoundedAdamW8bit(groups, seed=hyperparameters.seed, **settings)
-        plain: torch.optim.Optimizer = adamw_8bit.AdamW8bit(groups, **settings)
+        kind = adamw_8bit.UnhurriedAdamW8bit if fused else adamw_8bit.AdamW8bit
+        plain: torch.optim.Optimizer = kind(groups, **settings)
         return plain
     # One fused pass over the many small tensors; on CUDA torch's default stays until measured.
     on_cpu = all(p.device.type == "cpu" for group in groups for p in group["params"])  # type: ignore[attr-defined]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from dreambooth.hyperparameters import MEMORY_PLANS
+from dreambooth.hyperparameters import MemoryPlan
+from dreambooth.training import memory
 from dreambooth.training.plan import TrainingPlan
 
 # Libraries that allocate for themselves say it in an error of no class of its own.
@@ -25,8 +26,13 @@ def is_meant_by(error: BaseException) -> bool:
 
 def advice(plan: TrainingPlan) -> str:
     """The sentence for the user whose job ends by it."""
-    names = list(MEMORY_PLANS)
-    smaller = names[names.index(plan.memory_plan) + 1 :]
+    running = MemoryPlan(
+        plan.use_8bit_adam,
+        plan.gradient_checkpointing,
+        frees_gradients=plan.frees_gradients,
+        rounds_stochastically=plan.rounds_stochastically,
+    )
+    smaller = list(memory.smaller_than(running))
     by_plan = f", or set memory_plan to {' or '.join(smaller)}" if smaller else ""
     return (
         f"The GPU ran out of memory (memory_plan {plan.memory_plan}): lower batch_size or "

@@ -12,21 +12,22 @@ from typing import Any
 from dreambooth.data.dataset_info import DatasetInfo
 from dreambooth.diffusion.facts import ModelFacts
 from dreambooth.hyperparameters import MEMORY_PLANS, Hyperparameters
-from dreambooth.training import disk, lr_schedulers, memory
-from dreambooth.training.device import DeviceFacts, host_memory_bytes
+from dreambooth.training import disk, expected_memory, lr_schedulers, memory, plan_warnings
+from dreambooth.training.device import DeviceFacts
 from dreambooth.training.disk import DiskBudget
+from dreambooth.training.expected_memory import PhasePeak, shown
 from dreambooth.training.memory import MemoryChoice
 
 MAX_CACHED_CROPS = 8  # random crops per picture that is not square
 CHECKPOINT_MINUTES = 10.0  # where a checkpoint folder is given and no interval
-GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingPlan:
     """What the job will do.
 
-    memory_bytes: expected peak on the device; disk: expected need; 0 where not known yet.
+    memory_bytes: expected peak of the step on the device; disk: expected need; 0 where not known
+    yet. phases: expected peaks of all phases, none where not known yet.
     smaller: the memory plans to go over to, one after the other, should memory run out.
     """
 
@@ -56,6 +57,7 @@ class TrainingPlan:
     frees_gradients: bool = False
     rounds_stochastically: bool = False
     fast_step: bool = False
+    phases: tuple[PhasePeak, ...] = ()
     smaller: tuple[MemoryChoice, ...] = ()
 
     def epoch(self, step: int) -> float:
@@ -107,8 +109,15 @@ def make(
     given = len(dataset.class_images) if needs_class_images else 0
     class_images = max(given, hyperparameters.num_class_images) if needs_class_images else 0
     mixed_precision = _mixed_precision(hyperparameters, device)
+    prior_precision = _prior_precision(hyperparameters, device)
     chosen, *smaller = memory.choose(
-        hyperparameters, facts, device, mixed_precision=mixed_precision, processes=processes
+        hyperparameters,
+        facts,
+        device,
+        mixed_precision=mixed_precision,
+        prior_precision=prior_precision,
+        class_images_to_sample=class_images - given,
+        processes=processes,
     )
     warmup = hyperparameters.lr_warmup_steps
     if warmup is None:
@@ -131,7 +140,7 @@ def make(
         resolution=hyperparameters.resolution or (facts.resolution if facts else None),
         cached_crops=max(1, min(MAX_CACHED_CROPS, math.ceil(samples / instances))),
         mixed_precision=mixed_precision,
-        prior_generation_precision=_prior_precision(hyperparameters, device),
+        prior_generation_precision=prior_precision,
         **_decided_by(chosen, *smaller),
         lr_warmup_steps=warmup,
         checkpointing_steps=checkpointing_steps,
@@ -146,10 +155,11 @@ def make(
             copied_bytes=copied_bytes,
         ),
         warnings=(
-            *_warnings(
-                hyperparameters, device, mixed_precision, steps, warmup, chosen.expected_bytes
+            *plan_warnings.of_memory(device, chosen.phases),
+            *plan_warnings.of_settings(hyperparameters, device, mixed_precision, steps, warmup),
+            *plan_warnings.of_the_fast_step(
+                hyperparameters, device, mixed_precision, processes, chosen
             ),
-            *_fast_step_warnings(hyperparameters, device, mixed_precision, processes, chosen),
         ),
     )
 
@@ -164,6 +174,7 @@ def _decided_by(chosen: MemoryChoice, *smaller: MemoryChoice) -> dict[str, Any]:
         "rounds_stochastically": chosen.plan.rounds_stochastically,
         "fast_step": chosen.fast_step,
         "memory_bytes": chosen.expected_bytes,
+        "phases": chosen.phases,
         "smaller": smaller,
     }
 
@@ -178,57 +189,6 @@ def _mixed_precision(hyperparameters: Hyperparameters, device: DeviceFacts) -> s
 def _prior_precision(hyperparameters: Hyperparameters, device: DeviceFacts) -> str:
     wanted = hyperparameters.prior_generation_precision or device.mixed_precision
     return "no" if wanted == "fp32" else wanted
-
-
-def _warnings(
-    hyperparameters: Hyperparameters,
-    device: DeviceFacts,
-    mixed_precision: str,
-    steps: int,
-    warmup: int,
-    memory_bytes: int,
-) -> tuple[str, ...]:
-    notes = []
-    usable = memory.usable_bytes(device)
-    there = host_memory_bytes() if usable is None else usable
-    if memory_bytes > there > 0:
-        notes.append(
-            f"The run is expected to take {_bytes(memory_bytes)} of memory, and {device.name} has "
-            f"{_bytes(there)} to give: lower batch_size or resolution, or choose a smaller "
-            "memory_plan."
-        )
-    if hyperparameters.lr_scheduler == "constant" and warmup:
-        notes.append(
-            f"lr_warmup_steps={warmup} has no effect with lr_scheduler=constant; "
-            "use constant_with_warmup."
-        )
-    elif warmup >= steps:
-        notes.append(
-            f"lr_warmup_steps={warmup} is not below the {steps} steps of this run: "
-            "the learning rate never reaches its full value."
-        )
-    if mixed_precision == "bf16" and device.mixed_precision == "fp16":
-        notes.append(
-            f"{device.name} computes bf16 slowly (compute capability below 8.0); use fp16."
-        )
-    if mixed_precision == "fp16" and device.kind == "cpu":
-        notes.append("fp16 on a CPU is slow and less exact than the default, fp32.")
-    return tuple(notes)
-
-
-def _fast_step_warnings(
-    hyperparameters: Hyperparameters,
-    device: DeviceFacts,
-    mixed_precision: str,
-    processes: int,
-    chosen: MemoryChoice,
-) -> tuple[str, ...]:
-    if not hyperparameters.fast_step or chosen.fast_step:
-        return ()
-    why = memory.why_no_fast_step(
-        hyperparameters, device, mixed_precision=mixed_precision, processes=processes
-    )
-    return (f"fast_step is left out: {why or f'it does not go with {chosen.name}'}.",)
 
 
 def describe(plan: TrainingPlan, hyperparameters: Hyperparameters) -> str:
@@ -256,7 +216,7 @@ def rows(plan: TrainingPlan, hyperparameters: Hyperparameters) -> list[tuple[str
         ("precision", _precision_line(plan)),
         ("learning rate", curve),
         ("memory plan", _memory_line(plan)),
-        ("expected memory", _bytes(plan.memory_bytes)),
+        ("expected memory", _expected_line(plan)),
         ("expected disk", _disk_line(plan.disk)),
     ]
     if plan.checkpointing_steps or plan.checkpointing_minutes:
@@ -310,6 +270,17 @@ def _memory_line(plan: TrainingPlan) -> str:
     return line
 
 
+def _expected_line(plan: TrainingPlan) -> str:
+    """The step's, and the phase that decides whether the run fits."""
+    most = expected_memory.largest(plan.phases)
+    if most is None:
+        return shown(0)
+    line = f"{shown(plan.memory_bytes)} in training"
+    if most.bytes > plan.memory_bytes:
+        return f"{line}; the most, {shown(most.bytes)}, in {most.phase}"
+    return f"{line}, the most of all phases"
+
+
 def _disk_line(budget: DiskBudget) -> str:
     parts = [
         ("the model", budget.model),
@@ -318,11 +289,5 @@ def _disk_line(budget: DiskBudget) -> str:
         ("class images", budget.class_images),
         ("the rest", budget.rest),
     ]
-    named = ", ".join(f"{name} {_bytes(count)}" for name, count in parts if count)
-    return f"{_bytes(budget.total)}: {named}" if budget.model else _bytes(0)
-
-
-def _bytes(count: int) -> str:
-    if count == 0:
-        return "known once the model is unpacked"
-    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.0f} MiB"
+    named = ", ".join(f"{name} {shown(count)}" for name, count in parts if count)
+    return f"{shown(budget.total)}: {named}" if budget.model else shown(0)

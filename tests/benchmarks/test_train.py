@@ -10,13 +10,23 @@ from PIL import Image
 
 from dreambooth import tiny
 from dreambooth.__main__ import main
-from dreambooth.benchmarks import train
-from dreambooth.benchmarks.train import Result, Row
-from dreambooth.benchmarks.train_step import derived, full_size, ours, peer, processes, work
+from dreambooth.benchmarks import provenance, train
+from dreambooth.benchmarks.train_step import (
+    derived,
+    full_size,
+    levers,
+    ours,
+    peer,
+    processes,
+    table,
+    work,
+)
 from dreambooth.benchmarks.train_step import transforms_stand_in as transforms
 from dreambooth.benchmarks.train_step.figures import StepTimes, step_times
 from dreambooth.benchmarks.train_step.ours import Figures, Outcome, Scale, Setting, Subject
+from dreambooth.benchmarks.train_step.phases import Phase
 from dreambooth.benchmarks.train_step.processes import Line, Memory
+from dreambooth.benchmarks.train_step.result import Result, Row
 from dreambooth.hyperparameters import MEMORY_PLANS
 from dreambooth.training.device import CPU, DeviceFacts
 
@@ -51,6 +61,9 @@ for step in range(args.max_train_steps + 1):
 """
 
 
+FOUND = provenance.facts(torch.device("cpu"))
+
+
 def script(folder: Path, text: str) -> Path:
     path = folder / "script.py"
     path.write_text(textwrap.dedent(text))
@@ -82,11 +95,14 @@ def test_a_run_is_measured_and_set_beside_a_peer(
     assert 2**27 < figures.memory.resident < 2**33
     assert figures.memory.allocated is None
 
-    train.show(result)
+    table.show(result)
     text = capsys.readouterr().out
     assert "  ratio" in text
     assert ("stand-in" in text) == result.stand_in == peer.needs_stand_in()
-    document = json.loads(json.dumps(train.summary(result, subject, scale, model="small")))
+    document = json.loads(
+        json.dumps(train.summary(result, subject, scale, scale, model="small", found=FOUND))
+    )
+    assert (document["device"], document["commit"]) == ("cpu", FOUND["commit"])
     (plain,) = document["settings"]
     assert plain["faults"] == []
     assert plain["ratio"] == pytest.approx(theirs.times.median_ms / figures.times.median_ms)
@@ -101,7 +117,14 @@ def test_what_failed_and_the_memory_of_a_gpu_stand_in_the_table(
     gib = 2**30
     figures = Figures(
         times=StepTimes(median_ms=25.0, p10_ms=24.0, p90_ms=26.0, mean_ms=50.0),
-        memory=Memory(resident=gib, allocated=12 * gib, reserved=13 * gib),
+        memory=Memory(
+            resident=gib,
+            allocated=12 * gib,
+            reserved=13 * gib,
+            process=14 * gib,
+            phases={"training": Phase(seconds=9.0, times=1, allocated=11 * gib)},
+        ),
+        expected_bytes=10 * gib,
         first_step_s=9.0,
         class_image_s=None,
         export_s=2.0,
@@ -126,9 +149,17 @@ def test_what_failed_and_the_memory_of_a_gpu_stand_in_the_table(
         )
     )
     peak = work.peak(DeviceFacts(kind="cuda", name="Tesla T4"))
-    train.show(Result(rows=rows, peak=peak, stand_in=False))
+    table.show(Result(rows=rows, peak=peak, stand_in=False))
     lines = capsys.readouterr().out.splitlines()
-    for shown in ("25.0", "24.0-26.0", " 20.00 ", " 40 ", " 50.0% ", " 12.00/13.00 "):
+    for shown in (
+        "25.0",
+        "24.0-26.0",
+        " 20.00 ",
+        " 40 ",
+        " 50.0% ",
+        " 12.00/13.00/14.00 ",
+        " 110.0% ",
+    ):
         assert shown in lines[1]
     assert lines[2].split(maxsplit=2) == ["plain", "fp32_adamw", "exit 1: no room"]
 
@@ -138,6 +169,54 @@ def test_a_peer_that_is_not_there_is_told_at_once(
 ) -> None:
     assert main(["benchmark", "train", "--peer", str(tmp_path / "none.py")]) == 1
     assert "none.py: give --peer a train_dreambooth.py" in capsys.readouterr().err
+
+
+def test_the_whole_command_runs_as_users_call_it(
+    small_model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--quick", "--steps", "2", "--model", str(small_model_folder)]
+    assert main(["benchmark", "train", *options]) == 0
+    *shown, line = capsys.readouterr().out.splitlines()
+    assert shown[0].startswith("device cpu, ")
+    document = json.loads(line)
+    assert {"driver", "torch", "cuda", "commit", "date", "diffusers"} <= set(document)
+    plain, prior, whole = document["settings"]
+    rows = [next(row for row in shown if row.startswith(name)) for name in ROWS]
+    for row, each in zip(rows, (plain, prior, whole), strict=True):
+        assert each["faults"] == []
+        assert f"{each['times']['median_ms']:.1f}" in row
+        assert each["memory_plan"] == "fp32_adamw"
+        assert each["of_expected"] is None  # there is no torch to ask about a CPU's memory
+        assert each["expected_bytes"] > 0
+    assert whole["whole_job"]
+    assert not prior["whole_job"]
+    phases = whole["memory"]["phases"]
+    for name in ("class images", "training", "sample pictures", "export", "fid_score"):
+        assert phases[name]["seconds"] > 0
+        assert any(row.startswith(name) for row in shown)
+    # of 3 steps a checkpoint and a picture after each, and a last picture
+    assert (phases["checkpoints"]["times"], phases["sample pictures"]["times"]) == (3, 4)
+    assert whole["checkpoint_s"] == pytest.approx(phases["checkpoints"]["seconds"] / 3)
+    assert 0 < whole["ready_s"] < 600
+    assert sum(phase["seconds"] for phase in phases.values()) < whole["run_s"]
+    told = f"{whole['run_s']:.1f} s from start to end, a checkpoint {whole['checkpoint_s']:.2f} s"
+    assert any(f"{told}, server ready after {whole['ready_s']:.2f} s" in row for row in shown)
+
+
+ROWS = ("plain fp32_adamw ", "prior fp32_adamw ", "prior job auto ")
+
+
+def test_levers_are_printed_with_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["benchmark", "train", "--levers"]) == 0
+    *shown, line = capsys.readouterr().out.splitlines()
+    assert shown[2].split() == ["lever", "predicted", "measured", "where"]
+    for each in json.loads(line)["levers"]:
+        assert each["measured"].startswith(("CPU 2026-", levers.NOT_MEASURED))
+        assert any(row.startswith(each["lever"][:30].rsplit(" ", 1)[0]) for row in shown)
+
+
+def test_compiling_is_back_after_so_many_steps() -> None:
+    assert levers.compile_break_even() == (17_000, 120_000)
 
 
 def test_one_step_has_no_spread(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,14 +1,20 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from dreambooth.diffusion.loss import dreambooth_loss
 from dreambooth.hyperparameters import Hyperparameters
-from dreambooth.training import adamw_8bit, optimizer
+from dreambooth.training import adamw_8bit, loop, optimizer
+from dreambooth.training.graphed_passes import GraphedPasses, by_calling
+from dreambooth.training.master_weights import MasterWeights
 
 SETTINGS = Hyperparameters(learning_rate=1e-3)
 
@@ -142,3 +148,111 @@ def test_rounding_is_a_function_of_seed_and_step() -> None:
 
     assert torch.equal(weights(1), weights(1))
     assert not torch.equal(weights(1), weights(2))
+
+
+class RefusesToWait(TorchDispatchMode):
+    """No value is brought to the host, which would wait for a GPU."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten = torch.ops.aten
+        assert func not in (aten._local_scalar_dense.default, aten.equal.default), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """Shapes of the weights that bitsandbytes waits for, as it does wherever they are on a GPU."""
+    seen: list[torch.Size] = []
+    monkeypatch.setattr(
+        bitsandbytes.optim.optimizer, "sync_gpu", lambda weight: seen.append(weight.shape)
+    )
+    return seen
+
+
+def states_and_weights(module: nn.Module, adamw: torch.optim.Optimizer) -> list[Any]:
+    found: list[Any] = list(module.parameters())
+    for state in adamw.state_dict()["state"].values():
+        for value in state.values():
+            found += value.values() if isinstance(value, dict) else [torch.tensor(value)]
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_waiting_states_and_weights_are_bitsandbytes_own(
+    waits: list[torch.Size], dtype: torch.dtype
+) -> None:
+    kinds = (bitsandbytes.optim.AdamW8bit, adamw_8bit.UnhurriedAdamW8bit)
+    runs = []
+    for kind in kinds:
+        waits.clear()
+        module = network().to(dtype)
+        untouched = nn.Parameter(torch.ones(8))
+        module.register_parameter("untouched", untouched)
+        adamw = kind(optimizer.decay_groups([module], 0.01), lr=1e-3)
+        for number in range(12):
+            for group in adamw.param_groups:
+                group["lr"] = 1e-3 / (1 + number)
+            generator = torch.Generator().manual_seed(number)
+            for parameter in module.parameters():
+                if parameter is not untouched:
+                    gradient = torch.randn(parameter.shape, generator=generator) * 1e-3
+                    parameter.grad = gradient.to(parameter)
+            adamw.step()
+            if number == 5:  # states go from a run to its continuation
+                adamw.load_state_dict(adamw.state_dict())
+        runs.append(states_and_weights(module, adamw))
+        assert len(waits) == (12 * 6 if kind is kinds[0] else 0)
+    assert len(runs[0]) == len(runs[1]) > 6 * 4
+    for theirs, ours in zip(*runs, strict=True):
+        assert theirs.dtype == ours.dtype
+        assert torch.equal(theirs, ours)
+
+
+def test_with_another_stream_than_its_kernels_it_waits_as_ever(
+    waits: list[torch.Size], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = network()
+    adamw = optimizer.build([module], SETTINGS, use_8bit_adam=True, fused=True)
+    monkeypatch.setattr(type(adamw), "_in_order", lambda self: False)
+    step(module, adamw, 0)
+    assert len(waits) == len(list(module.parameters()))
+
+
+def test_only_the_fast_step_goes_without_waiting(waits: list[torch.Size]) -> None:
+    for fused, count in ((False, 6), (True, 0)):
+        module = network()
+        step(module, optimizer.build([module], SETTINGS, use_8bit_adam=True, fused=fused), 0)
+        assert len(waits) == count
+        waits.clear()
+
+
+def test_nothing_in_an_8_bit_fast_step_waits_for_the_device(
+    make_training: Callable[..., Any], waits: list[torch.Size], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = make_training(mixed_precision="bf16", fast_step=True, use_8bit_adam=True)
+    training.state.optimizer = optimizer.build(
+        [training.state.unet], training.settings, use_8bit_adam=True, fused=training.plan.fast_step
+    )
+    masters = MasterWeights(training.state, 1.0)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("synchronize")
+
+    def one_pass(noisy: Tensor, timesteps: Tensor, text: Tensor, target: Tensor) -> Tensor:
+        model_pred = loop.predict(masters.unet, noisy, timesteps, text)
+        losses = dreambooth_loss(model_pred, target, instances=1, prior_loss_weight=1.0)
+        training.state.precision.backward(losses.total)
+        return losses.total.detach()
+
+    graphed = GraphedPasses(one_pass, list(masters.unet.parameters()), by_calling)
+    latents = torch.ones(1, 4, 8, 8)
+    given = latents, torch.tensor([500]), training.data.instance_text, latents
+    monkeypatch.setattr(torch.cuda, "synchronize", refuse)
+    before = training.weights()
+    with RefusesToWait():
+        for _ in range(2):
+            masters.collect(lambda: graphed(*given))
+            masters.norm()
+            assert masters.update(lambda: torch.zeros(3))
+    assert waits == []
+    assert not torch.equal(training.weights(), before)

@@ -43,6 +43,24 @@ def test_without_a_driver_it_is_a_cpu(tmp_path: Path, monkeypatch: pytest.Monkey
     assert device.from_driver() == device.CPU
 
 
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("echo '41, 300'; echo '42, 1000'; echo '42, 24'", 2**30),  # on two GPUs
+        ("echo '41, 300'", None),
+        ("echo '42, [N/A]'", None),
+        ("exit 9", None),
+        ("true", None),
+    ],
+)
+def test_the_driver_counts_a_processs_memory(
+    script: str, expected: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = 'test "$1" = --query-compute-apps=pid,used_memory || exit 1\n'
+    with_driver(tmp_path, asked + script, monkeypatch)
+    assert device.process_memory_bytes(42) == expected
+
+
 def test_precision_by_compute_capability() -> None:
     def of(capability: tuple[int, int]) -> str:
         return device.DeviceFacts(

@@ -40,11 +40,26 @@ def test_which_errors_mean_it(error: Exception, meant: bool) -> None:
     assert out_of_memory.is_meant_by(wrapped) is meant
 
 
-def test_the_advice_names_what_is_left_to_try() -> None:
-    def advice(name: str) -> str:
-        plan = make(Hyperparameters(memory_plan=name), DATASET, None, CPU)
-        return out_of_memory.advice(plan)
+def advice(name: str = "auto", **changes: object) -> str:
+    settings = Hyperparameters(memory_plan=name, **changes)  # type: ignore[arg-type]
+    return out_of_memory.advice(make(settings, DATASET, None, CPU))
 
+
+def test_the_advice_names_what_is_left_to_try() -> None:
     assert "8bit_adamw_in_backward" in advice("8bit_adamw")
+    assert "fp32_adamw_in_backward" not in advice("8bit_adamw")  # which is larger
+    assert advice("fp32_adamw_in_backward").endswith(
+        "memory_plan to 8bit_adamw or 8bit_adamw_checkpointing or 8bit_adamw_in_backward or "
+        "8bit_adamw_stochastic_rounding."
+    )
     assert advice("8bit_adamw_in_backward").endswith("to 8bit_adamw_stochastic_rounding.")
     assert advice("8bit_adamw_stochastic_rounding").endswith("lower batch_size or resolution.")
+
+
+def test_the_advice_names_the_plan_that_ran_where_switches_are_set_by_hand() -> None:
+    told = advice(use_8bit_adam=True)
+    assert "(memory_plan 8bit_adamw): lower" in told
+    assert "memory_plan to 8bit_adamw_checkpointing or" in told
+    told = advice(gradient_checkpointing=True)
+    assert "(memory_plan fp32_adamw with gradient_checkpointing=True): lower" in told
+    assert "memory_plan to 8bit_adamw or 8bit_adamw_checkpointing or" in told

@@ -9,7 +9,9 @@ from dreambooth.data.dataset_info import DatasetInfo
 from dreambooth.diffusion.facts import ModelFacts
 from dreambooth.hyperparameters import Hyperparameters
 from dreambooth.training import plan as plans
+from dreambooth.training import plan_warnings
 from dreambooth.training.device import CPU, DeviceFacts
+from dreambooth.training.expected_memory import PhasePeak
 
 GIB = 2**30
 T4 = DeviceFacts(kind="cuda", name="Tesla T4", compute_capability=(7, 5), memory_bytes=15 * GIB)
@@ -130,6 +132,48 @@ def test_the_memory_plan_is_printed_with_its_price_and_its_expected_bytes() -> N
     assert "8bit_adamw_in_backward, gradients freed as they arrive: every pass is made" in text
     assert "expected memory  5.2" in text
     assert "should memory run out, 8bit_adamw" in plans.describe(make(A10G), Hyperparameters())
+
+
+def test_the_plan_says_which_phase_decides_whether_the_run_fits() -> None:
+    small = replace(T4, memory_bytes=6 * GIB)
+    settings = Hyperparameters(sample_steps=50)
+    made = make(small, sample_steps=50)
+    assert "expected memory  5.24 GiB in training; the most, 5.92 GiB, in sample pictures" in (
+        plans.describe(made, settings)
+    )
+    assert made.memory_bytes < max(peak.bytes for peak in made.phases)
+    assert "expected memory  13.24 GiB in training, the most of all phases" in (
+        plans.describe(make(A10G), Hyperparameters())
+    )
+    smaller = make(A10G).in_less_memory()
+    assert smaller is not None
+    assert smaller.phases != make(A10G).phases
+
+
+def test_a_phase_that_does_not_fit_is_told_with_what_lowers_it() -> None:
+    peaks = [PhasePeak(phase=name, bytes=n * GIB) for name, n in (("encoding", 9), ("training", 8))]
+    card = replace(T4, memory_bytes=6 * GIB)
+    assert plan_warnings.of_memory(card, peaks) == (  # no memory plan changes what encoding takes
+        "The run is expected to take 9.00 GiB of memory in encoding, and Tesla T4 has 5.20 GiB to "
+        "give: lower batch_size or resolution.",
+    )
+    assert plan_warnings.of_memory(replace(card, memory_bytes=10 * GIB), peaks) == ()
+    assert plan_warnings.of_memory(card, ()) == ()
+    (told,) = make(replace(T4, memory_bytes=12 * GIB), memory_plan="fp32_adamw").warnings
+    assert "take 13.24 GiB of memory in training" in told
+    assert told.endswith("lower batch_size or resolution, or choose a smaller memory_plan.")
+
+
+def test_the_plan_names_what_runs_where_a_switch_is_set_by_hand() -> None:
+    eight_bit = plans.describe(make(use_8bit_adam=True), Hyperparameters(use_8bit_adam=True))
+    assert "8-bit AdamW" in eight_bit
+    assert "memory plan      8bit_adamw;" in eight_bit
+    assert "fp32_adamw" not in eight_bit
+    made = make(use_8bit_adam=False, gradient_checkpointing=True)
+    assert made.memory_plan == "fp32_adamw with gradient_checkpointing=True"
+    text = plans.describe(make(memory_plan="fp32_adamw_in_backward"), Hyperparameters())
+    assert "memory plan      fp32_adamw_in_backward, gradients freed as they arrive: every" in text
+    assert "fp32 weights, AdamW, gradient checkpointing" in text
 
 
 def test_what_is_set_by_hand_stands() -> None:

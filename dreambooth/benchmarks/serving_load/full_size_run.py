@@ -6,20 +6,17 @@ On CUDA the configuration of Stable Diffusion 2.1 base with random weights, in h
 
 from __future__ import annotations
 
-import datetime
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import diffusers
 import torch
 
-from dreambooth import gpu_driver, tiny
+from dreambooth import tiny
+from dreambooth.benchmarks import provenance
 from dreambooth.benchmarks.serving_load import full_size_pictures
 from dreambooth.benchmarks.serving_load.full_size_calls import ROWS, WAYS
 from dreambooth.benchmarks.serving_load.full_size_pictures import (
@@ -50,7 +47,7 @@ def run(model: str, *, quick: bool) -> int:
             if device.type == "cuda":
                 folder, name = _written(Path(place)), "2.1 base, random weights"
         found = full_size_pictures.measure(folder, device, effort, told=_tell)
-    machine = _machine(device)
+    machine = provenance.facts(device)
     show(found, effort, machine)
     summary = {
         "benchmark": "serving full size",
@@ -66,9 +63,8 @@ def run(model: str, *, quick: bool) -> int:
 
 def show(found: FullSize, effort: Effort, machine: Mapping[str, object]) -> None:
     """Print the tables; ways that were not measured say why."""
-    told = ", ".join(f"{name} {value}" for name, value in machine.items() if value is not None)
     ways = {each.way: each for each in found.ways}
-    print(f"{told}; {found.dtype}, {found.pixels} x {found.pixels} pixels")
+    print(f"{provenance.told(machine)}; {found.dtype}, {found.pixels} x {found.pixels} pixels")
     print(f"\nmilliseconds of a U-Net call\n{'rows':>4}{_cells([way.name for way in WAYS])}")
     for place, rows in enumerate(ROWS):
         cells = [_call_cell(ways.get(way.name), place) for way in WAYS]
@@ -126,33 +122,6 @@ def _written(folder: Path) -> Path:
     _tell("writing the model: 5.2 GB")
     full_size.write_model(folder)
     return folder
-
-
-def _machine(device: torch.device) -> dict[str, Any]:
-    cuda = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
-        "driver": gpu_driver.look().driver,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version() if cuda else None,  # type: ignore[no-untyped-call]
-        "diffusers": diffusers.__version__,
-        "threads": torch.get_num_threads(),
-        "commit": _commit(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _commit() -> str | None:
-    """The checkout's commit, with `-dirty` where files differ from it; None outside of one."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        told = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return told.stdout.strip()
 
 
 def _tell(doing: str) -> None:

@@ -1,41 +1,43 @@
 """In the watched process: run a script as `python SCRIPT` does, then write what memory it took.
 
-`python -m dreambooth.benchmarks.train_step.child MEMORY_FILE own|stand-in SCRIPT [ARGUMENT ...]`;
-stand-in: `torchvision.transforms` is ours (`transforms_stand_in`).
+`python -m dreambooth.benchmarks.train_step.child MEMORY_FILE CONDITIONS SCRIPT [ARGUMENT ...]`;
+CONDITIONS: a JSON object, the fields of `conditions.Conditions`.
 """
 
 from __future__ import annotations
 
 import json
 import runpy
+import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
-from dreambooth.report.timings import peak_memory_bytes
+from dreambooth.benchmarks.train_step import phases
+from dreambooth.benchmarks.train_step.conditions import Conditions
 
 
 def main(argv: Sequence[str]) -> None:
     """Raises what the script raises."""
-    memory_file, transforms, script, *arguments = argv
-    if transforms == "stand-in":
+    memory_file, given, script, *arguments = argv
+    conditions = Conditions(**json.loads(given))
+    if conditions != Conditions(stand_in=conditions.stand_in):
+        import torch
+
+        conditions.impose(torch)
+    if conditions.stand_in:
         _stand_in_for_torchvision()
+    watch = phases.of_this_process()
+    phases.listen(watch)
     sys.argv = [script, *arguments]
     try:
-        runpy.run_path(script, run_name="__main__")
+        with watch.polling() if shutil.which("nvidia-smi") else nullcontext():
+            runpy.run_path(script, run_name="__main__")
     finally:
-        Path(memory_file).write_text(json.dumps(_memory()))
-
-
-def _memory() -> dict[str, int | None]:
-    allocated = reserved = None
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        allocated = torch.cuda.max_memory_allocated()
-        reserved = torch.cuda.max_memory_reserved()
-    return {"resident": peak_memory_bytes(), "allocated": allocated, "reserved": reserved}
+        Path(memory_file).write_text(json.dumps(watch.found()))
 
 
 def _stand_in_for_torchvision() -> None:

@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dreambooth.benchmarks.train_step import processes
@@ -53,7 +53,7 @@ def run(script: Path, ours: Outcome, subject: Subject, scale: Scale, folder: Pat
         script,
         arguments(ours, subject, scale, folder),
         folder=folder,
-        stand_in=needs_stand_in(),
+        conditions=replace(subject.conditions, stand_in=needs_stand_in()),
     )
     ends = step_ends(ended.lines, scale.all_steps)
     fault = ended.fault()

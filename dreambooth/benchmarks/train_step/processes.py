@@ -8,13 +8,17 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import dreambooth
+from dreambooth.benchmarks.train_step.conditions import Conditions
+from dreambooth.benchmarks.train_step.phases import Phase
 
 ROOT = Path(dreambooth.__file__).parents[1]
+_NONE = Conditions()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,11 +31,19 @@ class Line:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """Peaks in bytes: physical memory of the process, allocated and reserved on the GPU."""
+    """Peaks in bytes: physical memory of the process; on the GPU as in `Phase`, over all phases."""
 
     resident: int
     allocated: int | None
     reserved: int | None
+    process: int | None = None
+    phases: Mapping[str, Phase] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, document: dict[str, Any]) -> Memory:
+        """From what a watched process has written."""
+        phases = {name: Phase(**each) for name, each in document["phases"].items()}
+        return cls(**{**document, "phases": phases})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,16 +65,20 @@ class Ended:
 
 
 def run(
-    script: Path, arguments: Sequence[object], *, folder: Path, stand_in: bool = False
+    script: Path,
+    arguments: Sequence[object],
+    *,
+    folder: Path,
+    conditions: Conditions = _NONE,
 ) -> Ended:
     """Run `script` in `folder` (which is made) to its end, with the caller's environment.
 
-    stand_in: as in `child`. The script sees no terminal.
+    The script sees no terminal.
     """
     folder.mkdir(parents=True, exist_ok=True)
     memory_file = folder / "memory.json"
     child = ("-m", "dreambooth.benchmarks.train_step.child", memory_file)
-    words = (*child, "stand-in" if stand_in else "own", script.resolve(), *arguments)
+    words = (*child, json.dumps(asdict(conditions)), script.resolve(), *arguments)
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     started_at, began = time.time(), time.monotonic()
     process = subprocess.Popen(
@@ -83,7 +99,7 @@ def run(
         process.wait()
         raise
     seconds = time.monotonic() - began
-    memory = Memory(**json.loads(memory_file.read_text())) if memory_file.exists() else None
+    memory = Memory.read(json.loads(memory_file.read_text())) if memory_file.exists() else None
     return Ended(
         exit_code=exit_code, started_at=started_at, seconds=seconds, lines=lines, memory=memory
     )

@@ -1,0 +1,163 @@
+"""What each lever on a training run's time should gain, and what it gained where it was measured.
+
+Predictions are counted operations and bytes on an H100 at 800 TFLOP/s and 3 TB/s, 1 picture a step
+and 2 with prior preservation; nobody has measured them on a GPU, as of 2026-11-23. CPU figures are
+of the embedded model on one thread of a machine with other work: indications.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import textwrap
+from dataclasses import asdict, dataclass
+
+NOT_MEASURED = "not measured: needs a GPU"
+
+# torch.compile's break-even. Cold, a U-Net takes so many seconds; of a step it takes so much off
+# (PyTorch's figures for a T4 and an A10, inference), on an H100 at this issue's goal per step.
+COMPILE_S = (60, 180)
+COMPILE_GAIN = (0.02, 0.14)
+STEP_MS = 25
+
+
+def compile_break_even() -> tuple[int, int]:
+    """(fewest, most) steps after which even the shortest cold compile has paid."""
+    few, many = (1000 * COMPILE_S[0] / (gain * STEP_MS) for gain in reversed(COMPILE_GAIN))
+    return int(round(few, -3)), int(round(many, -3))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lever:
+    """where: plain (always there), fast (with fast_step), a setting's name, or not built."""
+
+    lever: str
+    predicted: str
+    measured: str
+    where: str
+
+
+def _compile() -> Lever:
+    few, many = compile_break_even()
+    (least, most), (shortest, longest) = COMPILE_GAIN, COMPILE_S
+    gains = f"{100 * least:g}-{100 * most:g} % of a {STEP_MS} ms step are"
+    gains += f" {least * STEP_MS:g}-{most * STEP_MS:g} ms"
+    return Lever(
+        lever="torch.compile",
+        predicted=f"cold {shortest}-{longest} s; {gains}, "
+        f"so {shortest} s are back after {few:,} to {many:,} steps: never within 400",
+        measured="CPU 2026-11-23: compiled in 113 s, 105 ms a step against 85 ms eager: failed; "
+        "on a GPU not measured",
+        where="not built",
+    )
+
+
+LEVERS = (
+    Lever(
+        lever="latent posteriors cached",
+        predicted="1.12 of 3.57 TFLOP per picture are gone (31 %)",
+        measured="CPU 2026-11-23, with the next: a step takes 73 ms instead of 84 (process time, "
+        "medians of 12 alternated runs of 5; encoding a picture 8.7 ms)",
+        where="plain",
+    ),
+    Lever(
+        lever="text embeddings cached",
+        predicted="1.3 % of the FLOPs and about 300 launches are gone",
+        measured="CPU 2026-11-23: in the figure above (encoding a prompt 2.5 ms)",
+        where="plain",
+    ),
+    Lever(
+        lever="freed memory kept by glibc",
+        predicted="no figure; a CPU's alone",
+        measured="CPU 2026-11-23 or before: some 5 % of a step",
+        where="plain",
+    ),
+    Lever(
+        lever="half weights, no autocast",
+        predicted="3310 launches become 1841; activations move 12.7 GB instead of 26.6 (4.6 ms "
+        "less), with prior 20.6 instead of 38.0 (5.8)",
+        measured=NOT_MEASURED,
+        where="fast",
+    ),
+    Lever(
+        lever="passes as one CUDA graph",
+        predicted="1841 launches become 1: 60-120 ms of launching are gone, and the GPU's own "
+        "12-25 ms remain",
+        measured=NOT_MEASURED,
+        where="fast",
+    ),
+    Lever(
+        lever="unscale and clip in the cast, fused AdamW on fp32 masters",
+        predicted="42 bytes per parameter (norm 2, cast 6, AdamW 28, copy back 6): 12.1 ms, where "
+        "autocast's passes take 54: 15.6 ms",
+        measured="CPU 2026-11-23, fused AdamW alone: 6.9 ms where foreach takes 39 (4.8 million "
+        "parameters, process time); on a GPU not measured",
+        where="fast",
+    ),
+    Lever(
+        lever="losses read every 10 steps",
+        predicted="the host prepares the next steps meanwhile; no figure",
+        measured=NOT_MEASURED,
+        where="fast",
+    ),
+    Lever(
+        lever="convolutions channels_last",
+        predicted="no transposes around tensor-core kernels; no figure",
+        measured="CPU 2026-11-23: 63.4 ms against 65.8 (batch 1), 115.7 against 119.1 (batch 2) "
+        "in one probe, 93 against 85 in another: no gain; on a GPU not measured",
+        where="fast",
+    ),
+    Lever(
+        lever="floor of all these",
+        predicted="15.1 ms, with prior 18.1 (goals 25 and 30)",
+        measured=NOT_MEASURED,
+        where="fast",
+    ),
+    Lever(
+        lever="8-bit AdamW besides",
+        predicted="30 bytes per parameter: 8.7 ms, but launched one by one",
+        measured=NOT_MEASURED,
+        where="fast",
+    ),
+    Lever(
+        lever="class images in 25 steps of DPM-Solver++",
+        predicted="100 of them 4.2 PFLOP instead of 8.3 with 50 steps",
+        measured="CPU 2026-11-23 or before: 0.6 of the time of PNDM's 50 steps",
+        where="plain",
+    ),
+    Lever(
+        lever="prior prediction instead of class images",
+        predicted="0.32 PFLOP in 400 steps instead of 8.3: 26 times less",
+        measured=NOT_MEASURED,
+        where="prior_preservation_mode=prediction",
+    ),
+    Lever(
+        lever="AdamW on half gradients by a kernel of our own",
+        predicted="30 bytes per parameter instead of 42: 3.5 ms less",
+        measured=NOT_MEASURED,
+        where="not built",
+    ),
+    Lever(
+        lever="norm and AdamW in the graph",
+        predicted="about 1500 launches a step fewer: some 8 ms of the host, hidden while the GPU "
+        "is the slower of the two",
+        measured=NOT_MEASURED,
+        where="not built",
+    ),
+    _compile(),
+)
+
+_WIDTHS = {"lever": 30, "predicted": 48, "measured": 48, "where": 14}
+
+
+def show() -> None:
+    """Print the table and, as the last line, the JSON document."""
+    print("PREDICTED for an H100 from counts; measured by nobody on a GPU\n")
+    print("  ".join(f"{name:<{width}}" for name, width in _WIDTHS.items()).rstrip())
+    for lever in LEVERS:
+        columns = [textwrap.wrap(asdict(lever)[name], width) for name, width in _WIDTHS.items()]
+        for cells in itertools.zip_longest(*columns, fillvalue=""):
+            padded = zip(cells, _WIDTHS.values(), strict=True)
+            print("  ".join(f"{cell:<{width}}" for cell, width in padded).rstrip())
+    document = {"benchmark": "train levers", "levers": [asdict(lever) for lever in LEVERS]}
+    print(json.dumps(document), flush=True)

@@ -1,0 +1,259 @@
+"""How many bytes a run will take on its device, phase by phase, computed from the model's facts.
+
+Standard library only: the plan of a job prints these before anything heavy is loaded. All of them
+are counted on tensors without data; nobody has measured them on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dreambooth.diffusion.facts import ModelFacts
+from dreambooth.hyperparameters import Hyperparameters, MemoryPlan
+from dreambooth.limits import LIMITS
+
+STATE_BYTES, STATE_BYTES_8BIT = 8.0, 2.03  # two moments; in 8 bits a scale per 256 of each
+# Saved activations per latent cell, channel and layer, in tensors. Fitted to the live bytes of the
+# full-size U-Net (1.74 GiB per 512 x 512 picture in fp32, 0.29 GiB with gradient checkpointing).
+TENSORS_PER_LAYER = 39
+TENSORS_PER_LAYER_CHECKPOINTED = 6.5
+# Of all activations, those of the largest block, which alone is recomputed at a time.
+LARGEST_BLOCK = 1 / 6
+# Of gradients that the fast step holds in fp32 at a time (`master_weights.PART_ELEMENTS`).
+PART_BYTES = 2**28
+# Bytes per activation; under autocast matrix products are in half and normalisations in fp32.
+FP32_BYTES, AUTOCAST_BYTES, HALF_BYTES = 4.0, 2.6, 2.0
+
+# Live elements at the peak of a U-Net call without gradients, per row, channel and latent cell:
+# counted at full size (65 MiB a row in half precision), and a half more for workspaces.
+ROW_TENSORS = 4.3
+# The same of Stable Diffusion's VAE, per pixel: 0.63 and 0.75 GiB at 512 x 512 in fp32. Under
+# autocast decoding takes 0.72 GiB, for its widest layer is a normalisation.
+ENCODED_PIXEL, DECODED_PIXEL = 640, 768
+
+CLASS_BATCH = 8  # 16 rows of a U-Net call, with guidance: more gain little on any device
+_GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhasePeak:
+    """The most that a phase of the job takes; phases are named as in its log and report."""
+
+    phase: str
+    bytes: int
+
+
+def of_step(
+    hyperparameters: Hyperparameters,
+    facts: ModelFacts | None,
+    *,
+    mixed_precision: str,
+    plan: MemoryPlan,
+    fast_step: bool = False,
+) -> int:
+    """Peak of the step: weights, gradients, optimizer states, activations; 0: unknown."""
+    if facts is None:
+        return 0
+    trained = _trained_parameters(hyperparameters, facts)
+    half_weights = plan.rounds_stochastically or fast_step
+    under_autocast = mixed_precision != "no" and not half_weights
+    weights = _weights(hyperparameters, facts, mixed_precision, plan, fast_step)
+    gradients = (2 if half_weights else 4) * trained
+    optimizer = states_bytes(plan) * trained
+    each = AUTOCAST_BYTES if under_autocast else HALF_BYTES if half_weights else FP32_BYTES
+    whole = each * _saved_activations(hyperparameters, facts)
+    kept, block = whole, 0.0
+    if plan.gradient_checkpointing:
+        kept *= TENSORS_PER_LAYER_CHECKPOINTED / TENSORS_PER_LAYER
+        block = whole * LARGEST_BLOCK
+    if fast_step:
+        weights += PART_BYTES
+    copies = _autocast_copies(trained, mixed_precision, plan, fast_step)
+    # The start of the backward pass; or its end, where the gradients that are kept are whole and
+    # what is saved for the last blocks is still there (fitted to the same simulation).
+    start, end = kept + copies + block, gradients + 0.3 * kept
+    return int(weights + optimizer + (start if plan.frees_gradients else max(start, end)))
+
+
+def of_phases(
+    hyperparameters: Hyperparameters,
+    facts: ModelFacts | None,
+    *,
+    mixed_precision: str,
+    prior_precision: str,
+    plan: MemoryPlan,
+    fast_step: bool = False,
+    class_batch: int = 0,
+) -> tuple[PhasePeak, ...]:
+    """Peaks in the order of the job; none of an unknown model.
+
+    class_batch: class images that share a call, 0 where none is sampled. The network of
+    fid_features, which may be any, is not counted.
+    """
+    if facts is None:
+        return ()
+    found = []
+    if class_batch:
+        found.append(
+            ("class images", _class_images(hyperparameters, facts, prior_precision, class_batch))
+        )
+    found.append(("encoding", _encoding(hyperparameters, facts)))
+    step = of_step(
+        hyperparameters, facts, mixed_precision=mixed_precision, plan=plan, fast_step=fast_step
+    )
+    found.append(("training", step))
+    weights = _weights(hyperparameters, facts, mixed_precision, plan, fast_step=False)
+    drawing = weights + _drawing(hyperparameters, facts, mixed_precision, plan)
+    beside = 0.0
+    if hyperparameters.sample_steps:
+        beside = _beside_the_weights(hyperparameters, facts, plan, fast_step)
+    found.append(("sample pictures", drawing + beside))
+    found.append(("export", weights))
+    if hyperparameters.compute_fid:
+        found.append(("fid_score", drawing))
+    return tuple(PhasePeak(phase=name, bytes=int(count)) for name, count in found)
+
+
+def shown(count: int) -> str:
+    """Bytes as the plan prints them."""
+    if count == 0:
+        return "known once the model is unpacked"
+    return f"{count / _GIB:.2f} GiB" if count >= _GIB / 10 else f"{count / 2**20:.0f} MiB"
+
+
+def largest(phases: Sequence[PhasePeak]) -> PhasePeak | None:
+    """The phase that takes the most; None where none is known."""
+    return max(phases, key=lambda peak: peak.bytes, default=None)
+
+
+def depends_on_the_plan(peak: PhasePeak) -> bool:
+    """Whether another memory plan would change it."""
+    return peak.phase not in ("class images", "encoding")
+
+
+def class_batch(
+    hyperparameters: Hyperparameters, facts: ModelFacts, precision: str, usable: int | None
+) -> int:
+    """How many class images can share a U-Net call: what fits beside the weights, at least one.
+
+    usable: bytes on the device; None: memory is no question.
+    """
+    wanted = min(max(CLASS_BATCH, hyperparameters.batch_size), LIMITS.max_generated_batch)
+    if usable is None:
+        return wanted
+    element = _element(precision)
+    # Pictures are decoded one by one, when the U-Net's call is over.
+    beside = usable - element * _all_parameters(facts)
+    return max(1, min(wanted, int(beside // _drawn(hyperparameters, facts, element))))
+
+
+def _class_images(
+    hyperparameters: Hyperparameters, facts: ModelFacts, precision: str, pictures: int
+) -> float:
+    """The whole model without gradients, and either a call or the decoding of a picture."""
+    element = _element(precision)
+    decoded = element * DECODED_PIXEL * _pixels(hyperparameters, facts)
+    drawn = pictures * _drawn(hyperparameters, facts, element)
+    return element * _all_parameters(facts) + max(drawn, decoded)
+
+
+def _encoding(hyperparameters: Hyperparameters, facts: ModelFacts) -> float:
+    """All parts are on the device by then, in fp32; pictures are encoded one by one."""
+    encoded = FP32_BYTES * ENCODED_PIXEL * _pixels(hyperparameters, facts)
+    return FP32_BYTES * _all_parameters(facts) + encoded
+
+
+def _drawing(
+    hyperparameters: Hyperparameters, facts: ModelFacts, mixed_precision: str, plan: MemoryPlan
+) -> float:
+    """Beside what is trained: the VAE in fp32, autocast's copies, and a call or a decoding."""
+    trained = _trained_parameters(hyperparameters, facts)
+    copies = _autocast_copies(trained, mixed_precision, plan, fast_step=False)
+    pictures = min(hyperparameters.batch_size, LIMITS.max_generated_batch)
+    drawn = pictures * _drawn(hyperparameters, facts, _element(mixed_precision))
+    decoded = FP32_BYTES * DECODED_PIXEL * _pixels(hyperparameters, facts)
+    return FP32_BYTES * facts.vae_parameters + copies + max(drawn, decoded)
+
+
+def _beside_the_weights(
+    hyperparameters: Hyperparameters, facts: ModelFacts, plan: MemoryPlan, fast_step: bool
+) -> float:
+    """What stays between two steps: optimizer states, and of the fast step its half weights and the
+    recorded passes' memory, in which gradients stay and which nothing else can use.
+    """
+    trained = _trained_parameters(hyperparameters, facts)
+    states = states_bytes(plan) * trained
+    if not fast_step:
+        return states
+    half, kept = 2 * trained, HALF_BYTES * _saved_activations(hyperparameters, facts)
+    return states + half + max(kept, half + 0.3 * kept)
+
+
+def _weights(
+    hyperparameters: Hyperparameters,
+    facts: ModelFacts,
+    mixed_precision: str,
+    plan: MemoryPlan,
+    fast_step: bool,
+) -> float:
+    """Those that are trained, half ones beside them, and the base model's where it is asked."""
+    trained = _trained_parameters(hyperparameters, facts)
+    weights = (2 if plan.rounds_stochastically else 4) * trained
+    if fast_step:
+        weights += 2 * trained
+    if _predicts_the_prior(hyperparameters):  # by a frozen copy
+        weights += (4 if mixed_precision == "no" else 2) * facts.unet_parameters
+    return weights
+
+
+def states_bytes(plan: MemoryPlan) -> float:
+    """Of the optimizer, per weight."""
+    return STATE_BYTES_8BIT if plan.use_8bit_adam else STATE_BYTES
+
+
+def _autocast_copies(trained: int, mixed_precision: str, plan: MemoryPlan, fast_step: bool) -> int:
+    """Autocast's half copies of the weights; a checkpointed block makes its own again."""
+    half_weights = plan.rounds_stochastically or fast_step
+    makes = mixed_precision != "no" and not half_weights and not plan.gradient_checkpointing
+    return 2 * trained if makes else 0
+
+
+def _drawn(hyperparameters: Hyperparameters, facts: ModelFacts, element: int) -> float:
+    """A picture's part of a U-Net call without gradients: two rows, for it is guided."""
+    area = _pixels(hyperparameters, facts) / facts.resolution**2
+    return element * (2 * ROW_TENSORS * facts.unet_layer_elements * area)
+
+
+def _saved_activations(hyperparameters: Hyperparameters, facts: ModelFacts) -> float:
+    """How many are kept for the backward pass, without gradient checkpointing."""
+    area = _pixels(hyperparameters, facts) / facts.resolution**2
+    halves = 2 if hyperparameters.with_prior_preservation else 1
+    pictures = hyperparameters.batch_size * halves
+    return TENSORS_PER_LAYER * facts.unet_layer_elements * area * pictures
+
+
+def _pixels(hyperparameters: Hyperparameters, facts: ModelFacts) -> int:
+    """Of one picture."""
+    return (hyperparameters.resolution or facts.resolution) ** 2
+
+
+def _predicts_the_prior(hyperparameters: Hyperparameters) -> bool:
+    return (
+        hyperparameters.with_prior_preservation
+        and hyperparameters.prior_preservation_mode == "prediction"
+    )
+
+
+def _trained_parameters(hyperparameters: Hyperparameters, facts: ModelFacts) -> int:
+    text_encoder = facts.text_encoder_parameters if hyperparameters.train_text_encoder else 0
+    return facts.unet_parameters + text_encoder
+
+
+def _all_parameters(facts: ModelFacts) -> int:
+    return facts.unet_parameters + facts.text_encoder_parameters + facts.vae_parameters
+
+
+def _element(precision: str) -> int:
+    """Bytes of a number."""
+    return 2 if precision in ("fp16", "bf16") else 4

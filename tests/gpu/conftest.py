@@ -1,0 +1,71 @@
+"""Real jobs on the device that is here: a GPU, or the CPU in the ordinary suite.
+
+What is marked `gpu` needs CUDA itself and is left out elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from dreambooth import job
+from tests.training import plain_loop
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+Start = Callable[..., Path]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    missing = pytest.mark.skip(reason="torch sees no CUDA GPU; see tests/gpu/README.md")
+    for item in items:
+        if DEVICE == "cpu" and item.get_closest_marker("gpu"):
+            item.add_marker(missing)
+
+
+@pytest.fixture(params=[DEVICE])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where jobs of this process run; its name stands in the test's."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three instance images, and four class images in `class_data_dir`, 32 x 32."""
+    folder = tmp_path_factory.mktemp("pictures")
+    (folder / "class_data_dir").mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(7):
+        pixels = generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        place = folder if number < 3 else folder / "class_data_dir"
+        Image.fromarray(pixels).save(place / f"{number}.png")
+    prompts = {"instance_prompt": plain_loop.INSTANCE, "class_prompt": plain_loop.CLASS}
+    (folder / "dataset_info.json").write_text(json.dumps(prompts))
+    return folder
+
+
+@pytest.fixture
+def start(
+    small_model_folder: Path, pictures: Path, tmp_path: Path, device: torch.device
+) -> Iterator[Start]:
+    """Run a job of the miniature model to its end; returns the model folder. code: its exit."""
+
+    def run(out: str, *options: str, code: int = 0) -> Path:
+        argv = [f"--pretrained-model={small_model_folder}", f"--train={pictures}"]
+        argv += [f"--model_dir={tmp_path / out}", "--num_class_images=4", "--log_level=info"]
+        assert job.run([*argv, *options], {"SAGEMAKER_BASE_DIR": str(tmp_path)}) == code
+        return tmp_path / out
+
+    yield run
+    torch.use_deterministic_algorithms(False)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All of a U-Net, by name."""
+    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
