@@ -13,22 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dreambooth.benchmarks.train_step import full_size
-from dreambooth.diffusion.facts import ModelFacts
 from dreambooth.hyperparameters import MEMORY_PLANS, Hyperparameters
 from dreambooth.training import expected_memory, memory
 from dreambooth.training.device import DeviceFacts
+from tests.training.full_size import FULL_SIZE
 
 GIB = 2**30
-FULL_SIZE = ModelFacts(  # Stable Diffusion 2.1 base
-    prediction_type="epsilon",
-    resolution=512,
-    latent_channels=4,
-    vae_scale_factor=8,
-    unet_layer_elements=5 * (320 * 64**2 + 640 * 32**2 + 1280 * 16**2 + 1280 * 8**2),
-    unet_parameters=865_910_724,
-    text_encoder_parameters=340_387_840,
-    vae_parameters=83_653_863,
-)
 PRIOR = {"with_prior_preservation": True}
 
 

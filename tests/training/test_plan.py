@@ -6,27 +6,17 @@ from pathlib import Path
 import pytest
 
 from dreambooth.data.dataset_info import DatasetInfo
-from dreambooth.diffusion.facts import ModelFacts
 from dreambooth.hyperparameters import Hyperparameters
 from dreambooth.training import plan as plans
 from dreambooth.training import plan_warnings
 from dreambooth.training.device import CPU, DeviceFacts
 from dreambooth.training.expected_memory import PhasePeak
+from tests.training.full_size import FULL_SIZE
 
 GIB = 2**30
 T4 = DeviceFacts(kind="cuda", name="Tesla T4", compute_capability=(7, 5), memory_bytes=15 * GIB)
 A10G = DeviceFacts(
     kind="cuda", name="NVIDIA A10G", compute_capability=(8, 6), memory_bytes=22 * GIB
-)
-STABLE_DIFFUSION_21_BASE = ModelFacts(
-    prediction_type="epsilon",
-    resolution=512,
-    latent_channels=4,
-    vae_scale_factor=8,
-    unet_layer_elements=5 * (320 * 64**2 + 640 * 32**2 + 1280 * 16**2 + 1280 * 8**2),
-    unet_parameters=865_910_724,
-    text_encoder_parameters=340_387_840,
-    vae_parameters=83_653_863,
 )
 
 
@@ -43,7 +33,7 @@ def dataset(instances: int = 8, classes: int = 0) -> DatasetInfo:
 
 def make(device: DeviceFacts = CPU, classes: int = 0, **changes: object) -> plans.TrainingPlan:
     settings = Hyperparameters(**changes)  # type: ignore[arg-type]
-    return plans.make(settings, dataset(classes=classes), STABLE_DIFFUSION_21_BASE, device)
+    return plans.make(settings, dataset(classes=classes), FULL_SIZE, device)
 
 
 def test_the_published_defaults_train_160_steps_on_eight_pictures() -> None:
@@ -210,7 +200,7 @@ def test_without_a_model_at_hand_the_plan_says_what_is_not_known_yet() -> None:
 
 def test_the_description_names_all_that_was_decided() -> None:
     settings = Hyperparameters(batch_size=2, checkpointing_steps=50, lr_scheduler="linear")
-    text = plans.describe(plans.make(settings, dataset(), STABLE_DIFFUSION_21_BASE, T4), settings)
+    text = plans.describe(plans.make(settings, dataset(), FULL_SIZE, T4), settings)
     for part in ("80 (20 epochs", "batch 2 x 1", "512 x 512", "Tesla T4", "fp16 with loss scaling"):
         assert part in text
     for part in ("linear", "GiB", "50 steps"):
