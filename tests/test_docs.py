@@ -84,6 +84,17 @@ def test_the_file_map_names_every_top_level_module() -> None:
         assert path.name in README, path.name
 
 
+@pytest.mark.parametrize(
+    "package", ["data", "diffusion", "evaluation", "report", "serving", "training"]
+)
+def test_the_file_map_names_every_module_of(package: str) -> None:
+    found = re.search(rf"^├── {package}/(.*?)^├── ", README, re.DOTALL | re.MULTILINE)
+    assert found
+    named = set(re.findall(r"\w+", found[1]))
+    modules = {path.stem for path in (ROOT / "dreambooth" / package).glob("*.py")} - {"__init__"}
+    assert modules <= named, modules - named
+
+
 def test_requirements_are_pinned_with_their_reason() -> None:
     for line in (ROOT / "requirements.txt").read_text().splitlines():
         if line and not line.startswith("#"):
