@@ -69,7 +69,7 @@ class Checkpoints:
         began = time.monotonic()
         path = states.save(state, self.folder, identity=self.identity, keep=self.keep)
         self._saved_at = time.monotonic()
-        written = sum(file.stat().st_size for file in path.iterdir())
+        written = states.written_bytes(state, path)
         self.bytes_per_second = written / max(self._saved_at - began, 1e-6)
 
     def holds(self, state: TrainingState) -> bool:

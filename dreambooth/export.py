@@ -12,6 +12,7 @@ half is a float), "fp16" casts them all.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -238,8 +239,10 @@ def _write_samples(stage: Path, samples: Mapping[str, Image.Image]) -> list[tupl
 
 def _flush(stage: Path) -> None:
     for folder, _, names in os.walk(stage, topdown=False):
-        for path in (*(Path(folder) / name for name in names), Path(folder)):
-            fsync(path)
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # no file of ours, which nobody removes
+                fsync(Path(folder, name))
+        fsync(Path(folder))
 
 
 def _parts(base: Path) -> Iterator[str]:

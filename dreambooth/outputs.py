@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -158,14 +159,15 @@ def _earlier(model_dir: Path) -> Iterable[Path]:
 
 
 def size(paths: Iterable[Path]) -> int:
-    """Bytes of files, and of folders with all that is in them."""
-    files = [
-        file
-        for path in paths
-        for file in ([path] if path.is_file() else path.rglob("*"))
-        if file.is_file()
-    ]
-    return sum(file.stat().st_size for file in files)
+    """Bytes of files, and of folders with all that is in them; what vanishes meanwhile is none."""
+    total = 0
+    for path in paths:
+        inside = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
+        for file in inside or [path]:
+            with contextlib.suppress(OSError):
+                status = file.stat()
+                total += status.st_size if stat.S_ISREG(status.st_mode) else 0
+    return total
 
 
 def _existing(folder: Path) -> Path:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -56,6 +57,28 @@ def test_a_symlink_does_not_hide_it(places: dict[str, Path], tmp_path: Path) -> 
     (tmp_path / "link").symlink_to(places["train"])
     with pytest.raises(HyperparameterError, match="training folder"):
         outputs.check(read(places, model_dir=tmp_path / "link" / "out"), None)
+
+
+def test_a_size_is_counted_while_others_write_and_remove(tmp_path: Path) -> None:
+    """SageMaker's agent comes and goes in the folders that it uploads."""
+    (tmp_path / "ours").write_bytes(b"12345")
+    ended = threading.Event()
+
+    def others() -> None:
+        while not ended.is_set():
+            (tmp_path / "folder").mkdir()
+            (tmp_path / "folder" / "marker").touch()
+            (tmp_path / "folder" / "marker").unlink()
+            (tmp_path / "folder").rmdir()
+
+    thread = threading.Thread(target=others)
+    thread.start()
+    try:
+        sizes = {outputs.size([tmp_path]) for _ in range(2000)}
+    finally:
+        ended.set()
+        thread.join()
+    assert sizes == {5}
 
 
 @pytest.mark.parametrize("option", ["output", "checkpoint_dir"])

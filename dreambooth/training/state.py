@@ -13,8 +13,9 @@ import json
 import logging
 import platform
 import shutil
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -36,7 +37,8 @@ FORMAT = 1
 PREFIX = "step-"
 _PARTIAL = ".partial-"
 _OPTIMIZER = "optimizer.pt"
-_MANIFEST: Mapping[str, type] = {
+_MANIFEST_NAME = "manifest.json"
+_MANIFEST_FIELDS: Mapping[str, type] = {
     **{"identity": dict, "environment": dict, "scaler": dict, "files": dict},
     **{"step": int, "skipped_steps": int, "loss_total": float},
 }
@@ -65,6 +67,11 @@ class TrainingState:
             yield "text_encoder", self.text_encoder
 
 
+def written_bytes(state: TrainingState, checkpoint: Path) -> int:
+    """The size of a checkpoint of `state`: of our own files alone."""
+    return sum((checkpoint / name).stat().st_size for name in (*_file_names(state), _MANIFEST_NAME))
+
+
 def folder_name(step: int) -> str:
     """The name of the folder that holds the checkpoint of a step."""
     return f"{PREFIX}{step:08d}"
@@ -76,6 +83,9 @@ def save(state: TrainingState, folder: Path, *, identity: Mapping[str, str], kee
     identity: what must be equal for a resumed run to go on (settings, data, model), name -> value.
     Raises ResourceError where the disk is full and TrainingDivergedError where a weight is not
     finite, leaving earlier checkpoints as they were.
+
+    Files of others may come and go beside ours at any time: SageMaker's agent puts a marker
+    (`FILE.sagemaker-uploading`, then `FILE.sagemaker-uploaded`) beside every file that it finds.
     """
     began = time.monotonic()
     _refuse_not_finite(state)
@@ -84,9 +94,11 @@ def save(state: TrainingState, folder: Path, *, identity: Mapping[str, str], kee
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_partial(folder)
-        partial.mkdir()
+        partial.mkdir(exist_ok=True)  # a marker may have come into it while it was removed
         _write_files(state, partial, identity)
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():  # damaged, or of a run that started over
+            aside = tempfile.mkdtemp(prefix=f"{partial.name}-", dir=folder)
+            final.rename(aside)
         partial.rename(final)
         fsync(folder)
     except (OSError, SafetensorError) as error:
@@ -96,7 +108,7 @@ def save(state: TrainingState, folder: Path, *, identity: Mapping[str, str], kee
             "checkpoints_total_limit, or give another --checkpoint_dir."
         ) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove_partial(folder)
     state.checkpoint = final
     tidy(state, folder, keep=keep)
     log.info("checkpoint of step %d written in %.1f s", state.step, time.monotonic() - began)
@@ -122,7 +134,7 @@ def refuse_another_job(folder: Path, *, identity: Mapping[str, str]) -> None:
     """Raise what `load_newest` would on a changed job; only the manifest is read."""
     for path in _checkpoints(folder):
         try:
-            stored = json.loads((path / "manifest.json").read_text())["identity"]
+            stored = json.loads((path / _MANIFEST_NAME).read_text())["identity"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue  # damaged: told when it is skipped
         if isinstance(stored, dict):
@@ -137,7 +149,7 @@ def load_newest(state: TrainingState, folder: Path, *, identity: Mapping[str, st
     """
     for path in _checkpoints(folder):
         try:
-            manifest = _read_manifest(path)
+            manifest = _read_manifest(path, _file_names(state))
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             log.warning("checkpoint %s is damaged and skipped: %s", path, error)
             continue
@@ -208,16 +220,21 @@ def _write_files(state: TrainingState, folder: Path, identity: Mapping[str, str]
         "scaler": state.precision.scaler.state_dict(),
         "identity": dict(identity),
         "environment": environment(),
-        "files": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
+        "files": {name: _sha256(folder / name) for name in _file_names(state)},
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
-    for path in (*folder.iterdir(), folder):
-        fsync(path)
+    (folder / _MANIFEST_NAME).write_text(json.dumps(manifest, indent=2))
+    for name in (*_file_names(state), _MANIFEST_NAME):
+        fsync(folder / name)
+    fsync(folder)
+
+
+def _file_names(state: TrainingState) -> tuple[str, ...]:
+    """The files of a checkpoint beside its manifest; any other file in its folder is not ours."""
+    return (*(f"{name}.safetensors" for name, _ in state.modules()), _OPTIMIZER)
 
 
 def _load_files(state: TrainingState, folder: Path, checked: Set[str]) -> None:
-    wanted = {_OPTIMIZER, *(f"{name}.safetensors" for name, _ in state.modules())}
-    if checked != wanted:
+    if not checked >= set(_file_names(state)):
         raise ValueError(f"it holds {sorted(checked)}")
     for name, module in state.modules():
         module.load_state_dict(load_file(folder / f"{name}.safetensors"))
@@ -244,16 +261,19 @@ def _refuse_not_finite(state: TrainingState) -> None:
                 )
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are all as it says. Raises ValueError otherwise."""
-    manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text())
+def _read_manifest(path: Path, names: Sequence[str]) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are as it says. Raises ValueError otherwise.
+
+    names: the files that count. Earlier versions listed the markers of SageMaker's agent as well.
+    """
+    manifest: dict[str, Any] = json.loads((path / _MANIFEST_NAME).read_text())
     if manifest["format"] != FORMAT:
         raise ValueError(f"its format is {manifest['format']}, not {FORMAT}")
-    for name, kind in _MANIFEST.items():
+    for name, kind in _MANIFEST_FIELDS.items():
         if not isinstance(manifest[name], kind):
             raise ValueError(f"its manifest's {name} is {manifest[name]!r}")
     for name, digest in manifest["files"].items():
-        if Path(name).name != name or _sha256(path / name) != digest:
+        if Path(name).name != name or (name in names and _sha256(path / name) != digest):
             raise ValueError(f"{name} is not what was written")
     return manifest
 
