@@ -6,6 +6,7 @@ Builds the objects and hands them down; the heavy half is `fine_tune`, imported 
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import threading
 import time
@@ -20,9 +21,10 @@ from dreambooth.data.dataset_info import DatasetInfo
 from dreambooth.diffusion import facts as model_facts
 from dreambooth.diffusion import layout
 from dreambooth.diffusion import source as model_source
-from dreambooth.errors import ResourceError
+from dreambooth.errors import ResourceError, UserError
 from dreambooth.evaluation import vision_model
 from dreambooth.hyperparameters import Hyperparameters
+from dreambooth.knob import quoted
 from dreambooth.stop import Stopped, StopSignals
 from dreambooth.training import device as devices
 from dreambooth.training import host_allocator
@@ -30,6 +32,12 @@ from dreambooth.training import plan as plans
 from dreambooth.training.plan import TrainingPlan
 
 log = logging.getLogger(__name__)
+
+# What torchrun and accelerate launch tell each of several processes beside WORLD_SIZE.
+_OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_LAUNCH = (
+    "start the job with torchrun or accelerate launch, or unset WORLD_SIZE to train in one process"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,10 +127,40 @@ def _prepare(environment: container.Environment, environ: Mapping[str, str], sta
         dataset=dataset,
         source=source,
         warnings=parsed.warnings,
-        processes=int(environ.get("WORLD_SIZE") or 1),  # set by torchrun and accelerate launch
+        processes=_processes(environ),
         is_main_process=environ.get("RANK", "0") == "0",
         started=started,
     )
+
+
+def _processes(environ: Mapping[str, str]) -> int:
+    """Return how many processes train together, by WORLD_SIZE. Raises UserError."""
+    text = environ.get("WORLD_SIZE") or "1"
+    if not re.fullmatch("[0-9]{1,6}", text) or int(text) < 1:
+        raise UserError(
+            f"The variable WORLD_SIZE is {quoted(text)}, and must be the number of processes that "
+            f"train together: {_LAUNCH}."
+        )
+    return int(text)
+
+
+def _refuse_a_lone_process(job: Job) -> None:
+    """Raise UserError where others should train along, and nothing says where they are."""
+    missing = [name for name in _OF_A_LAUNCHER if not job.environ.get(name)]
+    if job.processes > 1 and missing:
+        raise UserError(
+            f"WORLD_SIZE says that {job.processes} processes train together, and {missing[0]} is "
+            f"not set: {_LAUNCH}."
+        )
+
+
+def _refuse_a_smaller_group(job: Job, processes: int) -> None:
+    """Raise UserError where each would train for itself, all of them in the same folder."""
+    if processes != job.processes:
+        raise UserError(
+            f"WORLD_SIZE says that {job.processes} processes train together, and this one is in a "
+            f"group of {processes}: {_LAUNCH}."
+        )
 
 
 def _print_plan(job: Job, plan: TrainingPlan) -> None:
@@ -171,6 +209,7 @@ def _dry_run(job: Job) -> None:
 
 
 def _train(job: Job, stop: StopSignals) -> None:
+    _refuse_a_lone_process(job)
     outputs.make(job.environment)
     with workspace.temporary() as temporary:
         if job.source.kind == "archive" and job.source.path is not None:
@@ -198,7 +237,8 @@ def _train(job: Job, stop: StopSignals) -> None:
 
         stop.check()  # importing swallows a signal now and then
         # Precision is the loop's business, whatever an accelerate configuration says.
-        accelerator = Accelerator(mixed_precision="no")
+        accelerator = Accelerator(mixed_precision="no", cpu=device.kind == "cpu")
+        _refuse_a_smaller_group(job, accelerator.num_processes)
         task = Task(
             environment=job.environment,
             hyperparameters=job.hyperparameters,

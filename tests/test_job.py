@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import stat
@@ -281,19 +282,22 @@ def test_a_changed_setting_refuses_to_resume_unless_told_to_start_over(
 def test_two_processes_equal_one_with_the_doubled_batch(
     small_model_folder: Path, photos: Path, tmp_path: Path
 ) -> None:
-    common = ["transfer_learning.py", "--pretrained-model", str(small_model_folder)]
-    common += ["--train", str(photos), "--max_steps=5", "--learning_rate=0.0001"]
-    common += ["--train_text_encoder", "--compute_fid"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    common = ["--pretrained-model", str(small_model_folder), "--train", str(photos)]
+    common += ["--max_steps=5", "--learning_rate=0.0001", "--train_text_encoder", "--compute_fid"]
+    found = re.search(r"`(torchrun [^`]+) \.\.\.`", (ROOT / "README.md").read_text("utf-8"))
+    assert found
+    launch = shlex.split(found[1])
+    assert launch == ["torchrun", "--nproc_per_node", "2", "transfer_learning.py"]
     for name, command in (
-        ("one", [sys.executable, *common, "--batch_size=2"]),
+        ("one", [sys.executable, "transfer_learning.py", *common, "--batch_size=2"]),
         ("two", [*launch, *common, "--batch_size=1"]),
     ):
+        path = os.pathsep.join((os.path.dirname(sys.executable), os.environ["PATH"]))
         done = subprocess.run(
             [*command, f"--model_dir={tmp_path / name}"],
             check=True,
             cwd=ROOT,
-            env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
         )
@@ -312,6 +316,34 @@ def test_two_processes_equal_one_with_the_doubled_batch(
         # rounding keep it from 1.
         cosine = moved @ other / np.linalg.norm(moved) / np.linalg.norm(other)
         assert cosine > 0.99, part
+
+
+LAUNCHED = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK is not set"),
+        (LAUNCHED, "MASTER_ADDR is not set"),
+        ({**LAUNCHED, "MASTER_ADDR": "localhost"}, "this one is in a group of 1"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
+    ],
+)
+def test_a_process_that_would_train_alone_among_several_ends_in_one_sentence(
+    small_model_folder: Path,
+    photos: Path,
+    tmp_path: Path,
+    environ: dict[str, str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert train(small_model_folder, photos, tmp_path / "model", environ=environ) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert said in line
+    assert "torchrun" in line
+    assert not (tmp_path / "model").exists()
 
 
 def test_an_epoch_of_two_processes_is_one_pass_over_the_pictures(
