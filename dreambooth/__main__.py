@@ -7,10 +7,9 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from dreambooth import __version__, hyperparameter_text, logs
+from dreambooth import __version__, addresses, hyperparameter_text, logs
 from dreambooth.errors import DreamBoothError
 
 
@@ -71,11 +70,11 @@ def parser() -> argparse.ArgumentParser:
     table = verbs.add_parser("hyperparameters", help="print the table of hyperparameters")
     table.add_argument("--format", choices=("text", "json", "markdown"), default="text")
     convert = verbs.add_parser("convert", help="turn old .bin weights into safetensors")
-    convert.add_argument("source", type=Path, metavar="IN", help="model folder or tarball")
-    convert.add_argument("destination", type=Path, metavar="OUT", help="new model folder")
+    convert.add_argument("source", metavar="IN", help="model folder or tarball")
+    convert.add_argument("destination", metavar="OUT", help="new model folder")
     pack = verbs.add_parser("pack", help="make the model.tar.gz that an endpoint is made from")
     pack.add_argument("model", metavar="MODEL", help="model folder, tarball, or `tiny`")
-    pack.add_argument("archive", type=Path, metavar="OUT.tar.gz", help="new archive")
+    pack.add_argument("archive", metavar="OUT.tar.gz", help="new archive")
     pack.add_argument(
         *("--with-code", "--with_code"),
         action="store_true",
@@ -105,8 +104,9 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.verb == "convert":
         from dreambooth.diffusion import weights
 
-        weights.convert(arguments.source, arguments.destination)
-        print(arguments.destination)
+        destination = addresses.to_path(arguments.destination, "OUT")
+        weights.convert(arguments.source, destination)
+        print(destination)
         return 0
     if arguments.verb == "benchmark":
         code: int = _benchmark(arguments.benchmark).main(arguments)
@@ -114,8 +114,9 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.verb == "pack":
         from dreambooth import pack
 
-        pack.write(arguments.model, arguments.archive, with_code=arguments.with_code)
-        print(arguments.archive)
+        archive = addresses.to_path(arguments.archive, "OUT.tar.gz")
+        pack.write(arguments.model, archive, with_code=arguments.with_code)
+        print(archive)
         return 0
     if arguments.verb == "generate":
         from dreambooth import generate

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -39,6 +39,7 @@ class Environment:
     """Where a job reads and writes, and its settings as they came; nothing is created by it.
 
     `settings` holds hyperparameters and unknown names; the options of this class are taken out.
+    `warnings` are whole sentences about what was read otherwise than it was said.
     """
 
     root: Path
@@ -51,6 +52,7 @@ class Environment:
     settings: Mapping[str, object]
     dry_run: bool
     log_level: str
+    warnings: tuple[str, ...] = ()
 
 
 def read(
@@ -75,17 +77,20 @@ def read(
         for name, value in {**file, **variables, **arguments}.items()
         if name not in _OPTIONS
     }
-    chosen = sources.Chosen(arguments, variables, environ, file, faults)
+    chosen = sources.Chosen(
+        arguments, variables, environ, file, faults, in_container=_is_container(root)
+    )
     dry_run = _dry_run(chosen.text(DRY_RUN), faults)
     log_level = _log_level(chosen.text(LOG_LEVEL), faults)
-    channel = Path(environ.get("SM_CHANNEL_MODEL") or root / "input" / "data" / "model")
+    named_channel = chosen.path(sources.MODEL_CHANNEL)
+    channel = named_channel or root / "input" / "data" / "model"
     checkpoints = chosen.path("checkpoint_dir")
     if checkpoints is None and (root / "checkpoints").is_dir():
         checkpoints = root / "checkpoints"
     environment = Environment(
         root=root,
         training=chosen.path("train") or root / "input" / "data" / "training",
-        model_channel=channel if channel.exists() or environ.get("SM_CHANNEL_MODEL") else None,
+        model_channel=channel if named_channel or channel.exists() else None,
         model_dir=chosen.path("model_dir") or root / "model",
         output_data_dir=chosen.path("output_data_dir") or _default_output(chosen, root),
         failure_file=failure_file(environ),
@@ -97,7 +102,21 @@ def read(
     if faults:
         faults = list(dict.fromkeys(faults))
         raise HyperparameterError([*faults, *_wrong_hyperparameters(settings, limits)])
-    return environment
+    return replace(environment, warnings=_set_aside(chosen, environment))
+
+
+def _set_aside(chosen: sources.Chosen, environment: Environment) -> tuple[str, ...]:
+    """Say which folder is written instead of each address."""
+    return tuple(
+        f"{name} is the address {quoted(address)}: a container writes into the platform's folder, "
+        "which SageMaker copies away, and it is "
+        f"{getattr(environment, name) or 'none here (checkpoint_s3_uri asks for one)'}."
+        for name, address in chosen.set_aside.items()
+    )
+
+
+def _is_container(root: Path) -> bool:
+    return (root / "input").is_dir()
 
 
 def failure_file(environ: Mapping[str, str]) -> Path:
@@ -134,10 +153,9 @@ def _default_output(chosen: sources.Chosen, root: Path) -> Path:
     A root without ``input`` is no container: there the user's own model_dir counts more than a
     variable of the platform's.
     """
-    in_container = (root / "input").is_dir()
     model_dir = chosen.path("model_dir") or root / "model"
     by_user = chosen.named("model_dir") is not None
-    if in_container or (not by_user and chosen.platform("model_dir")):
+    if _is_container(root) or (not by_user and chosen.platform("model_dir")):
         return root / "output" / "data"
     return _beside(model_dir)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dreambooth import hyperparameter_text, job, tiny
+from dreambooth import addresses, hyperparameter_text, job, tiny
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,12 +29,12 @@ SAMPLE_STEPS = 100  # for report.html: four pictures, some 4 s of one thread
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The demo has one option: where to write."""
-    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="default: out/demo")
+    parser.add_argument("--out", default="out/demo", help="default: out/demo")
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Fine-tune on the shipped cat, then draw base and fine-tuned model side by side."""
-    out: Path = arguments.out
+    out = addresses.to_path(arguments.out, "--out")
     model_dir, dataset = out / "model", tiny.DATA / "cat"
     knobs = hyperparameter_text.defaults()
     settings = [f"--{name}={value}" for name, value in tiny.DEFAULTS.items() if name in knobs]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +36,7 @@ def check_features(task: Task) -> None:
     """
     settings = task.hyperparameters
     if settings.compute_fid and settings.fid_features:
-        folder = vision_model.read(Path(settings.fid_features))
+        folder = vision_model.read(settings.fid_features)
         features.of_vision_model(folder, torch.device("cpu"))
 
 
@@ -95,7 +94,7 @@ def _print_score(task: Task, model: DiffusionModel, previews: Previews) -> float
 def choose_network(task: Task, model: DiffusionModel) -> features.FeatureNetwork:
     """fid_features where it is given, the judge for the embedded world, else the VAE encoder."""
     if task.hyperparameters.fid_features:
-        folder = vision_model.read(Path(task.hyperparameters.fid_features))
+        folder = vision_model.read(task.hyperparameters.fid_features)
         return features.of_vision_model(folder, task.device)
     if task.resolution == 64 and model.tokenizer.get_vocab() == tiny.vocabulary():
         return features.of_judge()

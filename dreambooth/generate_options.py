@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from dreambooth import addresses
 from dreambooth.errors import UserError
 from dreambooth.limits import LIMITS
 
@@ -107,6 +108,11 @@ def read(args: argparse.Namespace) -> Settings:
     seeds = f"a whole number from 0 to {last}"
     if pictures > 1:
         seeds += f" (picture i of {pictures} uses seed + i)"
+    try:
+        out = addresses.to_path(args.out, "--out")
+    except UserError as error:
+        out = Path()
+        faults.append(str(error))
     settings = Settings(
         model=args.model or "",
         prompts=prompts,
@@ -118,7 +124,7 @@ def read(args: argparse.Namespace) -> Settings:
         seed=number("seed", int, lambda n: 0 <= n <= last, seeds),
         count=count,
         batch_size=counted("batch_size", LIMITS.max_generated_batch),
-        out=Path(args.out),
+        out=out,
         precision=args.precision,
         format=args.format,
     )

@@ -102,7 +102,8 @@ def _say_in_one_line(failed: threading.ExceptHookArgs) -> None:
 def _prepare(environment: container.Environment, environ: Mapping[str, str], started: float) -> Job:
     """Read settings and data and find the model; all wrong settings are told at once."""
     parsed = hyperparameters.parse(environment.settings)
-    for warning in parsed.warnings:
+    warnings = (*environment.warnings, *parsed.warnings)
+    for warning in warnings:
         log.warning(warning)
     # The training toolkit, which runs the entry point of source_dir, sets SM_MODULE_DIR.
     if "sagemaker_submit_directory" in environment.settings and "SM_MODULE_DIR" not in environ:
@@ -119,14 +120,14 @@ def _prepare(environment: container.Environment, environ: Mapping[str, str], sta
     source = model_source.locate(settings.pretrained_model, environment.model_channel)
     outputs.check(environment, source.path)
     if settings.compute_fid and settings.fid_features:
-        vision_model.read(Path(settings.fid_features))
+        vision_model.read(settings.fid_features)
     return Job(
         environment=environment,
         environ=environ,
         hyperparameters=settings,
         dataset=dataset,
         source=source,
-        warnings=parsed.warnings,
+        warnings=warnings,
         processes=_processes(environ),
         is_main_process=environ.get("RANK", "0") == "0",
         started=started,

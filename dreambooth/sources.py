@@ -14,18 +14,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from dreambooth import hyperparameters
+from dreambooth import addresses, hyperparameters
+from dreambooth.errors import UserError
 from dreambooth.knob import BARE_FLAG, quoted, unwrapped
 from dreambooth.limits import Limits
 
 LOG_LEVELS: Final = ("debug", "info", "warning", "error", "critical")
 LOG_LEVEL: Final = "log_level"
 DRY_RUN: Final = "dry_run"
+MODEL_CHANNEL: Final = "model channel"  # no option: the platform alone names it
+_OUTPUTS: Final = ("model_dir", "output_data_dir", "checkpoint_dir")
 
 # What the platform says of its own accord; it stands behind SM_HPS and SM_HP_<NAME>, in which a
 # user named the same setting.
 _PLATFORM_VARIABLES: Final = {
     "train": "SM_CHANNEL_TRAINING",
+    MODEL_CHANNEL: "SM_CHANNEL_MODEL",
     "model_dir": "SM_MODEL_DIR",
     "output_data_dir": "SM_OUTPUT_DATA_DIR",
     LOG_LEVEL: "SM_LOG_LEVEL",
@@ -35,7 +39,9 @@ _PLATFORM_VARIABLES: Final = {
 class Chosen:
     """The value of each option: of the first of all sources that says something.
 
-    ``""``, ``None`` and ``null`` say nothing, so that a source behind may speak.
+    ``""``, ``None`` and ``null`` say nothing, so that a source behind may speak. In a container the
+    address of an output folder (``s3://...``, as old clients send it) says nothing either: the
+    platform copies its own folder there. `set_aside` holds such addresses by their option.
     """
 
     def __init__(
@@ -45,11 +51,15 @@ class Chosen:
         environ: Mapping[str, str],
         file: Mapping[str, object],
         faults: list[str],
+        *,
+        in_container: bool,
     ) -> None:
         self._before = (arguments, variables)
         self._environ = environ
         self._file = file
         self._faults = faults
+        self._in_container = in_container
+        self.set_aside: dict[str, str] = {}
 
     def named(self, name: str) -> str | None:
         """What an argument or a hyperparameter in a variable says: the user, not the platform."""
@@ -58,19 +68,28 @@ class Chosen:
     def platform(self, name: str) -> str | None:
         """What the platform's own variable says; nonsense as a log level says nothing."""
         value = self._environ.get(_PLATFORM_VARIABLES.get(name, ""))
-        return value if name != LOG_LEVEL or level_of(value or "") else None
+        if value is None or (name == LOG_LEVEL and not level_of(value)):
+            return None
+        return None if self._is_set_aside(name, value) else value
 
     def text(self, name: str) -> str | None:
         """What any source says, the first one first."""
         return self.named(name) or self.platform(name) or self._first(name, (self._file,))
 
     def path(self, name: str) -> Path | None:
-        """The same as a path, ``~`` expanded."""
+        """The same as a path; ``~`` and ``file://`` are understood."""
         text = self.text(name)
-        if text and not _can_be_path(text):
+        if not text:
+            return None
+        try:
+            path = addresses.to_path(text, name)
+        except UserError as error:
+            self._faults.append(str(error))
+            return None
+        if not _can_be_path(str(path)):
             self._faults.append(f"{name} must be the path of a folder, not {quoted(text)}.")
             return None
-        return Path(os.path.expanduser(text)) if text else None
+        return path
 
     def _first(self, name: str, sources: Sequence[Mapping[str, object]]) -> str | None:
         for source in sources:
@@ -83,9 +102,15 @@ class Chosen:
             text = unwrapped(value)
             if text is None:
                 self._faults.append(f"{name} must be one text, not {quoted(value)}.")
-            elif text not in ("", "None", "null"):
+            elif text not in ("", "None", "null") and not self._is_set_aside(name, text):
                 return text
         return None
+
+    def _is_set_aside(self, name: str, text: str) -> bool:
+        if not (self._in_container and name in _OUTPUTS and addresses.is_remote(text)):
+            return False
+        self.set_aside.setdefault(name, text)
+        return True
 
 
 def from_arguments(argv: Sequence[str], faults: list[str]) -> dict[str, object]:

@@ -18,6 +18,7 @@ PACKAGE = ROOT / "dreambooth"
 FLOORS = {
     "dreambooth": 0,
     "dreambooth.errors": 0,
+    "dreambooth.addresses": 0,
     "dreambooth.limits": 0,
     "dreambooth.archives": 0,
     "dreambooth.tar_stream": 0,

@@ -12,6 +12,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from dreambooth import addresses
 from dreambooth.data.folder import Pictures, read_pictures, skipped
 from dreambooth.data.images import ImageFacts, warnings_for
 from dreambooth.data.picture_files import FORMATS_TEXT, listed, shown, why
@@ -54,7 +55,8 @@ def read(
     """
     _require_folder(folder)
     prompts = read_prompts(folder, with_prior_preservation=with_prior_preservation, limits=limits)
-    class_folder = Path(os.path.normpath(folder / class_data_dir))
+    given = addresses.to_path(class_data_dir, "class_data_dir")
+    class_folder = Path(os.path.normpath(folder / given))
     inside = os.path.relpath(class_folder, os.path.normpath(folder)).split(os.sep)[0]
     found = read_pictures(folder, ignored=inside, most=limits.max_instance_images, limits=limits)
     if not found.paths:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from dreambooth import archives, tiny
+from dreambooth import addresses, archives, tiny
 from dreambooth.diffusion import hub
 from dreambooth.diffusion.facts import ModelFacts, check_trainable, read_facts
 from dreambooth.diffusion.layout import (
@@ -22,6 +22,7 @@ from dreambooth.diffusion.layout import (
     validate_folder,
 )
 from dreambooth.errors import ModelArtifactError, ResourceError
+from dreambooth.knob import quoted
 from dreambooth.limits import LIMITS, MIB, Limits
 
 __all__ = [
@@ -80,11 +81,16 @@ def locate(
 def _by_name(name: str, how: str, limits: Limits) -> ModelSource:
     if name == "tiny":
         return ModelSource(kind="folder", location=name, path=tiny.WEIGHTS)
+    if addresses.is_remote(name):
+        raise ModelArtifactError(
+            f"The model {quoted(name)} is an address, and nothing is fetched from there: copy the "
+            f"model to this machine, and {how}."
+        )
     try:
-        path = Path(name).expanduser()
+        path = addresses.to_path(name, "The model")
         if path.exists():
             return _at(path, how, limits)
-    except (OSError, RuntimeError) as error:  # of parents closed to us, too long, no such ~user
+    except (OSError, ValueError) as error:  # of parents closed to us, too long, a null character
         raise ModelArtifactError(f"The model {name} cannot be read: {error}.") from error
     if _HUB_ID.fullmatch(name) and not name.lower().endswith(_ARCHIVE_SUFFIXES):
         return ModelSource(kind="hub", location=name, path=None)

@@ -174,7 +174,7 @@ def save(state: Mapping[str, torch.Tensor], path: Path) -> None:
     path.chmod(mode)
 
 
-def convert(origin: Path, destination: Path, *, limits: Limits = LIMITS) -> None:
+def convert(origin: Path | str, destination: Path, *, limits: Limits = LIMITS) -> None:
     """Copy a model folder (or a tarball of one) with every old `.bin` turned into safetensors.
 
     Nothing else is changed. `destination` must not exist or be empty; it appears only when whole.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dreambooth import addresses
 from dreambooth.diffusion import headers, layout
 from dreambooth.errors import ModelArtifactError
 
@@ -43,11 +44,13 @@ class VisionModel:
     std: tuple[float, ...]
 
 
-def read(folder: Path) -> VisionModel:
-    """Read the configurations and the weights' headers of a folder that fid_features names.
+def read(fid_features: Path | str) -> VisionModel:
+    """Read the configurations and the weights' headers of the folder that fid_features names.
 
-    Raises ModelArtifactError, in one sentence that names the setting and the file.
+    Raises ModelArtifactError, in one sentence that names the setting and the file, and UserError
+    for an address.
     """
+    folder = addresses.to_path(str(fid_features), "fid_features")
     try:
         return _read(folder)
     except (ModelArtifactError, OSError) as error:

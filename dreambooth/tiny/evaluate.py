@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dreambooth import tiny
+from dreambooth import addresses, tiny
 from dreambooth.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(
         "precision", choices=PRECISIONS, default="fp32", help="bf16 is faster where the CPU has it"
     )
-    option("out", type=Path, default=Path("out/evaluate"), help="sheets; default: out/evaluate")
+    option("out", default="out/evaluate", help="sheets; default: out/evaluate")
     option("disagreements", action="store_true", help="a sheet of what was not read as asked, too")
     option("record", action="store_true", help="add the figures to the model's recipe.json")
     option("json_only", action="store_true", help="print nothing but the JSON line, draw no sheet")
@@ -62,6 +62,7 @@ def main(arguments: argparse.Namespace) -> int:
     from dreambooth.diffusion import source
     from dreambooth.tiny import asking, packaging
 
+    arguments.out = addresses.to_path(arguments.out, "--out")
     with tempfile.TemporaryDirectory(prefix="dreambooth-") as workspace:
         found = source.locate(arguments.model, given="with --model")
         folder = source.open_source(found, Path(workspace))

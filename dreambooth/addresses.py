@@ -1,0 +1,42 @@
+"""Addresses (`scheme://...`) where a path of this machine is meant (standard library only).
+
+Taken as a path, `s3://bucket/model` names a local folder `s3:`, and what is written there is lost
+when the machine goes. `file://` addresses are paths, as SageMaker's local mode writes them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from urllib.parse import unquote
+
+from dreambooth.errors import UserError
+from dreambooth.knob import quoted
+
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://", re.ASCII)
+_FILE = "file"
+
+
+def is_remote(text: str) -> bool:
+    """Return whether a text is the address of something that is no file of this machine."""
+    found = _ADDRESS.match(text)
+    return found is not None and found[1].lower() != _FILE
+
+
+def to_path(text: str, what: str) -> Path:
+    """Return the path that a text names: `~` expanded, `file://` taken off and %20 decoded.
+
+    what: the option that said it, for the sentence. Raises UserError for every other address.
+    """
+    if is_remote(text):
+        raise UserError(
+            f"{what} is the address {quoted(text)}, and only paths of this machine can be used: "
+            "give the path of a local file or folder, and copy from or to the address yourself."
+        )
+    found = _ADDRESS.match(text)
+    if found is not None:
+        host, slash, path = text[found.end() :].partition("/")
+        # A host such as `.` begins a relative path: file://./model.
+        text = unquote(("" if host.lower() == "localhost" else host) + slash + path)
+    return Path(os.path.expanduser(text))
