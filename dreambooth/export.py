@@ -115,6 +115,8 @@ def _write_parts(
         for name in _PLAIN_FILES.get(part, ()):
             if (base / part / name).is_file():
                 shutil.copyfile(base / part / name, target / name)
+        if part == "scheduler":
+            _write_json(target / "scheduler_config.json", layout.component_config(base, part))
         if part not in _WEIGHTS:
             continue
         module = getattr(trained, part, None)
@@ -128,7 +130,7 @@ def _write_parts(
             changed = _trained_state(module, part, steps)
             state |= {_name(part, family, key): tensor for key, tensor in changed.items()}
         weights.save(_cast(state, dtype, part), target / _WEIGHTS[part])
-        _write_config(base / part / "config.json", target / "config.json")
+        _write_config(base / part / "config.json", target / "config.json", part)
     _complete_tokenizer(base / "tokenizer", stage / "tokenizer", family)
 
 
@@ -172,13 +174,13 @@ def _cast(
     return cast
 
 
-def _write_config(origin: Path, target: Path) -> None:
-    """Copy a configuration, with float32 as the type to compute in where it states one.
+def _write_config(origin: Path, target: Path, part: str) -> None:
+    """Copy a configuration, corrected, with float32 to compute in where it states a float type.
 
     transformers 5 otherwise computes in the type of the file, diffusers in float32: a pipeline of
     halves would not run.
     """
-    config = layout.read_json(origin)
+    config = layout.corrected(layout.read_json(origin), part)
     if "_class_name" not in config:  # transformers
         config.pop("dtype", None)
         config["torch_dtype"] = "float32"  # the name that 4.x and 5.x read

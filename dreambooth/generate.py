@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import secrets
 import sys
 import tempfile
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
     from dreambooth.diffusion.model import DiffusionModel
     from dreambooth.diffusion.sampling_request import SamplingRequest
+
+log = logging.getLogger(__name__)
 
 GRID_COLUMNS = 8
 GRID_PICTURES = 256  # the first ones; a longer sheet nobody reads
@@ -71,11 +74,14 @@ def _load(settings: Settings, workspace: Path) -> DiffusionModel:
     _check_steps(settings.steps, folder)
     dtype = precision.dtype_for(settings.precision, device)
     try:
-        return model.load(folder, device=device, dtype=dtype)
+        loaded = model.load(folder, device=device, dtype=dtype)
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             "The model does not fit in the GPU's free memory; --precision fp16 halves its need."
         ) from error
+    for warning in loaded.facts.warnings:
+        log.warning(warning)
+    return loaded
 
 
 def _check_steps(steps: int, folder: Path) -> None:

@@ -20,6 +20,8 @@ from dreambooth.limits import LIMITS, Limits
 
 # What diffusion.loss has a target for.
 TRAINABLE = ("epsilon", "v_prediction")
+# Far below the smallest U-Net distilled from Stable Diffusion, far above any miniature.
+_FULL_SIZE_PARAMETERS = 100_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +29,8 @@ class ModelFacts:
     """What the JSON files and safetensors headers tell of a model, without reading weights.
 
     unet_layer_elements: channels x latent cells, summed over the U-Net's layers, at the model's own
-    resolution: what its activations are proportional to.
+    resolution: what its activations are proportional to. warnings: whole sentences about what the
+    folder may mean otherwise than it says.
     """
 
     prediction_type: str
@@ -38,6 +41,7 @@ class ModelFacts:
     unet_parameters: int
     text_encoder_parameters: int
     vae_parameters: int
+    warnings: tuple[str, ...] = ()
 
 
 def read_facts(folder: Path, *, to_train: bool = True, limits: Limits = LIMITS) -> ModelFacts:
@@ -78,6 +82,7 @@ def read_facts(folder: Path, *, to_train: bool = True, limits: Limits = LIMITS) 
         unet_parameters=counted["unet"],
         text_encoder_parameters=counted["text_encoder"],
         vae_parameters=counted["vae"],
+        warnings=_warnings(folder, unet, resolution, counted["unet"]),
     )
     if to_train:
         check_trainable(facts, folder / "scheduler" / "scheduler_config.json")
@@ -106,10 +111,13 @@ def _count(component: Path, limits: Limits) -> int:
     return sum(entry.count for entry in entries if entry.is_float)
 
 
-def _resolution(folder: Path, unet: dict[str, Any], scale: int, limits: Limits) -> int:
+def _info_resolution(folder: Path, limits: Limits = LIMITS) -> Any:
     info = folder / MODEL_INFO
-    value = read_json(info, limits=limits).get("resolution") if info.exists() else None
-    origin = info
+    return read_json(info, limits=limits).get("resolution") if info.exists() else None
+
+
+def _resolution(folder: Path, unet: dict[str, Any], scale: int, limits: Limits) -> int:
+    value, origin = _info_resolution(folder, limits), folder / MODEL_INFO
     if value is None:
         size = unet.get("sample_size")
         value, origin = (size * scale if type(size) is int else size), folder / "unet/config.json"
@@ -118,6 +126,21 @@ def _resolution(folder: Path, unet: dict[str, Any], scale: int, limits: Limits) 
             f"{origin} does not say the model's resolution in pixels (found {value!r})."
         )
     return value
+
+
+def _warnings(
+    folder: Path, unet: dict[str, Any], resolution: int, unet_parameters: int
+) -> tuple[str, ...]:
+    """Warn of a full-size network that says a miniature's size, and says it by itself alone."""
+    size = unet.get("sample_size")
+    is_said_by_the_unet = type(size) is int and size < 64 and not _info_resolution(folder)
+    if not is_said_by_the_unet or unet_parameters < _FULL_SIZE_PARAMETERS:
+        return ()
+    return (
+        f"{folder / 'unet' / 'config.json'} says sample_size = {size}, which makes pictures of "
+        f"{resolution} x {resolution} pixels: Stable Diffusion 1.x and 2.x were trained at 512 or "
+        "768; set sample_size to 64 or 96 there if this model was, too.",
+    )
 
 
 def _layer_elements(unet: dict[str, Any], cells: int) -> int:

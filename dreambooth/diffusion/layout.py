@@ -133,7 +133,10 @@ def read_json(path: Path, *, limits: Limits = LIMITS) -> dict[str, Any]:
 
 
 def component_config(folder: Path, part: str, *, limits: Limits = LIMITS) -> dict[str, Any]:
-    """Read a component's configuration and refuse one that asks for foreign or remote code."""
+    """Read a component's configuration, `corrected`.
+
+    Raises ModelArtifactError for one that asks for foreign or remote code, or for a huge network.
+    """
     path = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
     config = read_json(path, limits=limits)
     if config.get("auto_map") or config.get("trust_remote_code"):
@@ -152,7 +155,31 @@ def component_config(folder: Path, part: str, *, limits: Limits = LIMITS) -> dic
             raise ModelArtifactError(f"{path} lists {len(depths)} {key}, more than {_MAX_LAYERS}.")
         if "layers" in key and any(isinstance(n, int) and n > _MAX_LAYERS for n in depths):
             raise ModelArtifactError(f"{path} asks for {key} = {value}, more than {_MAX_LAYERS}.")
-    return config
+    return corrected(config, part)
+
+
+def corrected(config: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """Return a configuration as StableDiffusionPipeline's constructor corrects it.
+
+    Folders of 2022 say other numbers than they were drawn with: steps_offset is 1 and clip_sample
+    False (DDIM and DDPM clip where nothing is said), and a U-Net written before diffusers 0.9 whose
+    sample_size is below 64 means 64 (diffusers 0.42, pipelines/stable_diffusion).
+    """
+    changes: dict[str, Any] = {}
+    if part == "scheduler":
+        changes["steps_offset"] = 1
+        if config.get("clip_sample", True) is True:
+            changes["clip_sample"] = False
+    size = config.get("sample_size")
+    if part == "unet" and type(size) is int and size < 64 and _is_before_0_9(config):
+        changes["sample_size"] = 64
+    return {**config, **changes}
+
+
+def _is_before_0_9(config: Mapping[str, Any]) -> bool:
+    """Return whether a diffusers older than 0.9.0.dev0 wrote a configuration; False if none did."""
+    release = re.match(r"v?(\d{1,6})(?:\.(\d{1,6}))?", str(config.get("_diffusers_version", "")))
+    return release is not None and (int(release[1]), int(release[2] or 0)) < (0, 9)
 
 
 def read_index(folder: Path, *, limits: Limits = LIMITS) -> dict[str, Any]:

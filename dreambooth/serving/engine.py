@@ -296,6 +296,8 @@ def open_engine(
     dtype = dtype_for(precision, device)
     try:
         model = models.load(folder, device=device, dtype=dtype, limits=limits)
+        for warning in model.facts.warnings:
+            logger.warning(warning)
         unet_graphs.prepare(model, cuda_graphs=cuda_graphs, channels_last=channels_last)
         checker = None
         if safety_checker:

@@ -155,6 +155,7 @@ def make(
             copied_bytes=copied_bytes,
         ),
         warnings=(
+            *(facts.warnings if facts and hyperparameters.resolution is None else ()),
             *plan_warnings.of_memory(device, chosen.phases),
             *plan_warnings.of_settings(hyperparameters, device, mixed_precision, steps, warmup),
             *plan_warnings.of_the_fast_step(
