@@ -76,14 +76,13 @@ def write(
     resolution: int,
     card: ModelCard,
     hyperparameters_json: str,
-    samples: Mapping[str, Image.Image] | None = None,
     precision: Literal["fp32", "fp16"] = "fp32",
 ) -> None:
     """Write the model folder: whole, or not at all.
 
-    `samples` are pictures by caption (usually the prompt). An earlier model in `model_dir` stays
-    until the new one is complete on the disk. Raises TrainingDivergedError where a trained weight
-    is not finite, ResourceError where the disk is full or model_dir cannot be written.
+    An earlier model in `model_dir` stays until the new one is complete on the disk. Raises
+    TrainingDivergedError where a trained weight is not finite, ResourceError where the disk is full
+    or model_dir cannot be written.
     """
     with destination.told(model_dir):
         model_dir.mkdir(parents=True, exist_ok=True)
@@ -95,11 +94,30 @@ def write(
             (stage / "hyperparameters.json").write_text(
                 hyperparameters_json.rstrip("\n") + "\n", encoding="utf-8"
             )
-            named = _write_samples(stage, samples or {})
+            (stage / "README.md").write_text(model_card.render(card), encoding="utf-8")
+            _flush(stage)
+            destination.move(stage, model_dir)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+def add_samples(model_dir: Path, *, card: ModelCard, samples: Mapping[str, Image.Image]) -> None:
+    """Add sample pictures, by caption (usually the prompt), to a model that `write` has written.
+
+    They come last, because drawing them may fail, and the model is whole without them. Raises
+    ResourceError where the disk is full or model_dir cannot be written.
+    """
+    with destination.told(model_dir):
+        stage = Path(tempfile.mkdtemp(prefix=destination.PARTIAL, dir=model_dir))
+        try:
+            named = _write_samples(stage, samples)
             text = model_card.render(card, samples=named)
             (stage / "README.md").write_text(text, encoding="utf-8")
             _flush(stage)
-            destination.move(stage, model_dir)
+            destination.remove(model_dir / "samples")
+            for name in ("samples", "README.md"):
+                os.replace(stage / name, model_dir / name)
+            fsync(model_dir)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
 
@@ -227,8 +245,6 @@ def _write_model_info(stage: Path, base: Path, card: ModelCard, resolution: int)
 
 
 def _write_samples(stage: Path, samples: Mapping[str, Image.Image]) -> list[tuple[str, str]]:
-    if not samples:
-        return []
     (stage / "samples").mkdir()
     named = []
     for number, (caption, picture) in enumerate(samples.items(), start=1):

@@ -10,17 +10,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dreambooth import failure, logs, tiny
+from dreambooth import logs, tiny
 from dreambooth.data import images
 from dreambooth.data.seeds import derive_seed
 from dreambooth.diffusion.model import DiffusionModel
-from dreambooth.diffusion.text_encoders import in_one_line
 from dreambooth.errors import DatasetError
 from dreambooth.evaluation import features, scores, vision_model
-from dreambooth.previews import Previews
+from dreambooth.previews import Previews, why_not
 from dreambooth.progress import Progress
 from dreambooth.task import Task
-from dreambooth.training import out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -49,14 +47,7 @@ def print_score(task: Task, model: DiffusionModel, previews: Previews) -> float 
     try:
         return _print_score(task, model, previews)
     except Exception as error:
-        if out_of_memory.is_meant_by(error):
-            why = "memory ran out while it was computed"
-        elif (told := failure.for_the_user(error)) is not None:
-            why = str(told)
-        else:
-            why = f"{type(error).__name__}: {in_one_line(error)}"
-            log.debug("what went wrong with fid_score", exc_info=True)
-        log.warning("no fid_score: %s", why)
+        log.warning("no fid_score: %s", why_not(error))
         return None
 
 

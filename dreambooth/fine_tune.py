@@ -1,4 +1,4 @@
-"""The heavy half of a job, in its order of work: class images, caches, training, export, score.
+"""The heavy half of a job, in its order of work: class images, caches, training, export, pictures.
 
 The order keeps memory low: the class-image sampler is gone before the training model is loaded, and
 the VAE and the text encoder have left the device before the first step.
@@ -6,6 +6,7 @@ the VAE and the text encoder have left the device before the first step.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
@@ -117,7 +118,7 @@ def _fine_tune(
     stop: StopSignals,
     checkpoints: Checkpoints,
 ) -> None:
-    """Load, cache, train, export, score."""
+    """Load, cache, train, export; then what may fail without a loss: pictures and scores."""
     settings, plan, phase = task.hyperparameters, task.plan, record.phase
     with phase("loading the model"):
         model = models.load(task.model_folder, device=task.device)
@@ -157,26 +158,44 @@ def _fine_tune(
             for _ in steps:
                 pass
             return
+        report = _report(task, state, draw_sample)
         try:
-            _follow(task, record, state, steps, draw_sample, checkpoints)
-            state.optimizer.state.clear()  # its memory is free for the last pictures,
-            accelerator.free_memory()  # and that of half weights and graphs
-            record.final = draw_sample()
+            _follow(task, record, state, steps, report, checkpoints)
         except Stopped:
             with phase("stopping"):
                 record.stopped = handover.after_stop(task, state, checkpoints, stop)
             raise
         with phase("export"):
-            handover.write_model(task, state, record.final)
-        if settings.compute_fid:
-            try:
+            handover.write_model(task, state)
+        if checkpoints.due(state.step) and not checkpoints.holds(state):
+            with _the_model_is_written(), phase("checkpoints"):
+                checkpoints.save(state)
+        state.optimizer.state.clear()  # its memory is free for the last pictures,
+        accelerator.free_memory()  # and that of half weights and graphs
+        try:
+            record.final = draw_sample()
+            with _the_model_is_written():
+                report.add_last_sample(record.final)
+                handover.add_sample(task, state, record.final)
+            if settings.compute_fid:
                 with phase("fid_score"), stop.released():
                     record.fid_score = fid.print_score(task, model, previews)
-            except Stopped:
-                record.stopped = (
-                    f"The {state.step} steps were made and the model is whole; it has no fid_score."
-                )
-                raise
+        except Stopped:
+            missing = "no sample picture" if record.final is None else "no fid_score"
+            record.stopped = (
+                f"The {state.step} steps were made and the model is whole; it has {missing}."
+            )
+            raise
+
+
+@contextlib.contextmanager
+def _the_model_is_written() -> Iterator[None]:
+    """Let nothing in the block end the job, whatever it is: it has what it was started for."""
+    try:
+        yield
+    except Exception as error:
+        log.warning("the model is whole, but not what comes after it: %s", error)
+        log.debug("what went wrong after the export", exc_info=True)
 
 
 def _record_on(device: torch.device) -> Record:
@@ -211,16 +230,10 @@ def _until_stopped(
         stop.check()
 
 
-def _follow(
-    task: Task,
-    record: Recorder,
-    state: states.TrainingState,
-    steps: Iterator[StepMetrics],
-    draw_sample: Callable[[], Image.Image | None],
-    checkpoints: Checkpoints,
-) -> None:
-    """Run the loop to its end, reporting each step and saving checkpoints when they are due."""
-    report = Report(
+def _report(
+    task: Task, state: states.TrainingState, draw_sample: Callable[[], Image.Image | None]
+) -> Report:
+    return Report(
         task.environment.output_data_dir,
         task.plan,
         first_step=state.step,
@@ -228,14 +241,34 @@ def _follow(
         sample_steps=task.hyperparameters.sample_steps,
         draw_sample=draw_sample,
     )
-    with report, record.phase("training"):
-        record.gpu_peaks.begin_training()
-        for metrics in steps:
-            record.step = metrics.step
-            report.step(metrics)
-            if metrics.step == state.step and checkpoints.due(state.step):
-                with record.phase("checkpoints"):
-                    checkpoints.save(state)
+
+
+def _follow(
+    task: Task,
+    record: Recorder,
+    state: states.TrainingState,
+    steps: Iterator[StepMetrics],
+    report: Report,
+    checkpoints: Checkpoints,
+) -> None:
+    """Run the loop to its end, reporting each step and saving checkpoints when they are due.
+
+    That of the last step is left for after the export: a full disk must not cost the model.
+    """
+    try:
+        with report, record.phase("training"):
+            record.gpu_peaks.begin_training()
+            for metrics in steps:
+                record.step = metrics.step
+                report.step(metrics)
+                is_newest = metrics.step == state.step < task.plan.steps
+                if is_newest and checkpoints.due(state.step):
+                    with record.phase("checkpoints"):
+                        checkpoints.save(state)
+    except ResourceError as error:
+        if record.step is None or record.step < task.plan.steps:
+            raise
+        log.warning("all steps are made, but the last one's report is not: %s", error)
     report.finish(state.loss_total / state.step)
     _log_memory(task, record.gpu_peaks)
     if state.skipped_steps:

@@ -48,15 +48,44 @@ def after_stop(
             if MARGIN * task.plan.disk.model / speed > stop.seconds_left():
                 log.info("%s; no time is left for a partial model", done)
                 return f"{done}; it goes on from its checkpoint."
-    write_model(task, state, None)
+    write_model(task, state)
     return f"{done}; {left} is in the model folder."
 
 
-def write_model(task: Task, state: TrainingState, sample: Image.Image | None) -> None:
-    """Write the model folder, with a sample picture where there is one."""
+def write_model(task: Task, state: TrainingState) -> None:
+    """Write the model folder of the steps so far."""
+    export.write(
+        task.environment.model_dir,
+        base_folder=task.model_folder,
+        trained=export.TrainedParts(unet=state.unet, text_encoder=state.text_encoder),
+        resolution=task.resolution,
+        card=_card(task, state),
+        hyperparameters_json=hyperparameter_text.as_json(task.hyperparameters),
+        precision="fp16" if task.hyperparameters.export_precision == "fp16" else "fp32",
+    )
+    log.info(
+        "the model of step %d of %d is in %s",
+        state.step,
+        task.plan.steps,
+        task.environment.model_dir,
+    )
+
+
+def add_sample(task: Task, state: TrainingState, sample: Image.Image | None) -> None:
+    """Add the sample picture, where there is one, to the model folder. Raises ResourceError."""
+    if sample is None:
+        return
+    export.add_samples(
+        task.environment.model_dir,
+        card=_card(task, state),
+        samples={task.sample_prompt: sample},
+    )
+
+
+def _card(task: Task, state: TrainingState) -> export.ModelCard:
     dataset, settings = task.dataset, task.hyperparameters
     with_class = settings.with_prior_preservation
-    card = export.ModelCard(
+    return export.ModelCard(
         base=task.base_name,
         instance_prompt=dataset.instance_prompt,
         class_prompt=dataset.class_prompt if with_class else None,
@@ -68,20 +97,4 @@ def write_model(task: Task, state: TrainingState, sample: Image.Image | None) ->
         data_fingerprint=fingerprint.of_dataset(dataset),
         licence=export.licence_of(task.model_folder),
         versions=recorder.versions(),
-    )
-    export.write(
-        task.environment.model_dir,
-        base_folder=task.model_folder,
-        trained=export.TrainedParts(unet=state.unet, text_encoder=state.text_encoder),
-        resolution=task.resolution,
-        card=card,
-        hyperparameters_json=hyperparameter_text.as_json(settings),
-        samples={task.sample_prompt: sample} if sample is not None else {},
-        precision="fp16" if settings.export_precision == "fp16" else "fp32",
-    )
-    log.info(
-        "the model of step %d of %d is in %s",
-        state.step,
-        task.plan.steps,
-        task.environment.model_dir,
     )

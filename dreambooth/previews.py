@@ -11,11 +11,12 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from dreambooth import failure
 from dreambooth.data.seeds import derive_seed
 from dreambooth.diffusion import sampling
 from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.diffusion.sampling_request import SamplingRequest
-from dreambooth.errors import ResourceError
+from dreambooth.diffusion.text_encoders import in_one_line
 from dreambooth.limits import LIMITS
 from dreambooth.task import Task
 from dreambooth.training import out_of_memory
@@ -25,6 +26,17 @@ log = logging.getLogger(__name__)
 
 NUM_INFERENCE_STEPS = 25
 GUIDANCE_SCALE = 7.5
+
+
+def why_not(error: Exception) -> str:
+    """Return why something could not be drawn, in one line, for a warning."""
+    if out_of_memory.is_meant_by(error):
+        return "memory ran out while it was drawn"
+    told = failure.for_the_user(error)
+    if told is not None:
+        return str(told)
+    log.debug("what went wrong while drawing", exc_info=error)
+    return f"{type(error).__name__}: {in_one_line(error)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,15 +53,13 @@ class Previews:
 
     def sample(self) -> Image.Image | None:
         """The sample picture: fixed prompt and seed; None, with a warning, where it is not finite
-        or memory is short: that costs a picture, never the training.
+        or cannot be drawn: that costs a picture, never the training.
         """
         seed = derive_seed(self.task.hyperparameters.seed, "sample picture")
         try:
             picture = next(self.draw(self.task.sample_prompt, [seed]))
-        except (RuntimeError, ResourceError) as error:
-            if not out_of_memory.is_meant_by(error):
-                raise
-            log.warning("no sample picture: the GPU ran out of memory while it was drawn")
+        except Exception as error:  # whatever a model's own noise scheduler is at fault with
+            log.warning("no sample picture: %s", why_not(error))
             return None
         if picture is None:
             log.warning("no sample picture: it is not finite")

@@ -21,7 +21,7 @@ from PIL import Image
 
 import dreambooth
 from dreambooth.data import cache, dataset_info, fingerprint, images
-from dreambooth.errors import DreamBoothError, TrainingDivergedError
+from dreambooth.errors import TrainingDivergedError
 from dreambooth.report import page, record
 from dreambooth.report.record import InstancePicture, Rows, RunRecord
 from dreambooth.report.timings import Timings, peak_memory_bytes
@@ -116,8 +116,9 @@ class Recorder:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             page.write(folder / REPORT_NAME, self._record(folder))
-        except (OSError, ValueError, ArithmeticError, DreamBoothError) as error:
+        except Exception as error:  # a page is not worth a job
             log.warning("%s could not be written: %s", REPORT_NAME, error)
+            log.debug("what went wrong with the report", exc_info=True)
             return
         log.info("the report is in %s", folder / REPORT_NAME)
 

@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +83,10 @@ def write(
     *,
     text_encoder: bool = False,
     unet: torch.nn.Module | None = None,
+    samples: Mapping[str, Image.Image] | None = None,
     **options: Any,
 ) -> Path:
+    told = options.pop("card", card())
     export.write(
         model_dir,
         base_folder=base,
@@ -93,10 +95,12 @@ def write(
             text_encoder=model.text_encoder if text_encoder else None,
         ),
         resolution=32,
-        card=options.pop("card", card()),
+        card=told,
         hyperparameters_json='{"max_steps": "3"}',
         **options,
     )
+    if samples:
+        export.add_samples(model_dir, card=told, samples=samples)
     return model_dir
 
 

@@ -213,9 +213,46 @@ def test_a_picture_that_memory_is_short_for_costs_no_training(
     assert torch.equal(weights(tmp_path / "some"), weights(tmp_path / "whole"))
     assert list((tmp_path / "whole" / "samples").iterdir())
     assert not list(tmp_path.glob("some*/samples/*"))
-    assert "no sample picture: the GPU ran out of memory" in (
+    assert "no sample picture: memory ran out while it was drawn" in (
         (tmp_path / "some-output" / "report.html").read_text()
     )
+
+
+def test_a_noise_scheduler_that_cannot_sample_costs_no_model(
+    start: Start, make_model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Training does without its timesteps, so the fault shows when the first picture is drawn."""
+    odd = {"timestep_spacing": "none"}
+    base = make_model_folder(scheduler="DDIMScheduler", scheduler_settings=odd)
+    options = (f"--pretrained-model={base}", "--sample_steps=2", "--compute_fid")
+    assert start("odd", *options) == 0
+    assert start("plain") == 0
+    assert torch.equal(weights(tmp_path / "odd"), weights(tmp_path / "plain"))
+    assert steps(tmp_path / "odd") == [1, 2, 3, 4]
+    assert not list(tmp_path.glob("odd*/samples/*"))
+    page = (tmp_path / "odd-output" / "report.html").read_text()
+    assert "no sample picture: ValueError: none is not supported" in page
+    assert "no fid_score: ValueError: none is not supported" in page
+
+
+def test_the_model_is_written_before_the_last_picture_is_drawn(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What ends the process while it draws, such as a fault of the driver, costs no model."""
+    drawn: list[bool] = []
+
+    def generate(*_: object, **__: object) -> Iterator[None]:
+        drawn.append((tmp_path / "model" / "model_index.json").exists())
+        if drawn[-1]:
+            raise SystemExit(9)  # nothing on the way takes it for a fault
+        yield
+
+    monkeypatch.setattr("dreambooth.previews.sampling.generate", generate)
+    with pytest.raises(SystemExit):
+        start("model", "--sample_steps=2")
+    assert drawn == [False, True]
+    assert len(weights(tmp_path / "model"))
+    assert (tmp_path / "model" / "README.md").exists()
 
 
 def test_a_picture_that_is_not_finite_is_left_out_with_a_warning(

@@ -16,6 +16,9 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from dreambooth import job, outputs
+from dreambooth.errors import ResourceError
+from dreambooth.training import report
+from dreambooth.training.readings import StepMetrics
 
 MIB = 2**20
 
@@ -138,20 +141,55 @@ def test_a_disk_that_fills_up_costs_no_checkpoint_and_the_run_goes_on_bit_for_bi
     place = disk(12 * MIB)
     with monkeypatch.context() as patched:
         patched.setattr(outputs, "check_room", lambda *_: None)
-        assert train(small_model_folder, photos, place, tmp_path) == 1
+        assert train(small_model_folder, photos, place, tmp_path, "--max_steps=3") == 1
     (sentence,) = errors(capsys.readouterr().err)
     assert sentence.startswith("error: The checkpoint of step 2 cannot be written")
     checkpoints = place / "checkpoints"
     assert {path.name for path in checkpoints.iterdir()} == {"step-00000001", "class_images"}
     disk(64 * MIB)
-    assert train(small_model_folder, photos, place, tmp_path) == 0
+    assert train(small_model_folder, photos, place, tmp_path, "--max_steps=3") == 0
     assert "resumed at step 1" in capsys.readouterr().err
-    assert train(small_model_folder, photos, tmp_path / "unbroken", tmp_path) == 0
+    assert train(small_model_folder, photos, tmp_path / "unbroken", tmp_path, "--max_steps=3") == 0
     a, b = (
         load_file(folder / "model" / "unet" / "diffusion_pytorch_model.safetensors")
         for folder in (place, tmp_path / "unbroken")
     )
     assert all(np.array_equal(a[name], b[name]) for name in b)
+
+
+def test_a_disk_that_is_full_after_training_costs_no_model(
+    small_model_folder: Path,
+    photos: Path,
+    tmp_path: Path,
+    disk: Callable[[int], Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The last checkpoint, the last row of metrics and the last picture come when it is written."""
+    place = disk(MIB)
+    monkeypatch.setattr(outputs, "check_room", lambda *_: None)
+    write_row = report.Report.step
+
+    def step(self: report.Report, metrics: StepMetrics) -> None:
+        write_row(self, metrics)
+        if metrics.step == 2:
+            raise ResourceError("The output folder cannot be written: No space left on device.")
+
+    monkeypatch.setattr(report.Report, "step", step)
+    options = [f"--model_dir={tmp_path / 'model'}", f"--output_data_dir={tmp_path / 'output'}"]
+    options += ["--checkpointing_steps=2", "--sample_steps=1"]
+    assert train(small_model_folder, photos, place, tmp_path, *options) == 0
+    shown = capsys.readouterr().err
+    assert errors(shown) == []
+    assert "all steps are made, but the last one's report is not: The output folder" in shown
+    assert "the model is whole, but not what comes after it: The checkpoint of step 2" in shown
+    model = tmp_path / "model"
+    assert (model / "model_index.json").exists()
+    (sample,) = (model / "samples").iterdir()
+    assert f"](samples/{sample.name})" in (model / "README.md").read_text("utf-8")
+    pictures = sorted((tmp_path / "output" / "samples").iterdir())
+    assert [path.name for path in pictures] == ["step-000001.png", "step-000002.png"]
+    assert pictures[1].read_bytes() == sample.read_bytes()
 
 
 @contextmanager

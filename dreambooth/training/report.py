@@ -74,11 +74,12 @@ class Report:
         trace: TracebackType | None,
     ) -> None:
         self._progress.close()
-        # On a full disk closing fails as writing did, which has been told by then.
-        with _writing(self._folder) if error is None else suppress(OSError):
+        # Each row was flushed when it was written: closing loses nothing, and must cost nothing.
+        with suppress(OSError):
             self._metrics.close()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with suppress(OSError):
+                self._tensorboard.close()
 
     def step(self, metrics: StepMetrics) -> None:
         """Show and write one step; draw a sample picture where one is due."""
@@ -102,12 +103,20 @@ class Report:
                 if row[name] is not None:
                     self._tensorboard.add_scalar(name, row[name], metrics.step)
         self._count_epoch(metrics)
-        draws = self._sample_steps and metrics.step % self._sample_steps == 0
+        draws = self._shows(metrics.step) and metrics.step < self._plan.steps
         if draws:
-            self._save_sample(metrics.step)
+            self._save_sample(metrics.step, self._draw_sample())
         # Drawing and writing is not the step's time; what is read late is written beside the next.
         if draws or metrics.read_with == 1:
             self._last_time = self._clock()
+
+    def add_last_sample(self, picture: Image.Image | None) -> None:
+        """Keep the last step's picture where one is due; it is drawn after the model is written.
+
+        Raises ResourceError where the disk is full.
+        """
+        if self._shows(self._plan.steps):
+            self._save_sample(self._plan.steps, picture)
 
     def finish(self, average_loss: float) -> None:
         """The last line that SageMaker's metric definitions read; the average is of all steps."""
@@ -121,8 +130,10 @@ class Report:
             logs.metric(f"End epoch {epoch}: train_avg_loss={plain_decimal(average)}")
             self._epoch_losses.clear()
 
-    def _save_sample(self, step: int) -> None:
-        picture = self._draw_sample()
+    def _shows(self, step: int) -> bool:
+        return self._sample_steps > 0 and step % self._sample_steps == 0
+
+    def _save_sample(self, step: int, picture: Image.Image | None) -> None:
         if picture is None:
             return
         path = self._folder / "samples" / f"step-{step:06d}.png"

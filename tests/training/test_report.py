@@ -92,6 +92,28 @@ def test_samples_are_drawn_when_due(make_training: Make, tmp_path: Path) -> None
     ]
 
 
+def test_the_last_steps_sample_is_given_once_the_model_is_written(
+    make_training: Make, tmp_path: Path
+) -> None:
+    plan = make_training(max_steps=4).plan
+    drawn = []
+
+    def draw() -> Image.Image:
+        drawn.append(1)
+        return Image.new("RGB", (8, 8), "red")
+
+    for every, names in ((2, ["step-000002.png", "step-000004.png"]), (3, ["step-000003.png"])):
+        folder = tmp_path / str(every)
+        drawn.clear()
+        settings = {"first_step": 0, "stream": io.StringIO()}
+        with Report(folder, plan, sample_steps=every, draw_sample=draw, **settings) as report:
+            for step in range(1, 5):
+                report.step(metrics(step, plan))
+        assert len(drawn) == 1
+        report.add_last_sample(Image.new("RGB", (8, 8), "blue"))
+        assert sorted(path.name for path in (folder / "samples").iterdir()) == names
+
+
 def test_a_sample_that_could_not_be_drawn_is_left_out(make_training: Make, tmp_path: Path) -> None:
     plan = make_training(max_steps=2).plan
     run(tmp_path, plan, range(1, 3), sample_steps=2, draw_sample=lambda: None)
