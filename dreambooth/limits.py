@@ -64,7 +64,8 @@ class Limits:
     max_json_values: int = 1_000
     # Objects and lists within each other; the deepest honest request has three.
     max_json_depth: int = 16
-    # Of one number in JSON; 2**64 - 1 has 20 digits, a printed double at most 24 characters.
+    # Of one number in JSON; 2**64 - 1 has 20 digits, a printed double at most 24 characters, and
+    # transformers' word for "no limit" 31.
     max_json_number_characters: int = 100
 
     # Archives. Stable Diffusion 2.1 in fp32 is 5.2 GB, with a safety checker, fp16 copies and a
@@ -88,8 +89,10 @@ class Limits:
 
     # Model folders. The largest honest JSON is tokenizer.json: 4 MB of CLIP, 17 of XLM-RoBERTa.
     max_config_bytes: int = 32 * MIB
-    # The safetensors library itself refuses headers above 100 MB.
-    max_safetensors_header_bytes: int = 100_000_000
+    # A whole pipeline in one file has some 300 KB of header; the library refuses 100 MB.
+    max_safetensors_header_bytes: int = 16 * MIB
+    # Of a tensor; the convolutions of these networks have four.
+    max_tensor_rank: int = 8
     # Weight files of one component; sharded U-Nets have a handful.
     max_weight_files: int = 256
 

@@ -68,7 +68,7 @@ def read(picture: Path, *, origin: str, shape: tuple[int, int, int]) -> Latents 
             raise ValueError("it is not finite")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, OverflowError, SafetensorError) as error:
         name = os.path.join(FOLDER, path.name)
         log.warning(
             "%s is not used, and its class image encoded instead: %s",

@@ -23,6 +23,11 @@ DTYPE_BYTES = {
 }
 
 
+# What no size, offset or count of values reaches: libraries hold them in 64 bits with a sign.
+_TOO_LARGE = 2**63
+_MOST_DIGITS = 19
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorEntry:
     """One tensor as the header declares it; `bytes` is its size in the file."""
@@ -63,7 +68,7 @@ def read_header(path: Path, *, limits: Limits = LIMITS) -> tuple[TensorEntry, ..
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or any(not isinstance(v, str) for v in metadata.values()):
         _refuse(path, "its metadata is not a table of strings")
-    entries = [_entry(path, name, fields) for name, fields in header.items()]
+    entries = [_entry(path, name, fields, limits) for name, fields in header.items()]
     entries.sort(key=lambda found: (found[0], found[1], found[2].name))
     position = 0
     for begin, end, entry in entries:
@@ -82,8 +87,13 @@ def _parse(path: Path, raw: bytes) -> dict[str, object]:
             raise ValueError("a name stands twice")
         return table
 
+    def number(digits: str) -> int:
+        if len(digits) > _MOST_DIGITS:  # before it is computed with, which would take for ever
+            raise ValueError(f"a number has {len(digits)} digits")
+        return int(digits)
+
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_int=number)
     except (ValueError, RecursionError) as error:
         raise ModelArtifactError(
             f"{path} is not a safetensors file: its header is not JSON ({error})."
@@ -93,10 +103,13 @@ def _parse(path: Path, raw: bytes) -> dict[str, object]:
     return header
 
 
-def _entry(path: Path, name: str, fields: object) -> tuple[int, int, TensorEntry]:
+def _entry(path: Path, name: str, fields: object, limits: Limits) -> tuple[int, int, TensorEntry]:
     match fields:
-        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [begin, end]} if all(
-            type(n) is int and n >= 0 for n in (*shape, begin, end)
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [begin, end]} if (
+            len(shape) <= limits.max_tensor_rank
+            and all(type(n) is int and 0 <= n < _TOO_LARGE for n in (*shape, begin, end))
+            # Without its zeros: libraries multiply the others for the strides.
+            and math.prod(n for n in shape if n) < _TOO_LARGE
         ):
             pass
         case _:

@@ -116,13 +116,19 @@ def _present(files: list[Path]) -> list[Path]:
 
 
 def read_json(path: Path, *, limits: Limits = LIMITS) -> dict[str, Any]:
-    """Read one JSON object from a file of a model folder, capped in size."""
+    """Read one JSON object from a file of a model folder, capped in size. ModelArtifactError."""
+
+    def number(digits: str) -> int:
+        if len(digits) > limits.max_json_number_characters:
+            raise ValueError(f"a number has {len(digits)} digits")
+        return int(digits)
+
     try:
         if not path.is_file():
             raise ModelArtifactError(f"The model has no {path.parent.name}/{path.name} ({path}).")
         if path.stat().st_size > limits.max_config_bytes:
             raise ModelArtifactError(f"{path} is larger than {limits.max_config_bytes} bytes.")
-        content = json.loads(path.read_bytes().decode("utf-8-sig"))
+        content = json.loads(path.read_bytes().decode("utf-8-sig"), parse_int=number)
     except OSError as error:
         raise ModelArtifactError(f"{path} cannot be read: {error}.") from error
     except (ValueError, RecursionError) as error:

@@ -13,6 +13,7 @@ import json
 import logging
 import pickle
 import shutil
+import struct
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,7 @@ from safetensors.torch import save_file
 from dreambooth.diffusion import layout, source
 from dreambooth.diffusion.headers import read_header
 from dreambooth.errors import ModelArtifactError, ResourceError
+from dreambooth.knob import quoted
 from dreambooth.limits import LIMITS, Limits
 
 logger = logging.getLogger(__name__)
@@ -33,6 +35,11 @@ logger = logging.getLogger(__name__)
 _HARMLESS = "position_ids"
 _OTHER_PICKLES = (".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 _NAMED_AT_MOST = 3
+# What libraries raise for files that are damaged or made to hurt.
+_LIBRARY_FAULTS = (
+    *(RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError),
+    *(ArithmeticError, AssertionError, MemoryError, struct.error),
+)
 
 
 def load_into(
@@ -121,7 +128,7 @@ def _read_safetensors(path: Path, limits: Limits) -> Iterator[tuple[Path, str, t
         with safe_open(path, framework="pt", device="cpu") as file:
             for key in file.keys():  # noqa: SIM118 - not a dict
                 yield path, key, file.get_tensor(key)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, *_LIBRARY_FAULTS) as error:
         raise ModelArtifactError(f"{path} cannot be read as safetensors: {error}.") from error
 
 
@@ -130,24 +137,12 @@ def read_bin(path: Path) -> dict[str, torch.Tensor]:
 
     Raises ModelArtifactError for a pickle that holds anything but named tensors.
     """
-    packed = zipfile.is_zipfile(path)
-    if packed:
-        with zipfile.ZipFile(path) as archive:
-            # torch stores its records as they are; a compressed one could only be a bomb.
-            if any(item.compress_type != zipfile.ZIP_STORED for item in archive.infolist()):
-                raise ModelArtifactError(
-                    f"{path} holds compressed records, which torch never writes."
-                )
     try:
+        packed = zipfile.is_zipfile(path)
+        if packed:
+            _refuse_compressed(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=packed)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        OSError,
-        EOFError,
-        ValueError,
-        LookupError,
-    ) as error:
+    except (pickle.UnpicklingError, zipfile.BadZipFile, *_LIBRARY_FAULTS) as error:
         raise ModelArtifactError(
             f"{path} is a pickle that holds more than weights, or is damaged: it is not loaded, "
             "for it could run code; give the model as safetensors."
@@ -156,7 +151,30 @@ def read_bin(path: Path) -> dict[str, torch.Tensor]:
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
     ):
         raise ModelArtifactError(f"{path} does not hold a plain table of named tensors.")
+    for key, tensor in state.items():
+        if not _is_plain(tensor):
+            raise ModelArtifactError(
+                f"{path} holds {quoted(key)}, which is no plain tensor (but sparse, nested, "
+                "quantized, without data, or larger than its data): give the model as safetensors."
+            )
     return state
+
+
+def _refuse_compressed(path: Path) -> None:
+    """Raise ModelArtifactError for compressed records: torch stores its own as they are, and a
+    compressed one could only be a bomb.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if any(item.compress_type != zipfile.ZIP_STORED for item in archive.infolist()):
+            raise ModelArtifactError(f"{path} holds compressed records, which torch never writes.")
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is a table of numbers that lies in memory as it is."""
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
+        return False
+    there = tensor.device.type == "cpu"
+    return there and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def save(state: Mapping[str, torch.Tensor], path: Path) -> None:

@@ -32,6 +32,7 @@ from dreambooth.diffusion import source
 from dreambooth.errors import DreamBoothError, UserError
 from dreambooth.serving.app import App
 from dreambooth.serving.guard import Guard, GuardLimits, guarded
+from dreambooth.serving.messages import EngineFaultError
 from dreambooth.serving.metrics import Metrics
 from dreambooth.serving.serve_options import ServeSettings
 from dreambooth.serving.supervisor import Supervisor
@@ -99,7 +100,7 @@ def _outcome(loading: asyncio.Task[None]) -> int:
     error = loading.exception()
     if error is None:
         return 0
-    if isinstance(error, DreamBoothError):
+    if isinstance(error, (DreamBoothError, EngineFaultError)):
         log.error("the model cannot be served: %s", error)
     else:
         log.error("the model cannot be served", exc_info=error)

@@ -21,7 +21,13 @@ from pathlib import Path
 from typing import Final
 
 from dreambooth.diffusion.sampling_request import SamplingFacts, SamplingRequest, read_facts
-from dreambooth.errors import ModelArtifactError, RequestError, UnavailableError, UserError
+from dreambooth.errors import (
+    ModelArtifactError,
+    RequestError,
+    ResourceError,
+    UnavailableError,
+    UserError,
+)
 from dreambooth.serving import admission
 from dreambooth.serving.admission import Bounds, Pace, Work
 from dreambooth.serving.engine_process import COMMAND, EngineProcess, options
@@ -30,6 +36,7 @@ from dreambooth.serving.keeper import Keeper, Listener
 from dreambooth.serving.messages import (
     Cancel,
     Close,
+    EngineFaultError,
     Failed,
     FromEngine,
     Generate,
@@ -52,6 +59,8 @@ _LOAD_S: Final = 30.0
 _ELSEWHERE_S: Final = 30.0
 # A call takes so many times its estimate before it counts as hanging, if that is long at all.
 _SLOWEST_CALL: Final = 4.0
+# Loadings that may fail by a fault of ours before it is taken for one that does not go away.
+_TRIES: Final = 3
 # For the engine to end by itself once it has nothing to do.
 _CLOSE_S: Final = 2.0
 _DRAIN_S: Final = 0.01
@@ -88,7 +97,8 @@ class Supervisor(Listener):
         self._flights = Flights()
         self._numbers = itertools.count(1)
         self._tally = Tally()
-        self._failure: UserError | None = None
+        self._failure: UserError | EngineFaultError | None = None
+        self._internal_faults = 0  # of loading, before it ever succeeded
         self._settled = asyncio.Event()  # the first start has ended, one way or the other
         self._closed = asyncio.Event()
         self._running: asyncio.Task[None] | None = None
@@ -116,8 +126,9 @@ class Supervisor(Listener):
         """Start the engine and wait until it is ready for the first time.
 
         Raises UserError (ModelArtifactError) for a model that cannot be loaded, or not with these
-        settings: the state is "down" then and no other start is tried. Other failures are tried
-        again, so this may wait for long; to stop waiting cancel it and call `close`.
+        settings, and EngineFaultError where loading it failed by a fault of ours again and again:
+        the state is "down" then and no other start is tried. Other failures are tried again, so
+        this may wait for long; to stop waiting cancel it and call `close`.
         """
         try:
             self._facts = await asyncio.to_thread(read_facts, self._folder)
@@ -229,9 +240,7 @@ class Supervisor(Listener):
         if isinstance(message, Ready):
             self._ready(message)
         elif isinstance(message, LoadFailed):
-            error = message.fault.exception()
-            if isinstance(error, UserError):
-                self._give_up(error)
+            self._load_failed(message.fault.exception())
         elif isinstance(message, Status):
             self._note(message)
         else:
@@ -279,10 +288,24 @@ class Supervisor(Listener):
         largest = max((work.pixels for work in self._flights.ahead()), default=0)
         self._keeper.allow(_SLOWEST_CALL * self._pace.seconds(self._pace.rows, largest))
 
+    def _load_failed(self, error: Exception) -> None:
+        """Give up what no other try can load; memory may be free again for another."""
+        if isinstance(error, UserError):
+            self._give_up(error)
+        elif not isinstance(error, ResourceError) and not self._settled.is_set():
+            self._internal_faults += 1
+            if self._internal_faults == _TRIES:
+                self._give_up(
+                    EngineFaultError(
+                        f"The engine could not load the model in {_TRIES} tries "
+                        f"({error}); the traces are in the log."
+                    )
+                )
+
     def _lose(self, reason: LossReason, message: str) -> None:
         self._tally.losses[reason] += self._flights.fail_all(message, self._retry_after_s())
 
-    def _give_up(self, error: UserError) -> None:
+    def _give_up(self, error: UserError | EngineFaultError) -> None:
         if self._settled.is_set():  # else `start` raises it
             log.error("the model cannot be loaded any more: %s", error)
         self._failure = error

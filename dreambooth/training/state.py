@@ -38,6 +38,7 @@ PREFIX = "step-"
 _PARTIAL = ".partial-"
 _OPTIMIZER = "optimizer.pt"
 _MANIFEST_NAME = "manifest.json"
+_LOADING_FAULTS = (*(RuntimeError, ValueError, KeyError, TypeError, AttributeError, OverflowError),)
 _MANIFEST_FIELDS: Mapping[str, type] = {
     **{"identity": dict, "environment": dict, "scaler": dict, "files": dict},
     **{"step": int, "skipped_steps": int, "loss_total": float},
@@ -164,7 +165,7 @@ def load_newest(state: TrainingState, folder: Path, *, identity: Mapping[str, st
         try:
             _load_files(state, path, manifest["files"].keys())
             state.precision.scaler.load_state_dict(manifest["scaler"])
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (*_LOADING_FAULTS, SafetensorError) as error:
             # Its checksums are right, so it was made so: parts of it may be loaded by now.
             raise HyperparameterError(
                 f"The checkpoint {path} does not fit this model ({' '.join(str(error).split())}): "

@@ -85,6 +85,8 @@ def test_a_model_without_a_target_to_train_on_is_refused_unless_it_is_to_draw(
         ("scheduler/scheduler_config.json", {"num_train_timesteps": "many"}),
         ("scheduler/scheduler_config.json", {"prediction_type": ["epsilon"]}),
         ("unet/config.json", {"sample_size": [64, 64]}),
+        ("unet/config.json", {"sample_size": int("9" * 4000)}),
+        ("unet/config.json", {"norm_num_groups": int("9" * 4000)}),
     ],
 )
 def test_odd_numbers_in_a_configuration_are_refused(

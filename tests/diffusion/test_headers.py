@@ -59,6 +59,12 @@ def test_entries_come_in_the_order_of_the_data(tmp_path: Path) -> None:
         {"a": entry(shape=[2.0])},
         {"a": entry(shape=[True, 2])},
         {"a": entry(shape=[2**40, 2**40])},
+        {"a": entry(shape=[0, 2**63])},
+        {"a": entry(shape=[0, 10**30])},
+        {"a": entry(shape=[0, 2**62, 2**62])},
+        {"a": entry(shape=[1] * 9)},
+        {"a": entry(0, 2**63)},
+        {"a": {"dtype": "F32", "shape": [0], "data_offsets": [2**70, 2**70]}},
         {"a": entry(8, 0)},
         {"a": entry(-8, 0)},
         {"a": entry(4, 12)},
@@ -77,6 +83,24 @@ def test_malformed_headers_are_refused_with_the_name_of_the_file(
     path = write(tmp_path / "bad.safetensors", header)
     with pytest.raises(ModelArtifactError, match=r"bad\.safetensors"):
         read_header(path)
+
+
+@pytest.mark.parametrize("digits", [10, 18, 4000])
+@pytest.mark.parametrize("rank", [8, 20_000])
+def test_no_number_of_a_header_is_computed_with_before_it_is_checked(
+    tmp_path: Path, digits: int, rank: int
+) -> None:
+    """Multiplied, a thousand numbers of 4,000 digits would take for ever."""
+    shape = ",".join(["9" * digits] * min(rank, 4_000_000 // digits))
+    header = f'{{"a": {{"dtype": "F32", "shape": [{shape}], "data_offsets": [0, 8]}}}}'
+    with pytest.raises(ModelArtifactError, match=r"bad\.safetensors") as caught:
+        read_header(write(tmp_path / "bad.safetensors", header.encode()))
+    assert len(str(caught.value)) < 400
+
+
+def test_shapes_up_to_the_caps_are_read(tmp_path: Path) -> None:
+    header = {"a": entry(0, 0, shape=[0, 2**62]), "b": entry(0, 8, shape=[1, 1, 1, 1, 1, 1, 1, 2])}
+    assert [e.count for e in read_header(write(tmp_path / "x.safetensors", header))] == [0, 2]
 
 
 @pytest.mark.parametrize("size", [0, 3, 8, 20, 60])

@@ -282,6 +282,44 @@ def test_convert_writes_nothing_where_it_refuses(
     assert not (inside / "new").exists()
 
 
+def _nested() -> torch.Tensor:
+    return torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors.*:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*[Qq]uantiz.*:UserWarning")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.zeros(4, 4).to_sparse(),
+        lambda: torch.eye(4).to_sparse_csr(),
+        _nested,
+        lambda: torch.zeros(4, device="meta"),
+        lambda: torch.quantize_per_tensor(torch.zeros(4), 0.1, 0, torch.qint8),
+        lambda: torch.zeros(1).expand(2**40),
+    ],
+    ids=["sparse", "sparse rows", "nested", "meta", "quantized", "larger than its data"],
+)
+def test_a_tensor_that_is_no_plain_one_is_one_sentence(
+    make_model_folder: Make, tmp_path: Path, make: Callable[[], torch.Tensor]
+) -> None:
+    folder = make_model_folder(bin=True)
+    path = folder / "unet" / "diffusion_pytorch_model.bin"
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, "conv_in.bias": make()}, path)
+    with pytest.raises(ModelArtifactError, match=r"model\.bin .*"):
+        weights.read_bin(path)
+    with pytest.raises(ModelArtifactError):
+        weights.convert(folder, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_tensors_that_share_their_memory_are_plain(tmp_path: Path) -> None:
+    whole = torch.arange(6.0)
+    torch.save({"a": whole, "b": whole[2:], "c": whole.reshape(2, 3).T}, tmp_path / "x.bin")
+    assert torch.equal(weights.read_bin(tmp_path / "x.bin")["b"], whole[2:])
+
+
 def test_convert_takes_nothing_from_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelArtifactError, match="no folder or file models/stable-diffusion") as e:

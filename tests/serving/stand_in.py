@@ -13,10 +13,27 @@ import time
 from pathlib import Path
 
 from dreambooth.serving import wire
-from dreambooth.serving.messages import Done, Drawn, FromEngine, Generate, Ready, Status
+from dreambooth.serving.messages import (
+    Done,
+    Drawn,
+    Fault,
+    FromEngine,
+    Generate,
+    LoadFailed,
+    Ready,
+    Status,
+)
 
 READY = Ready(seconds_per_call=((1, 1e-4),), seconds_per_decode=1e-4, rows=8)
-MODES = ("hangs_silently", "hangs_in_a_step", "never_ready", "nonsense", "too_few", "wrong_size")
+MODES = (
+    "cannot_load",
+    "hangs_silently",
+    "hangs_in_a_step",
+    "never_ready",
+    "nonsense",
+    "too_few",
+    "wrong_size",
+)
 
 
 def main(mode: str, marker: Path, connection: socket.socket) -> None:
@@ -26,6 +43,10 @@ def main(mode: str, marker: Path, connection: socket.socket) -> None:
     def send(*messages: FromEngine) -> None:
         for message in messages:
             connection.sendall(b"".join(wire.pack(message)))
+
+    if mode == "cannot_load":  # however often it is tried
+        send(LoadFailed(fault=Fault.of(OverflowError("an int too big to convert"))))
+        return
 
     def beat() -> None:
         while True:

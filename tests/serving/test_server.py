@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -318,6 +319,20 @@ def test_a_model_that_cannot_be_loaded_ends_the_server_with_one_sentence(tmp_pat
         assert "Traceback" not in done.stderr
         assert "the model cannot be served: " in done.stderr
         assert model in done.stderr
+
+
+def test_a_header_of_endless_numbers_ends_the_server_and_holds_up_no_ping(
+    make_model_folder: Callable[..., Path],
+) -> None:
+    folder = make_model_folder()
+    shape = ",".join(["9" * 4000] * 2000)
+    header = f'{{"a": {{"dtype": "F32", "shape": [{shape}], "data_offsets": [0, 8]}}}}'.encode()
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    with serve(model=str(folder), ready=False) as server:
+        assert server.process.wait(PATIENCE_S) == 1
+    assert "the model cannot be served: " in server.log
+    assert "a number has 4000 digits" in server.log
 
 
 def test_a_port_that_is_taken_is_told() -> None:

@@ -19,6 +19,7 @@ import pytest
 
 from dreambooth import tiny
 from dreambooth.errors import ModelArtifactError, RequestError, UnavailableError, UserError
+from dreambooth.serving.messages import EngineFaultError
 from dreambooth.serving.reply import Picture
 from dreambooth.serving.request import GenerationRequest
 from dreambooth.serving.serve_options import ServeSettings
@@ -393,6 +394,22 @@ def test_an_engine_that_never_gets_ready_is_replaced(
         async with asyncio.timeout(LONG_S):
             await supervisor.start()
         assert supervisor.status().restarts_total == 1
+        await supervisor.close()
+
+    runner.run(live())
+
+
+def test_a_fault_of_ours_in_loading_is_tried_three_times_and_then_told(
+    runner: asyncio.Runner, tmp_path: Path
+) -> None:
+    async def live() -> None:
+        supervisor = misbehaving("cannot_load", tmp_path)
+        with pytest.raises(EngineFaultError, match=r"in 3 tries \(OverflowError\)"):
+            async with asyncio.timeout(LONG_S):
+                await supervisor.start()
+        await asyncio.sleep(0.5)
+        status = supervisor.status()
+        assert (status.state, status.restarts_total, status.engine_pid) == ("down", 2, None)
         await supervisor.close()
 
     runner.run(live())
