@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from dreambooth.diffusion import layout
 from dreambooth.errors import DreamBoothError
 from dreambooth.serving import error_reply, reply, serve_options
 from dreambooth.serving.engine import Engine, EngineSettings, open_engine
@@ -58,8 +59,10 @@ def model_fn(model_dir: str) -> Model:
     options = argparse.ArgumentParser()
     serve_options.add_arguments(options)
     settings = serve_options.read(options.parse_args([]), os.environ)
+    folder = Path(model_dir)
+    layout.validate_folder(folder, linked_weights=False)
     engine = open_engine(
-        Path(model_dir),
+        folder,
         settings=EngineSettings(batch_rows=settings.batch_rows),
         device=None if settings.device == "auto" else torch.device(settings.device),
         precision=settings.precision,

@@ -45,8 +45,11 @@ class ModelCard:
 
 def licence_of(folder: Path) -> str | None:
     """The licence that a model folder's own card (README.md) states in its front matter."""
+    path = folder / "README.md"
     try:
-        with (folder / "README.md").open("rb") as file:
+        if not path.is_file():  # a pipe would be waited for
+            return None
+        with path.open("rb") as file:
             text = file.read(_FRONT_MATTER_BYTES).decode("utf-8", errors="replace")
     except OSError:
         return None

@@ -52,6 +52,8 @@ def read(picture: Path, *, origin: str, shape: tuple[int, int, int]) -> Latents 
     """
     path = place_of(picture)
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError("it is no regular file")
         size = path.stat().st_size
         if size > 4 * int(np.prod(shape)) + _HEADER_BYTES:
             raise ValueError(f"it has {size} bytes")

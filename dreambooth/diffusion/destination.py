@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 MARK = {"written_by": "dreambooth"}
 # In the order in which they are moved into place; removed in the reverse order.
 ENTRIES = (
-    *(layout.MODEL_INFO, "hyperparameters.json", "README.md", "samples"),
+    *(layout.MODEL_INFO, *layout.OTHER_FILES, layout.SAMPLES),
     *("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
     *(*layout.OPTIONAL_PARTS, layout.INDEX),
 )

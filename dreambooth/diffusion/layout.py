@@ -7,8 +7,10 @@ that we would import.
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Iterable, Mapping
+import stat
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,12 @@ from dreambooth.limits import LIMITS, Limits
 INDEX = "model_index.json"
 MODEL_INFO = "__model_info__.json"
 TRAINED_PARTS = ("unet", "vae", "text_encoder")
+SAMPLES = "samples"
+WEIGHT_SUFFIXES = (".safetensors", ".bin")
+LEADS_OUT = (
+    "{} is a link, or lies behind one, that leads out of the model: copy the file itself there."
+)
+OTHER_FILES = ("hyperparameters.json", "README.md")
 OPTIONAL_PARTS = ("safety_checker", "feature_extractor")
 # Settings by which a configuration of transformers could have a kernel downloaded and run.
 CODE_SETTINGS = ("attn_implementation", "experts_implementation")
@@ -243,14 +251,17 @@ def _entry(index: Mapping[str, Any], part: str) -> tuple[str, str] | None:
     return None
 
 
-def validate_folder(folder: Path, *, limits: Limits = LIMITS) -> None:
+def validate_folder(folder: Path, *, linked_weights: bool = True, limits: Limits = LIMITS) -> None:
     """Check that a folder is a Stable Diffusion model in the diffusers layout; open no weights.
 
+    linked_weights: whether weights may lie behind links that lead out of the folder.
+
     Raises ModelArtifactError with one sentence for a single-file checkpoint, a missing part, a
-    class outside of the fixed list, configurations that ask for code, or weights in any other
-    pickle than an old .bin.
+    class outside of the fixed list, configurations that ask for code, weights in any other pickle
+    than an old .bin, text behind a link that leads out of the folder, and pipes and devices.
     """
     refuse_single_file(folder)
+    refuse_foreign_files(folder, _files_that_are_read(folder), linked_weights=linked_weights)
     index = read_index(folder, limits=limits)
     for part in (*TRAINED_PARTS, "tokenizer", "scheduler"):
         if not isinstance(index.get(part), list) or not (folder / part).is_dir():
@@ -263,6 +274,52 @@ def validate_folder(folder: Path, *, limits: Limits = LIMITS) -> None:
         component_config(folder, part, limits=limits)
     for part in TRAINED_PARTS:
         weight_files(folder / part, limits=limits)
+
+
+def refuse_foreign_files(
+    folder: Path, files: Iterable[Path], *, linked_weights: bool = True
+) -> None:
+    """Refuse files of a folder that bring a stranger's text, or that would be waited for.
+
+    A link in a downloaded folder may lead to any file of this machine, which would be copied into
+    what is made of the folder. Links within the folder are fine, and so are those of the hub
+    client's cache, whose snapshots are made of them. Raises ModelArtifactError.
+    """
+    home = home_of(folder)
+    for path in files:
+        try:
+            mode = path.stat().st_mode
+        except OSError:
+            continue  # a link to nothing: told where the file is needed
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise ModelArtifactError(f"{path} is no regular file: remove it.")
+        may_lead_out = linked_weights and path.suffix in WEIGHT_SUFFIXES
+        if not may_lead_out and leads_out(path, home):
+            raise ModelArtifactError(LEADS_OUT.format(path))
+
+
+def home_of(folder: Path) -> str:
+    """Return what the links of a model folder may not lead out of: its real place, or its cache."""
+    real = os.path.realpath(folder)
+    snapshots = os.path.dirname(real)
+    cache = os.path.dirname(snapshots)
+    is_cached = os.path.basename(snapshots) == "snapshots"
+    return cache if is_cached and os.path.basename(cache).startswith("models--") else real
+
+
+def leads_out(path: Path, home: str) -> bool:
+    """Return whether a file lies elsewhere, by a link at its own name or at a folder's above it."""
+    return not Path(os.path.realpath(path)).is_relative_to(home)
+
+
+def _files_that_are_read(folder: Path) -> Iterator[Path]:
+    """Yield the files of a model folder that anything here opens, and all beside them."""
+    yield from (folder / name for name in (INDEX, MODEL_INFO, *OTHER_FILES))
+    for part in (*COMPONENTS, SAMPLES):
+        try:
+            yield from sorted((folder / part).iterdir())
+        except OSError:
+            continue  # it is not there, or no folder
 
 
 def refuse_single_file(path: Path) -> None:

@@ -47,11 +47,16 @@ _PEEK_EXTRACTED_BYTES = 512 * MIB
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSource:
-    """A pretrained model that was found: `path` is None for a hub id."""
+    """A pretrained model that was found: `path` is None for a hub id.
+
+    linked_weights: whether weights may lie behind links that lead out of it: in a folder that a
+    user named, not in what a platform or an archive brought.
+    """
 
     kind: Literal["folder", "archive", "hub"]
     location: str
     path: Path | None
+    linked_weights: bool = False
 
 
 def locate(
@@ -74,7 +79,8 @@ def locate(
     if pretrained_model:
         return _by_name(pretrained_model, how, limits)
     if channel is None or not channel.exists():
-        raise ModelArtifactError(f"There is no model: {how}.")
+        where = "" if channel is None else f" at {channel}"
+        raise ModelArtifactError(f"There is no model{where}: {how}.")
     return _at(channel, how, limits)
 
 
@@ -89,7 +95,7 @@ def _by_name(name: str, how: str, limits: Limits) -> ModelSource:
     try:
         path = addresses.to_path(name, "The model")
         if path.exists():
-            return _at(path, how, limits)
+            return replace(_at(path, how, limits), linked_weights=True)
     except (OSError, ValueError) as error:  # of parents closed to us, too long, a null character
         raise ModelArtifactError(f"The model {name} cannot be read: {error}.") from error
     if _HUB_ID.fullmatch(name) and not name.lower().endswith(_ARCHIVE_SUFFIXES):
@@ -185,7 +191,8 @@ def open_source(source: ModelSource, workspace: Path, *, limits: Limits = LIMITS
         folder = inside
     else:
         folder = source.path
-    validate_folder(folder, limits=limits)
+    linked_weights = source.kind == "folder" and source.linked_weights
+    validate_folder(folder, linked_weights=linked_weights, limits=limits)
     return folder
 
 

@@ -216,7 +216,7 @@ def convert(origin: Path | str, destination: Path, *, limits: Limits = LIMITS) -
         if parent.resolve().is_relative_to(folder.resolve()):
             raise ModelArtifactError(f"{destination} lies inside of {folder}, which is read.")
         whole = Path(workspace) / "converted"
-        _convert_folder(folder, whole, limits)
+        _convert_folder(folder, whole, layout.home_of(folder), limits)
         layout.validate_folder(whole, limits=limits)
         if destination.exists():
             destination.rmdir()
@@ -235,7 +235,8 @@ def _told(destination: Path) -> Iterator[None]:
         ) from error
 
 
-def _convert_folder(folder: Path, target: Path, limits: Limits) -> None:
+def _convert_folder(folder: Path, target: Path, home: str, limits: Limits) -> None:
+    """Copy one folder and what is in it. home: what links may not lead out of."""
     target.mkdir()
     for entry in sorted(folder.iterdir()):
         if entry.name.startswith("."):
@@ -247,9 +248,11 @@ def _convert_folder(folder: Path, target: Path, limits: Limits) -> None:
                     f"{entry} is a link to a folder, which is not followed: put the folder itself "
                     "there, or remove the link."
                 )
-            _convert_folder(entry, copy, limits)
+            _convert_folder(entry, copy, home, limits)
         elif not entry.is_file():
             raise ModelArtifactError(f"{entry} is no regular file, or a link to nothing.")
+        elif layout.leads_out(entry, home) and entry.suffix not in layout.WEIGHT_SUFFIXES:
+            raise ModelArtifactError(layout.LEADS_OUT.format(entry))
         elif copy.name != entry.name and (folder / copy.name).exists():
             continue  # a safetensors twin is there already
         elif entry.suffix in _OTHER_PICKLES:

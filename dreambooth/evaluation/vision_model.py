@@ -63,7 +63,8 @@ def _read(folder: Path) -> VisionModel:
             f"There is no folder {folder}; one of a CLIP, DINOv2 or ViT model in transformers' "
             "layout (config.json, model.safetensors) is expected."
         )
-    path = folder / "config.json"
+    path, settings_path = folder / "config.json", folder / "preprocessor_config.json"
+    layout.refuse_foreign_files(folder, (path, settings_path))
     config = layout.read_json(path)
     kind = config.get("model_type")
     if kind not in KINDS or config.get("auto_map"):
@@ -83,7 +84,6 @@ def _read(folder: Path) -> VisionModel:
     if (channels := vision.get("num_channels", 3)) != 3:
         raise ModelArtifactError(f"{path} asks for {_shown(channels)} channels, not RGB's three.")
     vision["image_size"] = height if height == width else [height, width]
-    settings_path = folder / "preprocessor_config.json"
     settings = layout.read_json(settings_path) if settings_path.is_file() else {}
     return VisionModel(
         folder=folder,

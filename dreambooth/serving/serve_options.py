@@ -30,9 +30,11 @@ _LONGEST_S: Final = 86_400
 class ServeSettings:
     """All that the server is told; units stand in the names.
 
-    `model` is a folder, a tarball, a hub id or `tiny`. `request_timeout_s` is the time within which
-    a request must be answered from its arrival on, `max_queue` the most pictures that wait or are
-    drawn at once, `batch_rows` None for the elastic mode or the fixed rows of the exact one.
+    `model` is a folder, a tarball, a hub id or `tiny`; `model_is_platforms` says that nobody named
+    it, and it is the folder into which SageMaker unpacks a model. `request_timeout_s` is the time
+    within which a request must be answered from its arrival on, `max_queue` the most pictures that
+    wait or are drawn at once, `batch_rows` None for the elastic mode or the fixed rows of the exact
+    one.
     `cuda_graphs` and `channels_last` are about speed on a GPU, and off until one has measured them.
     """
 
@@ -51,6 +53,7 @@ class ServeSettings:
     cuda_graphs: bool = False
     channels_last: bool = False
     log_level: str = "info"
+    model_is_platforms: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +94,7 @@ def read(arguments: argparse.Namespace, environ: Mapping[str, str]) -> ServeSett
     """
     faults: list[str] = []
     base = environ.get("SAGEMAKER_BASE_DIR") or "/opt/ml"
-    values: dict[str, object] = {"model": f"{base.rstrip('/')}/model"}
+    values: dict[str, object] = {}
     for option in _OPTIONS:
         spelled, text = _said(option, arguments, environ)
         if text is None:
@@ -107,6 +110,8 @@ def read(arguments: argparse.Namespace, environ: Mapping[str, str]) -> ServeSett
             values[option.field] = (not value) if option.field != option.name else value
     if faults:
         raise UserError(" ".join(faults))
+    if "model" not in values:
+        values |= {"model": f"{base.rstrip('/')}/model", "model_is_platforms": True}
     return ServeSettings(**values)  # type: ignore[arg-type]  # each parsed by its own option
 
 

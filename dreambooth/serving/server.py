@@ -109,7 +109,7 @@ def _outcome(loading: asyncio.Task[None]) -> int:
 
 async def _load(app: App, metrics: Metrics, settings: ServeSettings, workspace: Path) -> None:
     """Make a folder of the model and start the engine on it; DreamBoothError where that fails."""
-    folder = await _fetch(settings.model, workspace)
+    folder = await _fetch(settings, workspace)
     supervisor = Supervisor(folder, settings)
     metrics.status = supervisor.status
     app.supervisor = supervisor
@@ -136,7 +136,7 @@ async def _close(
     app.close()
 
 
-async def _fetch(model: str, workspace: Path) -> Path:
+async def _fetch(settings: ServeSettings, workspace: Path) -> Path:
     """Find, unpack or download the model; in a thread that a signal need not wait for."""
     loop = asyncio.get_running_loop()
     fetched: asyncio.Future[Path] = loop.create_future()
@@ -152,7 +152,7 @@ async def _fetch(model: str, workspace: Path) -> Path:
     def work() -> None:
         folder, fault = None, None
         try:
-            folder = _folder_of(model, workspace)
+            folder = _folder_of(settings, workspace)
         except Exception as error:
             fault = error
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody asks any more
@@ -162,8 +162,11 @@ async def _fetch(model: str, workspace: Path) -> Path:
     return await fetched
 
 
-def _folder_of(model: str, workspace: Path) -> Path:
-    return source.open_source(source.locate(model, given="with --model"), workspace)
+def _folder_of(settings: ServeSettings, workspace: Path) -> Path:
+    named, platforms = settings.model, None
+    if settings.model_is_platforms:
+        named, platforms = "", Path(settings.model)
+    return source.open_source(source.locate(named, platforms, given="with --model"), workspace)
 
 
 class _HttpServer(uvicorn.Server):

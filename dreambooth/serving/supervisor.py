@@ -24,7 +24,6 @@ from dreambooth.diffusion.sampling_request import SamplingFacts, SamplingRequest
 from dreambooth.errors import (
     ModelArtifactError,
     RequestError,
-    ResourceError,
     UnavailableError,
     UserError,
 )
@@ -98,7 +97,6 @@ class Supervisor(Listener):
         self._numbers = itertools.count(1)
         self._tally = Tally()
         self._failure: UserError | EngineFaultError | None = None
-        self._internal_faults = 0  # of loading, before it ever succeeded
         self._settled = asyncio.Event()  # the first start has ended, one way or the other
         self._closed = asyncio.Event()
         self._running: asyncio.Task[None] | None = None
@@ -292,15 +290,10 @@ class Supervisor(Listener):
         """Give up what no other try can load; memory may be free again for another."""
         if isinstance(error, UserError):
             self._give_up(error)
-        elif not isinstance(error, ResourceError) and not self._settled.is_set():
-            self._internal_faults += 1
-            if self._internal_faults == _TRIES:
-                self._give_up(
-                    EngineFaultError(
-                        f"The engine could not load the model in {_TRIES} tries "
-                        f"({error}); the traces are in the log."
-                    )
-                )
+        is_last = not self._settled.is_set() and self._keeper.restarts + 1 >= _TRIES
+        if isinstance(error, EngineFaultError) and is_last:
+            told = f"The engine could not load the model in {_TRIES} tries ({error}): see the log."
+            self._give_up(EngineFaultError(told))
 
     def _lose(self, reason: LossReason, message: str) -> None:
         self._tally.losses[reason] += self._flights.fail_all(message, self._retry_after_s())

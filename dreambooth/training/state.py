@@ -135,7 +135,7 @@ def refuse_another_job(folder: Path, *, identity: Mapping[str, str]) -> None:
     """Raise what `load_newest` would on a changed job; only the manifest is read."""
     for path in _checkpoints(folder):
         try:
-            stored = json.loads((path / _MANIFEST_NAME).read_text())["identity"]
+            stored = json.loads(_regular(path / _MANIFEST_NAME).read_text())["identity"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue  # damaged: told when it is skipped
         if isinstance(stored, dict):
@@ -267,7 +267,7 @@ def _read_manifest(path: Path, names: Sequence[str]) -> dict[str, Any]:
 
     names: the files that count. Earlier versions listed the markers of SageMaker's agent as well.
     """
-    manifest: dict[str, Any] = json.loads((path / _MANIFEST_NAME).read_text())
+    manifest: dict[str, Any] = json.loads(_regular(path / _MANIFEST_NAME).read_text())
     if manifest["format"] != FORMAT:
         raise ValueError(f"its format is {manifest['format']}, not {FORMAT}")
     for name, kind in _MANIFEST_FIELDS.items():
@@ -299,5 +299,12 @@ def _may_differ(stored: Mapping[str, str], wanted: Mapping[str, str]) -> set[str
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with _regular(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _regular(path: Path) -> Path:
+    """Return a path that is no pipe or device, which would be waited for. Raises ValueError."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path.name} is no regular file")
+    return path

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -83,4 +84,7 @@ def test_a_folder_in_its_place_is_not_used(picture: Path) -> None:
     place = class_latents.place_of(picture)
     place.unlink()
     place.mkdir()
+    assert class_latents.read(picture, origin="o", shape=SHAPE) is None
+    place.rmdir()
+    os.mkfifo(place)  # opening it would wait for ever
     assert class_latents.read(picture, origin="o", shape=SHAPE) is None

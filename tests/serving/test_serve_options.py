@@ -24,7 +24,8 @@ def read(*argv: str, environ: Mapping[str, str] | None = None) -> ServeSettings:
 
 def test_the_defaults_are_sagemakers() -> None:
     found = read()
-    assert found == ServeSettings(model="/opt/ml/model")
+    assert found == ServeSettings(model="/opt/ml/model", model_is_platforms=True)
+    assert not read("--model", "/opt/ml/model").model_is_platforms
     assert (found.host, found.port, found.request_timeout_s) == ("0.0.0.0", 8080, 60.0)
     assert found.max_response_bytes == 6_291_456
     assert found.safety_checker
@@ -74,7 +75,10 @@ def test_every_switch_and_its_variable_arrive(name: str) -> None:
 
 def test_every_field_has_an_option() -> None:
     named = set(ODD) | {field for field, _ in SWITCHES.values()}
-    assert {field.name for field in fields(ServeSettings)} - named == {"max_body_bytes"}
+    assert {field.name for field in fields(ServeSettings)} - named == {
+        "max_body_bytes",
+        "model_is_platforms",
+    }
 
 
 def test_an_option_counts_before_its_variable_before_the_platform() -> None:

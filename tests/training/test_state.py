@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def test_only_a_plan_that_was_chosen_by_itself_may_change(
 
 
 @pytest.mark.parametrize("name", ["unet.safetensors", "optimizer.pt", "manifest.json"])
-@pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "gone", "a pipe"])
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
     make_training: Make,
     tmp_path: Path,
@@ -127,6 +128,8 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
         (newest / name).write_bytes(bytes(flipped))
     else:
         (newest / name).unlink()
+        if damage == "a pipe":
+            os.mkfifo(newest / name)
     fresh = make_training(max_steps=2)
     assert states.load_newest(fresh.state, tmp_path, identity=IDENTITY)
     assert fresh.state.step == 1
