@@ -322,7 +322,7 @@ def _training_state(task: Task, model: DiffusionModel) -> states.TrainingState:
             settings,
             use_8bit_adam=plan.use_8bit_adam,
             rounds_stochastically=plan.rounds_stochastically,
-            fused=plan.fast_step,
+            fast_step=plan.fast_step,
         ),
         precision=Precision.of(plan, task.device),
     )

@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dreambooth.hyperparameters import Hyperparameters
 from dreambooth.training import optimizer
@@ -46,6 +51,62 @@ def test_hyperparameters_arrive_at_adamw() -> None:
             assert tuple(group["betas"]) == (0.5, 0.7)
             assert group["eps"] == 1e-3
             assert group["weight_decay"] == decay
+
+
+class Called(TorchDispatchMode):
+    """Notes the operations that torch is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def simulated_cuda_network() -> nn.Module:
+    """A network whose tensors say that they are on a GPU and hold nothing; in FakeTensorMode."""
+    module = network()
+    for part in module:
+        for name, weight in list(part.named_parameters(recurse=False)):
+            simulated = nn.Parameter(torch.empty(weight.shape, device="cuda"))
+            simulated.grad = torch.empty_like(simulated)
+            setattr(part, name, simulated)
+    return module
+
+
+def test_adamw_on_cuda_is_one_fused_pass() -> None:
+    with FakeTensorMode():
+        made = optimizer.build([simulated_cuda_network()], SETTINGS, use_8bit_adam=False)
+        with Called() as called:
+            made.step()
+    assert called.names.count("aten._fused_adamw_.default") == 2  # with and without decay
+    assert not [name for name in called.names if "sqrt" in name]  # foreach's temporary copy
+
+
+@pytest.mark.parametrize("saved_by", ["fused", "foreach"])
+def test_states_of_either_kernel_are_gone_on_from(saved_by: str) -> None:
+    """Checkpoints of a GPU were written by foreach, which counts its steps on the host."""
+    torch.manual_seed(0)
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    second.load_state_dict(first.state_dict())
+    groups = optimizer.decay_groups([first], 0.2)
+    given = {"lr": 3e-4, "betas": (0.5, 0.7), "eps": 1e-3, saved_by: True}
+    other = torch.optim.AdamW(groups, **given)  # type: ignore[arg-type]
+    first(torch.ones(4)).sum().backward()
+    other.step()
+    saved = other.state_dict()
+    second.load_state_dict(first.state_dict())
+    second(torch.ones(4)).sum().backward()
+    made = optimizer.build([second], SETTINGS, use_8bit_adam=False)
+    optimizer.load(made, saved)
+    for one in (made, other):
+        one.step()
+    for mine, theirs in zip(second.parameters(), first.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-8)
 
 
 def test_8bit_states_are_one_byte_per_weight() -> None:
