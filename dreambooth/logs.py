@@ -5,10 +5,13 @@ the metrics of a job on stdout.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO, cast
 
 # They remark on what nobody asked for, such as optional packages that are not installed.
@@ -16,6 +19,9 @@ _NOISY = (
     *("httpx", "httpcore", "urllib3", "PIL", "bitsandbytes"),
     *("transformers", "diffusers", "accelerate", "huggingface_hub", "kernels"),
 )
+# Of lines that wait to be written: hours of a quiet server, seconds of a busy one.
+_MOST_CHARACTERS = 1_000_000
+_LAST_LINES_S = 1.0
 # These set the level of their loggers anew while they are imported, from variables of their own.
 _VERBOSITY = ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY")
 
@@ -57,10 +63,7 @@ def _over_the_bar(stream: TextIO) -> str:
 @contextlib.contextmanager
 def lasting_streams() -> Iterator[None]:
     """In the block a stdout or stderr that is closed, or lies on a full disk, costs words only."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    before = sys.stdout, sys.stderr
+    before = _streams()
     sys.stdout, sys.stderr = (cast(TextIO, _Lasting(stream)) for stream in before)
     try:
         yield
@@ -72,6 +75,98 @@ def lasting_streams() -> Iterator[None]:
             except (OSError, ValueError):  # Python's own flush at its exit would change the code
                 with contextlib.suppress(OSError, ValueError):
                     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _streams() -> tuple[TextIO, TextIO]:
+    """Return stdout and stderr, opened where the process was started with one that is closed."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    return sys.stdout, sys.stderr
+
+
+@contextlib.contextmanager
+def without_waiting() -> Iterator[Callable[[], int]]:
+    """In the block stdout and stderr wait for no reader: what finds no room is dropped.
+
+    A server writes lines for a pipe that somebody may have stopped to read, and must go on
+    answering. Yields a function that returns how many lines were dropped so far.
+    """
+    before = _streams()
+    streams = [_WithoutWaiting(stream) for stream in before]
+    sys.stdout, sys.stderr = (cast(TextIO, stream) for stream in streams)
+    try:
+        yield lambda: sum(stream.dropped for stream in streams)
+    finally:
+        sys.stdout, sys.stderr = before
+        for stream in streams:
+            stream.wait_until_written(_LAST_LINES_S)
+
+
+class _WithoutWaiting:
+    """A text stream that a thread of its own writes out.
+
+    Not through the stream's buffer: a thread that waits in there would hold its lock, and Python
+    aborts where it cannot take that lock in the end.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._changed = threading.Condition()
+        self._texts: list[str] = []
+        self._characters = 0  # that are not written yet
+        self.dropped = 0
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+        threading.Thread(target=self._write_out, name="log", daemon=True).start()
+
+    def write(self, text: str) -> int:
+        with self._changed:
+            if self._characters + len(text) > _MOST_CHARACTERS:
+                self.dropped += 1
+            else:
+                self._texts.append(text)
+                self._characters += len(text)
+                self._changed.notify_all()
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing is waited for."""
+
+    def wait_until_written(self, seconds: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._characters == 0, seconds)
+
+    def _write_out(self) -> None:
+        told = 0
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._texts)
+                text, self._texts = "".join(self._texts), []
+            self._write_now(text)
+            with self._changed:
+                self._characters -= len(text)
+                self._changed.notify_all()
+                if self._texts or told == self.dropped:
+                    continue
+                lost, told = self.dropped - told, self.dropped
+            now = time.strftime("%H:%M:%S")
+            self._write_now(f"{now} WARNING {lost} lines were dropped: nobody read this log\n")
+
+    def _write_now(self, text: str) -> None:
+        """Write however long it takes; a reader that is gone costs the words."""
+        data = memoryview(text.encode("utf-8", errors="backslashreplace"))
+        with contextlib.suppress(OSError, ValueError):
+            try:
+                descriptor = self._stream.fileno()
+            except io.UnsupportedOperation:  # it lies in memory
+                self._stream.write(text)
+                return
+            while data:
+                data = data[os.write(descriptor, data) :]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class _Lasting:

@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -94,3 +97,73 @@ def test_libraries_that_set_their_own_level_are_quiet_too() -> None:
     assert done.returncode == 0, done.stderr
     assert "noise" not in done.stderr
     assert "broken" in done.stderr
+
+
+@contextmanager
+def stderr_as_a_pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """The end to read of a pipe that is stderr meanwhile."""
+    reading, writing = os.pipe()
+    with open(writing, "w") as stream, monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", stream)
+        yield reading
+    os.close(reading)
+
+
+def test_a_log_that_nobody_reads_holds_nobody_up_and_says_what_was_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with stderr_as_a_pipe(monkeypatch) as pipe, logs.without_waiting() as dropped:
+        logs.to_stderr("info")
+        line = "x" * 1000
+        for _ in range(3000):  # more than the pipe and the room for what waits
+            logging.getLogger("dreambooth").info(line)
+        lost = dropped()
+        assert 1000 < lost < 3000
+        told = f"WARNING {lost} lines were dropped: nobody read this log".encode()
+        read = b""
+        while told not in read:
+            read += os.read(pipe, 1 << 16)
+        assert read.count(line.encode()) == 3000 - lost
+        logging.getLogger("dreambooth").info("somebody reads again")
+        assert b"somebody reads again" in os.read(pipe, 1 << 16)
+        assert dropped() == lost
+
+
+def test_the_last_lines_are_written_before_the_block_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with stderr_as_a_pipe(monkeypatch) as pipe:
+        with logs.without_waiting():
+            logs.to_stderr("info")
+            logging.getLogger("dreambooth").info("the reason, with \udc80 in it")
+            print("and more", file=sys.stderr)
+        assert b"the reason, with \\udc80 in it\nand more\n" in os.read(pipe, 1 << 16)
+
+
+def test_a_process_ends_although_nobody_reads_its_log() -> None:
+    code = (
+        "import sys; from dreambooth import logs\n"
+        "with logs.without_waiting():\n"
+        "    for _ in range(3000): print('x' * 1000, file=sys.stderr)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.wait(30) == 0
+    assert process.stderr is not None
+    assert process.stdout is not None
+    process.stderr.close()
+    process.stdout.close()
+
+
+@pytest.mark.parametrize("kind", [io.StringIO, "closed"])
+def test_streams_without_a_number_and_closed_ones_are_fine(
+    monkeypatch: pytest.MonkeyPatch, kind: Any
+) -> None:
+    stream = None if kind == "closed" else kind()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with logs.without_waiting():
+        logs.to_stderr("info")
+        logging.getLogger("dreambooth").info("hello")
+    if stream is not None:
+        assert stream.getvalue().endswith(" INFO hello\n")

@@ -62,8 +62,9 @@ def main(argv: Sequence[str]) -> int:
     _die_with_parent()
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries that print
     os.set_inheritable(arguments.fd, False)
-    logs.to_stderr(arguments.log_level)
-    return _Child(socket.socket(fileno=arguments.fd)).run(arguments)
+    with logs.without_waiting():
+        logs.to_stderr(arguments.log_level)
+        return _Child(socket.socket(fileno=arguments.fd)).run(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:

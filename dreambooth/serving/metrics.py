@@ -38,6 +38,7 @@ class Metrics:
     def __init__(self) -> None:
         self.status: Callable[[], SupervisorStatus] | None = None
         self.connections: Callable[[], tuple[int, Counter[str]]] | None = None
+        self.dropped_lines: Callable[[], int] = lambda: 0
         self.requests: Counter[tuple[str, int]] = Counter()
         self.pictures: Counter[str] = Counter()
         self.refusals: Counter[str] = Counter()
@@ -106,6 +107,12 @@ class _Ours(Collector):
             "Pictures that were drawn for answered requests, by finish reason.",
             ("finish_reason",),
             (((reason,), n) for reason, n in ours.pictures.items()),
+        )
+        yield _counter(
+            "log_lines_dropped",
+            "Lines of the server's log that nobody read.",
+            (),
+            (((), ours.dropped_lines()),),
         )
         if ours.connections is not None:
             count, refused = ours.connections()

@@ -55,15 +55,19 @@ def run(settings: ServeSettings) -> int:
 
     Raises UserError where the address cannot be listened on.
     """
-    logs.to_stderr(settings.log_level)
-    logging.getLogger("uvicorn").setLevel(logging.ERROR)
-    files = _raise_file_limit()
-    with _listen(settings.host, settings.port) as listener:
-        return asyncio.run(_serve(settings, listener, files - _OTHER_FILES))
+    with logs.without_waiting() as dropped_lines:
+        logs.to_stderr(settings.log_level)
+        logging.getLogger("uvicorn").setLevel(logging.ERROR)
+        metrics = Metrics()
+        metrics.dropped_lines = dropped_lines
+        files = _raise_file_limit()
+        with _listen(settings.host, settings.port) as listener:
+            return asyncio.run(_serve(settings, metrics, listener, files - _OTHER_FILES))
 
 
-async def _serve(settings: ServeSettings, listener: socket.socket, most_connections: int) -> int:
-    metrics = Metrics()
+async def _serve(
+    settings: ServeSettings, metrics: Metrics, listener: socket.socket, most_connections: int
+) -> int:
     app = App(settings, metrics)
     limits = GuardLimits(connections=max(1, min(settings.max_connections, most_connections)))
     guard = Guard(limits)

@@ -335,6 +335,45 @@ def test_a_header_of_endless_numbers_ends_the_server_and_holds_up_no_ping(
     assert "a number has 4000 digits" in server.log
 
 
+def test_a_log_that_nobody_reads_stops_no_request() -> None:
+    """As behind a container's log driver that hangs: the pipe takes 64 KiB and no more."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "dreambooth", "serve", "--model", "tiny", "--port", str(port)]
+    reading, writing = os.pipe()
+    process = subprocess.Popen(command, cwd=ROOT, stdout=writing, stderr=writing)
+    os.close(writing)
+    server = Server(process)
+    server.port = port
+    try:
+        server.wait_until(lambda: answers(server), "ready", look_s=0.25)
+        for _ in range(1500):
+            assert server.ask("GET", "/" + 90 * "x").status == 404
+        assert server.draw(SHORT).status == 200
+        reply = server.ask("GET", "/ping")
+        assert reply.status == 200
+        assert reply.seconds < 2
+        for _ in range(10_000):  # and the room for what waits
+            server.ask("GET", "/" + 90 * "x")
+            if server.metric("log_lines_dropped_total"):
+                break
+        assert server.metric("log_lines_dropped_total") > 0
+        assert server.draw(SHORT).status == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(reading)
+
+
+def answers(server: Server) -> bool:
+    try:
+        return server.ping() == 200
+    except OSError:
+        return False
+
+
 def test_a_port_that_is_taken_is_told() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
