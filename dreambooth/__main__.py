@@ -32,6 +32,9 @@ def main(argv: Sequence[str]) -> int:
     except DreamBoothError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except Exception as error:  # the border: a fault of ours, told as a log tells it
+        print(logs.trace_of(error), file=sys.stderr)
+        return 1
 
 
 BENCHMARKS = {

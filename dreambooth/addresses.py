@@ -11,8 +11,7 @@ import re
 from pathlib import Path
 from urllib.parse import unquote
 
-from dreambooth.errors import UserError
-from dreambooth.knob import quoted
+from dreambooth.errors import UserError, quoted
 
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://", re.ASCII)
 _FILE = "file"

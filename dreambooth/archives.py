@@ -18,7 +18,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
-from dreambooth.errors import ModelArtifactError, ResourceError
+from dreambooth.errors import ModelArtifactError, ResourceError, quoted
 from dreambooth.limits import LIMITS, Limits
 from dreambooth.tar_stream import Member, Tar
 
@@ -100,7 +100,7 @@ def _extract(archive: Path, destination: Path, limits: Limits) -> None:
         for member in tar.members():
             if member.refused_kind is not None:
                 raise ModelArtifactError(
-                    f"{archive}: {_shown(member.name)} is {member.refused_kind}; only regular "
+                    f"{archive}: {quoted(member.name)} is {member.refused_kind}; only regular "
                     "files and folders are unpacked."
                 )
             parts = names.add(member)
@@ -136,7 +136,7 @@ def _cannot_write(
             "or use a larger volume."
         )
     return ResourceError(
-        f"{_shown(member.name)} of {archive} cannot be written into {destination}: "
+        f"{quoted(member.name)} of {archive} cannot be written into {destination}: "
         f"{error.strerror or error}."
     )
 
@@ -166,7 +166,7 @@ class _Names:
         """The checked parts of a member's name, none for the archive's root."""
         fault = _name_fault(member.name, self._limits)
         if fault is not None:
-            raise ModelArtifactError(f"{self._archive}: {_shown(member.name)} {fault}.")
+            raise ModelArtifactError(f"{self._archive}: {quoted(member.name)} {fault}.")
         parts = _parts(member.name)
         if not parts and not member.is_folder:
             raise ModelArtifactError(f"{self._archive}: a file without a name.")
@@ -181,12 +181,12 @@ class _Names:
         before = self._seen.setdefault(folded, (name, is_folder))
         if before[0] != name:
             raise ModelArtifactError(
-                f"{self._archive}: {_shown(before[0])} and {_shown(name)} mean the same file where "
+                f"{self._archive}: {quoted(before[0])} and {quoted(name)} mean the same file where "
                 "case or accents are folded."
             )
         # A folder may be named again, and is by every file in it.
         if not new and not (is_folder and before[1]):
-            raise ModelArtifactError(f"{self._archive}: {_shown(name)} is there twice.")
+            raise ModelArtifactError(f"{self._archive}: {quoted(name)} is there twice.")
 
 
 def _parts(name: str) -> tuple[str, ...]:
@@ -220,8 +220,3 @@ def _listed_name(member: Member, limits: Limits) -> str | None:
     if member.is_folder or member.refused_kind or _name_fault(member.name, limits):
         return None
     return "/".join(_parts(member.name)) or None
-
-
-def _shown(name: str) -> str:
-    text = ascii(name) if not name.isprintable() else repr(name)
-    return text if len(text) <= 80 else f"{text[:60]}...{text[-17:]}"

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from dreambooth import hyperparameter_text, hyperparameters, sources
-from dreambooth.errors import HyperparameterError
-from dreambooth.knob import quoted
+from dreambooth.errors import HyperparameterError, quoted
 from dreambooth.limits import LIMITS, Limits
 from dreambooth.sources import DRY_RUN, LOG_LEVEL, LOG_LEVELS
 

@@ -19,10 +19,45 @@ hears "internal error".
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
+
+MOST_SENTENCE_CHARACTERS: Final = 2_000
+_MOST_MESSAGE_CHARACTERS: Final = 20_000
+_MOST_QUOTED_CHARACTERS: Final = 60
+_MOST_FOREIGN_CHARACTERS: Final = 300
+
+
+def one_line(text: str, most: int = MOST_SENTENCE_CHARACTERS) -> str:
+    """Return a text on one line, printable, and without its middle where it is longer than `most`.
+
+    Names come from strangers' files: with a line break in one, or a terminal's escape code, a line
+    of a log could be forged. What is not printable is written as Python's escapes.
+    """
+    if len(text) > most:
+        text = f"{text[: most // 2]}...{text[len(text) - most // 2 :]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def quoted(value: object) -> str:
+    """Return a stranger's value as a sentence quotes it: printable, at most 60 characters."""
+    text = repr(value[: _MOST_QUOTED_CHARACTERS + 1]) if isinstance(value, str) else str(value)
+    is_short = len(text) <= _MOST_QUOTED_CHARACTERS
+    return text if is_short else one_line(text[: _MOST_QUOTED_CHARACTERS - 3]) + "..."
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return what a library said, short enough for a sentence and without its full stop."""
+    text = " ".join((str(error) or type(error).__name__).split())
+    return one_line(text[:_MOST_FOREIGN_CHARACTERS]).rstrip(".")
 
 
 class DreamBoothError(Exception):
-    """Base of all errors whose message is written for the user."""
+    """Base of all errors whose message is written for the user; it is kept as `one_line`."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(one_line(message))
 
 
 class UserError(DreamBoothError):
@@ -34,8 +69,9 @@ class HyperparameterError(UserError):
 
     def __init__(self, faults: Sequence[str] | str) -> None:
         """Take one sentence per fault (a single string counts as one fault)."""
-        self.faults: tuple[str, ...] = (faults,) if isinstance(faults, str) else tuple(faults)
-        super().__init__(self._message())
+        told = (faults,) if isinstance(faults, str) else faults
+        self.faults: tuple[str, ...] = tuple(one_line(fault) for fault in told)
+        Exception.__init__(self, one_line(self._message(), _MOST_MESSAGE_CHARACTERS))
 
     def _message(self) -> str:
         if len(self.faults) <= 1:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from dreambooth.errors import DreamBoothError, HyperparameterError, ResourceError
+from dreambooth.errors import DreamBoothError, HyperparameterError, ResourceError, one_line
 
 # SageMaker shows this much of the failure file as FailureReason.
 MAX_FAILURE_BYTES: Final = 1024
@@ -81,7 +81,8 @@ def describe_failure(error: BaseException, *, max_bytes: int = MAX_FAILURE_BYTES
 
 def _cut(text: str, max_bytes: int) -> str:
     """The text on one line, cut to ``max_bytes`` of UTF-8 between two characters."""
-    data = " ".join(text.split()).encode("utf-8", errors="replace")
+    whole = one_line(" ".join(text.split()), most=len(text) + 1)
+    data = whole.encode("utf-8", errors="replace")
     if len(data) <= max_bytes:
         return data.decode()
     mark = "…"

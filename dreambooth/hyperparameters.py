@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Final, NamedTuple
 
-from dreambooth.errors import HyperparameterError
-from dreambooth.knob import Knob, accepted, ours, published, quoted
+from dreambooth.errors import HyperparameterError, quoted
+from dreambooth.knob import Knob, accepted, ours, published
 from dreambooth.limits import LIMITS, Limits
 
 LR_SCHEDULERS: Final = (

@@ -10,7 +10,6 @@ import re
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,9 @@ from dreambooth.data.dataset_info import DatasetInfo
 from dreambooth.diffusion import facts as model_facts
 from dreambooth.diffusion import layout
 from dreambooth.diffusion import source as model_source
-from dreambooth.errors import ResourceError, UserError
+from dreambooth.errors import ResourceError, UserError, quoted
 from dreambooth.evaluation import vision_model
 from dreambooth.hyperparameters import Hyperparameters
-from dreambooth.knob import quoted
 from dreambooth.stop import Stopped, StopSignals
 from dreambooth.training import device as devices
 from dreambooth.training import host_allocator
@@ -85,7 +83,7 @@ def _run(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         told = failure.for_the_user(error)
         failure.write_failure(failure_file, told or error)
         if told is None:
-            traceback.print_exc()
+            print(logs.trace_of(error), file=sys.stderr)
         else:
             print(f"error: {told}", file=sys.stderr)
         return 1

@@ -15,6 +15,7 @@ import re
 from dataclasses import Field, dataclass, field
 from typing import Any, Final
 
+from dreambooth.errors import quoted
 from dreambooth.limits import LIMITS, Limits
 
 PUBLISHED: Final = "published"
@@ -184,9 +185,3 @@ _PARSERS: Final = {"bool": _bool, "int": _int, "float": _float, "str": _str}
 
 def _number(bound: float) -> str:
     return str(int(bound)) if float(bound).is_integer() else repr(bound)
-
-
-def quoted(raw: object) -> str:
-    """What was sent, as a sentence may quote it: at most 60 characters."""
-    text = repr(raw) if isinstance(raw, str) else str(raw)
-    return text if len(text) <= 60 else text[:57] + "..."

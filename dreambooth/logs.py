@@ -11,14 +11,19 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO, cast
+
+from dreambooth.errors import one_line
 
 # They remark on what nobody asked for, such as optional packages that are not installed.
 _NOISY = (
     *("httpx", "httpcore", "urllib3", "PIL", "bitsandbytes"),
     *("transformers", "diffusers", "accelerate", "huggingface_hub", "kernels"),
 )
+_MOST_MESSAGE_CHARACTERS = 8_000
+_WARNINGS = "py.warnings"  # the logger of logging.captureWarnings
 # Of lines that wait to be written: hours of a quiet server, seconds of a busy one.
 _MOST_CHARACTERS = 1_000_000
 _LAST_LINES_S = 1.0
@@ -34,17 +39,44 @@ def to_stderr(level: str, *, phase: str | None = None) -> None:
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
-        logging.Formatter(
+        _OneLine(
             _over_the_bar(sys.stderr) + "%(asctime)s %(levelname)s %(where)s%(message)s",
             datefmt="%H:%M:%S",
             defaults={"where": f"[{phase}] " if phase else ""},
         )
     )
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.captureWarnings(True)
     for variable in _VERBOSITY:
         os.environ.setdefault(variable, "error")
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+class _OneLine(logging.Formatter):
+    """Keeps what a record says on one line: names of strangers' files stand in it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        if record.name == _WARNINGS:  # a library's, with the line of its code
+            record.message = " ".join(record.message.split())
+        record.message = one_line(record.message, _MOST_MESSAGE_CHARACTERS)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:
+        return trace_of(ei[1])
+
+
+def trace_of(error: BaseException) -> str:
+    """Return the trace of an error as Python prints it, each message in it on one line."""
+    lines = traceback.TracebackException.from_exception(error).format()
+    # Where the code stands is indented; what the library says between is its own.
+    own = ("  ", "Traceback ", "\n")
+    return "".join(
+        line
+        if line.startswith(own)
+        else one_line(line.rstrip("\n"), _MOST_MESSAGE_CHARACTERS) + "\n"
+        for line in lines
+    ).rstrip("\n")
 
 
 def metric(line: str) -> None:

@@ -16,7 +16,7 @@ from dreambooth.data.seeds import derive_seed
 from dreambooth.diffusion import sampling
 from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.diffusion.sampling_request import SamplingRequest
-from dreambooth.diffusion.text_encoders import in_one_line
+from dreambooth.errors import in_one_line
 from dreambooth.limits import LIMITS
 from dreambooth.task import Task
 from dreambooth.training import out_of_memory

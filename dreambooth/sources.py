@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Final
 
 from dreambooth import addresses, hyperparameters
-from dreambooth.errors import UserError
-from dreambooth.knob import BARE_FLAG, quoted, unwrapped
+from dreambooth.errors import UserError, quoted
+from dreambooth.knob import BARE_FLAG, unwrapped
 from dreambooth.limits import Limits
 
 LOG_LEVELS: Final = ("debug", "info", "warning", "error", "critical")

@@ -25,7 +25,7 @@ def failure_of(root: Path, error: BaseException) -> bytes:
 
 
 def test_the_reason_comes_first(root: Path) -> None:
-    assert failure_of(root, DatasetError("No\npictures.")) == b"No pictures."
+    assert failure_of(root, DatasetError("No\npictures.")) == b"No\\npictures."
     assert failure_of(root, ValueError("odd")) == b"InternalError: ValueError: odd"
     assert failure_of(root, KeyError()) == b"InternalError: KeyError"
     assert failure_of(root, DatasetError()) == b"DatasetError"

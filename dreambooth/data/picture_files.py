@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from dreambooth.errors import DatasetError
+from dreambooth.errors import DatasetError, one_line
 from dreambooth.limits import LIMITS, Limits
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
@@ -49,9 +49,8 @@ class PictureError(DatasetError):
 
 
 def shown(path: Path | str) -> str:
-    """The path as it may stand in a message or a log line: always printable, always UTF-8."""
-    text = os.fspath(path).encode("utf-8", "backslashreplace").decode("utf-8")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    """The path as it may stand in a message or a log line: printable, on one line."""
+    return one_line(os.fspath(path), 1_000)
 
 
 def listed(names: Sequence[str]) -> str:

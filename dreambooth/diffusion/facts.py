@@ -15,7 +15,7 @@ from dreambooth.diffusion.layout import (
     validate_folder,
     weight_files,
 )
-from dreambooth.errors import ModelArtifactError
+from dreambooth.errors import ModelArtifactError, quoted
 from dreambooth.limits import LIMITS, Limits
 
 # What diffusion.loss has a target for.
@@ -59,17 +59,19 @@ def read_facts(folder: Path, *, to_train: bool = True, limits: Limits = LIMITS) 
     scale = 2 ** (len(blocks) - 1) if isinstance(blocks, list) and 0 < len(blocks) < 10 else 8
     channels = vae.get("latent_channels", 4)
     if type(channels) is not int or not 1 <= channels <= 64:
-        raise ModelArtifactError(f"{folder / 'vae/config.json'}: latent_channels is {channels!r}.")
+        raise ModelArtifactError(
+            f"{folder / 'vae/config.json'}: latent_channels is {quoted(channels)}."
+        )
     steps = scheduler.get("num_train_timesteps", 1000)
     if type(steps) is not int or not 1 <= steps <= 100_000:
         raise ModelArtifactError(
-            f"{folder / 'scheduler/scheduler_config.json'}: num_train_timesteps is {steps!r}."
+            f"{folder / 'scheduler/scheduler_config.json'}: num_train_timesteps is {quoted(steps)}."
         )
     prediction_type = scheduler.get("prediction_type", "epsilon")
     if prediction_type not in ("epsilon", "v_prediction", "sample"):
         raise ModelArtifactError(
             f"{folder / 'scheduler' / 'scheduler_config.json'} names the unknown prediction_type "
-            f"{prediction_type!r}."
+            f"{quoted(prediction_type)}."
         )
     resolution = _resolution(folder, unet, scale, limits)
     counted = {part: _count(folder / part, limits) for part in TRAINED_PARTS}
@@ -96,7 +98,7 @@ def check_trainable(facts: ModelFacts, origin: Path) -> None:
     """
     if facts.prediction_type not in TRAINABLE:
         raise ModelArtifactError(
-            f"The noise scheduler's prediction_type is {facts.prediction_type!r} ({origin}); "
+            f"The noise scheduler's prediction_type is {quoted(facts.prediction_type)} ({origin}); "
             "models that predict 'epsilon' or 'v_prediction' can be trained."
         )
 
@@ -123,7 +125,7 @@ def _resolution(folder: Path, unet: dict[str, Any], scale: int, limits: Limits) 
         value, origin = (size * scale if type(size) is int else size), folder / "unet/config.json"
     if type(value) is not int or not 8 <= value <= 4096:
         raise ModelArtifactError(
-            f"{origin} does not say the model's resolution in pixels (found {value!r})."
+            f"{origin} does not say the model's resolution in pixels (found {quoted(value)})."
         )
     return value
 

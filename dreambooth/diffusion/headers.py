@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from dreambooth.errors import ModelArtifactError
+from dreambooth.errors import ModelArtifactError, quoted
 from dreambooth.limits import LIMITS, Limits
 
 # Bytes per value. Weights of Stable Diffusion are floats; integers appear as position_ids alone.
@@ -73,7 +73,7 @@ def read_header(path: Path, *, limits: Limits = LIMITS) -> tuple[TensorEntry, ..
     position = 0
     for begin, end, entry in entries:
         if begin != position:
-            _refuse(path, f"the data of {entry.name!r} overlap others or leave a hole")
+            _refuse(path, f"the data of {quoted(entry.name)} overlap others or leave a hole")
         position = end
     if position != size - 8 - length:
         _refuse(path, f"its tensors need {position} bytes, and {size - 8 - length} are there")
@@ -113,11 +113,11 @@ def _entry(path: Path, name: str, fields: object, limits: Limits) -> tuple[int, 
         ):
             pass
         case _:
-            _refuse(path, f"the entry {name!r} of its header is malformed")
+            _refuse(path, f"the entry {quoted(name)} of its header is malformed")
     if dtype not in DTYPE_BYTES:
-        _refuse(path, f"{name!r} has the unknown dtype {dtype!r}")
+        _refuse(path, f"{quoted(name)} has the unknown dtype {quoted(dtype)}")
     if end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
-        _refuse(path, f"{name!r} has a shape that does not fit its bytes")
+        _refuse(path, f"{quoted(name)} has a shape that does not fit its bytes")
     return begin, end, TensorEntry(name=name, dtype=dtype, shape=tuple(shape), bytes=end - begin)
 
 

@@ -22,7 +22,7 @@ from dreambooth.diffusion.component_classes import (
     TEXT_FAMILIES,
     TextFamily,
 )
-from dreambooth.errors import ModelArtifactError
+from dreambooth.errors import ModelArtifactError, one_line, quoted
 from dreambooth.limits import LIMITS, Limits
 
 INDEX = "model_index.json"
@@ -109,7 +109,9 @@ def weight_files(component: Path, *, limits: Limits = LIMITS) -> tuple[WeightFil
     files = sorted({str(name) for name in weight_map.values()})
     for name in files:
         if Path(name).name != name or not name.endswith(suffix) or name not in names:
-            raise ModelArtifactError(f"{index} names the weight file {name!r}, which is missing.")
+            raise ModelArtifactError(
+                f"{index} names the weight file {quoted(name)}, which is missing."
+            )
     if len(files) > limits.max_weight_files:
         raise ModelArtifactError(f"{index} names {len(files)} weight files.")
     return chosen, _present([component / name for name in files])
@@ -161,14 +163,18 @@ def component_config(folder: Path, part: str, *, limits: Limits = LIMITS) -> dic
     for name in named:
         if name is not None and name not in allowed:
             raise ModelArtifactError(
-                f"{path} is of the class {name!r}; only {_listed(allowed)} can be used here."
+                f"{path} is of the class {quoted(name)}; only {_listed(allowed)} can be used here."
             )
     for key, value in config.items():
         depths = value if isinstance(value, list) else [value]
         if "block" in key and len(depths) > _MAX_LAYERS:
-            raise ModelArtifactError(f"{path} lists {len(depths)} {key}, more than {_MAX_LAYERS}.")
+            raise ModelArtifactError(
+                f"{path} lists {len(depths)} {one_line(key, 60)}, more than {_MAX_LAYERS}."
+            )
         if "layers" in key and any(isinstance(n, int) and n > _MAX_LAYERS for n in depths):
-            raise ModelArtifactError(f"{path} asks for {key} = {value}, more than {_MAX_LAYERS}.")
+            raise ModelArtifactError(
+                f"{path} asks for {one_line(key, 60)} = {quoted(value)}, more than {_MAX_LAYERS}."
+            )
     return corrected(config, part)
 
 
@@ -203,7 +209,7 @@ def read_index(folder: Path, *, limits: Limits = LIMITS) -> dict[str, Any]:
     pipeline = index.get("_class_name")
     if not isinstance(pipeline, str) or pipeline not in PIPELINES:
         raise ModelArtifactError(
-            f"{path} describes a {pipeline!r}; only {_listed(PIPELINES, ' or ')} "
+            f"{path} describes a {quoted(pipeline)}; only {_listed(PIPELINES, ' or ')} "
             "(Stable Diffusion 1.x or 2.x, text to image) can be used."
         )
     for part in TRAINED_PARTS:
@@ -217,8 +223,8 @@ def read_index(folder: Path, *, limits: Limits = LIMITS) -> dict[str, Any]:
         if _entry(index, part) not in COMPONENTS.get(part, ()):
             names = FAMILIES_LISTED if part in ("text_encoder", "tokenizer") else ""
             raise ModelArtifactError(
-                f"{path} asks for {part} = {json.dumps(entry)[:200]}, which is not among the "
-                f"classes of Stable Diffusion that are allowed here{names}."
+                f"{path} asks for {one_line(part, 60)} = {json.dumps(entry)[:200]}, which is not "
+                f"among the classes of Stable Diffusion that are allowed here{names}."
             )
     return index
 
@@ -238,9 +244,9 @@ def text_family(folder: Path, *, limits: Limits = LIMITS) -> TextFamily:
         ):
             return family
     raise ModelArtifactError(
-        f"{folder / INDEX} pairs the text encoder {text_encoder and text_encoder[1]!r} with the "
-        f"tokenizer {tokenizer and tokenizer[1]!r} in a {index['_class_name']}, which do not "
-        f"belong together{FAMILIES_LISTED}."
+        f"{folder / INDEX} pairs the text encoder {quoted(text_encoder and text_encoder[1])} with "
+        f"the tokenizer {quoted(tokenizer and tokenizer[1])} in a {index['_class_name']}, which do "
+        f"not belong together{FAMILIES_LISTED}."
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dreambooth.errors import ModelArtifactError
+from dreambooth.errors import ModelArtifactError, quoted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +41,7 @@ def noise_target(
         velocity: torch.Tensor = noise_scheduler.get_velocity(latents, noise, timesteps)
         return velocity
     raise ModelArtifactError(
-        f"The noise scheduler's prediction_type is {prediction_type!r}; "
+        f"The noise scheduler's prediction_type is {quoted(prediction_type)}; "
         "models that predict 'epsilon' or 'v_prediction' can be trained."
     )
 

@@ -24,8 +24,8 @@ from accelerate import init_empty_weights
 
 from dreambooth.diffusion import layout, text_encoders, weights
 from dreambooth.diffusion.facts import ModelFacts, read_facts
-from dreambooth.diffusion.text_encoders import BUILD_ERRORS, in_one_line
-from dreambooth.errors import ModelArtifactError
+from dreambooth.diffusion.text_encoders import BUILD_ERRORS
+from dreambooth.errors import ModelArtifactError, in_one_line
 from dreambooth.limits import LIMITS, Limits
 
 logger = logging.getLogger(__name__)

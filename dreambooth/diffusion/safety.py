@@ -23,7 +23,7 @@ from transformers import CLIPConfig
 
 from dreambooth.diffusion import layout, weights
 from dreambooth.diffusion.component_classes import COMPONENTS
-from dreambooth.errors import ModelArtifactError
+from dreambooth.errors import ModelArtifactError, quoted
 from dreambooth.limits import LIMITS, Limits
 
 logger = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ def read_clip_input(folder: Path, *, limits: Limits = LIMITS) -> ClipInput:
     config = layout.read_json(path, limits=limits)
     for key in ("feature_extractor_type", "image_processor_type"):
         if config.get(key) is not None and config[key] not in _FEATURE_CLASSES:
-            raise ModelArtifactError(f"{path} is of the class {config[key]!r}, not CLIP's.")
+            raise ModelArtifactError(f"{path} is of the class {quoted(config[key])}, not CLIP's.")
     try:
         return _clip_input(config)
     except (TypeError, ValueError, KeyError, OverflowError) as error:
@@ -180,19 +180,19 @@ def _sides(crop: object) -> tuple[int, int]:
 
 def _side(value: object) -> int:
     if type(value) is not int or not 1 <= value <= _MOST_SIDE:
-        raise ValueError(f"a side of {value!r} pixels")
+        raise ValueError(f"a side of {quoted(value)} pixels")
     return value
 
 
 def _number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{value!r} where a number is needed")
+        raise ValueError(f"{quoted(value)} where a number is needed")
     return float(value)
 
 
 def _three(values: object) -> tuple[float, ...]:
     if not isinstance(values, (list, tuple)) or len(values) != 3:
-        raise ValueError(f"{values!r} where three numbers are needed")
+        raise ValueError(f"{quoted(values)} where three numbers are needed")
     return tuple(_number(value) for value in values)
 
 
@@ -213,9 +213,11 @@ def _build(config: dict[str, Any], path: Path) -> Any:
         nested = nested if isinstance(nested, dict) else {}
         layers, side = nested.get("num_hidden_layers", 0), nested.get("image_size", _SIDE)
         if type(layers) is not int or layers > _MOST_LAYERS:
-            raise ModelArtifactError(f"{path} asks for {part} with {layers!r} layers.")
+            raise ModelArtifactError(f"{path} asks for {part} with {quoted(layers)} layers.")
         if type(side) is not int or side > _MOST_SIDE:  # tables grow with it before any weight
-            raise ModelArtifactError(f"{path} asks for {part} of pictures of {side!r} pixels.")
+            raise ModelArtifactError(
+                f"{path} asks for {part} of pictures of {quoted(side)} pixels."
+            )
     try:
         with init_empty_weights(include_buffers=False):
             return StableDiffusionSafetyChecker(CLIPConfig.from_dict(config))

@@ -10,7 +10,7 @@ from typing import Any
 from dreambooth.diffusion import facts as model_facts
 from dreambooth.diffusion.component_classes import TWO_CALLS_PER_STEP
 from dreambooth.diffusion.layout import component_config, read_index
-from dreambooth.errors import ModelArtifactError, RequestError
+from dreambooth.errors import ModelArtifactError, RequestError, quoted
 from dreambooth.limits import LIMITS, Limits
 
 # Sides divide into latent cells of so many pixels; coarser where the VAE's own cells are larger.
@@ -132,7 +132,7 @@ def max_steps(scheduler_config: Mapping[str, Any]) -> int:
     if type(timesteps) is not int or type(offset) is not int:
         raise ModelArtifactError(
             "scheduler_config.json must give whole numbers as num_train_timesteps and "
-            f"steps_offset, not {timesteps!r} and {offset!r}."
+            f"steps_offset, not {quoted(timesteps)} and {quoted(offset)}."
         )
     if timesteps <= offset:
         raise ModelArtifactError(

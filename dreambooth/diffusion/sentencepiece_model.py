@@ -12,6 +12,8 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from dreambooth.errors import quoted
+
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
 _PIECE_TEXT, _PIECE_SCORE, _MODEL_TYPE, _CHARSMAP = 1, 2, 3, 2
 _UNIGRAM = 1
@@ -57,7 +59,7 @@ def _piece(data: bytes) -> tuple[str, float]:
         elif number == _PIECE_SCORE and isinstance(value, bytes) and len(value) == 4:
             (score,) = struct.unpack("<f", value)
     if not text or not math.isfinite(score):
-        raise ValueError(f"the piece {text!r} has the score {score}")
+        raise ValueError(f"the piece {quoted(text)} has the score {score}")
     return text, score
 
 

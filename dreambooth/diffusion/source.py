@@ -21,8 +21,7 @@ from dreambooth.diffusion.layout import (
     refuse_single_file,
     validate_folder,
 )
-from dreambooth.errors import ModelArtifactError, ResourceError
-from dreambooth.knob import quoted
+from dreambooth.errors import ModelArtifactError, ResourceError, one_line, quoted
 from dreambooth.limits import LIMITS, MIB, Limits
 
 __all__ = [
@@ -97,10 +96,13 @@ def _by_name(name: str, how: str, limits: Limits) -> ModelSource:
         if path.exists():
             return replace(_at(path, how, limits), linked_weights=True)
     except (OSError, ValueError) as error:  # of parents closed to us, too long, a null character
-        raise ModelArtifactError(f"The model {name} cannot be read: {error}.") from error
+        why = getattr(error, "strerror", None) or error
+        raise ModelArtifactError(
+            f"The model {one_line(name, 300)} cannot be read: {why}."
+        ) from error
     if _HUB_ID.fullmatch(name) and not name.lower().endswith(_ARCHIVE_SUFFIXES):
         return ModelSource(kind="hub", location=name, path=None)
-    raise ModelArtifactError(f"There is no model at {name}: {how}.")
+    raise ModelArtifactError(f"There is no model at {one_line(name, 300)}: {how}.")
 
 
 def _at(path: Path, how: str, limits: Limits) -> ModelSource:

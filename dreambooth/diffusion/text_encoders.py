@@ -32,7 +32,7 @@ from dreambooth.diffusion import vocabulary
 from dreambooth.diffusion.component_classes import BERT, XLM_ROBERTA, TextFamily
 from dreambooth.diffusion.layout import CODE_SETTINGS, read_json
 from dreambooth.diffusion.sentencepiece_model import SentencePieceModel
-from dreambooth.errors import ModelArtifactError
+from dreambooth.errors import ModelArtifactError, in_one_line, quoted
 from dreambooth.limits import LIMITS, Limits
 
 # What a library raises over a configuration that it cannot build.
@@ -88,7 +88,7 @@ def build(family: TextFamily, config: dict[str, Any]) -> Any:
     config = {key: v for key, v in config.items() if key.lstrip("_") not in CODE_SETTINGS}
     positions = config.get("max_position_embeddings", 1)
     if type(positions) is not int or not 0 < positions <= _MAX_POSITIONS:
-        raise ValueError(f"max_position_embeddings is {positions!r}")
+        raise ValueError(f"max_position_embeddings is {quoted(positions)}")
     if family is BERT:
         return BertModel(BertConfig.from_dict(config), add_pooling_layer=False)
     if family is XLM_ROBERTA:
@@ -215,8 +215,3 @@ def _told(family: TextFamily, folder: Path) -> Iterator[None]:
             f"{folder} does not hold a {family.name} tokenizer that can be read: "
             f"{in_one_line(error)}."
         ) from error
-
-
-def in_one_line(error: BaseException) -> str:
-    """What a library said, short enough for a sentence."""
-    return " ".join((str(error) or type(error).__name__).split())[:300].rstrip(".")

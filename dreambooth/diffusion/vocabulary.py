@@ -15,7 +15,7 @@ from typing import Any
 from dreambooth.diffusion import sentencepiece_model
 from dreambooth.diffusion.layout import read_json
 from dreambooth.diffusion.sentencepiece_model import SentencePieceModel
-from dreambooth.errors import ModelArtifactError
+from dreambooth.errors import ModelArtifactError, quoted
 from dreambooth.limits import LIMITS, Limits
 
 # One file for every family, which the library reads where it is there.
@@ -141,7 +141,7 @@ def _scored(folder: Path, rows: object) -> tuple[tuple[str, float], ...]:
                 pieces.append((piece, float(score)))
             case _:
                 raise ModelArtifactError(
-                    f"{folder / SINGLE}: the piece {str(row)[:100]!r} is not a text with a score."
+                    f"{folder / SINGLE}: the piece {quoted(row)} is not a text with a score."
                 )
     if [piece for piece, _ in pieces[:4]] != ["<s>", "<pad>", "</s>", "<unk>"]:
         raise ModelArtifactError(f"{folder / SINGLE} holds no table of XLM-RoBERTa's pieces.")
@@ -162,6 +162,6 @@ def _checked(path: Path, ids: object, merges: object) -> Vocabulary:
                 pairs.append((first, second))
             case _:
                 raise ModelArtifactError(
-                    f"{path}: the merge {str(merge)[:100]!r} does not fit the vocabulary."
+                    f"{path}: the merge {quoted(merge)} does not fit the vocabulary."
                 )
     return Vocabulary(ids=ids, merges=tuple(pairs))

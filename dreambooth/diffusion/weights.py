@@ -25,8 +25,7 @@ from safetensors.torch import save_file
 
 from dreambooth.diffusion import layout, source
 from dreambooth.diffusion.headers import read_header
-from dreambooth.errors import ModelArtifactError, ResourceError
-from dreambooth.knob import quoted
+from dreambooth.errors import ModelArtifactError, ResourceError, one_line, quoted
 from dreambooth.limits import LIMITS, Limits
 
 logger = logging.getLogger(__name__)
@@ -73,13 +72,13 @@ def load_into(
             tensor = as_linear(tensor)
         _check(path, key, tensor, expected[name])
         if name in state:
-            raise ModelArtifactError(f"{path} holds {name!r} a second time.")
+            raise ModelArtifactError(f"{path} holds {quoted(name)} a second time.")
         # A copy, never a view of the mapped file: the file may be replaced while we train.
         state[name] = tensor.to(device=device, dtype=dtype, copy=True)
         if not bool(torch.isfinite(state[name]).all()):
             raise ModelArtifactError(
-                f"{path} holds numbers that are not finite as {dtype} in {key!r}: it is damaged, "
-                "or comes from a run that diverged."
+                f"{path} holds numbers that are not finite as {dtype} in {quoted(key)}: it is "
+                "damaged, or comes from a run that diverged."
             )
     missing = [name for name in expected if name not in state and not name.endswith(_HARMLESS)]
     for fault, names in (("lacks", missing), ("holds the foreign", foreign)):
@@ -285,13 +284,17 @@ def _safetensors_name(name: str) -> str:
 def _check(path: Path, key: str, tensor: torch.Tensor, expected: torch.Tensor) -> None:
     if tensor.shape != expected.shape:
         raise ModelArtifactError(
-            f"{path} holds {key!r} in the shape {list(tensor.shape)}, where its config.json asks "
-            f"for {list(expected.shape)}."
+            f"{path} holds {quoted(key)} in the shape {list(tensor.shape)}, where its config.json "
+            f"asks for {list(expected.shape)}."
         )
     if not tensor.is_floating_point():
-        raise ModelArtifactError(f"{path} holds {key!r} as {tensor.dtype}, which are no weights.")
+        raise ModelArtifactError(
+            f"{path} holds {quoted(key)} as {tensor.dtype}, which are no weights."
+        )
 
 
 def _some(names: list[str]) -> str:
     more = len(names) - _NAMED_AT_MOST
-    return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(one_line(name, 100) for name in names[:_NAMED_AT_MOST]) + (
+        f" and {more} more" if more > 0 else ""
+    )

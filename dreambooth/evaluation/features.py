@@ -17,8 +17,8 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from dreambooth.diffusion.model import DiffusionModel
-from dreambooth.diffusion.text_encoders import BUILD_ERRORS, in_one_line
-from dreambooth.errors import ModelArtifactError
+from dreambooth.diffusion.text_encoders import BUILD_ERRORS
+from dreambooth.errors import ModelArtifactError, in_one_line
 from dreambooth.evaluation.vision_model import CLIP, VisionModel
 from dreambooth.tiny import judge_network
 

