@@ -13,7 +13,8 @@ from urllib.parse import unquote
 
 from dreambooth.errors import UserError, quoted
 
-_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://", re.ASCII)
+# One slash is enough: pathlib makes s3:/bucket of s3://bucket. C:/ is a drive.
+_ADDRESS = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+):(/+)", re.ASCII)
 _FILE = "file"
 
 
@@ -26,7 +27,8 @@ def is_remote(text: str) -> bool:
 def to_path(text: str, what: str) -> Path:
     """Return the path that a text names: `~` expanded, `file://` taken off and %20 decoded.
 
-    what: the option that said it, for the sentence. Raises UserError for every other address.
+    what: the option that said it, for the sentence. Raises UserError for every other address, and
+    for what is no path at all.
     """
     if is_remote(text):
         raise UserError(
@@ -34,8 +36,16 @@ def to_path(text: str, what: str) -> Path:
             "give the path of a local file or folder, and copy from or to the address yourself."
         )
     found = _ADDRESS.match(text)
+    path = text
     if found is not None:
-        host, slash, path = text[found.end() :].partition("/")
-        # A host such as `.` begins a relative path: file://./model.
-        text = unquote(("" if host.lower() == "localhost" else host) + slash + path)
-    return Path(os.path.expanduser(text))
+        path = text[found.end() :].rstrip()
+        host = ""
+        if len(found[2]) == 2:  # file://HOST/PATH; a host such as `.` begins a relative path
+            host, slash, path = path.partition("/")
+            host, path = "" if host.lower() == "localhost" else host, slash + path
+        else:  # file:/PATH, and file:///PATH
+            path = f"/{path}"
+        path = unquote(host + path)
+    if "\0" in path or (found is not None and not path.strip("/")):
+        raise UserError(f"{what} must be the path of a file or folder, not {quoted(text)}.")
+    return Path(os.path.expanduser(path))

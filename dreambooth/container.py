@@ -17,12 +17,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from dreambooth import hyperparameter_text, hyperparameters, sources
-from dreambooth.errors import HyperparameterError, quoted
+from dreambooth import addresses, hyperparameter_text, hyperparameters, sources
+from dreambooth.errors import HyperparameterError, UserError, quoted
 from dreambooth.limits import LIMITS, Limits
 from dreambooth.sources import DRY_RUN, LOG_LEVEL, LOG_LEVELS
 
 DEFAULT_ROOT: Final = "/opt/ml"
+_BASE: Final = "SAGEMAKER_BASE_DIR"
 
 _PATH_OPTIONS: Final = {
     "train": "folder with the instance images and dataset_info.json",
@@ -68,6 +69,7 @@ def read(
         raise SystemExit(0)
     root = _root(environ)
     faults: list[str] = []
+    _check_root(environ, faults)
     arguments = sources.from_arguments(argv, faults)
     variables = sources.from_variables(environ, faults, limits)
     file = sources.from_file(root / "input" / "config" / "hyperparameters.json", faults, limits)
@@ -143,7 +145,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _root(environ: Mapping[str, str]) -> Path:
-    return Path(environ.get("SAGEMAKER_BASE_DIR") or DEFAULT_ROOT)
+    """Return the root; the default one also where the variable is no path, which `read` says."""
+    try:
+        return addresses.to_path(environ.get(_BASE, "").strip() or DEFAULT_ROOT, _BASE)
+    except UserError:
+        return Path(DEFAULT_ROOT)
+
+
+def _check_root(environ: Mapping[str, str], faults: list[str]) -> None:
+    try:
+        addresses.to_path(environ.get(_BASE, "").strip() or DEFAULT_ROOT, _BASE)
+    except UserError as error:
+        faults.append(str(error))
 
 
 def _default_output(chosen: sources.Chosen, root: Path) -> Path:

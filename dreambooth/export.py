@@ -49,7 +49,6 @@ _PLAIN_FILES = {
         *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
         "added_tokens.json",
     ),
-    "scheduler": ("scheduler_config.json",),
     "feature_extractor": ("preprocessor_config.json",),
 }
 _SPECIAL_TOKENS = (

@@ -167,7 +167,7 @@ def _fine_tune(
             raise
         with phase("export"):
             handover.write_model(task, state)
-        if checkpoints.due(state.step) and not checkpoints.holds(state):
+        if checkpoints.due(state.step) and not (checkpoints.holds(state) or stop.asked):
             with _the_model_is_written(), phase("checkpoints"):
                 checkpoints.save(state)
         state.optimizer.state.clear()  # its memory is free for the last pictures,
@@ -265,10 +265,11 @@ def _follow(
                 if is_newest and checkpoints.due(state.step):
                     with record.phase("checkpoints"):
                         checkpoints.save(state)
-    except ResourceError as error:
-        if record.step is None or record.step < task.plan.steps:
+    except Exception as error:  # all steps are made: whatever it is, the model comes first
+        if state.step < task.plan.steps:
             raise
-        log.warning("all steps are made, but the last one's report is not: %s", error)
+        log.warning("all steps are made, but not all of their report: %s", error)
+        log.debug("what went wrong with the report", exc_info=True)
     report.finish(state.loss_total / state.step)
     _log_memory(task, record.gpu_peaks)
     if state.skipped_steps:

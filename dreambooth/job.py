@@ -33,9 +33,9 @@ log = logging.getLogger(__name__)
 
 # What torchrun and accelerate launch tell each of several processes beside WORLD_SIZE.
 _OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-_LAUNCH = (
-    "start the job with torchrun or accelerate launch, or unset WORLD_SIZE to train in one process"
-)
+# Where launchers say how many there are: torchrun and accelerate launch, then those of MPI.
+_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_LAUNCH = "start the job with torchrun or accelerate launch, or unset {} to train in one process"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,13 +132,19 @@ def _prepare(environment: container.Environment, environ: Mapping[str, str], sta
     )
 
 
+def _counted_by(environ: Mapping[str, str]) -> str | None:
+    """Return the variable by which a launcher says how many processes train together."""
+    return next((name for name in _COUNTS if environ.get(name)), None)
+
+
 def _processes(environ: Mapping[str, str]) -> int:
-    """Return how many processes train together, by WORLD_SIZE. Raises UserError."""
-    text = environ.get("WORLD_SIZE") or "1"
+    """Return how many processes train together. Raises UserError."""
+    name = _counted_by(environ)
+    text = environ[name] if name else "1"
     if not re.fullmatch("[0-9]{1,6}", text) or int(text) < 1:
         raise UserError(
-            f"The variable WORLD_SIZE is {quoted(text)}, and must be the number of processes that "
-            f"train together: {_LAUNCH}."
+            f"The variable {name} is {quoted(text)}, and must be the number of processes that "
+            f"train together: {_LAUNCH.format(name)}."
         )
     return int(text)
 
@@ -147,9 +153,10 @@ def _refuse_a_lone_process(job: Job) -> None:
     """Raise UserError where others should train along, and nothing says where they are."""
     missing = [name for name in _OF_A_LAUNCHER if not job.environ.get(name)]
     if job.processes > 1 and missing:
+        name = _counted_by(job.environ)
         raise UserError(
-            f"WORLD_SIZE says that {job.processes} processes train together, and {missing[0]} is "
-            f"not set: {_LAUNCH}."
+            f"{name} says that {job.processes} processes train together, and {missing[0]} is not "
+            f"set: {_LAUNCH.format(name)}."
         )
 
 
@@ -157,8 +164,8 @@ def _refuse_a_smaller_group(job: Job, processes: int) -> None:
     """Raise UserError where each would train for itself, all of them in the same folder."""
     if processes != job.processes:
         raise UserError(
-            f"WORLD_SIZE says that {job.processes} processes train together, and this one is in a "
-            f"group of {processes}: {_LAUNCH}."
+            f"{job.processes} process(es) should train together, and this one is in a group of "
+            f"{processes}: {_LAUNCH.format(_counted_by(job.environ) or 'WORLD_SIZE')}."
         )
 
 

@@ -8,6 +8,7 @@ import contextlib
 import io
 import logging
 import os
+import select
 import sys
 import threading
 import time
@@ -39,12 +40,13 @@ def to_stderr(level: str, *, phase: str | None = None) -> None:
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
-        _OneLine(
+        _OneLineTrace(
             _over_the_bar(sys.stderr) + "%(asctime)s %(levelname)s %(where)s%(message)s",
             datefmt="%H:%M:%S",
             defaults={"where": f"[{phase}] " if phase else ""},
         )
     )
+    logging.setLogRecordFactory(_OneLineRecord)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
     for variable in _VERBOSITY:
@@ -53,14 +55,21 @@ def to_stderr(level: str, *, phase: str | None = None) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-class _OneLine(logging.Formatter):
-    """Keeps what a record says on one line: names of strangers' files stand in it."""
+class _OneLineRecord(logging.LogRecord):
+    """A record whose message is one line: names of strangers' files stand in it.
 
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        if record.name == _WARNINGS:  # a library's, with the line of its code
-            record.message = " ".join(record.message.split())
-        record.message = one_line(record.message, _MOST_MESSAGE_CHARACTERS)
-        return super().formatMessage(record)
+    Cleaned here and not by our handler, because libraries bring handlers of their own.
+    """
+
+    def getMessage(self) -> str:
+        message = super().getMessage()
+        if self.name == _WARNINGS:  # a library's, with the line of its code
+            message = " ".join(message.split())
+        return one_line(message, _MOST_MESSAGE_CHARACTERS)
+
+
+class _OneLineTrace(logging.Formatter):
+    """Writes the trace of an error by `trace_of`."""
 
     def formatException(self, ei: Any) -> str:
         return trace_of(ei[1])
@@ -68,15 +77,28 @@ class _OneLine(logging.Formatter):
 
 def trace_of(error: BaseException) -> str:
     """Return the trace of an error as Python prints it, each message in it on one line."""
-    lines = traceback.TracebackException.from_exception(error).format()
-    # Where the code stands is indented; what the library says between is its own.
-    own = ("  ", "Traceback ", "\n")
-    return "".join(
-        line
-        if line.startswith(own)
-        else one_line(line.rstrip("\n"), _MOST_MESSAGE_CHARACTERS) + "\n"
-        for line in lines
-    ).rstrip("\n")
+    trace = traceback.TracebackException.from_exception(error)
+    _clean_notes(trace)
+    parts = []
+    for part in trace.format():
+        text = part.rstrip("\n")
+        # Where the code stands is indented and has lines of its own; the rest is one message.
+        lines = text.split("\n") if text.startswith("  ") else [text]
+        parts += [one_line(line, _MOST_MESSAGE_CHARACTERS) for line in lines]
+    return "\n".join(parts)
+
+
+def _clean_notes(trace: traceback.TracebackException | None) -> None:
+    """Put what is printed beside a message on one line each: notes, and the place of a fault."""
+    if trace is None:
+        return
+    notes: Any = getattr(trace, "__notes__", None)
+    trace.__notes__ = [f"  {one_line(str(note))}" for note in notes] if notes else notes
+    for name in ("filename", "text", "msg"):  # of a SyntaxError
+        if isinstance(value := getattr(trace, name, None), str):
+            setattr(trace, name, one_line(value))
+    for other in (trace.__cause__, trace.__context__, *(trace.exceptions or ())):
+        _clean_notes(other)
 
 
 def metric(line: str) -> None:
@@ -130,8 +152,14 @@ def without_waiting() -> Iterator[Callable[[], int]]:
     try:
         yield lambda: sum(stream.dropped for stream in streams)
     finally:
+        write_last_lines()
         sys.stdout, sys.stderr = before
-        for stream in streams:
+
+
+def write_last_lines() -> None:
+    """Wait a second at most until what was said is written, before a process ends by `os._exit`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, _WithoutWaiting):
             stream.wait_until_written(_LAST_LINES_S)
 
 
@@ -195,7 +223,10 @@ class _WithoutWaiting:
                 self._stream.write(text)
                 return
             while data:
-                data = data[os.write(descriptor, data) :]
+                try:
+                    data = data[os.write(descriptor, data) :]
+                except BlockingIOError:  # whoever opened it wants nobody to wait in there
+                    select.select([], [descriptor], [])
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

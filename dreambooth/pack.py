@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from dreambooth import code_folder
-from dreambooth.diffusion import destination, layout, source
+from dreambooth.diffusion import destination, headers, layout, source
 from dreambooth.durable import fsync
 from dreambooth.errors import ModelArtifactError, ResourceError, UserError
 from dreambooth.limits import GIB, LIMITS, MIB, Limits
@@ -119,6 +119,8 @@ def _weighted(component: Path, limits: Limits) -> list[Path]:
             f"{component} holds old pickled weights (.bin), and archives are made of safetensors "
             "alone: run `python -m dreambooth convert IN OUT` first, and pack what comes out."
         )
+    for path in files:  # what is none might be any text behind a link
+        headers.read_header(path, limits=limits)
     return sorted({component / "config.json", component / chosen.name, *files})
 
 

@@ -67,7 +67,7 @@ class Chosen:
 
     def platform(self, name: str) -> str | None:
         """What the platform's own variable says; nonsense as a log level says nothing."""
-        value = self._environ.get(_PLATFORM_VARIABLES.get(name, ""))
+        value = self._environ.get(_PLATFORM_VARIABLES.get(name, ""), "").strip() or None
         if value is None or (name == LOG_LEVEL and not level_of(value)):
             return None
         return None if self._is_set_aside(name, value) else value

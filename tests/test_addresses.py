@@ -19,6 +19,8 @@ REMOTE = [
     "gs://b/c",
     "hf://o/n",
     "a+b.c-d://x",
+    "s3:/bucket",  # as pathlib writes it
+    "  s3://bucket",
 ]
 
 
@@ -39,11 +41,13 @@ def test_an_address_is_no_path(text: str) -> None:
         ("file://pictures/cat", "pictures/cat"),
         ("file:///a%20b/%E7%8C%AB#1?x", "/a b/猫#1?x"),
         ("~/model", os.path.expanduser("~/model")),
-        ("s3:/bucket", "s3:/bucket"),
+        ("file:/opt/ml/model", "/opt/ml/model"),
+        (" file:///opt/ml ", "/opt/ml"),
         ("./s3://bucket", "s3:/bucket"),
         ("1s3://bucket", "1s3:/bucket"),
         ("model", "model"),
         ("C:\\model", "C:\\model"),
+        ("C:/model", "C:/model"),
     ],
 )
 def test_a_path_in_every_spelling(text: str, path: str) -> None:
@@ -51,12 +55,18 @@ def test_a_path_in_every_spelling(text: str, path: str) -> None:
     assert addresses.to_path(text, "--out") == Path(path)
 
 
+@pytest.mark.parametrize("text", ["file://", "file:///", "file://localhost", "file:///%00", "a\0b"])
+def test_what_is_no_path_is_one_sentence(text: str) -> None:
+    with pytest.raises(UserError, match="--out must be the path of a file or folder"):
+        addresses.to_path(text, "--out")
+
+
 @given(st.text())
 def test_any_text_is_a_path_or_one_sentence(text: str) -> None:
     try:
         addresses.to_path(text, "--out")
     except UserError:
-        assert addresses.is_remote(text)
+        assert addresses.is_remote(text) or "\0" in text or text.strip().lower().startswith("file:")
 
 
 @pytest.fixture
@@ -96,7 +106,7 @@ def test_in_a_container_the_platforms_folder_is_taken(root: Path, option: str, p
         file = root / "input" / "config" / "hyperparameters.json"
         file.write_text(json.dumps({option: address}))
     elif variable:
-        environ[variable] = address
+        environ[variable] = f" {address} "
     found = container.read(argv, environ)
     assert getattr(found, option) == root / folder
     (warning,) = found.warnings
@@ -111,6 +121,15 @@ def test_without_a_checkpoint_folder_of_the_platforms_there_is_none(root: Path) 
     found = container.read(["--checkpoint_dir=s3://bucket/c"], {"SAGEMAKER_BASE_DIR": str(root)})
     assert found.checkpoint_dir is None
     assert "none here (checkpoint_s3_uri asks for one)" in found.warnings[0]
+
+
+def test_a_root_that_is_an_address_is_one_sentence_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert job.run(["--train=x"], {"SAGEMAKER_BASE_DIR": "s3://bucket/ml"}) == 1
+    assert "SAGEMAKER_BASE_DIR is the address 's3://bucket/ml'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("option", OUTPUTS)

@@ -133,6 +133,18 @@ def test_a_job_that_is_killed_beside_the_agent_goes_on_to_the_same_bits(
     assert sorted(manifest["files"]) == ["optimizer.pt", "unet.safetensors"]
 
 
+def test_a_model_folder_beside_the_checkpoints_is_replaced_beside_the_agent(
+    small_model_folder: Path, tmp_path: Path
+) -> None:
+    photos, out = write_photos(tmp_path / "photos"), tmp_path / "c" / "model"
+    more = (f"--checkpoint_dir={tmp_path / 'c'}", "--max_steps=1", "--resume=fresh")
+    argv = arguments(small_model_folder, photos, out, *more)
+    with agent(tmp_path / "c") as marked:
+        for _ in range(6):
+            assert job.run(argv, {}) == 0
+    assert marked[0] > 6
+
+
 @pytest.mark.parametrize("marker", [UPLOADING, UPLOADED])
 def test_a_checkpoint_whose_manifest_lists_markers_is_gone_on_from(
     small_model_folder: Path,

@@ -495,7 +495,7 @@ def test_options_among_the_hyperparameters_are_not_called_unknown(root: Path) ->
     ("settings", "told"),
     [
         ({"model_dir": ["a"]}, "model_dir must be one text, not ['a']."),
-        ({"train": "a\0b"}, "train must be the path of a folder, not 'a\\x00b'."),
+        ({"train": "a\0b"}, "train must be the path of a file or folder, not 'a\\x00b'."),
         ({"train": "\ud800"}, "train must be the path of a folder, not '\\ud800'."),
         ({"dry_run": "perhaps"}, "dry_run must be True or False, not 'perhaps'."),
         (

@@ -27,6 +27,8 @@ from dreambooth import fine_tune, job
 from dreambooth.data import cache
 from dreambooth.errors import ResourceError
 from dreambooth.stop import Stopped, StopSignals
+from dreambooth.training import report
+from dreambooth.training.readings import StepMetrics
 
 Start = Callable[..., int]
 Optimizer = torch.optim.Optimizer
@@ -233,6 +235,52 @@ def test_a_noise_scheduler_that_cannot_sample_costs_no_model(
     page = (tmp_path / "odd-output" / "report.html").read_text()
     assert "no sample picture: ValueError: none is not supported" in page
     assert "no fid_score: ValueError: none is not supported" in page
+
+
+@pytest.mark.parametrize("kind", [ResourceError, OSError, ValueError])
+def test_a_fault_in_reporting_the_last_step_costs_no_model(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    write_row = report.Report.step
+
+    def step(self: report.Report, metrics: StepMetrics) -> None:
+        write_row(self, metrics)
+        if metrics.step == 4:
+            raise kind("no room for this row")
+
+    monkeypatch.setattr(report.Report, "step", step)
+    assert start("model") == 0
+    assert len(weights(tmp_path / "model"))
+    assert "but not all of their report" in (tmp_path / "model-output" / "report.html").read_text()
+
+
+def test_a_fault_in_reporting_an_earlier_step_ends_the_job(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(self: report.Report, metrics: StepMetrics) -> None:
+        raise ResourceError("no room for this row")
+
+    monkeypatch.setattr(report.Report, "step", step)
+    assert start("model") == 1
+    assert not (tmp_path / "model" / "model_index.json").exists()
+
+
+def test_a_stop_during_the_export_is_not_kept_waiting_by_a_checkpoint(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = fine_tune.handover.write_model
+
+    def write_and_stop(*arguments: Any) -> None:
+        write(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(fine_tune.handover, "write_model", write_and_stop)
+    options = (f"--checkpoint_dir={tmp_path / 'c'}", "--checkpointing_steps=2")
+    assert start("model", *options) == 143
+    assert len(weights(tmp_path / "model"))
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["step-00000002"]
+    page = (tmp_path / "model-output" / "report.html").read_text()
+    assert "The 4 steps were made and the model is whole; it has no sample picture." in page
 
 
 def test_the_model_is_written_before_the_last_picture_is_drawn(

@@ -181,7 +181,7 @@ def test_a_disk_that_is_full_after_training_costs_no_model(
     assert train(small_model_folder, photos, place, tmp_path, *options) == 0
     shown = capsys.readouterr().err
     assert errors(shown) == []
-    assert "all steps are made, but the last one's report is not: The output folder" in shown
+    assert "all steps are made, but not all of their report: The output folder" in shown
     assert "the model is whole, but not what comes after it: The checkpoint of step 2" in shown
     model = tmp_path / "model"
     assert (model / "model_index.json").exists()

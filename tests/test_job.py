@@ -327,6 +327,8 @@ LAUNCHED = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "2
         ({"WORLD_SIZE": "2"}, "RANK is not set"),
         (LAUNCHED, "MASTER_ADDR is not set"),
         ({**LAUNCHED, "MASTER_ADDR": "localhost"}, "this one is in a group of 1"),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, "OMPI_COMM_WORLD_SIZE says"),
+        ({"PMI_SIZE": "2", "PMI_RANK": "1"}, "PMI_SIZE says that 2 processes train together"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
     ],

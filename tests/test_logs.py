@@ -156,6 +156,32 @@ def test_a_process_ends_although_nobody_reads_its_log() -> None:
     process.stdout.close()
 
 
+def test_what_was_said_before_a_hard_exit_is_written() -> None:
+    code = (
+        "import logging, os; from dreambooth import logs\n"
+        "with logs.without_waiting():\n"
+        "    logs.to_stderr('info'); logging.error('the reason')\n"
+        "    logs.write_last_lines(); os._exit(1)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "the reason" in done.stderr
+
+
+def test_a_pipe_that_never_waits_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever opened it set O_NONBLOCK; it is full now and then."""
+    with stderr_as_a_pipe(monkeypatch) as pipe:
+        os.set_blocking(sys.stderr.fileno(), False)
+        with logs.without_waiting() as dropped:
+            logs.to_stderr("info")
+            for number in range(500):
+                logging.getLogger("dreambooth").info("%d %s", number, "x" * 1000)
+            read = b""
+            while b" 499 x" not in read or not read.endswith(b"x\n"):
+                read += os.read(pipe, 4096)
+            assert dropped() == 0
+        assert read.count(b"x\n") == 500
+
+
 @pytest.mark.parametrize("kind", [io.StringIO, "closed"])
 def test_streams_without_a_number_and_closed_ones_are_fine(
     monkeypatch: pytest.MonkeyPatch, kind: Any

@@ -161,6 +161,10 @@ def test_a_safety_checker_goes_along(make_model_folder: Make, tmp_path: Path) ->
     for name in added:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"{}")
+    shutil.copyfile(
+        folder / "vae" / "diffusion_pytorch_model.safetensors",
+        folder / "safety_checker" / "model.safetensors",
+    )
     pack.write(str(folder), tmp_path / "model.tar.gz")
     assert names(tmp_path / "model.tar.gz") == MODEL_FILES | {*added}
 

@@ -62,7 +62,7 @@ def clear(model_dir: Path, *, base_folder: Path | None = None) -> None:
             )
         for leftover in sorted(model_dir.glob(PARTIAL + "*")):
             if leftover.is_dir() and not leftover.is_symlink():
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover, ignore_errors=True)
         for name in reversed(present):
             remove(model_dir / name)
         _probe(model_dir)
@@ -92,9 +92,14 @@ def move(stage: Path, model_dir: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a folder or a link (never what it leads to); nothing where nothing is."""
+    """Remove a file, a folder or a link (never what it leads to); nothing where nothing is.
+
+    A folder loses its name first: others, such as SageMaker's agent, may write into it meanwhile.
+    """
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        aside = tempfile.mkdtemp(prefix=PARTIAL, dir=path.parent)
+        os.rename(path, aside)
+        shutil.rmtree(aside, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 
@@ -129,7 +134,9 @@ def told(model_dir: Path) -> Iterator[None]:
 
 def _probe(model_dir: Path) -> None:
     """Find out now what would otherwise show after hours of training."""
-    with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=model_dir) as stage:
+    with tempfile.TemporaryDirectory(
+        prefix=PARTIAL, dir=model_dir, ignore_cleanup_errors=True
+    ) as stage:
         probe = Path(stage) / "probe"
         probe.write_text("a small file, to see whether it can be written\n", encoding="utf-8")
         fsync(probe)

@@ -84,7 +84,7 @@ def read_facts(folder: Path, *, to_train: bool = True, limits: Limits = LIMITS) 
         unet_parameters=counted["unet"],
         text_encoder_parameters=counted["text_encoder"],
         vae_parameters=counted["vae"],
-        warnings=_warnings(folder, unet, resolution, counted["unet"]),
+        warnings=_warnings(folder, unet, resolution, counted["unet"], limits),
     )
     if to_train:
         check_trainable(facts, folder / "scheduler" / "scheduler_config.json")
@@ -113,7 +113,7 @@ def _count(component: Path, limits: Limits) -> int:
     return sum(entry.count for entry in entries if entry.is_float)
 
 
-def _info_resolution(folder: Path, limits: Limits = LIMITS) -> Any:
+def _info_resolution(folder: Path, limits: Limits) -> Any:
     info = folder / MODEL_INFO
     return read_json(info, limits=limits).get("resolution") if info.exists() else None
 
@@ -131,11 +131,11 @@ def _resolution(folder: Path, unet: dict[str, Any], scale: int, limits: Limits) 
 
 
 def _warnings(
-    folder: Path, unet: dict[str, Any], resolution: int, unet_parameters: int
+    folder: Path, unet: dict[str, Any], resolution: int, unet_parameters: int, limits: Limits
 ) -> tuple[str, ...]:
     """Warn of a full-size network that says a miniature's size, and says it by itself alone."""
     size = unet.get("sample_size")
-    is_said_by_the_unet = type(size) is int and size < 64 and not _info_resolution(folder)
+    is_said_by_the_unet = type(size) is int and size < 64 and not _info_resolution(folder, limits)
     if not is_said_by_the_unet or unet_parameters < _FULL_SIZE_PARAMETERS:
         return ()
     return (

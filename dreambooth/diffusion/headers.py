@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -46,6 +47,20 @@ class TensorEntry:
     def is_float(self) -> bool:
         """Whether these are weights (and not position_ids or another table of integers)."""
         return "F" in self.dtype
+
+
+def int_of_at_most(digits: int) -> Callable[[str], int]:
+    """Return what reads the whole numbers of JSON: longer ones raise ValueError.
+
+    They are refused before anything is computed with them, which could take for ever.
+    """
+
+    def read(text: str) -> int:
+        if len(text) > digits:
+            raise ValueError(f"a number has {len(text)} digits")
+        return int(text)
+
+    return read
 
 
 def read_header(path: Path, *, limits: Limits = LIMITS) -> tuple[TensorEntry, ...]:
@@ -87,11 +102,7 @@ def _parse(path: Path, raw: bytes) -> dict[str, object]:
             raise ValueError("a name stands twice")
         return table
 
-    def number(digits: str) -> int:
-        if len(digits) > _MOST_DIGITS:  # before it is computed with, which would take for ever
-            raise ValueError(f"a number has {len(digits)} digits")
-        return int(digits)
-
+    number = int_of_at_most(_MOST_DIGITS)
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_int=number)
     except (ValueError, RecursionError) as error:

@@ -22,6 +22,7 @@ from dreambooth.diffusion.component_classes import (
     TEXT_FAMILIES,
     TextFamily,
 )
+from dreambooth.diffusion.headers import int_of_at_most
 from dreambooth.errors import ModelArtifactError, one_line, quoted
 from dreambooth.limits import LIMITS, Limits
 
@@ -126,13 +127,11 @@ def _present(files: list[Path]) -> list[Path]:
 
 
 def read_json(path: Path, *, limits: Limits = LIMITS) -> dict[str, Any]:
-    """Read one JSON object from a file of a model folder, capped in size. ModelArtifactError."""
+    """Read one JSON object from a file of a model folder, capped in size.
 
-    def number(digits: str) -> int:
-        if len(digits) > limits.max_json_number_characters:
-            raise ValueError(f"a number has {len(digits)} digits")
-        return int(digits)
-
+    Raises ModelArtifactError for a file that is missing, too large or none.
+    """
+    number = int_of_at_most(limits.max_json_number_characters)
     try:
         if not path.is_file():
             raise ModelArtifactError(f"The model has no {path.parent.name}/{path.name} ({path}).")

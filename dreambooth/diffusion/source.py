@@ -207,6 +207,7 @@ def peek(source: ModelSource, *, limits: Limits = LIMITS) -> ModelFacts | None:
         return None
     if source.kind == "archive":
         return peek_facts(source.path, limits=limits)
+    validate_folder(source.path, linked_weights=source.linked_weights, limits=limits)
     return read_facts(source.path, limits=limits)
 
 

@@ -34,6 +34,17 @@ logger = logging.getLogger(__name__)
 _HARMLESS = "position_ids"
 _OTHER_PICKLES = (".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 _NAMED_AT_MOST = 3
+# The types that safetensors headers may name (`headers.DTYPE_BYTES`).
+_DTYPES = frozenset(
+    (
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+        *(torch.float8_e4m3fn, torch.float8_e5m2, torch.bool),
+        *(torch.int64, torch.int32, torch.int16, torch.int8),
+        *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+    )
+)
+# Tied weights stand twice in a pickle and once in its data.
+_MOST_SHARED = 4
 # What libraries raise for files that are damaged or made to hurt.
 _LIBRARY_FAULTS = (
     *(RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError),
@@ -153,9 +164,13 @@ def read_bin(path: Path) -> dict[str, torch.Tensor]:
     for key, tensor in state.items():
         if not _is_plain(tensor):
             raise ModelArtifactError(
-                f"{path} holds {quoted(key)}, which is no plain tensor (but sparse, nested, "
-                "quantized, without data, or larger than its data): give the model as safetensors."
+                f"{path} holds {quoted(key)}, which is no plain table of numbers (but sparse, "
+                "nested, quantized, of an odd type or shape, without data, or larger than its "
+                "data): give the model as safetensors."
             )
+    total = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    if total > _MOST_SHARED * path.stat().st_size:
+        raise ModelArtifactError(f"{path} names the same data again and again: {total} bytes.")
     return state
 
 
@@ -171,6 +186,8 @@ def _refuse_compressed(path: Path) -> None:
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Return whether a tensor is a table of numbers that lies in memory as it is."""
     if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
+        return False
+    if tensor.dtype not in _DTYPES or tensor.ndim > LIMITS.max_tensor_rank:
         return False
     there = tensor.device.type == "cpu"
     return there and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
@@ -248,11 +265,9 @@ def _convert_folder(folder: Path, target: Path, home: str, limits: Limits) -> No
                     "there, or remove the link."
                 )
             _convert_folder(entry, copy, home, limits)
-        elif not entry.is_file():
-            raise ModelArtifactError(f"{entry} is no regular file, or a link to nothing.")
-        elif layout.leads_out(entry, home) and entry.suffix not in layout.WEIGHT_SUFFIXES:
-            raise ModelArtifactError(layout.LEADS_OUT.format(entry))
-        elif copy.name != entry.name and (folder / copy.name).exists():
+            continue
+        _refuse_foreign(entry, home, limits)
+        if copy.name != entry.name and (folder / copy.name).exists():
             continue  # a safetensors twin is there already
         elif entry.suffix in _OTHER_PICKLES:
             raise ModelArtifactError(
@@ -270,6 +285,17 @@ def _convert_folder(folder: Path, target: Path, home: str, limits: Limits) -> No
             copy.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         else:
             shutil.copyfile(entry, copy)
+
+
+def _refuse_foreign(entry: Path, home: str, limits: Limits) -> None:
+    """Raise ModelArtifactError for what is no file, or might be any text of this machine."""
+    if not entry.is_file():
+        raise ModelArtifactError(f"{entry} is no regular file, or a link to nothing.")
+    if layout.leads_out(entry, home):
+        if entry.suffix not in layout.WEIGHT_SUFFIXES:
+            raise ModelArtifactError(layout.LEADS_OUT.format(entry))
+        if entry.suffix == ".safetensors":
+            read_header(entry, limits=limits)
 
 
 def _safetensors_name(name: str) -> str:

@@ -64,7 +64,7 @@ def _read(folder: Path) -> VisionModel:
             "layout (config.json, model.safetensors) is expected."
         )
     path, settings_path = folder / "config.json", folder / "preprocessor_config.json"
-    layout.refuse_foreign_files(folder, (path, settings_path))
+    layout.refuse_foreign_files(folder, sorted(folder.iterdir()))
     config = layout.read_json(path)
     kind = config.get("model_type")
     if kind not in KINDS or config.get("auto_map"):

@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from functools import partial
 from pathlib import Path
@@ -62,9 +62,9 @@ def main(argv: Sequence[str]) -> int:
     _die_with_parent()
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries that print
     os.set_inheritable(arguments.fd, False)
-    with logs.without_waiting():
+    with logs.without_waiting() as dropped_lines:
         logs.to_stderr(arguments.log_level)
-        return _Child(socket.socket(fileno=arguments.fd)).run(arguments)
+        return _Child(socket.socket(fileno=arguments.fd), dropped_lines).run(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -93,8 +93,9 @@ def _die_with_parent() -> None:
 class _Child:
     """The engine behind a socket: one thread reads, one writes, one sends a sign of life."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, dropped_lines: Callable[[], int]) -> None:
         self._connection = connection
+        self._dropped_lines = dropped_lines
         self._outbox = Outbox(connection)
         self._engine: Engine | None = None
         self._jobs: dict[int, Job] = {}
@@ -135,6 +136,7 @@ class _Child:
                 message = wire.to_engine(self._connection)
             except WireError:
                 log.exception("the server talks nonsense")
+                logs.write_last_lines()
                 message = None
             if message is None:  # it is gone: nothing that is under way has any use
                 os._exit(1)
@@ -201,9 +203,10 @@ class _Child:
             self._ended.wait(_SHORTEST_STATUS_S)
             self._changed.clear()
             if self._engine is None:
-                self._outbox.put(Status(rss_bytes=_rss_bytes()))
+                dropped = self._dropped_lines()
+                self._outbox.put(Status(dropped_lines_total=dropped, rss_bytes=_rss_bytes()))
                 continue
-            self._outbox.put(_status(self._engine))
+            self._outbox.put(_status(self._engine, self._dropped_lines()))
             broken = self._engine.status().broken
             if broken is not None:
                 log.error("the engine is broken and its process ends: %s", broken)
@@ -243,7 +246,7 @@ def _ready(engine: Engine) -> Ready:
     )
 
 
-def _status(engine: Engine) -> Status:
+def _status(engine: Engine, dropped_lines: int) -> Status:
     status = engine.status()
     return Status(
         queued_pictures=status.queued_pictures,
@@ -252,6 +255,7 @@ def _status(engine: Engine) -> Status:
         steps_done_total=status.steps_done_total,
         pictures_total=status.pictures_total,
         out_of_memory_total=status.out_of_memory_total,
+        dropped_lines_total=dropped_lines,
         seconds_per_call=status.seconds_per_step,
         seconds_per_decode=status.seconds_per_decode,
         rss_bytes=_rss_bytes(),

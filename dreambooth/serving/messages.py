@@ -188,7 +188,8 @@ class Status:
 
     queued_pictures: not begun. undecoded: all steps done. The *_total count from the first request
     of this process on, steps in U-Net calls. seconds_per_call: (rows, seconds) of recent calls at
-    the model's own resolution, seconds_per_decode of a picture there.
+    the model's own resolution, seconds_per_decode of a picture there. dropped_lines_total: of this
+    process's log, that nobody read.
     """
 
     queued_pictures: int = 0
@@ -197,6 +198,7 @@ class Status:
     steps_done_total: int = 0
     pictures_total: int = 0
     out_of_memory_total: int = 0
+    dropped_lines_total: int = 0
     seconds_per_call: tuple[tuple[int, float], ...] = ()
     seconds_per_decode: float = 0.0
     rss_bytes: int = 0

@@ -108,11 +108,12 @@ class _Ours(Collector):
             ("finish_reason",),
             (((reason,), n) for reason, n in ours.pictures.items()),
         )
+        of_the_engine = ours.status().dropped_lines_total if ours.status else 0
         yield _counter(
             "log_lines_dropped",
-            "Lines of the server's log that nobody read.",
+            "Lines of the log that nobody read.",
             (),
-            (((), ours.dropped_lines()),),
+            (((), ours.dropped_lines() + of_the_engine),),
         )
         if ours.connections is not None:
             count, refused = ours.connections()

@@ -82,13 +82,11 @@ async def _serve(
     host, port = listener.getsockname()[:2]
     log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
     with tempfile.TemporaryDirectory(prefix="dreambooth-", ignore_cleanup_errors=True) as folder:
-        loading = asyncio.create_task(_load(app, metrics, settings, Path(folder)))
-        await asyncio.wait({loading, stopped, serving}, return_when=asyncio.FIRST_COMPLETED)
-        code = _outcome(loading)
-        if code == 0 and not stop.is_set():
-            await asyncio.wait({stopped, serving}, return_when=asyncio.FIRST_COMPLETED)
+        drawing = asyncio.create_task(_draw(app, metrics, settings, Path(folder)))
+        await asyncio.wait({drawing, stopped, serving}, return_when=asyncio.FIRST_COMPLETED)
+        code = _outcome(drawing)
         began = time.monotonic()
-        await _close(app, metrics, loading, stopped)
+        await _close(app, metrics, drawing, stopped)
         # Clients that read slowly get what is left of the time before SageMaker kills.
         left = _END_S - (time.monotonic() - began)
         http.config.timeout_graceful_shutdown = max(_FLUSH_S, int(left))
@@ -97,11 +95,11 @@ async def _serve(
     return code
 
 
-def _outcome(loading: asyncio.Task[None]) -> int:
-    """The exit code as far as loading decides it; one sentence to the log where it failed."""
-    if not loading.done():
+def _outcome(drawing: asyncio.Task[None]) -> int:
+    """The exit code as far as the engine decides it; one sentence to the log where it failed."""
+    if not drawing.done():
         return 0
-    error = loading.exception()
+    error = drawing.exception()
     if error is None:
         return 0
     if isinstance(error, (DreamBoothError, EngineFaultError)):
@@ -111,8 +109,11 @@ def _outcome(loading: asyncio.Task[None]) -> int:
     return 1
 
 
-async def _load(app: App, metrics: Metrics, settings: ServeSettings, workspace: Path) -> None:
-    """Make a folder of the model and start the engine on it; DreamBoothError where that fails."""
+async def _draw(app: App, metrics: Metrics, settings: ServeSettings, workspace: Path) -> None:
+    """Make a folder of the model and keep an engine on it until it is cancelled.
+
+    Raises DreamBoothError or EngineFaultError where no engine can be had, now or later.
+    """
     folder = await _fetch(settings, workspace)
     supervisor = Supervisor(folder, settings)
     metrics.status = supervisor.status
@@ -121,17 +122,18 @@ async def _load(app: App, metrics: Metrics, settings: ServeSettings, workspace: 
     # What is here now stays: later collections need not look at it while a request waits.
     gc.collect()
     gc.freeze()
+    await supervisor.wait_until_given_up()
 
 
 async def _close(
-    app: App, metrics: Metrics, loading: asyncio.Task[None], stopped: asyncio.Task[bool]
+    app: App, metrics: Metrics, drawing: asyncio.Task[None], stopped: asyncio.Task[bool]
 ) -> None:
     """No new work; draw, encode and hand over what was accepted."""
     log.info("shutting down: %d requests are finished first", metrics.requests_in_flight)
     app.closing = True
-    for task in (loading, stopped):
+    for task in (drawing, stopped):
         task.cancel()
-    await asyncio.gather(loading, stopped, return_exceptions=True)
+    await asyncio.gather(drawing, stopped, return_exceptions=True)
     end = time.monotonic() + GRACE_S + _ENCODE_S
     if isinstance(app.supervisor, Supervisor):
         await app.supervisor.close(GRACE_S)

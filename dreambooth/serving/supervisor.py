@@ -58,8 +58,10 @@ _LOAD_S: Final = 30.0
 _ELSEWHERE_S: Final = 30.0
 # A call takes so many times its estimate before it counts as hanging, if that is long at all.
 _SLOWEST_CALL: Final = 4.0
-# Loadings that may fail by a fault of ours before it is taken for one that does not go away.
+# Processes in a row that may fail to load before the fault is taken for one that does not go away:
+# by a fault of ours, or without a word (which lack of memory may be, too).
 _TRIES: Final = 3
+_SILENT_TRIES: Final = 8
 # For the engine to end by itself once it has nothing to do.
 _CLOSE_S: Final = 2.0
 _DRAIN_S: Final = 0.01
@@ -97,6 +99,9 @@ class Supervisor(Listener):
         self._numbers = itertools.count(1)
         self._tally = Tally()
         self._failure: UserError | EngineFaultError | None = None
+        self._given_up = asyncio.Event()
+        self._faults = self._silent_deaths = 0  # in loading, since an engine was ready last
+        self._has_spoken = False  # this process: it was ready, or has said why it is not
         self._settled = asyncio.Event()  # the first start has ended, one way or the other
         self._closed = asyncio.Event()
         self._running: asyncio.Task[None] | None = None
@@ -139,6 +144,12 @@ class Supervisor(Listener):
         await self._settled.wait()
         if self._failure is not None:
             raise self._failure
+
+    async def wait_until_given_up(self) -> None:
+        """Wait until no other engine is started because none can be, and raise why, as `start`."""
+        await self._given_up.wait()
+        assert self._failure is not None
+        raise self._failure
 
     async def generate(
         self, request: GenerationRequest, base_seed: int, *, waited_s: float = 0.0
@@ -230,6 +241,7 @@ class Supervisor(Listener):
 
     def starting(self) -> None:
         """A process is about to be started."""
+        self._has_spoken = False
         if self._state != "closing":
             self._set("loading", "The model is being loaded.")
 
@@ -250,6 +262,8 @@ class Supervisor(Listener):
         """Answer every request, now that the engine is gone and before anything is waited for."""
         self._pace = None
         self._tally.engine_ended()
+        if not self._has_spoken:
+            self._died_silently()
         if not self.finished:
             self._set("down", "The engine has stopped and is being restarted.")
         self._lose(
@@ -266,6 +280,7 @@ class Supervisor(Listener):
             padded=self._settings.batch_rows is not None,
         )
         self._load_s = time.monotonic() - self._keeper.started
+        self._has_spoken, self._faults, self._silent_deaths = True, 0, 0
         if self._state != "closing":
             self._set("ready", "")
         log.info("the engine is ready after %.1f s", self._load_s)
@@ -288,11 +303,21 @@ class Supervisor(Listener):
 
     def _load_failed(self, error: Exception) -> None:
         """Give up what no other try can load; memory may be free again for another."""
-        if isinstance(error, UserError):
+        self._has_spoken = True
+        if isinstance(error, EngineFaultError):
+            self._faults += 1
+            if self._faults < _TRIES:
+                return
+            error = EngineFaultError(
+                f"The engine could not load the model in {_TRIES} tries ({error}): see the log."
+            )
+        if isinstance(error, (UserError, EngineFaultError)):
             self._give_up(error)
-        is_last = not self._settled.is_set() and self._keeper.restarts + 1 >= _TRIES
-        if isinstance(error, EngineFaultError) and is_last:
-            told = f"The engine could not load the model in {_TRIES} tries ({error}): see the log."
+
+    def _died_silently(self) -> None:
+        self._silent_deaths += 1
+        if self._silent_deaths == _SILENT_TRIES and not self.finished:
+            told = f"The engine ended {_SILENT_TRIES} times before it was ready: see the log."
             self._give_up(EngineFaultError(told))
 
     def _lose(self, reason: LossReason, message: str) -> None:
@@ -304,6 +329,7 @@ class Supervisor(Listener):
         self._failure = error
         self._set("down", str(error))
         self._settled.set()
+        self._given_up.set()
 
     def _kept(self, running: asyncio.Task[None]) -> None:
         """Nothing keeps the engine any more; by a fault of ours unless that was wanted."""

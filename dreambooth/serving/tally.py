@@ -46,6 +46,7 @@ class SupervisorStatus:
     steps_done_total: int
     pictures_total: int
     out_of_memory_total: int
+    dropped_lines_total: int
     restarts_total: int
     refusals: tuple[tuple[RefusalReason, int], ...]
     losses: tuple[tuple[LossReason, int], ...]
@@ -74,6 +75,7 @@ class Tally:
             steps_done_total=self._ended.steps_done_total + self.engine.steps_done_total,
             pictures_total=self._ended.pictures_total + self.engine.pictures_total,
             out_of_memory_total=self._ended.out_of_memory_total + self.engine.out_of_memory_total,
+            dropped_lines_total=self._ended.dropped_lines_total + self.engine.dropped_lines_total,
         )
 
     def snapshot(
@@ -99,6 +101,7 @@ class Tally:
             steps_done_total=total.steps_done_total,
             pictures_total=total.pictures_total,
             out_of_memory_total=total.out_of_memory_total,
+            dropped_lines_total=total.dropped_lines_total,
             restarts_total=restarts_total,
             refusals=tuple(self.refusals.items()),
             losses=tuple(self.losses.items()),

@@ -115,6 +115,30 @@ def test_convert_copies_no_file_from_behind_a_link(
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("name", ["notes.safetensors", "unet/extra.safetensors", "unet/x.bin"])
+def test_text_that_is_named_like_weights_is_copied_by_nobody(
+    make_model_folder: Make, secret: Path, tmp_path: Path, name: str
+) -> None:
+    folder = make_model_folder()
+    link(folder / name, secret)
+    with pytest.raises(ModelArtifactError, match=Path(name).name):
+        weights.convert(folder, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("part", WEIGHTS)
+def test_no_archive_holds_text_in_the_place_of_weights(
+    make_model_folder: Make, secret: Path, tmp_path: Path, part: str
+) -> None:
+    folder = make_model_folder()
+    (path,) = (folder / part).glob("*.safetensors")
+    path.unlink()
+    link(path, secret)
+    with pytest.raises(ModelArtifactError, match=path.name):
+        pack.write(str(folder), tmp_path / "model.tar.gz")
+    assert not (tmp_path / "model.tar.gz").exists()
+
+
 @pytest.mark.parametrize("part", WEIGHTS)
 def test_weights_behind_a_link_are_taken_from_a_folder_that_was_named(
     make_model_folder: Make, tmp_path: Path, part: str
@@ -128,6 +152,9 @@ def test_weights_behind_a_link_are_taken_from_a_folder_that_was_named(
         assert all(member.isfile() for member in archive)
     with pytest.raises(ModelArtifactError, match=f"{path.name} is a link"):
         source.open_source(source.locate(None, folder), tmp_path)  # a channel
+    with pytest.raises(ModelArtifactError, match=f"{path.name} is a link"):
+        source.peek(source.locate(None, folder))  # a dry run says the same
+    assert source.peek(source.locate(str(folder))) is not None
     with pytest.raises(ModelArtifactError, match=f"{path.name} is a link"):
         inference.model_fn(str(folder))
     settings = ServeSettings(model=str(folder), model_is_platforms=True)
@@ -202,7 +229,9 @@ def test_a_card_that_became_a_pipe_since_is_not_opened(tmp_path: Path) -> None:
     assert licence_of(tmp_path) is None
 
 
-@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "preprocessor_config.json", "model.safetensors.index.json"]
+)
 def test_the_folder_of_fid_features_is_held_to_the_same(
     tmp_path: Path, secret: Path, name: str
 ) -> None:

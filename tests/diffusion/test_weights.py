@@ -297,8 +297,14 @@ def _nested() -> torch.Tensor:
         lambda: torch.zeros(4, device="meta"),
         lambda: torch.quantize_per_tensor(torch.zeros(4), 0.1, 0, torch.qint8),
         lambda: torch.zeros(1).expand(2**40),
+        lambda: torch.zeros(4, dtype=torch.complex64),
+        lambda: torch.zeros(4, dtype=torch.uint8).view(torch.bits8),
+        lambda: torch.zeros((1,) * 9),
     ],
-    ids=["sparse", "sparse rows", "nested", "meta", "quantized", "larger than its data"],
+    ids=[
+        *("sparse", "sparse rows", "nested", "meta", "quantized", "larger than its data"),
+        *("complex", "bits", "nine dimensions"),
+    ],
 )
 def test_a_tensor_that_is_no_plain_one_is_one_sentence(
     make_model_folder: Make, tmp_path: Path, make: Callable[[], torch.Tensor]
@@ -312,6 +318,13 @@ def test_a_tensor_that_is_no_plain_one_is_one_sentence(
     with pytest.raises(ModelArtifactError):
         weights.convert(folder, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_pickle_that_names_its_data_again_and_again_is_refused(tmp_path: Path) -> None:
+    whole = torch.zeros(100_000)
+    torch.save({f"w{n}": whole for n in range(50)}, tmp_path / "x.bin")
+    with pytest.raises(ModelArtifactError, match="the same data again and again: 20000000 bytes"):
+        weights.read_bin(tmp_path / "x.bin")
 
 
 def test_tensors_that_share_their_memory_are_plain(tmp_path: Path) -> None:

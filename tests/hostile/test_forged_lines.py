@@ -73,6 +73,9 @@ PLACES: dict[str, Callable[[Path, str], None]] = {
     "merge": lambda model, name: (model / "tokenizer/merges.txt").write_text(
         "#version: 0.2\n" + name.replace("\n", "\x0b"), encoding="utf-8"
     ),
+    "a library's own log": lambda model, name: change(
+        model / "text_encoder/config.json", "use_return_dict", name
+    ),
     "weight map": lambda model, name: write_weight_map(model, name),
 }
 
@@ -107,7 +110,8 @@ def test_no_name_in_a_model_folder_forges_or_fills_a_line(
     check(shown.out, shown.err, told)
     assert "Traceback" not in shown.err
     assert len(told.splitlines()) == 1
-    (sentence,) = [line for line in shown.err.splitlines() if line.startswith("error: ")]
+    sentences = [line for line in shown.err.splitlines() if line.startswith("error: ")]
+    (sentence,) = sentences
     assert len(sentence) < 3_000
     assert sentence.endswith((".", ".)"))  # its end, which says what to do, is there
 
@@ -189,6 +193,23 @@ def test_a_fault_of_ours_forges_no_line_in_its_trace(
     check(shown, (root / "output" / "failure").read_text("utf-8"))
     assert "The above exception was the direct cause" in shown
     assert "ValueError: x\\nfid_score=0.0" in shown
+
+
+def test_notes_groups_and_syntax_errors_forge_no_line() -> None:
+    def failed(kind: Callable[..., BaseException], *arguments: Any) -> str:
+        try:
+            error = kind(*arguments)
+            error.add_note(NASTY)
+            raise error
+        except BaseException as caught:
+            return logs.trace_of(caught)
+
+    group = failed(ExceptionGroup, NASTY, [ValueError(NASTY), KeyError(NASTY)])
+    syntax = failed(SyntaxError, NASTY, (NASTY, 1, 1, NASTY))
+    plain = failed(ValueError, NASTY)
+    check(group, syntax, plain)
+    for text in (group, syntax, plain):
+        assert "  x\\nfid_score=0.0" in text  # the note
 
 
 def test_a_fault_of_ours_in_another_verb_is_told_the_same_way(

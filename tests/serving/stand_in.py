@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+from dreambooth.errors import ModelArtifactError
 from dreambooth.serving import wire
 from dreambooth.serving.messages import (
     Done,
@@ -27,6 +28,7 @@ from dreambooth.serving.messages import (
 READY = Ready(seconds_per_call=((1, 1e-4),), seconds_per_decode=1e-4, rows=8)
 MODES = (
     "cannot_load",
+    "cannot_load_again",
     "hangs_silently",
     "hangs_in_a_step",
     "never_ready",
@@ -46,6 +48,9 @@ def main(mode: str, marker: Path, connection: socket.socket) -> None:
 
     if mode == "cannot_load":  # however often it is tried
         send(LoadFailed(fault=Fault.of(OverflowError("an int too big to convert"))))
+        return
+    if mode == "cannot_load_again" and behaves:
+        send(LoadFailed(fault=Fault.of(ModelArtifactError("the model is gone."))))
         return
 
     def beat() -> None:

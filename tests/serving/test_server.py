@@ -335,6 +335,19 @@ def test_a_header_of_endless_numbers_ends_the_server_and_holds_up_no_ping(
     assert "a number has 4000 digits" in server.log
 
 
+def test_a_model_that_is_damaged_later_ends_the_server_at_the_engines_next_start(
+    make_model_folder: Callable[..., Path],
+) -> None:
+    folder = make_model_folder()
+    with serve(model=str(folder), ready=False) as server:
+        server.wait_until(lambda: server.ping() == 200, "ready", look_s=0.25)
+        (folder / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+        os.kill(int(server.metric("engine_pid")), signal.SIGKILL)
+        assert server.process.wait(PATIENCE_S) == 1
+    assert "the model cannot be served: " in server.log
+    assert "diffusion_pytorch_model.safetensors" in server.log
+
+
 def test_a_log_that_nobody_reads_stops_no_request() -> None:
     """As behind a container's log driver that hangs: the pipe takes 64 KiB and no more."""
     with socket.create_server(("127.0.0.1", 0)) as free:

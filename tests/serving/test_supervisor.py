@@ -415,6 +415,44 @@ def test_a_fault_of_ours_in_loading_is_tried_three_times_and_then_told(
     runner.run(live())
 
 
+def test_an_engine_that_dies_in_loading_without_a_word_is_given_up_in_the_end(
+    runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dreambooth.serving.keeper._LONGEST_BACKOFF_S", 0.1)
+
+    async def live() -> None:
+        command = (sys.executable, "-c", "import os; os.abort()")
+        supervisor = Supervisor(tiny.WEIGHTS, ServeSettings(model="tiny"), command=command)
+        with pytest.raises(EngineFaultError, match="ended 8 times before it was ready"):
+            async with asyncio.timeout(LONG_S):
+                await supervisor.start()
+        with pytest.raises(EngineFaultError, match="ended 8 times"):
+            await supervisor.wait_until_given_up()
+        assert supervisor.status().restarts_total == 7
+        await supervisor.close()
+
+    runner.run(live())
+
+
+def test_a_model_that_cannot_be_loaded_any_more_is_given_up(
+    runner: asyncio.Runner, tmp_path: Path
+) -> None:
+    async def live() -> None:
+        supervisor = misbehaving("cannot_load_again", tmp_path)
+        await supervisor.start()
+        giving_up = asyncio.create_task(supervisor.wait_until_given_up())
+        pid = supervisor.status().engine_pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(ModelArtifactError, match="the model is gone"):
+            async with asyncio.timeout(LONG_S):
+                await giving_up
+        assert supervisor.state == "down"
+        await supervisor.close()
+
+    runner.run(live())
+
+
 def test_a_hanging_engine_does_not_hold_up_the_end(runner: asyncio.Runner, tmp_path: Path) -> None:
     async def live() -> None:
         supervisor = misbehaving("hangs_in_a_step", tmp_path)

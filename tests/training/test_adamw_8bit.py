@@ -219,9 +219,11 @@ def test_with_another_stream_than_its_kernels_it_waits_as_ever(
 
 
 def test_only_the_fast_step_goes_without_waiting(waits: list[torch.Size]) -> None:
-    for fused, count in ((False, 6), (True, 0)):
+    for fast_step, count in ((False, 6), (True, 0)):
         module = network()
-        step(module, optimizer.build([module], SETTINGS, use_8bit_adam=True, fast_step=fused), 0)
+        step(
+            module, optimizer.build([module], SETTINGS, use_8bit_adam=True, fast_step=fast_step), 0
+        )
         assert len(waits) == count
         waits.clear()
 
