@@ -51,11 +51,11 @@ test-container: image $(VENV)/.installed-dev $(CLIENTS:%=$(VENV)/%/.client)
 
 # The figures of the README: an hour on a quiet machine.
 bench: $(VENV)/.installed-dev
-	$(BIN)/python -m dreambooth benchmark startup
-	$(BIN)/python -m dreambooth benchmark train
-	$(BIN)/python -m dreambooth benchmark probes
-	$(BIN)/python -m dreambooth benchmark serving
-	$(BIN)/python -m dreambooth benchmark survive
+	$(BIN)/python -m benchmarks startup
+	$(BIN)/python -m benchmarks train
+	$(BIN)/python -m benchmarks probes
+	$(BIN)/python -m benchmarks serving
+	$(BIN)/python -m benchmarks survive
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -76,19 +76,19 @@ $(VENV)/.installed: requirements.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+$(VENV)/.installed-dev: requirements/dev.txt $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -r requirements/dev.txt
 	touch $@
 
-$(VENV)/%/.installed: requirements-%.txt $(VENV)/.installed
+$(VENV)/%/.installed: requirements/%.txt $(VENV)/.installed
 	rm -rf $(@D)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) -r $<
 	touch $@
 
-$(VENV)/%/.client: requirements-%.txt | $(VENV)/bin/python
+$(VENV)/%/.client: requirements/%.txt | $(VENV)/bin/python
 	rm -rf $(@D)
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet -r $<
 	touch $@
 
-$(VENV)/huggingface-toolkit/.installed: requirements-sagemaker-inference.txt requirements-transformers4.txt
+$(VENV)/huggingface-toolkit/.installed: requirements/sagemaker-inference.txt requirements/transformers4.txt

@@ -18,12 +18,13 @@ from pathlib import Path
 
 import torch
 
-from dreambooth.diffusion import layout
 from dreambooth.errors import DreamBoothError
-from dreambooth.serving import error_reply, reply, serve_options
-from dreambooth.serving.engine import Engine, EngineSettings, open_engine
-from dreambooth.serving.reply import Picture
-from dreambooth.serving.request import GenerationRequest, media_type, parse
+from dreambooth.model_folder import layout
+from dreambooth.serving.contract import error_reply, reply
+from dreambooth.serving.contract.reply import Picture
+from dreambooth.serving.contract.request import GenerationRequest, media_type, parse
+from dreambooth.serving.engine.engine import Engine, EngineSettings, open_engine
+from dreambooth.settings import serve_options
 
 _ANY_FORMAT = ", ".join(offered.media_type for offered in reply.FORMATS)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 
-from dreambooth import job
+from dreambooth.job.run import run_job
 
 if __name__ == "__main__":
-    sys.exit(job.run(sys.argv[1:], os.environ))
+    sys.exit(run_job(sys.argv[1:], os.environ))

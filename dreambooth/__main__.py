@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
 
-from dreambooth import __version__, addresses, hyperparameter_text, logs
+from dreambooth import __version__
 from dreambooth.errors import DreamBoothError
+from dreambooth.process import addresses, logs
+from dreambooth.settings import hyperparameter_text
+from dreambooth.settings.command_line import Parser
 
 
 def main(argv: Sequence[str]) -> int:
     """Run one verb; returns the exit code (1 after an error, 130 where SIGINT stopped it)."""
     try:
         if argv and argv[0] == "train":  # its options are the table of hyperparameters
-            from dreambooth import job
+            from dreambooth.job.run import run_job
 
-            return job.run(argv[1:], os.environ)
+            return run_job(argv[1:], os.environ)
+        if argv and argv[0] in MOVED:
+            print(f"error: {argv[0]} has moved: {MOVED[argv[0]]}.", file=sys.stderr)
+            return 2
         arguments = parser().parse_args(argv)
         logs.to_stderr("warning")
         return _run(arguments)
@@ -37,22 +41,19 @@ def main(argv: Sequence[str]) -> int:
         return 1
 
 
-BENCHMARKS = {
-    "probes": "hurt a server in every way; nothing may take it down",
-    "serving": "serve under load: serially, by whole requests, step by step",
-    "startup": "how long a user waits before anything happens",
-    "survive": "kill a training run again and again; it must lose nothing",
-    "train": "training runs: step time, memory, time to first step; beside a peer's script",
+# Verbs of earlier versions that are no part of the package any more: where they went.
+MOVED = {
+    "benchmark": "benchmarks are run as `python -m benchmarks NAME` in a checkout of the project",
+    "evaluate": "the judge is run as `python -m tiny_world evaluate` in a checkout of the project",
 }
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line: one sub-command per verb."""
-    from dreambooth import demo, generate_options
-    from dreambooth.serving import serve_options
-    from dreambooth.tiny import evaluate
+    from dreambooth.commands import demo
+    from dreambooth.settings import generate_options, serve_options
 
-    made = argparse.ArgumentParser(prog="python -m dreambooth", description=__doc__)
+    made = Parser(prog="python -m dreambooth", description=__doc__)
     made.add_argument("--version", action="version", version=__version__)
     verbs = made.add_subparsers(dest="verb", required=True, metavar="VERB")
     demo.add_arguments(
@@ -67,9 +68,6 @@ def parser() -> argparse.ArgumentParser:
     serve_options.add_arguments(
         verbs.add_parser("serve", help="answer requests for pictures over HTTP")
     )
-    evaluate.add_arguments(
-        verbs.add_parser("evaluate", help="judge what a model of the embedded world draws")
-    )
     table = verbs.add_parser("hyperparameters", help="print the table of hyperparameters")
     table.add_argument("--format", choices=("text", "json", "markdown"), default="text")
     convert = verbs.add_parser("convert", help="turn old .bin weights into safetensors")
@@ -79,20 +77,11 @@ def parser() -> argparse.ArgumentParser:
     pack.add_argument("model", metavar="MODEL", help="model folder, tarball, or `tiny`")
     pack.add_argument("archive", metavar="OUT.tar.gz", help="new archive")
     pack.add_argument(
-        *("--with-code", "--with_code"),
+        "--with_code",
         action="store_true",
         help="add code/, with which SageMaker's inference toolkits run our inference.py",
     )
-    named = verbs.add_parser("benchmark", help="measure").add_subparsers(
-        dest="benchmark", required=True, metavar="NAME"
-    )
-    for name, told in BENCHMARKS.items():
-        _benchmark(name).add_arguments(named.add_parser(name, help=told))
     return made
-
-
-def _benchmark(name: str) -> Any:
-    return importlib.import_module(f"dreambooth.benchmarks.{name}")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -105,35 +94,29 @@ def _run(arguments: argparse.Namespace) -> int:
         print(printers[arguments.format]().rstrip("\n"))
         return 0
     if arguments.verb == "convert":
-        from dreambooth.diffusion import weights
+        from dreambooth.model_folder import weights
 
         destination = addresses.to_path(arguments.destination, "OUT")
         weights.convert(arguments.source, destination)
         print(destination)
         return 0
-    if arguments.verb == "benchmark":
-        code: int = _benchmark(arguments.benchmark).main(arguments)
-        return code
     if arguments.verb == "pack":
-        from dreambooth import pack
+        from dreambooth.model_folder import pack
 
         archive = addresses.to_path(arguments.archive, "OUT.tar.gz")
         pack.write(arguments.model, archive, with_code=arguments.with_code)
         print(archive)
         return 0
     if arguments.verb == "generate":
-        from dreambooth import generate
+        from dreambooth.commands import generate
 
         return generate.main(arguments)
     if arguments.verb == "serve":
-        from dreambooth.serving import serve_options, server
+        from dreambooth.serving.http import server
+        from dreambooth.settings import serve_options
 
         return server.run(serve_options.read(arguments, os.environ))
-    if arguments.verb == "evaluate":
-        from dreambooth.tiny import evaluate
-
-        return evaluate.main(arguments)
-    from dreambooth import demo
+    from dreambooth.commands import demo
 
     return demo.main(arguments)
 

@@ -69,8 +69,8 @@ class HyperparameterError(UserError):
 
     def __init__(self, faults: Sequence[str] | str) -> None:
         """Take one sentence per fault (a single string counts as one fault)."""
-        told = (faults,) if isinstance(faults, str) else faults
-        self.faults: tuple[str, ...] = tuple(one_line(fault) for fault in told)
+        all_faults = (faults,) if isinstance(faults, str) else faults
+        self.faults: tuple[str, ...] = tuple(one_line(fault) for fault in all_faults)
         Exception.__init__(self, one_line(self._message(), _MOST_MESSAGE_CHARACTERS))
 
     def _message(self) -> str:

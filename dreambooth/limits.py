@@ -84,8 +84,6 @@ class Limits:
     archive_max_depth: int = 16
     # Long-name and pax headers are read into memory whole.
     archive_max_header_bytes: int = 1 * MIB
-    # A member that is read into memory whole, such as model_index.json.
-    archive_max_small_file_bytes: int = 16 * MIB
 
     # Model folders. The largest honest JSON is tokenizer.json: 4 MB of CLIP, 17 of XLM-RoBERTa.
     max_config_bytes: int = 32 * MIB

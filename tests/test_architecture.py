@@ -1,4 +1,7 @@
-"""The house's floors, read from the source: imports point down, siblings stay apart, no cycles."""
+"""The rooms of the house and their floors, read from the source: imports point down.
+
+A new file needs no line here: what it may import follows from the room that it lies in.
+"""
 
 from __future__ import annotations
 
@@ -12,89 +15,42 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "dreambooth"
+PACKAGES = ("dreambooth", "benchmarks", "tiny_world")
+ENTRY_POINTS = ("transfer_learning", "inference")
+# Modules at the top of the package that are rooms of their own.
+ALONE = ("errors", "limits", "__main__")
 
-# The floor of each module, by its longest matching prefix; 0 is the ground.
-FLOORS = {
-    "dreambooth": 0,
-    "dreambooth.errors": 0,
-    "dreambooth.addresses": 0,
-    "dreambooth.limits": 0,
-    "dreambooth.archives": 0,
-    "dreambooth.tar_stream": 0,
-    "dreambooth.progress": 0,
-    "dreambooth.logs": 0,
-    "dreambooth.durable": 0,
-    "dreambooth.stop": 0,
-    "dreambooth.workspace": 0,
-    "dreambooth.sources": 0,
-    "dreambooth.knob": 0,
-    "dreambooth.hyperparameters": 0,
-    "dreambooth.hyperparameter_text": 0,
-    "dreambooth.container": 0,
-    "dreambooth.report": 0,
-    "dreambooth.report.charts": 0,
-    "dreambooth.report.timings": 0,
-    "dreambooth.report.html": 0,
-    "dreambooth.failure": 0,
-    "dreambooth.gpu_driver": 0,
-    "dreambooth.code_folder": 0,
-    "dreambooth.tiny": 0,
-    "dreambooth.data": 1,
-    "dreambooth.diffusion": 1,
-    "dreambooth.contact_sheet": 1,
-    "dreambooth.training": 2,
-    "dreambooth.serving": 2,
-    "dreambooth.export": 2,
-    "dreambooth.model_card": 2,
-    "dreambooth.report.record": 2,
-    "dreambooth.report.pictures": 2,
-    "dreambooth.report.page": 2,
-    "dreambooth.job": 3,
-    "dreambooth.pack": 3,
-    "dreambooth.outputs": 3,
-    "dreambooth.previews": 3,
-    "dreambooth.fid": 3,
-    "dreambooth.tiny.judge_network": 1,
-    "dreambooth.evaluation": 2,
-    "dreambooth.task": 3,
-    "dreambooth.class_sampling": 3,
-    "dreambooth.encoding": 3,
-    "dreambooth.checkpoints": 3,
-    "dreambooth.handover": 3,
-    "dreambooth.fine_tune": 3,
-    "dreambooth.recorder": 3,
-    "dreambooth.generate": 3,
-    "dreambooth.generate_options": 3,
-    "dreambooth.demo": 4,
-    "dreambooth.__main__": 4,
-    "dreambooth.benchmarks": 4,
+# From the ground up; a room may import the rooms of the floors below its own.
+FLOORS = (
+    ("dreambooth", "errors", "limits"),
+    ("process", "tiny"),
+    ("data", "settings"),
+    ("model_folder", "diffusion", "report"),
+    ("training", "evaluation"),
+    ("fast", "job", "serving.contract", "serving.engine", "serving.supervision", "serving.http"),
+    ("commands", "__main__", *ENTRY_POINTS),
+    ("benchmarks", "tiny_world"),
+)
+# Within a floor only these arrows are drawn.
+ALONG = {
+    ("diffusion", "model_folder"),
+    ("job", "fast"),
+    ("serving.engine", "fast"),
+    ("serving.engine", "serving.contract"),
+    ("serving.supervision", "serving.contract"),
+    ("serving.supervision", "serving.engine"),  # of the child alone, once it runs
+    ("serving.http", "serving.supervision"),
+    ("serving.http", "serving.contract"),
+    ("__main__", "commands"),
+    ("transfer_learning", "commands"),
 }
-TINY_LEAVES_FLOOR = 4  # everything of dreambooth.tiny but its __init__
-STDLIB_ONLY_FILES = {  # above the ground, but read by the plan before anything heavy is loaded
-    "dreambooth.diffusion.source",
-    "dreambooth.diffusion.facts",
-    "dreambooth.diffusion.layout",
-    "dreambooth.diffusion.headers",
-    "dreambooth.diffusion.sampling_request",
-    "dreambooth.training.plan",
-    "dreambooth.training.device",
-    "dreambooth.training.memory",
-    "dreambooth.training.expected_memory",
-    "dreambooth.training.plan_warnings",
-    "dreambooth.training.disk",
-    "dreambooth.training.lr_schedulers",
-    "dreambooth.evaluation.vision_model",
-    "dreambooth.serving.strict_json",
-    "dreambooth.serving.request",
-}
-SIBLINGS = [
-    ("dreambooth.data", "dreambooth.diffusion"),
-    ("dreambooth.training", "dreambooth.export"),
-    ("dreambooth.serving", "dreambooth.training"),
-    ("dreambooth.serving", "dreambooth.export"),
-    ("dreambooth.serving", "dreambooth.data"),
-]
+# Arrows that would point down and still must not be.
+NEVER = [("serving", "training"), ("serving", "data"), ("serving", "evaluation")]
+# The rooms that whoever wants a path, a setting or a plan imports: no third-party package at the
+# top of a module, but where weights are read and written.
+LIGHT_ROOMS = ("errors", "limits", "process", "settings", "model_folder")
+LIGHT_PACKAGES = ("safetensors",)  # imports without torch, in milliseconds
+HEAVY_MODULES = {"dreambooth.model_folder.weights", "dreambooth.model_folder.export"}
 
 
 def module_name(path: Path) -> str:
@@ -102,22 +58,24 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+MODULES = {
+    module_name(path): path
+    for place in (*(ROOT / package for package in PACKAGES),)
+    for path in sorted(place.rglob("*.py"))
+} | {name: ROOT / f"{name}.py" for name in ENTRY_POINTS}
 
 
-def test_every_module_has_a_floor() -> None:
-    packages = ("dreambooth.data.", "dreambooth.diffusion.", "dreambooth.training.")
-    packages += ("dreambooth.evaluation.", "dreambooth.tiny.", "dreambooth.benchmarks.")
-    packages += ("dreambooth.serving.",)
-    assert not [m for m in MODULES if m not in FLOORS and not f"{m}.".startswith(packages)]
+def room(module: str) -> str:
+    """`dreambooth.job.run` -> `job`; serving has four rooms inside."""
+    parts = module.split(".")
+    if parts[0] != "dreambooth" or len(parts) == 1:
+        return parts[0]
+    if parts[1] == "serving" and len(parts) > 2:
+        return ".".join(parts[1:3])
+    return parts[1]
 
 
-def floor(module: str) -> int:
-    if module.startswith("dreambooth.tiny.") and module not in FLOORS:
-        return TINY_LEAVES_FLOOR
-    while module not in FLOORS:
-        module = module.rpartition(".")[0]
-    return FLOORS[module]
+FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 
 def parsed(path: Path) -> ast.Module:
@@ -144,25 +102,50 @@ def imports(path: Path, *, top_level: bool = False) -> Iterator[str]:
                 yield full if full in MODULES else node.module
 
 
-def edges() -> Iterator[tuple[str, str]]:
+def edges(*, top_level: bool = False) -> Iterator[tuple[str, str]]:
     for module, path in MODULES.items():
-        for imported in imports(path):
+        for imported in imports(path, top_level=top_level):
             if imported in MODULES and imported != module:
                 yield module, imported
 
 
-def test_imports_point_down() -> None:
-    upward = [(a, b) for a, b in edges() if floor(b) > floor(a)]
-    assert upward == []
+def test_nothing_lies_loose_at_the_top_of_the_package() -> None:
+    top = {path.stem for path in (ROOT / "dreambooth").glob("*.py")}
+    assert top == {"__init__", *ALONE}
+    made_here = {".git", ".venv", ".hypothesis", "out", "__pycache__"}
+    entries = {path.name for path in ROOT.iterdir() if not path.name.endswith("_cache")}
+    assert len(entries - made_here) <= 20
 
 
-def test_siblings_stay_apart() -> None:
-    for left, right in SIBLINGS:
-        for a, b in edges():
-            pair = {a.startswith(left) and "l", b.startswith(right) and "r"}
-            assert pair != {"l", "r"}, (a, b)
-            pair = {a.startswith(right) and "l", b.startswith(left) and "r"}
-            assert pair != {"l", "r"}, (a, b)
+def test_every_module_lies_in_a_room_that_has_a_floor() -> None:
+    empty = {"serving"}  # the package around the four rooms
+    assert {room(module) for module in MODULES} - FLOOR_OF.keys() == empty
+    assert len(FLOOR_OF) <= 24
+
+
+def test_imports_point_down_or_along_a_known_arrow() -> None:
+    wrong = [
+        (a, b)
+        for a, b in edges()
+        if room(a) != room(b)
+        and FLOOR_OF[room(a)] <= FLOOR_OF[room(b)]
+        and (room(a), room(b)) not in ALONG
+    ]
+    assert wrong == []
+
+
+def test_what_must_stay_apart_does() -> None:
+    for upper, lower in NEVER:
+        found = [(a, b) for a, b in edges() if room(a).startswith(upper) and room(b) == lower]
+        assert found == []
+
+
+def test_the_supervision_imports_the_engine_in_its_childs_functions_alone() -> None:
+    arrow = ("serving.supervision", "serving.engine")
+    assert {a for a, b in edges() if (room(a), room(b)) == arrow} == {
+        "dreambooth.serving.supervision.child"
+    }
+    assert not [a for a, b in edges(top_level=True) if (room(a), room(b)) == arrow]
 
 
 def test_there_are_no_cycles() -> None:
@@ -182,16 +165,24 @@ def test_there_are_no_cycles() -> None:
         visit(module, ())
 
 
-def test_the_ground_and_the_plan_need_the_standard_library_alone() -> None:
+def test_the_light_rooms_need_the_standard_library_alone() -> None:
     for module, path in MODULES.items():
-        if floor(module) == 0 or module in STDLIB_ONLY_FILES:
+        if room(module) in LIGHT_ROOMS and module not in HEAVY_MODULES:
             for imported in imports(path, top_level=True):
                 top = imported.partition(".")[0]
-                assert top == "dreambooth" or top in sys.stdlib_module_names, (module, imported)
+                known = top in ("dreambooth", *LIGHT_PACKAGES) or top in sys.stdlib_module_names
+                assert known, (module, imported)
 
 
-@pytest.mark.parametrize("module", ["dreambooth", "dreambooth.job", "dreambooth.__main__"])
-def test_importing_the_entry_points_loads_nothing_heavy(module: str) -> None:
+@pytest.mark.parametrize(
+    "module",
+    [
+        *("dreambooth", "dreambooth.job.run", "dreambooth.__main__", "transfer_learning"),
+        *("dreambooth.serving.http.server", "dreambooth.serving.supervision.child"),
+        "dreambooth.training.plan",
+    ],
+)
+def test_importing_it_loads_nothing_heavy(module: str) -> None:
     code = (
         f"import sys, {module}; "
         "print([m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules])"
@@ -208,8 +199,26 @@ def test_no_drawer_modules() -> None:
     ]
 
 
-def test_files_have_one_job_and_say_it() -> None:
+def test_every_file_says_what_it_is() -> None:
     for module, path in MODULES.items():
-        tree = parsed(path)
-        assert ast.get_docstring(tree), f"{module} has no docstring"
-        assert len(path.read_text().splitlines()) <= 400, f"{module} is too long for one job"
+        assert ast.get_docstring(parsed(path)), f"{module} has no docstring"
+
+
+def test_no_two_classes_and_no_two_modules_have_one_name() -> None:
+    product = {name: path for name, path in MODULES.items() if name.startswith("dreambooth.")}
+    classes = [
+        node.name
+        for path in product.values()
+        for node in parsed(path).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    ]
+    names = [path.stem for path in product.values() if path.stem != "__init__"]
+    for found in (classes, names):
+        assert sorted({name for name in found if found.count(name) > 1}) == []
+
+
+def test_the_tests_mirror_the_rooms() -> None:
+    others = {"container", "gpu", "hostile", "slow_disk"}  # kinds of tests that cross rooms
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()}
+    folders -= {"__pycache__", *others}
+    assert folders <= {name.partition(".")[0] for name in FLOOR_OF} | {"serving"}

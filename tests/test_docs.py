@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 import dreambooth
+from benchmarks import __main__ as benchmarks_cli
 from dreambooth import __main__ as cli
-from dreambooth import container, hyperparameter_text
-from dreambooth.hyperparameters import Hyperparameters, normalised
+from dreambooth.settings import container, hyperparameter_text
+from dreambooth.settings.hyperparameters import Hyperparameters, normalised
+from tiny_world import __main__ as tiny_world_cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -39,7 +41,7 @@ def commands() -> list[list[str]]:
     lines = [shlex.split(line, comments=True) for line in text.splitlines()]
     inline = [
         shlex.split(code)
-        for code in re.findall(r"`(python -m dreambooth [^`]+)`", README)
+        for code in re.findall(r"`(python -m (?:dreambooth|benchmarks|tiny_world) [^`]+)`", README)
         if "..." not in code and "|" not in code
     ]
     others = ("curl", "docker", "-d")  # test_readme.py and tests/container run these
@@ -58,8 +60,12 @@ def test_every_command_of_the_readme_parses(words: list[str]) -> None:
         known = {field.name for field in fields(Hyperparameters)}
         assert {normalised(name) for name in environment.settings} <= known
         return
-    assert words[:3] == ["python", "-m", "dreambooth"]
-    cli.parser().parse_args(words[3:])
+    assert words[:2] == ["python", "-m"]
+    if words[2] == "tiny_world":
+        assert words[3] in tiny_world_cli.NAMES
+        return
+    parser = {"dreambooth": cli.parser, "benchmarks": benchmarks_cli.parser}[words[2]]()
+    parser.parse_args(words[3:])
 
 
 def test_docker_lines_of_the_readme_run_verbs_of_the_image() -> None:
@@ -77,22 +83,30 @@ def test_python_blocks_of_the_readme_are_python() -> None:
         compile(block, "README.md", "exec")
 
 
-def test_the_file_map_names_every_top_level_module() -> None:
-    for path in (ROOT / "dreambooth").iterdir():
-        if path.name.startswith("__") or path.name == "benchmarks":
-            continue
-        assert path.name in README, path.name
-
-
-@pytest.mark.parametrize(
-    "package", ["data", "diffusion", "evaluation", "report", "serving", "training"]
-)
-def test_the_file_map_names_every_module_of(package: str) -> None:
-    found = re.search(rf"^├── {package}/(.*?)^├── ", README, re.DOTALL | re.MULTILINE)
+def test_the_file_map_is_the_tree() -> None:
+    found = re.search(r"## Where things are\n\n```\n(.*?)```", README, re.DOTALL)
     assert found
-    named = set(re.findall(r"\w+", found[1]))
-    modules = {path.stem for path in (ROOT / "dreambooth" / package).glob("*.py")} - {"__init__"}
-    assert modules <= named, modules - named
+    drawn = set()
+    parents = ["", "", ""]
+    for line in found[1].splitlines():
+        bars, names = re.match(r"((?:[│├└─]+ *)*)((?:[\w.]+/?(?:, )?)+)", line).groups()  # type: ignore[union-attr]
+        depth = len(bars) // 4
+        for name in names.split(", "):
+            assert (ROOT / parents[depth] / name).exists(), line
+            drawn.add(f"{parents[depth]}{name}".rstrip("/"))
+            if name.endswith("/"):
+                parents[depth + 1 :] = [f"{parents[depth]}{name}", ""]
+    package = ROOT / "dreambooth"
+    rooms = {path.parent for path in package.rglob("__init__.py")}
+    loose = {path for path in package.glob("*.py") if path.name != "__init__.py"}
+    assert {str(path.relative_to(ROOT)) for path in rooms | loose} <= drawn
+
+
+def test_the_reading_routes_name_files() -> None:
+    route = README.partition("To read how it works")[2].partition("\n\n")[0]
+    names = re.findall(r"`([\w/.]+)`", route)
+    assert len(names) > 10
+    assert [name for name in names if not (ROOT / name).is_file()] == []
 
 
 def test_requirements_are_pinned_with_their_reason() -> None:

@@ -28,11 +28,11 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
+from benchmarks.server_probes import server as servers
+from benchmarks.server_probes.processes import descendants
+from benchmarks.train_step.full_size import PARAMETERS, write_json, write_model
 from dreambooth import tiny
-from dreambooth.benchmarks.server_probes import server as servers
-from dreambooth.benchmarks.server_probes.processes import descendants
-from dreambooth.benchmarks.train_step.full_size import PARAMETERS, write_json, write_model
-from dreambooth.diffusion.source import read_facts
+from dreambooth.model_folder.source import read_facts
 from tests.stopped_run import checked_checkpoint, size, stop_in_training
 
 SIZE = os.environ.get("DREAMBOOTH_REAL_SIZE")

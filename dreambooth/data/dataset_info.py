@@ -12,7 +12,6 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from dreambooth import addresses
 from dreambooth.data.folder import Pictures, read_pictures, skipped
 from dreambooth.data.images import ImageFacts, warnings_for
 from dreambooth.data.picture_files import FORMATS_TEXT, listed, shown, why
@@ -20,6 +19,7 @@ from dreambooth.data.prompts import INFO_NAME
 from dreambooth.data.prompts import read as read_prompts
 from dreambooth.errors import DatasetError
 from dreambooth.limits import LIMITS, Limits
+from dreambooth.process import addresses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,17 +22,18 @@ import diffusers
 import torch
 from accelerate import init_empty_weights
 
-from dreambooth.diffusion import layout, text_encoders, weights
-from dreambooth.diffusion.facts import ModelFacts, read_facts
+from dreambooth.diffusion import text_encoders
 from dreambooth.diffusion.text_encoders import BUILD_ERRORS
 from dreambooth.errors import ModelArtifactError, in_one_line
 from dreambooth.limits import LIMITS, Limits
+from dreambooth.model_folder import layout, weights
+from dreambooth.model_folder.facts import ModelFacts, read_facts
 
 logger = logging.getLogger(__name__)
 
 # Characters of a prompt in the log: it is a stranger's, and may have thousands.
 _LOGGED = 80
-_TOLD = 64  # prompts whose cut is not told again
+_MOST_REPORTED = 64  # prompts whose cut is not told again
 
 # What diffusers up to 0.17 called the layers of the VAE's attention; Stable Diffusion 1.x and 2.x
 # were published so.
@@ -49,8 +50,8 @@ class DiffusionModel:
     """The parts of one model folder; each can be moved, cast or replaced on its own.
 
     `unet`, `vae` and `text_encoder` are in eval mode and need no gradients until the caller says
-    so. `resolution` is the side in pixels that the model was trained on; `told_prompts` are those
-    that `tokenize` has warned of.
+    so. `resolution` is the side in pixels that the model was trained on; `reported_prompts`
+    are those that `tokenize` has warned of.
     """
 
     folder: Path
@@ -62,8 +63,8 @@ class DiffusionModel:
     scheduler_class: str
     resolution: int
     facts: ModelFacts
-    told_prompts: deque[str] = field(
-        default_factory=lambda: deque(maxlen=_TOLD), compare=False, repr=False
+    reported_prompts: deque[str] = field(
+        default_factory=lambda: deque(maxlen=_MOST_REPORTED), compare=False, repr=False
     )
 
     @property
@@ -175,8 +176,8 @@ def tokenize(model: DiffusionModel, prompts: Sequence[str]) -> torch.Tensor:
         else:  # a tokenizer in Python; a row with padding in it is whole
             full = bool(rows.attention_mask[i].all())
             cut = full and len(model.tokenizer(prompt).input_ids) > length
-        if cut and prompt not in model.told_prompts:
-            model.told_prompts.append(prompt)
+        if cut and prompt not in model.reported_prompts:
+            model.reported_prompts.append(prompt)
             logger.warning(
                 "A prompt is longer than the %d tokens that the text encoder reads; its end is "
                 "ignored: %r",

@@ -21,10 +21,10 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers import CLIPConfig
 
-from dreambooth.diffusion import layout, weights
-from dreambooth.diffusion.component_classes import COMPONENTS
 from dreambooth.errors import ModelArtifactError, quoted
 from dreambooth.limits import LIMITS, Limits
+from dreambooth.model_folder import layout, weights
+from dreambooth.model_folder.component_classes import COMPONENTS
 
 logger = logging.getLogger(__name__)
 

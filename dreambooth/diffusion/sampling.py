@@ -20,12 +20,7 @@ from torch import Tensor
 
 from dreambooth.diffusion.decoding import decode
 from dreambooth.diffusion.denoising import TextRows, advance
-from dreambooth.diffusion.model import (
-    DiffusionModel,
-    encode_text,
-    sampling_scheduler,
-    tokenize,
-)
+from dreambooth.diffusion.model import DiffusionModel, encode_text, sampling_scheduler, tokenize
 from dreambooth.diffusion.sampling_request import (
     SamplingFacts,
     SamplingRequest,

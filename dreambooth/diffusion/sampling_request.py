@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dreambooth.diffusion import facts as model_facts
-from dreambooth.diffusion.component_classes import TWO_CALLS_PER_STEP
-from dreambooth.diffusion.layout import component_config, read_index
 from dreambooth.errors import ModelArtifactError, RequestError, quoted
 from dreambooth.limits import LIMITS, Limits
+from dreambooth.model_folder import facts as model_facts
+from dreambooth.model_folder.component_classes import TWO_CALLS_PER_STEP
+from dreambooth.model_folder.layout import component_config, read_index
 
 # Sides divide into latent cells of so many pixels; coarser where the VAE's own cells are larger.
 SMALLEST_UNIT = 8

@@ -1,7 +1,14 @@
-"""Reading the table of a schedule off diffusers' own noise scheduler.
+"""Reading the table of a schedule (`step_tables`) off diffusers' own noise scheduler.
 
-It is driven through its steps with unit vectors, which show the weights, and with random numbers:
-only what they confirm is believed.
+The noise scheduler is driven through all its steps once, in float64. What it is given as latents
+and predictions are vectors with three kinds of entries:
+
+unit entries    entry 2 n is 1 in the latents before step n and 0 in all others; entry 2 n + 1 is 1
+                in the n-th prediction and 0 in all others. A linear step returns there the weight
+                with which that input enters.
+random entries  latents and predictions are random numbers. The finished table must reproduce what
+                the noise scheduler made of them; else it is not linear, and has no table.
+zero entries    everything given is 0. What a step returns there is noise that it has added.
 """
 
 from __future__ import annotations
@@ -17,14 +24,14 @@ from torch import Tensor
 
 from dreambooth.diffusion.step_tables import DEPTH, Schedule, StepRow, timesteps_of
 
-ROWS_AT_ONCE = 32  # so many steps take about 10 ms to read
-_RANDOM, _SILENT = 32, 32  # lanes besides the unit vectors: to check with, and to hear noise in
-_NOTHING = 1e-9  # a weight that is a rounding error, against the largest of its row
-_ALIKE = 1e-5  # noise schedulers compute their own numbers in float32
+ROWS_AT_ONCE = 32  # reading this many steps takes about 10 ms
+_RANDOM, _ZEROS = 32, 32  # how many random and zero entries there are
+_NEGLIGIBLE = 1e-9  # a weight below this share of its row's largest is a rounding error
+_TOLERANCE = 1e-5  # relative; noise schedulers compute their own numbers in float32
 
 
 def read(noise_scheduler: Any, num_inference_steps: int, *, eta: float = 0.0) -> Schedule:
-    """Set a fresh noise scheduler of diffusers to its steps, and read its table."""
+    """Set a fresh noise scheduler of diffusers to its steps, and return its schedule."""
     schedule = None
     reader = Reader(noise_scheduler, num_inference_steps, eta=eta)
     while schedule is None:
@@ -38,25 +45,20 @@ def _step_parameters(scheduler_class: Any) -> frozenset[str]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Heard:
-    """Noise in what a step made. weight: c, None without a draw. drawn: c * z in all lanes.
+class _AddedNoise:
+    """The noise that one step has added. weight: c, None if the step draws none.
 
-    rounding: what of it is lost to rounding at most, by which the other lanes are wrong, too.
+    values: c * z in every entry. rounding: the error that rounding makes in an entry at most, as a
+    multiple of its z.
     """
 
     weight: float | None
-    drawn: Tensor
+    values: Tensor
     rounding: float
 
 
 class Reader:
-    """Drives a noise scheduler through all its steps once, in float64.
-
-    Latents and predictions are one line of lanes. Lane 2 n is 1 in the n-th latents and 0 in all
-    others, lane 2 n + 1 likewise in the n-th prediction: in what comes out they show the weights.
-    In the random lanes, the next ones, a picture walks. The last lanes are silent (0): what is
-    heard there is noise.
-    """
+    """Reads the table of one noise scheduler, some steps at a time."""
 
     def __init__(self, noise_scheduler: Any, num_inference_steps: int, *, eta: float) -> None:
         """Take a fresh noise scheduler of diffusers."""
@@ -66,7 +68,7 @@ class Reader:
         self._schedule = Schedule(
             template=noise_scheduler,
             timesteps=timesteps,
-            moments=tuple(timesteps.tolist()),
+            timestep_values=tuple(timesteps.tolist()),
             rows=None,
             depth=0,
             options={"eta": eta} if "eta" in known else {},
@@ -76,128 +78,143 @@ class Reader:
         self._generator = torch.Generator("cpu").manual_seed(0)
         self._rows: list[StepRow] = []
         steps = len(timesteps)
-        self._units = 2 * steps
-        self._random = slice(self._units, self._units + _RANDOM)
+        self._unit_count = 2 * steps
+        self._random = slice(self._unit_count, self._unit_count + _RANDOM)
         draws = torch.Generator("cpu").manual_seed(1)
-        # Small numbers and large ones: what is clipped is clipped in these.
+        # Small numbers and large ones: a noise scheduler that clips shows it in the large ones.
         sizes = torch.tensor([1.0, 1000.0], dtype=torch.float64).repeat(_RANDOM // 2)
         self._preds = torch.randn(steps, _RANDOM, generator=draws, dtype=torch.float64) * sizes
-        self._walk = [torch.randn(_RANDOM, generator=draws, dtype=torch.float64) * sizes]
-        self._scaled: list[Tensor] = []  # the picture's latents as the U-Net would see them
-        self._noise: list[Tensor] = []  # what the picture got of it
-        self._last = torch.zeros(self._units, dtype=torch.float64)  # made of units a step ago
+        # Of the random entries, step by step: latents, model inputs and added noise.
+        self._latents = [torch.randn(_RANDOM, generator=draws, dtype=torch.float64) * sizes]
+        self._model_inputs: list[Tensor] = []
+        self._noise: list[Tensor] = []
+        # Of the step before: what it returned in the unit entries, and whether it added noise.
+        self._last_weights = torch.zeros(self._unit_count, dtype=torch.float64)
         self._last_drew = False
 
     @torch.no_grad()
     def read_on(self, most_steps: int) -> Schedule | None:
-        """Read at most so many steps more; return the schedule at the end, without a table if it
-        has none.
+        """Read at most `most_steps` further steps; return None until the last one has been read.
+
+        The schedule has no table if the noise scheduler is not linear or remembers more than DEPTH
+        steps.
         """
         first = len(self._rows)
-        for position in range(first, min(first + most_steps, len(self._schedule.moments))):
+        for position in range(first, min(first + most_steps, len(self._schedule.timestep_values))):
             row = self._row(position)
             if row is None:
                 return self._schedule
             self._rows.append(row)
-        if len(self._rows) < len(self._schedule.moments):
+        if len(self._rows) < len(self._schedule.timestep_values):
             return None
-        if not self._explained():
+        if not self._reproduces_the_random_entries():
             return self._schedule
         reach = max((row.used.bit_length() + 1) // 2 for row in self._rows)
         return dataclasses.replace(self._schedule, rows=tuple(self._rows), depth=max(0, reach - 1))
 
     def _row(self, position: int) -> StepRow | None:
-        """Take one step; None if it can have no row."""
-        latents = self._lanes(2 * position, self._walk[-1])
-        pred = self._lanes(2 * position + 1, self._preds[position])
+        """Take one step with the noise scheduler; return its row, None if it can have none."""
+        latents = self._entries(2 * position, self._latents[-1])
+        pred = self._entries(2 * position + 1, self._preds[position])
         timestep = self._schedule.timesteps[position]
         scaled = self._noise_scheduler.scale_model_input(latents, timestep).double().flatten()
         before = self._generator.get_state()
         options = self._schedule.step_options(self._generator)
         made = self._noise_scheduler.step(pred, timestep, latents, **options, return_dict=False)[0]
-        out = made.double().flatten()
-        heard = self._heard(out, before)
-        if heard is None:
+        returned = made.double().flatten()
+        noise = self._added_noise(returned, before)
+        if noise is None:
             return None
-        self._walk.append(out[self._random])
-        self._scaled.append(scaled[self._random])
-        self._noise.append(heard.drawn[self._random])
-        weights = self._weights((out - heard.drawn)[: self._units], position, heard)
+        self._latents.append(returned[self._random])
+        self._model_inputs.append(scaled[self._random])
+        self._noise.append(noise.values[self._random])
+        weights = self._weights((returned - noise.values)[: self._unit_count], position, noise)
         if weights is None:
             return None
         return StepRow(
             weights=weights,
             used=sum(1 << k for k, weight in enumerate(weights) if weight),
             input_scale=float(scaled[2 * position]),
-            noise=heard.weight,
+            noise=noise.weight,
         )
 
-    def _lanes(self, unit: int, random: Tensor) -> Tensor:
-        """[1, 1, 1, lanes] with a 1 at `unit`."""
-        lanes = torch.zeros(self._units + _RANDOM + _SILENT, dtype=torch.float64)
-        lanes[unit] = 1.0
-        lanes[self._random] = random
-        return lanes.reshape(1, 1, 1, -1)
+    def _entries(self, unit: int, random: Tensor) -> Tensor:
+        """Return a vector as latents [1, 1, 1, entries], with its 1 at `unit`."""
+        entries = torch.zeros(self._unit_count + _RANDOM + _ZEROS, dtype=torch.float64)
+        entries[unit] = 1.0
+        entries[self._random] = random
+        return entries.reshape(1, 1, 1, -1)
 
-    def _heard(self, out: Tensor, before: Tensor) -> _Heard | None:
-        """The noise in what was made; None if it is not understood."""
-        silent = out[-_SILENT:]
+    def _added_noise(self, returned: Tensor, before: Tensor) -> _AddedNoise | None:
+        """Return the noise in what a step returned; None if it is not c * randn of our generator.
+
+        before: the generator's state before the step.
+        """
+        zeros = returned[-_ZEROS:]
         if torch.equal(self._generator.get_state(), before):
-            nothing = _Heard(weight=None, drawn=torch.zeros_like(out), rounding=0.0)
-            return None if bool(silent.any()) else nothing
+            none = _AddedNoise(weight=None, values=torch.zeros_like(returned), rounding=0.0)
+            return None if bool(zeros.any()) else none
         for dtype, rounding in ((torch.float64, 1e-9), (torch.float32, 1e-6)):
             again = torch.Generator("cpu")
             again.set_state(before)
-            drawn = (
-                torch.randn((1, 1, 1, len(out)), generator=again, dtype=dtype).double().flatten()
-            )
-            ear = drawn[-_SILENT:]
-            weight = float(silent @ ear / (ear @ ear))
+            z = torch.randn((1, 1, 1, len(returned)), generator=again, dtype=dtype)
+            z = z.double().flatten()
+            z_at_zeros = z[-_ZEROS:]
+            weight = float(zeros @ z_at_zeros / (z_at_zeros @ z_at_zeros))
             rounding *= abs(weight)
-            if bool(((silent - weight * ear).abs() <= rounding * ear.abs()).all()):
-                return _Heard(weight=weight, drawn=weight * drawn, rounding=rounding)
+            errors = (zeros - weight * z_at_zeros).abs()
+            if bool((errors <= rounding * z_at_zeros.abs()).all()):
+                return _AddedNoise(weight=weight, values=weight * z, rounding=rounding)
         return None
 
-    def _weights(self, made: Tensor, position: int, heard: _Heard) -> tuple[float, ...] | None:
-        """a_0, b_0, a_1, b_1, ... of a step that made this of the unit vectors.
+    def _weights(
+        self, returned: Tensor, position: int, noise: _AddedNoise
+    ) -> tuple[float, ...] | None:
+        """Return a_0, b_0, a_1, b_1, ... of a step, given what it returned in the unit entries.
 
-        UniPC reaches back to the first step through latents that it corrects in secret, but these
-        differ from those that it gave away by a known sum: what it gave away last, less what that
-        was made of, is nothing, and so much of nothing is added that the distant past goes.
+        None if the step needs inputs of more than DEPTH steps.
+
+        UniPC works on latents that it corrects and never returns, so its steps seem to need every
+        input since the first. They do not: the step before said that its returned latents equal a
+        weighted sum of older inputs. Their difference is 0, and any multiple of it may be added to
+        this step. The multiple that cancels the weights of distant inputs is taken.
         """
-        first = max(0, 2 * (position - DEPTH + 1))
-        last, last_drew = self._last, self._last_drew
-        self._last, self._last_drew = made, heard.weight is not None
-        least = _NOTHING * float(made.abs().max()) + 8 * heard.rounding  # noise is below 8
-        distant, last_distant = made[:first], last[:first]
+        first = max(0, 2 * (position - DEPTH + 1))  # the oldest input that a row may use
+        last, last_drew = self._last_weights, self._last_drew
+        self._last_weights, self._last_drew = returned, noise.weight is not None
+        largest = float(returned.abs().max())
+        least = _NEGLIGIBLE * largest + 8 * noise.rounding  # |z| is below 8
+        distant, last_distant = returned[:first], last[:first]
         if bool((distant.abs() > least).any()):
             if last_drew or not bool(last_distant.any()):
                 return None
-            share = distant @ last_distant / (last_distant @ last_distant)
-            made = made - share * last
-            made[2 * position] += share
-            if bool((made[:first].abs() > least).any()):
+            multiple = distant @ last_distant / (last_distant @ last_distant)
+            returned = returned - multiple * last
+            returned[2 * position] += multiple
+            if bool((returned[:first].abs() > least).any()):
                 return None
-        numbers = made[first : 2 * position + 2]
-        numbers = torch.where(numbers.abs() > least, numbers, 0.0)
-        if not bool(torch.isfinite(numbers).all()):
+        weights = returned[first : 2 * position + 2]
+        weights = torch.where(weights.abs() > least, weights, 0.0)
+        if not bool(torch.isfinite(weights).all()):
             return None
-        newest_first = numbers.reshape(-1, 2).flip(0).flatten().tolist()
+        newest_first = weights.reshape(-1, 2).flip(0).flatten().tolist()
         return tuple(newest_first + [0.0] * (2 * DEPTH - len(newest_first)))
 
-    def _explained(self) -> bool:
-        """Whether the picture in the random lanes walked where the table says."""
-        rows, walk, noise = self._rows, torch.stack(self._walk), torch.stack(self._noise)
+    def _reproduces_the_random_entries(self) -> bool:
+        """Return whether the rows make of the random entries what the noise scheduler made."""
+        rows, latents = self._rows, torch.stack(self._latents)
+        noise = torch.stack(self._noise)
         weights = torch.tensor([row.weights for row in rows], dtype=torch.float64)
-        told, size = noise, noise.abs()
+        # The sum of all terms, and that of their sizes, by which rounding errors are judged.
+        expected, size = noise, noise.abs()
         for back in range(min(DEPTH, len(rows))):
-            for column, each in ((2 * back, walk[:-1]), (2 * back + 1, self._preds)):
+            for column, each in ((2 * back, latents[:-1]), (2 * back + 1, self._preds)):
                 term = torch.zeros_like(noise)
                 term[back:] = weights[back:, column, None] * each[: len(rows) - back]
-                told, size = told + term, size + term.abs()
+                expected, size = expected + term, size + term.abs()
         scales = torch.tensor([row.input_scale for row in rows], dtype=torch.float64)
-        unscaled = torch.stack(self._scaled) - scales[:, None] * walk[:-1]
+        unscaled = torch.stack(self._model_inputs) - scales[:, None] * latents[:-1]
         return bool(
-            ((walk[1:] - told).abs() <= _ALIKE * size).all()
-            and (unscaled.abs() <= _ALIKE * walk[:-1].abs()).all()
+            ((latents[1:] - expected).abs() <= _TOLERANCE * size).all()
+            and (unscaled.abs() <= _TOLERANCE * latents[:-1].abs()).all()
         )

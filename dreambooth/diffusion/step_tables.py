@@ -42,14 +42,14 @@ class Schedule:
     """A noise scheduler set to a number of steps.
 
     template: diffusers' noise scheduler at its first step; copies of it walk. timesteps: on the
-    CPU, [steps]. moments: the same as numbers. rows: its table, a row for every step, None if it
+    CPU, [steps]. timestep_values: the same as numbers. rows: its table, a row per step, None if it
     has none. depth: how many past steps the table reaches back to. options: what its `step` takes
     besides (eta), a generator not included. takes_generator: whether it takes one.
     """
 
     template: Any
     timesteps: Tensor
-    moments: tuple[float, ...]
+    timestep_values: tuple[float, ...]
     rows: tuple[StepRow, ...] | None
     depth: int
     options: dict[str, float]

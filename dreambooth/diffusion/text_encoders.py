@@ -28,12 +28,13 @@ from transformers import (
     XLMRobertaTokenizer,
 )
 
-from dreambooth.diffusion import vocabulary
-from dreambooth.diffusion.component_classes import BERT, XLM_ROBERTA, TextFamily
-from dreambooth.diffusion.layout import CODE_SETTINGS, read_json
-from dreambooth.diffusion.sentencepiece_model import SentencePieceModel
 from dreambooth.errors import ModelArtifactError, in_one_line, quoted
 from dreambooth.limits import LIMITS, Limits
+from dreambooth.model_folder import vocabulary
+from dreambooth.model_folder.component_classes import BERT, XLM_ROBERTA, TextFamily
+from dreambooth.model_folder.layout import CODE_SETTINGS, read_json
+from dreambooth.model_folder.sentencepiece_model import SentencePieceModel
+from dreambooth.model_folder.weight_names import CLIP_PREFIX, bert_name
 
 # What a library raises over a configuration that it cannot build.
 BUILD_ERRORS = (
@@ -44,7 +45,6 @@ BUILD_ERRORS = (
 # Tables of positions take memory before any weight is looked at; the longest honest one has 514.
 _MAX_POSITIONS = 16_384
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
-_CLIP_PREFIX = "text_model."
 
 
 class RobertaSeries(torch.nn.Module):
@@ -109,28 +109,9 @@ def renamer(text_encoder: Any) -> Callable[[str], str | None]:
     if isinstance(text_encoder, BertModel):
         return lambda key: None if key.startswith(("pooler.", "bert.pooler.")) else bert_name(key)
     # transformers 4.x keeps a CLIP text encoder's weights under `text_model.`, 5.x does not.
-    prefixed = next(iter(text_encoder.state_dict())).startswith(_CLIP_PREFIX)
-    prefix = _CLIP_PREFIX if prefixed else ""
-    return lambda key: prefix + key.removeprefix(_CLIP_PREFIX)
-
-
-def exported_name(family: TextFamily, key: str) -> str:
-    """The name of a weight that every version of transformers reads."""
-    if family is BERT:
-        return bert_name(key)
-    if family is XLM_ROBERTA:
-        return key
-    return key if key.startswith(_CLIP_PREFIX) else _CLIP_PREFIX + key
-
-
-def bert_name(key: str) -> str:
-    """A weight of BERT as BertModel names it, also from its first checkpoints."""
-    key = key.removeprefix("bert.")
-    if key.endswith((".LayerNorm.gamma", ".LayerNorm.beta")):
-        key = key.removesuffix(".gamma").removesuffix(".beta") + (
-            ".weight" if key.endswith(".gamma") else ".bias"
-        )
-    return key
+    prefixed = next(iter(text_encoder.state_dict())).startswith(CLIP_PREFIX)
+    prefix = CLIP_PREFIX if prefixed else ""
+    return lambda key: prefix + key.removeprefix(CLIP_PREFIX)
 
 
 def width(text_encoder: Any) -> int:
@@ -168,7 +149,7 @@ def load_tokenizer(family: TextFamily, folder: Path, limits: Limits = LIMITS) ->
     """Read a tokenizer folder: its tables are checked first. Raises ModelArtifactError."""
     tables = {BERT: vocabulary.read_wordpiece, XLM_ROBERTA: vocabulary.read_unigram}
     table = tables.get(family, vocabulary.read)(folder, limits=limits)
-    with _told(family, folder):
+    with _faults_named(family, folder):
         if isinstance(table, SentencePieceModel):
             tokenizer = _xlm_roberta_tokenizer(folder, table, limits)
         else:
@@ -202,7 +183,7 @@ def _text_of(token: object) -> object:
 
 
 @contextlib.contextmanager
-def _told(family: TextFamily, folder: Path) -> Iterator[None]:
+def _faults_named(family: TextFamily, folder: Path) -> Iterator[None]:
     """Turn what the library raises over a folder into one sentence."""
     try:
         yield

@@ -1,6 +1,6 @@
 """Pictures on their way from noise: where each stands, and how any of them take a step at once.
 
-Pictures whose schedules have tables travel as a convoy, stacked: one short expression moves all of
+Pictures whose schedules have tables travel as a group, stacked: one short expression moves all of
 them, wherever each stands. It is made of multiplications and additions of equal places, so that no
 bit of a picture depends on who else is there. The others are moved one by one, by a noise scheduler
 of diffusers each. All of it is in float32.
@@ -39,7 +39,7 @@ class Trajectory:
         self._noise_scheduler: Any = None
         if schedule.rows is None:
             self._noise_scheduler = schedule.noise_scheduler()
-        self._convoy: _Convoy | None = None
+        self._group: _Group | None = None
         self._place = 0
 
     @property
@@ -47,38 +47,38 @@ class Trajectory:
         """Noisy but for the end: float32 [1, C, h, w]."""
         if self._latents is not None:
             return self._latents
-        assert self._convoy is not None
-        return self._convoy.latents[self._place : self._place + 1]
+        assert self._group is not None
+        return self._group.latents[self._place : self._place + 1]
 
     @property
     def finished(self) -> bool:
         """Whether every step has been taken."""
-        return self.position >= len(self.schedule.moments)
+        return self.position >= len(self.schedule.timestep_values)
 
     def past(self) -> Past:
         """Return what the steps to come may need: [1, C, h, w] each."""
-        if self._convoy is None:
+        if self._group is None:
             return []
         mine = slice(self._place, self._place + 1)
-        return [(latents[mine], preds[mine]) for latents, preds in self._convoy.past]
+        return [(latents[mine], preds[mine]) for latents, preds in self._group.past]
 
-    def join(self, convoy: _Convoy, place: int) -> None:
-        """Let a convoy keep the latents from now on."""
-        self._convoy, self._place, self._latents = convoy, place, None
+    def join(self, group: _Group, place: int) -> None:
+        """Let a group keep the latents from now on."""
+        self._group, self._place, self._latents = group, place, None
 
     def leave(self) -> None:
-        """Keep the latents alone: a convoy may be larger than what is left of it."""
-        self._latents, self._convoy = self.latents.clone(), None
+        """Keep the latents alone: a group may be larger than what is left of it."""
+        self._latents, self._group = self.latents.clone(), None
 
-    def convoy_of(self, trajectories: Sequence[Trajectory]) -> _Convoy | None:
-        """Return the convoy of exactly these, in this order, if this is one of its members."""
-        convoy = self._convoy
-        if convoy is None or len(convoy.latents) != len(trajectories):
+    def group_of(self, trajectories: Sequence[Trajectory]) -> _Group | None:
+        """Return the group of exactly these, in this order, if this is one of its members."""
+        group = self._group
+        if group is None or len(group.latents) != len(trajectories):
             return None
         for place, each in enumerate(trajectories):
-            if each._convoy is not convoy or each._place != place:
+            if each._group is not group or each._place != place:
                 return None
-        return convoy
+        return group
 
     def model_input_alone(self) -> Tensor:
         """Return what the U-Net wants to see of a picture without a table: as `latents`."""
@@ -102,7 +102,7 @@ class Trajectory:
         self.position += 1
 
 
-class _Convoy:
+class _Group:
     """Pictures that have tables: their latents, float32 [B, C, h, w], and their past, stacked.
 
     It does not know its members, who know it: nothing then outlives them.
@@ -158,22 +158,22 @@ class _Convoy:
         return columns.to(self.latents.device, non_blocking=True).unbind()
 
 
-def can_travel_together(trajectories: Sequence[Trajectory]) -> bool:
+def can_step_together(trajectories: Sequence[Trajectory]) -> bool:
     """Whether `step` moves all of them at once, so that all have moved or none has."""
     return all(each.schedule.rows is not None for each in trajectories)
 
 
 def model_input(trajectories: Sequence[Trajectory]) -> Tensor:
     """Return the latents as the U-Net wants to see them: float32 [B, C, h, w], to be read only."""
-    if not can_travel_together(trajectories):
+    if not can_step_together(trajectories):
         return torch.cat([_alone(each) for each in trajectories])
-    return _convoy(trajectories).model_input(_rows(trajectories))
+    return _group(trajectories).model_input(_rows(trajectories))
 
 
 def timesteps(trajectories: Sequence[Trajectory]) -> Tensor:
     """Return the training timesteps at which pictures of one model stand, [B], on the CPU."""
-    moments = [each.schedule.moments[each.position] for each in trajectories]
-    return torch.tensor(moments, dtype=trajectories[0].schedule.timesteps.dtype)
+    values = [each.schedule.timestep_values[each.position] for each in trajectories]
+    return torch.tensor(values, dtype=trajectories[0].schedule.timesteps.dtype)
 
 
 def step(trajectories: Sequence[Trajectory], preds: Tensor) -> None:
@@ -181,7 +181,7 @@ def step(trajectories: Sequence[Trajectory], preds: Tensor) -> None:
 
     Predictions are remembered and must not be written to afterwards.
     """
-    if not can_travel_together(trajectories):
+    if not can_step_together(trajectories):
         for each, pred in zip(trajectories, torch.split(preds, 1), strict=True):
             if each.schedule.rows is None:
                 each.step_alone(pred)
@@ -189,9 +189,9 @@ def step(trajectories: Sequence[Trajectory], preds: Tensor) -> None:
                 step([each], pred)
         return
     rows = _rows(trajectories)
-    convoy = _convoy(trajectories)
+    group = _group(trajectories)
     with _noise(trajectories, rows, preds) as noise:
-        convoy.step(rows, preds, noise)
+        group.step(rows, preds, noise)
     for each in trajectories:
         each.position += 1
         if each.finished:
@@ -210,9 +210,9 @@ def _rows(trajectories: Sequence[Trajectory]) -> list[StepRow]:
     ]
 
 
-def _convoy(trajectories: Sequence[Trajectory]) -> _Convoy:
-    """The convoy that these have been in, or a new one."""
-    return trajectories[0].convoy_of(trajectories) or _Convoy(trajectories)
+def _group(trajectories: Sequence[Trajectory]) -> _Group:
+    """The group that these have been in, or a new one."""
+    return trajectories[0].group_of(trajectories) or _Group(trajectories)
 
 
 @contextlib.contextmanager

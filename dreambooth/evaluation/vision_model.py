@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dreambooth import addresses
-from dreambooth.diffusion import headers, layout
 from dreambooth.errors import ModelArtifactError, one_line, quoted
+from dreambooth.model_folder import headers, layout
+from dreambooth.process import addresses
 
 CLIP = ("clip", "clip_vision_model")
 KINDS = (*CLIP, "dinov2", "vit")

@@ -177,11 +177,11 @@ def _grid(frame: _Frame, x_label: str) -> str:
             f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{short(level)}</text>'
         )
     for step in (tick for tick in ticks(*frame.x, about=4) if tick.is_integer()):
-        told = f"{step:g}"
+        label = f"{step:g}"
         x, _ = frame.at(step, frame.y[0])
-        x = min(x, WIDTH - 2 - len(told) * _DIGIT / 2)  # the last one stays whole
+        x = min(x, WIDTH - 2 - len(label) * _DIGIT / 2)  # the last one stays whole
         parts.append(
-            f'<text x="{x:.1f}" y="{HEIGHT - _BOTTOM + 15}" text-anchor="middle">{told}</text>'
+            f'<text x="{x:.1f}" y="{HEIGHT - _BOTTOM + 15}" text-anchor="middle">{label}</text>'
         )
     scale = ", logarithmic" if frame.logarithmic else ""
     parts.append(

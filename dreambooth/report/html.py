@@ -27,8 +27,8 @@ def _spelled(letter: str) -> str:
 
 def section(title: str, body: str, note: str = "") -> str:
     """A part of the page under a heading; all three are HTML."""
-    told = f'<p class="note">{note}</p>' if note else ""
-    return f"<section><h2>{title}</h2>{told}{body}</section>"
+    paragraph = f'<p class="note">{note}</p>' if note else ""
+    return f"<section><h2>{title}</h2>{paragraph}{body}</section>"
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:

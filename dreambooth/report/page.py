@@ -12,20 +12,20 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from dreambooth.hyperparameters import KNOBS, Hyperparameters
 from dreambooth.report import charts, pictures
 from dreambooth.report.html import STYLE, duration, section, table, text
 from dreambooth.report.pictures import Thumbnails
-from dreambooth.report.record import MetricsRow, RunRecord
+from dreambooth.report.report_data import MetricsRow, ReportData
+from dreambooth.settings.hyperparameters import KNOBS, Hyperparameters
 
 MAX_PICTURE_BYTES = 8_000_000
 """Of all data URIs together: several times what an ordinary run takes; a phone still opens it."""
 MAX_WARNINGS = 40
 
 
-def write(path: Path, record: RunRecord, *, max_picture_bytes: int = MAX_PICTURE_BYTES) -> None:
+def write(path: Path, data: ReportData, *, max_picture_bytes: int = MAX_PICTURE_BYTES) -> None:
     """Write the page, whole or not at all. Raises OSError where the folder takes no file."""
-    page = render(record, max_picture_bytes=max_picture_bytes)
+    page = render(data, max_picture_bytes=max_picture_bytes)
     part = path.with_name(path.name + ".part")
     try:
         part.write_bytes(page.encode("utf-8", "backslashreplace"))
@@ -35,7 +35,7 @@ def write(path: Path, record: RunRecord, *, max_picture_bytes: int = MAX_PICTURE
         raise
 
 
-def render(record: RunRecord, *, max_picture_bytes: int = MAX_PICTURE_BYTES) -> str:
+def render(data: ReportData, *, max_picture_bytes: int = MAX_PICTURE_BYTES) -> str:
     """The page as HTML; pictures whose URIs would pass `max_picture_bytes` are left out, counted.
 
     A picture that cannot be read any more is left out too.
@@ -43,23 +43,23 @@ def render(record: RunRecord, *, max_picture_bytes: int = MAX_PICTURE_BYTES) -> 
     thumbnails = Thumbnails(max_picture_bytes)
     # Those that take least come first: what they leave of their share is for those that take most.
     with thumbnails.share_of(3):
-        class_images = pictures.class_images(record, thumbnails)
+        class_images = pictures.class_images(data, thumbnails)
     with thumbnails.share_of(2):
-        drawn = pictures.drawn(record, thumbnails)
+        drawn = pictures.drawn(data, thumbnails)
     with thumbnails.share_of(1):
-        instance_images = pictures.instance_images(record, thumbnails)
+        instance_images = pictures.instance_images(data, thumbnails)
     sections = [
-        _head(record),
-        _warnings(record.warnings),
+        _head(data),
+        _warnings(data.warnings),
         drawn,
-        _curves(record),
+        _curves(data),
         instance_images,
         class_images,
         '<div class="twin">',
-        section("Time and memory", _costs(record)),
-        section("Plan", table(record.plan)),
-        section("Hyperparameters", _hyperparameters(record.settings)),
-        section("Versions", _versions(record)),
+        section("Time and memory", _costs(data)),
+        section("Plan", table(data.plan)),
+        section("Hyperparameters", _hyperparameters(data.settings)),
+        section("Versions", _versions(data)),
         "</div>",
     ]
     if thumbnails.left_out:
@@ -73,37 +73,37 @@ def render(record: RunRecord, *, max_picture_bytes: int = MAX_PICTURE_BYTES) -> 
         # The browser itself holds the page to its promise.
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
         "img-src data:; style-src 'unsafe-inline'\">"
-        f"<title>{text(record.instance_prompt)} – training report</title>"
+        f"<title>{text(data.instance_prompt)} – training report</title>"
         f"<style>{STYLE}</style></head>\n<body><main>\n"
         + "\n".join(part for part in sections if part)
         + "\n</main></body></html>\n"
     )
 
 
-def _head(record: RunRecord) -> str:
-    tiles = [("steps", f"{record.steps}"), ("in all", duration(record.seconds))]
-    if record.steps != record.planned_steps:
-        tiles[0] = ("steps of " + str(record.planned_steps), str(record.steps))
-    per_step = _seconds_per_step(record.metrics)
+def _head(data: ReportData) -> str:
+    tiles = [("steps", f"{data.steps}"), ("in all", duration(data.seconds))]
+    if data.steps != data.planned_steps:
+        tiles[0] = ("steps of " + str(data.planned_steps), str(data.steps))
+    per_step = _seconds_per_step(data.metrics)
     if per_step is not None:
         tiles.append(("per step (median)", duration(per_step)))
-    average = _average_loss(record)
+    average = _average_loss(data)
     if average is not None:
         tiles.append(("train_avg_loss", f"{average:.4g}"))
-    if record.fid_score is not None:
-        tiles.append(("fid_score", f"{record.fid_score:.4g}"))
-    tiles += [(name, text) for name, text in record.memory if name.startswith("peak")][-1:]
+    if data.fid_score is not None:
+        tiles.append(("fid_score", f"{data.fid_score:.4g}"))
+    tiles += [(name, text) for name, text in data.memory if name.startswith("peak")][-1:]
     shown_tiles = "".join(
         f"<div><b>{text(value)}</b><span>{text(name)}</span></div>" for name, value in tiles
     )
     stopped = ""
-    if record.stopped is not None:
-        stopped = f'<p class="alarm"><b>The run was stopped.</b> {text(record.stopped[1])}</p>'
+    if data.stopped is not None:
+        stopped = f'<p class="alarm"><b>The run was stopped.</b> {text(data.stopped[1])}</p>'
     return (
         f'<header><p class="kicker">DreamBooth training report</p>'
-        f"<h1>{text(record.instance_prompt)}</h1>"
-        f"<p>Fine-tuned from <b>{text(record.base)}</b> on {text(record.device)}, "
-        f"{text(record.finished_at)}.</p>{stopped}"
+        f"<h1>{text(data.instance_prompt)}</h1>"
+        f"<p>Fine-tuned from <b>{text(data.base)}</b> on {text(data.device)}, "
+        f"{text(data.finished_at)}.</p>{stopped}"
         f'<div class="tiles">{shown_tiles}</div></header>'
     )
 
@@ -117,12 +117,12 @@ def _warnings(warnings: Sequence[str]) -> str:
     return section("Warnings", f'<ul class="warnings">{items}</ul>')
 
 
-def _curves(record: RunRecord) -> str:
-    rows = record.metrics
+def _curves(data: ReportData) -> str:
+    rows = data.metrics
     steps = [row.step for row in rows]
     marks = []
-    if record.stopped is not None:
-        marks.append((float(record.stopped[0]), "stopped"))
+    if data.stopped is not None:
+        marks.append((float(data.stopped[0]), "stopped"))
     losses = [("instance loss", [row.instance_loss for row in rows])]
     if any(row.class_loss is not None for row in rows):
         class_loss = [math.nan if row.class_loss is None else row.class_loss for row in rows]
@@ -157,19 +157,21 @@ def _curves(record: RunRecord) -> str:
 
 def _summary(title: str, named: Sequence[tuple[str, Sequence[float]]]) -> str:
     """What a chart shows, for those who cannot see it."""
-    told = []
+    sentences = []
     for label, values in named:
         finite = [value for value in values if math.isfinite(value)]
         if finite:
             fifth = max(1, len(finite) // 5)
             first, last = statistics.fmean(finite[:fifth]), statistics.fmean(finite[-fifth:])
-            told.append(f"{label}: mean of the first fifth {first:.3g}, of the last {last:.3g}")
-    return f"{title} over the steps. " + "; ".join(told)
+            sentences.append(
+                f"{label}: mean of the first fifth {first:.3g}, of the last {last:.3g}"
+            )
+    return f"{title} over the steps. " + "; ".join(sentences)
 
 
-def _costs(record: RunRecord) -> str:
-    outside = record.seconds - sum(seconds for _, seconds in record.phases)
-    phases = [("before and between the phases", max(0.0, outside)), *record.phases]
+def _costs(data: ReportData) -> str:
+    outside = data.seconds - sum(seconds for _, seconds in data.phases)
+    phases = [("before and between the phases", max(0.0, outside)), *data.phases]
     longest = max(seconds for _, seconds in phases) or 1.0
     rows = "".join(
         f'<tr><th>{text(name)}</th><td class="num">{duration(seconds)}</td><td class="bar">'
@@ -177,7 +179,7 @@ def _costs(record: RunRecord) -> str:
         for name, seconds in phases
     )
     more = []
-    timed = sorted(row.seconds for row in record.metrics if row.seconds is not None)
+    timed = sorted(row.seconds for row in data.metrics if row.seconds is not None)
     if timed:
         slow = timed[min(len(timed) - 1, math.ceil(0.9 * len(timed)) - 1)]
         more.append(
@@ -186,7 +188,7 @@ def _costs(record: RunRecord) -> str:
                 f"median {statistics.median(timed):.3g}, nine of ten at most {slow:.3g}",
             )
         )
-    return f'<table class="phases">{rows}</table>' + table((*more, *record.memory))
+    return f'<table class="phases">{rows}</table>' + table((*more, *data.memory))
 
 
 def _hyperparameters(settings: Hyperparameters) -> str:
@@ -219,14 +221,14 @@ def _breakable(value: object) -> str:
     return text(value).replace("_", "_<wbr>")
 
 
-def _versions(record: RunRecord) -> str:
-    return table((*record.versions, ("fingerprint of the data", record.data_fingerprint)))
+def _versions(data: ReportData) -> str:
+    return table((*data.versions, ("fingerprint of the data", data.data_fingerprint)))
 
 
-def _average_loss(record: RunRecord) -> float | None:
+def _average_loss(data: ReportData) -> float | None:
     """What the log calls train_avg_loss: the mean over all steps; None where some are not told."""
-    losses = [row.loss for row in record.metrics]
-    return statistics.fmean(losses) if losses and len(losses) == record.steps else None
+    losses = [row.loss for row in data.metrics]
+    return statistics.fmean(losses) if losses and len(losses) == data.steps else None
 
 
 def _seconds_per_step(rows: Sequence[MetricsRow]) -> float | None:

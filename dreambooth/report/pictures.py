@@ -18,7 +18,7 @@ from PIL import Image
 from dreambooth.data import images
 from dreambooth.data.picture_files import PictureError
 from dreambooth.report.html import section, text
-from dreambooth.report.record import InstancePicture, RunRecord
+from dreambooth.report.report_data import InstancePicture, ReportData
 
 MAX_INSTANCE_IMAGES = 40
 MAX_CROPS = 4  # shown per picture; the outlines show all
@@ -87,48 +87,48 @@ def _data_uri(image: Image.Image) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
-def drawn(record: RunRecord, thumbnails: Thumbnails) -> str:
+def drawn(data: ReportData, thumbnails: Thumbnails) -> str:
     """What the model draws: the final sample picture, and those over the steps."""
     final, strip = "", []
     thumbnail = None
-    if record.final is not None:
-        thumbnail = thumbnails.make(record.final, side=_FINAL)
+    if data.final is not None:
+        thumbnail = thumbnails.make(data.final, side=_FINAL)
     if thumbnail is not None:
-        figure = _figure(thumbnail, f"after the last step, {record.steps}", record.sample_prompt)
+        figure = _figure(thumbnail, f"after the last step, {data.steps}", data.sample_prompt)
         final = f'<div class="final">{figure}</div>'
-    for step, path in _spread(record.step_pictures, MAX_STEP_PICTURES):
+    for step, path in _spread(data.step_pictures, MAX_STEP_PICTURES):
         thumbnail = _thumbnail_of(path, thumbnails, side=_STEP)
         if thumbnail is not None:
-            strip.append(_figure(thumbnail, f"step {step}", f"{record.sample_prompt}, step {step}"))
+            strip.append(_figure(thumbnail, f"step {step}", f"{data.sample_prompt}, step {step}"))
     steps = f'<div class="strip">{"".join(strip)}</div>' if strip else ""
     if not final and not steps:
         return ""
-    note = f"Prompt: <q>{text(record.sample_prompt)}</q>; the same seed every time."
-    if len(record.step_pictures) > len(strip):
-        note += f" All {len(record.step_pictures)} are in <code>samples/</code>."
-    if not record.step_pictures:
+    note = f"Prompt: <q>{text(data.sample_prompt)}</q>; the same seed every time."
+    if len(data.step_pictures) > len(strip):
+        note += f" All {len(data.step_pictures)} are in <code>samples/</code>."
+    if not data.step_pictures:
         note += " Set <code>sample_steps</code> to see pictures over the steps."
     both = " both" if final and steps else ""
     return section("What it draws", f'<div class="drawn{both}">{final}{steps}</div>', note)
 
 
-def instance_images(record: RunRecord, thumbnails: Thumbnails) -> str:
+def instance_images(data: ReportData, thumbnails: Thumbnails) -> str:
     """Each instance image, upright and whole, beside its crops."""
     cards = []
-    for picture in record.instance_pictures[:MAX_INSTANCE_IMAGES]:
+    for picture in data.instance_pictures[:MAX_INSTANCE_IMAGES]:
         try:
             image = images.open_image(picture.path)
         except PictureError:
             continue
-        card = _card(picture, image, record.resolution, thumbnails)
+        card = _card(picture, image, data.resolution, thumbnails)
         if card:
             cards.append(card)
     note = (
         "The whole picture, upright, and beside it what the model sees of it: squares of "
-        f"{record.resolution} x {record.resolution} pixels. Outlines show every cached crop, "
+        f"{data.resolution} x {data.resolution} pixels. Outlines show every cached crop, "
         "coloured ones those beside."
     )
-    count = len(record.instance_pictures)
+    count = len(data.instance_pictures)
     if len(cards) < count:
         note += f" {count} were trained on, {_count_of(cards)} of them here."
     return section("Instance images", f'<div class="cards">{"".join(cards)}</div>', note)
@@ -150,14 +150,14 @@ def _card(
         if crop is not None:
             crops.append(_image(crop, f"crop {number + 1} of {name}", kind=f"c{number}"))
     count = len(picture.offsets)
-    told = f"{count} crops" if count > 1 else "1 crop"
+    crop_count = f"{count} crops" if count > 1 else "1 crop"
     if count > len(crops):
-        told += f", {_count_of(crops)} of them here"
+        crop_count += f", {_count_of(crops)} of them here"
     return (
         f'<figure class="card"><div class="pair"><div class="whole">{_image(whole, name)}'
         f"{_outlines(picture, image.size, resolution)}</div>"
         f'<div class="crops n{len(crops)}">{"".join(crops)}</div></div><figcaption>{text(name)} '
-        f"<span>{image.width} x {image.height}, {told}</span></figcaption></figure>"
+        f"<span>{image.width} x {image.height}, {crop_count}</span></figcaption></figure>"
     )
 
 
@@ -178,17 +178,17 @@ def _outlines(picture: InstancePicture, size: tuple[int, int], resolution: int) 
     )
 
 
-def class_images(record: RunRecord, thumbnails: Thumbnails) -> str:
+def class_images(data: ReportData, thumbnails: Thumbnails) -> str:
     """A sample of the class images; nothing for a run without them."""
-    if not record.class_images:
+    if not data.class_images:
         return ""
     pictures = []
-    for path in _spread(record.class_images, MAX_CLASS_IMAGES):
+    for path in _spread(data.class_images, MAX_CLASS_IMAGES):
         thumbnail = _thumbnail_of(path, thumbnails, side=_CLASS)
         if thumbnail is not None:
             pictures.append(_image(thumbnail, path.name))
-    count = len(record.class_images)
-    note = f"Prompt: <q>{text(record.class_prompt or '')}</q>; {count} in all"
+    count = len(data.class_images)
+    note = f"Prompt: <q>{text(data.class_prompt or '')}</q>; {count} in all"
     note += f", {_count_of(pictures)} of them here." if len(pictures) < count else "."
     return section("Class images", f'<div class="grid">{"".join(pictures)}</div>', note)
 

@@ -17,8 +17,8 @@ from dreambooth.data.seeds import derive_seed
 
 __all__ = [
     "AdamW8bit",
-    "RoundedAdamW8bit",
-    "UnhurriedAdamW8bit",
+    "NonBlockingAdamW8bit",
+    "StochasticRoundingAdamW8bit",
     "from_fp32",
     "round_stochastically",
     "to_fp32",
@@ -29,7 +29,7 @@ _SMALLEST = 4096  # tensors with fewer elements keep fp32 states
 _WRAPPED = AdamW8bit._FSDP_WRAPPED_QUANT_STATE_KEY
 
 
-class UnhurriedAdamW8bit(AdamW8bit):  # type: ignore[misc]
+class NonBlockingAdamW8bit(AdamW8bit):  # type: ignore[misc]
     """The same updates, launched one after the other: the host goes on while the GPU computes.
 
     bitsandbytes 0.50.2 waits for the GPU after each weight, 686 times in a step of Stable
@@ -68,7 +68,7 @@ class UnhurriedAdamW8bit(AdamW8bit):  # type: ignore[misc]
         )
 
 
-class RoundedAdamW8bit(AdamW8bit):  # type: ignore[misc]
+class StochasticRoundingAdamW8bit(AdamW8bit):  # type: ignore[misc]
     """Of bf16 weights with no fp32 ones beside them: updates are rounded up or down by chance.
 
     At the published learning rate updates are far below bf16's steps; rounded to the nearest they

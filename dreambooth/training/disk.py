@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dreambooth.diffusion.facts import ModelFacts
-from dreambooth.hyperparameters import Hyperparameters
+from dreambooth.model_folder.facts import ModelFacts
+from dreambooth.settings.hyperparameters import Hyperparameters
 
 REST_BYTES = 16 * 2**20  # report.html, metrics, the model's vocabulary and sample pictures
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dreambooth.diffusion.facts import ModelFacts
-from dreambooth.hyperparameters import Hyperparameters, MemoryPlan
 from dreambooth.limits import LIMITS
+from dreambooth.model_folder.facts import ModelFacts
+from dreambooth.settings.hyperparameters import Hyperparameters, MemoryPlan
 
 STATE_BYTES, STATE_BYTES_8BIT = 8.0, 2.03  # two moments; in 8 bits a scale per 256 of each
 # Saved activations per latent cell, channel and layer, in tensors. Fitted to the live bytes of the
@@ -49,31 +49,31 @@ def of_step(
     facts: ModelFacts | None,
     *,
     mixed_precision: str,
-    plan: MemoryPlan,
+    memory_plan: MemoryPlan,
     fast_step: bool = False,
 ) -> int:
     """Peak of the step: weights, gradients, optimizer states, activations; 0: unknown."""
     if facts is None:
         return 0
     trained = _trained_parameters(hyperparameters, facts)
-    half_weights = plan.rounds_stochastically or fast_step
+    half_weights = memory_plan.rounds_stochastically or fast_step
     under_autocast = mixed_precision != "no" and not half_weights
-    weights = _weights(hyperparameters, facts, mixed_precision, plan, fast_step)
+    weights = _weights(hyperparameters, facts, mixed_precision, memory_plan, fast_step)
     gradients = (2 if half_weights else 4) * trained
-    optimizer = states_bytes(plan) * trained
+    optimizer = states_bytes(memory_plan) * trained
     each = AUTOCAST_BYTES if under_autocast else HALF_BYTES if half_weights else FP32_BYTES
     whole = each * _saved_activations(hyperparameters, facts)
     kept, block = whole, 0.0
-    if plan.gradient_checkpointing:
+    if memory_plan.gradient_checkpointing:
         kept *= TENSORS_PER_LAYER_CHECKPOINTED / TENSORS_PER_LAYER
         block = whole * LARGEST_BLOCK
     if fast_step:
         weights += PART_BYTES
-    copies = _autocast_copies(trained, mixed_precision, plan, fast_step)
+    copies = _autocast_copies(trained, mixed_precision, memory_plan, fast_step)
     # The start of the backward pass; or its end, where the gradients that are kept are whole and
     # what is saved for the last blocks is still there (fitted to the same simulation).
     start, end = kept + copies + block, gradients + 0.3 * kept
-    return int(weights + optimizer + (start if plan.frees_gradients else max(start, end)))
+    return int(weights + optimizer + (start if memory_plan.frees_gradients else max(start, end)))
 
 
 def of_phases(
@@ -82,7 +82,7 @@ def of_phases(
     *,
     mixed_precision: str,
     prior_precision: str,
-    plan: MemoryPlan,
+    memory_plan: MemoryPlan,
     fast_step: bool = False,
     class_batch: int = 0,
 ) -> tuple[PhasePeak, ...]:
@@ -100,14 +100,18 @@ def of_phases(
         )
     found.append(("encoding", _encoding(hyperparameters, facts)))
     step = of_step(
-        hyperparameters, facts, mixed_precision=mixed_precision, plan=plan, fast_step=fast_step
+        hyperparameters,
+        facts,
+        mixed_precision=mixed_precision,
+        memory_plan=memory_plan,
+        fast_step=fast_step,
     )
     found.append(("training", step))
-    weights = _weights(hyperparameters, facts, mixed_precision, plan, fast_step=False)
-    drawing = weights + _drawing(hyperparameters, facts, mixed_precision, plan)
+    weights = _weights(hyperparameters, facts, mixed_precision, memory_plan, fast_step=False)
+    drawing = weights + _drawing(hyperparameters, facts, mixed_precision, memory_plan)
     beside = 0.0
     if hyperparameters.sample_steps:
-        beside = _beside_the_weights(hyperparameters, facts, plan, fast_step)
+        beside = _beside_the_weights(hyperparameters, facts, memory_plan, fast_step)
     found.append(("sample pictures", drawing + beside))
     found.append(("export", weights))
     if hyperparameters.compute_fid:
@@ -127,7 +131,7 @@ def largest(phases: Sequence[PhasePeak]) -> PhasePeak | None:
     return max(phases, key=lambda peak: peak.bytes, default=None)
 
 
-def depends_on_the_plan(peak: PhasePeak) -> bool:
+def depends_on_the_memory_plan(peak: PhasePeak) -> bool:
     """Whether another memory plan would change it."""
     return peak.phase not in ("class images", "encoding")
 
@@ -165,11 +169,14 @@ def _encoding(hyperparameters: Hyperparameters, facts: ModelFacts) -> float:
 
 
 def _drawing(
-    hyperparameters: Hyperparameters, facts: ModelFacts, mixed_precision: str, plan: MemoryPlan
+    hyperparameters: Hyperparameters,
+    facts: ModelFacts,
+    mixed_precision: str,
+    memory_plan: MemoryPlan,
 ) -> float:
     """Beside what is trained: the VAE in fp32, autocast's copies, and a call or a decoding."""
     trained = _trained_parameters(hyperparameters, facts)
-    copies = _autocast_copies(trained, mixed_precision, plan, fast_step=False)
+    copies = _autocast_copies(trained, mixed_precision, memory_plan, fast_step=False)
     pictures = min(hyperparameters.batch_size, LIMITS.max_generated_batch)
     drawn = pictures * _drawn(hyperparameters, facts, _element(mixed_precision))
     decoded = FP32_BYTES * DECODED_PIXEL * _pixels(hyperparameters, facts)
@@ -177,13 +184,13 @@ def _drawing(
 
 
 def _beside_the_weights(
-    hyperparameters: Hyperparameters, facts: ModelFacts, plan: MemoryPlan, fast_step: bool
+    hyperparameters: Hyperparameters, facts: ModelFacts, memory_plan: MemoryPlan, fast_step: bool
 ) -> float:
     """What stays between two steps: optimizer states, and of the fast step its half weights and the
     recorded passes' memory, in which gradients stay and which nothing else can use.
     """
     trained = _trained_parameters(hyperparameters, facts)
-    states = states_bytes(plan) * trained
+    states = states_bytes(memory_plan) * trained
     if not fast_step:
         return states
     half, kept = 2 * trained, HALF_BYTES * _saved_activations(hyperparameters, facts)
@@ -194,12 +201,12 @@ def _weights(
     hyperparameters: Hyperparameters,
     facts: ModelFacts,
     mixed_precision: str,
-    plan: MemoryPlan,
+    memory_plan: MemoryPlan,
     fast_step: bool,
 ) -> float:
     """Those that are trained, half ones beside them, and the base model's where it is asked."""
     trained = _trained_parameters(hyperparameters, facts)
-    weights = (2 if plan.rounds_stochastically else 4) * trained
+    weights = (2 if memory_plan.rounds_stochastically else 4) * trained
     if fast_step:
         weights += 2 * trained
     if _predicts_the_prior(hyperparameters):  # by a frozen copy
@@ -207,15 +214,17 @@ def _weights(
     return weights
 
 
-def states_bytes(plan: MemoryPlan) -> float:
+def states_bytes(memory_plan: MemoryPlan) -> float:
     """Of the optimizer, per weight."""
-    return STATE_BYTES_8BIT if plan.use_8bit_adam else STATE_BYTES
+    return STATE_BYTES_8BIT if memory_plan.use_8bit_adam else STATE_BYTES
 
 
-def _autocast_copies(trained: int, mixed_precision: str, plan: MemoryPlan, fast_step: bool) -> int:
+def _autocast_copies(
+    trained: int, mixed_precision: str, memory_plan: MemoryPlan, fast_step: bool
+) -> int:
     """Autocast's half copies of the weights; a checkpointed block makes its own again."""
-    half_weights = plan.rounds_stochastically or fast_step
-    makes = mixed_precision != "no" and not half_weights and not plan.gradient_checkpointing
+    half_weights = memory_plan.rounds_stochastically or fast_step
+    makes = mixed_precision != "no" and not half_weights and not memory_plan.gradient_checkpointing
     return 2 * trained if makes else 0
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,16 +18,15 @@ from torch import nn
 from dreambooth.data import pairs
 from dreambooth.data.cache import LatentPosteriors
 from dreambooth.diffusion.loss import dreambooth_loss, noise_target
-from dreambooth.hyperparameters import Hyperparameters
-from dreambooth.training import gradients as step_gradients
-from dreambooth.training import lr_schedulers, readings
-from dreambooth.training.graphed_passes import GraphedPasses, Record, by_calling
-from dreambooth.training.master_weights import MasterWeights
+from dreambooth.settings.hyperparameters import Hyperparameters
+from dreambooth.training import lr_schedulers
+from dreambooth.training.mixed_precision import Precision
+from dreambooth.training.optimizer import clip_factor
 from dreambooth.training.plan import TrainingPlan
-from dreambooth.training.readings import StepMetrics, Unread, refuse_not_finite
 from dreambooth.training.state import TrainingState
+from dreambooth.training.step_metrics import StepMetrics, read_metrics, refuse_not_finite
 
-MAX_SKIPPED_IN_A_ROW = 25  # fp16 loss scaling starts at 2^16: this many halvings end below 1
+MAX_SKIPPED_IN_A_ROW = 25  # fp16 loss scaling starts at 2^16: so many halvings end below 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,103 +101,129 @@ def train(
     encode_text: Callable[[torch.Tensor], torch.Tensor],
     prior_unet: nn.Module | None = None,
     accelerator: Accelerator,
-    record: Record = by_calling,
 ) -> Iterator[StepMetrics]:
     """Train until plan.steps, yielding after each step: time to report, sample and save.
 
-    With plan.fast_step the metrics of several steps come one after the other once all of them are
-    made: sample and save where metrics.step is state.step. record: of the fast step's passes.
     encode_text: token ids [B,L] -> encoder_hidden_states [B,L,D], used where the text encoder is
     trained. prior_unet: the frozen base model, whose prediction is the class target
     (prior_preservation_mode=prediction). Raises TrainingDivergedError.
+
+    `freed_gradients.train` and `fast.captured_loop.train` are the same for plans that want them.
     """
-    precision, max_grad_norm = state.precision, hyperparameters.max_grad_norm
-    gradients, unet = step_gradients.of(plan, state, max_grad_norm), state.unet
-    autocast: Callable[[], AbstractContextManager[Any]] = precision.autocast
-    if plan.fast_step:
-        gradients = masters = MasterWeights(state, max_grad_norm)
-        unet, autocast = masters.unet, nullcontext
-    networks = accelerator.prepare(TrainedNetworks(unet, state.text_encoder, encode_text))
-
-    def one_pass(
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        text: torch.Tensor,
-        target: torch.Tensor,
-    ) -> torch.Tensor:
-        """A micro-batch forward and backward; losses [3]: all, the instance's, the class's."""
-        with autocast():
-            model_pred = networks(noisy_latents, timesteps, text)
-        losses = dreambooth_loss(
-            model_pred,
-            target,
-            instances=plan.batch_size,
-            prior_loss_weight=hyperparameters.prior_loss_weight,
-        )
-        precision.backward(losses.total / plan.gradient_accumulation_steps)
-        class_loss = torch.zeros_like(losses.total) if losses.class_ is None else losses.class_
-        return torch.stack((losses.total, losses.instance, class_loss)).detach()
-
-    run_pass = one_pass
-    if plan.fast_step:
-        run_pass = GraphedPasses(one_pass, list(unet.parameters()), record)
-
-    def passes() -> torch.Tensor:
-        """The micro-batches of the state's step, forward and backward; means of the losses [3]."""
-        sums = torch.zeros(3, device=accelerator.device)
-        # Accumulate gradients: every window has the same number of micro-batches
-        for micro_batch in range(plan.gradient_accumulation_steps):
-            samples = pairs.sample_numbers(
-                step=state.step,
-                micro_batch=micro_batch,
-                batch_size=plan.batch_size,
-                micro_batches=plan.gradient_accumulation_steps,
-                process=accelerator.process_index,
-                processes=accelerator.num_processes,
-            )
-            with precision.autocast():
-                batch = make_micro_batch(
-                    data, samples, noise_scheduler, hyperparameters.seed, prior_unet
-                )
-            sums += run_pass(batch.noisy_latents, batch.timesteps, batch.text, batch.target)
-        return sums / plan.gradient_accumulation_steps
-
-    is_read = readings.rhythm(state, plan, hyperparameters)
-    unread: list[Unread] = []
+    precision, optimizer = state.precision, state.optimizer
+    networks = accelerator.prepare(TrainedNetworks(state.unet, state.text_encoder, encode_text))
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     skipped_in_a_row = 0
 
     while state.step < plan.steps:
         # Set the learning rate
-        learning_rate = hyperparameters.learning_rate * lr_schedulers.factor(
-            hyperparameters.lr_scheduler,
-            state.step,
-            steps=plan.steps,
-            warmup_steps=plan.lr_warmup_steps,
-            learning_rate=hyperparameters.learning_rate,
-        )
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate
+        learning_rate = set_learning_rate(state, plan, hyperparameters)
 
-        # Forward and backward passes; clip by global norm, update the weights
-        losses = accelerator.reduce(gradients.collect(passes), "mean")
-        step = state.step + 1
-        unread.append(Unread(step, learning_rate, losses, gradients.norm()))
-        read: list[StepMetrics] = []
-        if is_read(step):
-            read = readings.read(unread, state, plan, with_class=data.class_text is not None)
-            unread.clear()
-        updated = gradients.update(passes)  # runs them again where gradients were not kept
+        # Forward and backward: the gradients of the step's micro-batches add up
+        losses = torch.zeros(3, device=accelerator.device)
+        for micro_batch in micro_batches(
+            state, data, plan, hyperparameters, accelerator, noise_scheduler, prior_unet
+        ):
+            losses += forward_backward(networks, micro_batch, plan, hyperparameters, precision)
+        losses = accelerator.reduce(losses / plan.gradient_accumulation_steps, "mean")
+
+        # Clip the gradients by their global norm
+        precision.unscale(optimizer)
+        norm = nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
+        with_class = data.class_text is not None
+        metrics = read_metrics(state, plan, losses, norm, learning_rate, with_class=with_class)
+        if clip_factor(norm, hyperparameters.max_grad_norm) < 1:  # by 1 would change nothing
+            nn.utils.clip_grads_with_norm_(weights, hyperparameters.max_grad_norm, norm)
+
+        # Update the weights, and free the gradients
+        updated = precision.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
         if not updated:  # fp16 overflow: the scale is lower now, the same step is tried again
-            state.skipped_steps += 1
-            skipped_in_a_row += 1
-            if skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
-                refuse_not_finite(replace(read[-1], grad_norm=math.nan), state, force=True)
+            skipped_in_a_row = count_skipped(state, metrics, skipped_in_a_row)
             continue
         skipped_in_a_row = 0
-        state.step = step
-        for metrics in read:
-            state.loss_total += metrics.loss
-        yield from read
+        state.step += 1
+        state.loss_total += metrics.loss
+        yield metrics
+
+
+def set_learning_rate(
+    state: TrainingState, plan: TrainingPlan, hyperparameters: Hyperparameters
+) -> float:
+    """Give the optimizer the learning rate of the state's step, and return it."""
+    learning_rate = hyperparameters.learning_rate * lr_schedulers.factor(
+        hyperparameters.lr_scheduler,
+        state.step,
+        steps=plan.steps,
+        warmup_steps=plan.lr_warmup_steps,
+        learning_rate=hyperparameters.learning_rate,
+    )
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate
+    return learning_rate
+
+
+def forward_backward(
+    networks: nn.Module,
+    micro_batch: MicroBatch,
+    plan: TrainingPlan,
+    hyperparameters: Hyperparameters,
+    precision: Precision,
+    *,
+    half_weights: bool = False,
+) -> torch.Tensor:
+    """Add a micro-batch's share to the gradients; return its losses [3]: all, instance, class.
+
+    half_weights: the networks compute in half precision by themselves, without autocast.
+    """
+    with nullcontext() if half_weights else precision.autocast():
+        model_pred = networks(micro_batch.noisy_latents, micro_batch.timesteps, micro_batch.text)
+    losses = dreambooth_loss(
+        model_pred,
+        micro_batch.target,
+        instances=plan.batch_size,
+        prior_loss_weight=hyperparameters.prior_loss_weight,
+    )
+    precision.backward(losses.total / plan.gradient_accumulation_steps)
+    class_loss = torch.zeros_like(losses.total) if losses.class_ is None else losses.class_
+    return torch.stack((losses.total, losses.instance, class_loss)).detach()
+
+
+def count_skipped(state: TrainingState, metrics: StepMetrics, skipped_in_a_row: int) -> int:
+    """Count a step whose fp16 gradients overflowed; return how many there were in a row.
+
+    Raises TrainingDivergedError after too many.
+    """
+    state.skipped_steps += 1
+    if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+        refuse_not_finite(replace(metrics, grad_norm=math.nan), state, force=True)
+    return skipped_in_a_row + 1
+
+
+def micro_batches(
+    state: TrainingState,
+    data: TrainingData,
+    plan: TrainingPlan,
+    hyperparameters: Hyperparameters,
+    accelerator: Accelerator,
+    noise_scheduler: Any,
+    prior_unet: nn.Module | None,
+) -> Iterator[MicroBatch]:
+    """Yield the micro-batches of the state's step, as many for every step."""
+    for number in range(plan.gradient_accumulation_steps):
+        samples = pairs.sample_numbers(
+            step=state.step,
+            micro_batch=number,
+            batch_size=plan.batch_size,
+            micro_batches=plan.gradient_accumulation_steps,
+            process=accelerator.process_index,
+            processes=accelerator.num_processes,
+        )
+        with state.precision.autocast():
+            made = make_micro_batch(
+                data, samples, noise_scheduler, hyperparameters.seed, prior_unet
+            )
+        yield made
 
 
 def make_micro_batch(

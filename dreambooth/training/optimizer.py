@@ -6,14 +6,15 @@ changed goes on from its checkpoint: what 8 bits cannot hold is lost, as in ever
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from dreambooth.errors import ResourceError
-from dreambooth.hyperparameters import Hyperparameters
+from dreambooth.settings.hyperparameters import Hyperparameters
 
 
 def decay_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict[str, object]]:
@@ -62,8 +63,10 @@ def build(
                 "install it or set use_8bit_adam to False."
             ) from error
         if rounds_stochastically:
-            return adamw_8bit.RoundedAdamW8bit(groups, seed=hyperparameters.seed, **settings)
-        kind = adamw_8bit.UnhurriedAdamW8bit if fast_step else adamw_8bit.AdamW8bit
+            return adamw_8bit.StochasticRoundingAdamW8bit(
+                groups, seed=hyperparameters.seed, **settings
+            )
+        kind = adamw_8bit.NonBlockingAdamW8bit if fast_step else adamw_8bit.AdamW8bit
         plain: torch.optim.Optimizer = kind(groups, **settings)
         return plain
     # One pass over all weights. Torch's own choice on CUDA, foreach, moves 80 bytes per parameter
@@ -92,3 +95,31 @@ def load(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
     ]:
         raise ValueError("the optimizer's states are of another number of weights")
     optimizer.load_state_dict({"state": dict(states), "param_groups": groups})
+
+
+@contextmanager
+def part_by_part(
+    optimizer: torch.optim.Optimizer,
+) -> Iterator[Callable[[list[nn.Parameter]], None]]:
+    """Yield a function that steps some parameters of one group; states stay with the optimizer."""
+    groups = [(group, group["params"]) for group in optimizer.param_groups]
+    group_of = {parameter: group for group, members in groups for parameter in members}
+
+    def step(parameters: list[nn.Parameter]) -> None:
+        group = group_of[parameters[0]]
+        group["params"] = parameters
+        optimizer.step()
+        group["params"] = []
+
+    try:
+        for group, _ in groups:
+            group["params"] = []
+        yield step
+    finally:
+        for group, members in groups:
+            group["params"] = members
+
+
+def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
+    """Return by what gradients of this norm are multiplied, as torch's clip_grads_with_norm_."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)

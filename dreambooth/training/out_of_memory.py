@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from dreambooth.hyperparameters import MemoryPlan
-from dreambooth.training import memory
+from dreambooth.settings.hyperparameters import MemoryPlan
+from dreambooth.training import memory_plan
 from dreambooth.training.plan import TrainingPlan
 
 # Libraries that allocate for themselves say it in an error of no class of its own.
@@ -32,7 +32,7 @@ def advice(plan: TrainingPlan) -> str:
         frees_gradients=plan.frees_gradients,
         rounds_stochastically=plan.rounds_stochastically,
     )
-    smaller = list(memory.smaller_than(running))
+    smaller = list(memory_plan.smaller_than(running))
     by_plan = f", or set memory_plan to {' or '.join(smaller)}" if smaller else ""
     return (
         f"The GPU ran out of memory (memory_plan {plan.memory_plan}): lower batch_size or "

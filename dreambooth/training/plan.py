@@ -10,13 +10,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dreambooth.data.dataset_info import DatasetInfo
-from dreambooth.diffusion.facts import ModelFacts
-from dreambooth.hyperparameters import MEMORY_PLANS, Hyperparameters
-from dreambooth.training import disk, expected_memory, lr_schedulers, memory, plan_warnings
+from dreambooth.model_folder.facts import ModelFacts
+from dreambooth.settings.hyperparameters import MEMORY_PLANS, Hyperparameters
+from dreambooth.training import (
+    disk,
+    expected_memory,
+    lr_schedulers,
+    memory_plan,
+    plan_warnings,
+)
 from dreambooth.training.device import DeviceFacts
 from dreambooth.training.disk import DiskBudget
 from dreambooth.training.expected_memory import PhasePeak, shown
-from dreambooth.training.memory import MemoryChoice
+from dreambooth.training.memory_plan import MemoryChoice
 
 MAX_CACHED_CROPS = 8  # random crops per picture that is not square
 CHECKPOINT_MINUTES = 10.0  # where a checkpoint folder is given and no interval
@@ -110,7 +116,7 @@ def make(
     class_images = max(given, hyperparameters.num_class_images) if needs_class_images else 0
     mixed_precision = _mixed_precision(hyperparameters, device)
     prior_precision = _prior_precision(hyperparameters, device)
-    chosen, *smaller = memory.choose(
+    chosen, *smaller = memory_plan.choose(
         hyperparameters,
         facts,
         device,
@@ -149,7 +155,7 @@ def make(
             hyperparameters,
             facts,
             class_images=class_images - given,
-            use_8bit_adam=chosen.plan.use_8bit_adam,
+            use_8bit_adam=chosen.memory_plan.use_8bit_adam,
             keeps_checkpoints=bool(checkpointing_steps or checkpointing_minutes),
             base_bytes=base_bytes,
             copied_bytes=copied_bytes,
@@ -169,10 +175,10 @@ def _decided_by(chosen: MemoryChoice, *smaller: MemoryChoice) -> dict[str, Any]:
     """The fields of a TrainingPlan that its memory plan decides."""
     return {
         "memory_plan": chosen.name,
-        "use_8bit_adam": chosen.plan.use_8bit_adam,
-        "gradient_checkpointing": chosen.plan.gradient_checkpointing,
-        "frees_gradients": chosen.plan.frees_gradients,
-        "rounds_stochastically": chosen.plan.rounds_stochastically,
+        "use_8bit_adam": chosen.memory_plan.use_8bit_adam,
+        "gradient_checkpointing": chosen.memory_plan.gradient_checkpointing,
+        "frees_gradients": chosen.memory_plan.frees_gradients,
+        "rounds_stochastically": chosen.memory_plan.rounds_stochastically,
         "fast_step": chosen.fast_step,
         "memory_bytes": chosen.expected_bytes,
         "phases": chosen.phases,

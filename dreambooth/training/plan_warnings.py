@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dreambooth.hyperparameters import Hyperparameters
-from dreambooth.training import expected_memory, memory
+from dreambooth.settings.hyperparameters import Hyperparameters
+from dreambooth.training import expected_memory, memory_plan
 from dreambooth.training.device import DeviceFacts, host_memory_bytes
 from dreambooth.training.expected_memory import PhasePeak, shown
-from dreambooth.training.memory import MemoryChoice
+from dreambooth.training.memory_plan import MemoryChoice
 
 
 def of_memory(device: DeviceFacts, phases: Sequence[PhasePeak]) -> tuple[str, ...]:
     """Where the largest phase does not fit."""
-    usable = memory.usable_bytes(device)
+    usable = memory_plan.usable_bytes(device)
     there = host_memory_bytes() if usable is None else usable
     most = expected_memory.largest(phases)
     if most is None or not most.bytes > there > 0:
         return ()
-    smaller = ", or choose a smaller memory_plan" * expected_memory.depends_on_the_plan(most)
+    smaller = ", or choose a smaller memory_plan" * expected_memory.depends_on_the_memory_plan(most)
     return (
         f"The run is expected to take {shown(most.bytes)} of memory in {most.phase}, and "
         f"{device.name} has {shown(there)} to give: lower batch_size or resolution{smaller}.",
@@ -63,7 +63,7 @@ def of_the_fast_step(
     """Why it is asked for and not taken."""
     if not hyperparameters.fast_step or chosen.fast_step:
         return ()
-    why = memory.why_no_fast_step(
+    why = memory_plan.why_no_fast_step(
         hyperparameters, device, mixed_precision=mixed_precision, processes=processes
     )
     return (f"fast_step is left out: {why or f'it does not go with {chosen.name}'}.",)

@@ -26,10 +26,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dreambooth.durable import fsync
 from dreambooth.errors import HyperparameterError, ResourceError, TrainingDivergedError
+from dreambooth.process.files import fsync
 from dreambooth.training import optimizer as optimizers
-from dreambooth.training.precision import Precision
+from dreambooth.training.mixed_precision import Precision
 
 log = logging.getLogger(__name__)
 

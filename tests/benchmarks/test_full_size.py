@@ -6,16 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dreambooth.__main__ import main
-from dreambooth.benchmarks.serving_load import full_size_calls, full_size_pictures, full_size_run
-from dreambooth.benchmarks.serving_load.full_size_calls import EAGER, ROWS, WAYS, CallFigure
-from dreambooth.benchmarks.serving_load.full_size_pictures import (
-    Effort,
-    FullSize,
-    Peak,
-    WayFigures,
-)
-from dreambooth.benchmarks.serving_load.redrawing import Agreement
+from benchmarks.__main__ import main
+from benchmarks.serving_load import full_size_calls, full_size_pictures, full_size_run
+from benchmarks.serving_load.full_size_calls import EAGER, ROWS, WAYS, CallFigure
+from benchmarks.serving_load.full_size_pictures import Effort, FullSize, Peak, WayFigures
+from benchmarks.serving_load.redrawing import Agreement
 from dreambooth.diffusion import model as models
 
 EFFORT = Effort(calls=1, steps=20, alone=1, crowd=1, redrawn=1, batch_rows=2, warm_up_budget_s=0.0)
@@ -46,7 +41,7 @@ def test_without_a_gpu_one_run_measures_what_a_cpu_has_and_ends_in_one_json_line
     small_model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--full_size", "--quick", "--model", str(small_model_folder)]
-    assert main(["benchmark", "serving", *options]) == 0
+    assert main(["serving", *options]) == 0
     *table, line = capsys.readouterr().out.splitlines()
     summary = json.loads(line)
     assert [each["way"] for each in summary["ways"]] == ["eager", "channels_last"]
@@ -93,7 +88,7 @@ def test_what_went_wrong_is_exit_1(
     code: int,
 ) -> None:
     monkeypatch.setattr(full_size_pictures, "measure", lambda *_, **__: full_size(*ways))
-    assert main(["benchmark", "serving", "--full-size", "--quick"]) == code
+    assert main(["serving", "--full-size", "--quick"]) == code
     shown = capsys.readouterr().out
     assert ("given up" in shown) == (ways[1].graphs == 0)
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from dreambooth.__main__ import parser
-from dreambooth.benchmarks import probes
-from dreambooth.benchmarks.server_probes import (
+from benchmarks import probes
+from benchmarks.__main__ import parser
+from benchmarks.server_probes import (
     crowd,
     fuzz,
     generated,
@@ -25,12 +25,12 @@ from dreambooth.benchmarks.server_probes import (
     sigterm,
     soak,
 )
-from dreambooth.benchmarks.server_probes.fuzz_tally import HANG_S, TRACEBACK, Tally
-from dreambooth.benchmarks.server_probes.outcome import Figure, Outcome, percentile
-from dreambooth.benchmarks.server_probes.processes import Usage
-from dreambooth.benchmarks.server_probes.server import Server, start
-from dreambooth.benchmarks.server_probes.soak import Sample
-from dreambooth.serving import openapi
+from benchmarks.server_probes.fuzz_verdicts import HANG_S, TRACEBACK, Verdicts
+from benchmarks.server_probes.outcome import Figure, Outcome, percentile
+from benchmarks.server_probes.processes import Usage
+from benchmarks.server_probes.server import Server, start
+from benchmarks.server_probes.soak import Sample
+from dreambooth.serving.contract import openapi
 
 GENEROUS_S = 120.0  # a guard against hanging, not a figure
 
@@ -78,7 +78,7 @@ def test_hostile_requests(servers: tuple[Server, Server]) -> None:
 def test_half_open_connections(server: Server) -> None:
     outcome = half_open.run(server, half_open=40, dripping=10)
     assert_sound(outcome)
-    assert outcome.value("told_408") == 30
+    assert outcome.value("answered_408") == 30
     assert outcome.value("counted_by_guard") == 50
 
 
@@ -172,18 +172,18 @@ def test_the_planted_leak_keeps_every_reply(monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_must_not_be_is_counted_and_told(
     status: int | None, body: bytes, seconds: float, unfinished: bool, kind: str
 ) -> None:
-    tally = Tally()
-    tally.note("bodies", b"sent", status, body, seconds, unfinished=unfinished)
-    assert dict(tally.wrong) == {kind: 1}
-    assert "b'sent'" in tally.faults[0]
+    verdicts = Verdicts()
+    verdicts.note("bodies", b"sent", status, body, seconds, unfinished=unfinished)
+    assert dict(verdicts.wrong) == {kind: 1}
+    assert "b'sent'" in verdicts.faults[0]
 
 
 @pytest.mark.parametrize(("status", "seconds"), [(408, 9.1), (None, 9.1), (503, 0.1), (200, 1.9)])
 def test_what_may_be_is_no_fault(status: int | None, seconds: float) -> None:
-    tally = Tally()
-    tally.note("heads", b"sent", status, b"", seconds, unfinished=True)
-    assert tally.faults == []
-    assert tally.cases.total() == 1
+    verdicts = Verdicts()
+    verdicts.note("heads", b"sent", status, b"", seconds, unfinished=True)
+    assert verdicts.faults == []
+    assert verdicts.cases.total() == 1
 
 
 def test_the_same_seed_makes_the_same_cases() -> None:
@@ -221,7 +221,7 @@ def test_the_last_line_is_json_and_a_broken_bar_is_exit_1(
     figures = (Figure(name="resets", value=2, at_most=0), Figure(name="slowest_s", value=0.25))
     seen = Outcome(probe="crowd", figures=figures, faults=("2 clients got ConnectionResetError",))
     monkeypatch.setitem(probes.PROBES, "crowd", lambda size: seen)
-    assert probes.main(parser().parse_args(["benchmark", "probes", "--only", "crowd"])) == 1
+    assert probes.main(parser().parse_args(["probes", "--only", "crowd"])) == 1
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert summary["benchmark"] == "probes"
     assert summary["figures"] == {"crowd": {"resets": 2, "slowest_s": 0.25}}

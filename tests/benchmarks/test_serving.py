@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from dreambooth.__main__ import main
-from dreambooth.benchmarks.serving_load import measuring, overhead, redrawing, traffic
-from dreambooth.benchmarks.serving_load.measuring import Loads
-from dreambooth.benchmarks.serving_load.policies import VirtualClock, alike, batch_by_batch, oldest
-from dreambooth.benchmarks.serving_load.redrawing import Agreement
-from dreambooth.benchmarks.serving_load.traffic import Arrival
+from benchmarks.__main__ import main
+from benchmarks.serving_load import measuring, overhead, redrawing, traffic
+from benchmarks.serving_load.measuring import Loads
+from benchmarks.serving_load.policies import VirtualClock, alike, batch_by_batch, oldest
+from benchmarks.serving_load.redrawing import Agreement
+from benchmarks.serving_load.traffic import Arrival
 from dreambooth.diffusion import model as models
 from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.diffusion.sampling_request import SamplingRequest
-from dreambooth.serving.engine import Engine, EngineSettings
-from dreambooth.serving.warm_up import WarmUp
+from dreambooth.serving.engine.engine import Engine, EngineSettings
+from dreambooth.serving.engine.warm_up import WarmUp
 
 EXACT = EngineSettings(batch_rows=4, warm_up_budget_s=0.0)
 
@@ -37,7 +37,7 @@ def test_one_run_measures_everything_and_ends_in_one_json_line(
     small_model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--model", str(small_model_folder), "--steps", "2", "3", "--seconds", "0.2"]
-    assert main(["benchmark", "serving", "--quick", *options]) == 0
+    assert main(["serving", "--quick", *options]) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     runs = [(each["load"], each["policy"]) for each in summary["figures"]]
     assert runs == [
@@ -86,7 +86,7 @@ def test_an_exact_picture_that_changed_is_exit_1(
     monkeypatch.setattr(measuring, "measure_loads", lambda *_, **__: loads)
     monkeypatch.setattr(measuring, "measure_overhead", lambda *_: [])
     monkeypatch.setattr(measuring, "measure_agreement", lambda *_, **__: {"exact": changed})
-    assert main(["benchmark", "serving"]) == 1
+    assert main(["serving"]) == 1
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["redrawn"]["exact"]["pictures"] == 9
 
 

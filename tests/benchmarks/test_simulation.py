@@ -16,16 +16,16 @@ from typing import Any
 import pytest
 import torch
 
-from dreambooth.benchmarks.serving_load import simulation
-from dreambooth.benchmarks.serving_load.overhead import NoUNet
-from dreambooth.benchmarks.serving_load.policies import REQUEST_LEVEL, SERIAL, STEP_LEVEL
-from dreambooth.benchmarks.serving_load.simulation import CARDS, step_level
-from dreambooth.benchmarks.serving_load.traffic import Arrival
+from benchmarks.serving_load import simulation
+from benchmarks.serving_load.overhead import NoUNet
+from benchmarks.serving_load.policies import REQUEST_LEVEL, SERIAL, STEP_LEVEL
+from benchmarks.serving_load.simulation import CARDS, step_level
+from benchmarks.serving_load.traffic import Arrival
 from dreambooth.diffusion import model as models
 from dreambooth.diffusion.model import DiffusionModel, encode_text, tokenize
 from dreambooth.diffusion.sampling_request import SamplingRequest
-from dreambooth.serving.engine import Engine, EngineSettings
-from dreambooth.serving.jobs import Job
+from dreambooth.serving.engine.drawing_jobs import DrawingJob
+from dreambooth.serving.engine.engine import Engine, EngineSettings
 
 ROOT = Path(__file__).parents[2]
 WORDS = ("cat", "dog", "beach", "snow", "sketch", "black", "white")
@@ -71,7 +71,7 @@ class CountedTime:
         self._clock = 0.0
         self._arrivals = arrivals
         self._come = self._running = 0
-        self._jobs: list[Job] = []
+        self._jobs: list[DrawingJob] = []
         self._numbers = {
             bytes(encode_text(model, tokenize(model, [prompt])).numpy()): number
             for number, prompt in enumerate(PROMPTS)
@@ -108,8 +108,8 @@ class CountedTime:
                 self._jobs.append(self.engine.submit([self._arrivals[self._come - 1].request]))
                 self._jobs[-1].add_done_callback(self._finisher(self._come - 1))
 
-    def _finisher(self, number: int) -> Callable[[Job], None]:
-        def finish(_: Job) -> None:
+    def _finisher(self, number: int) -> Callable[[DrawingJob], None]:
+        def finish(_: DrawingJob) -> None:
             self.finished[number] = self._clock
             self._running -= 1
             if not self._running and self._come < len(self._arrivals):
@@ -180,8 +180,8 @@ def test_small_cards_do_not_batch_and_large_ones_gain() -> None:
 
 def test_it_needs_no_torch_and_ends_in_one_json_line() -> None:
     code = (
-        "import sys; from dreambooth.__main__ import main; "
-        "main(['benchmark', 'serving', '--simulate', '--quick']); assert 'torch' not in sys.modules"
+        "import sys; from benchmarks.__main__ import main; "
+        "main(['serving', '--simulate', '--quick']); assert 'torch' not in sys.modules"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True

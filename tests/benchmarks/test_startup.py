@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from dreambooth.__main__ import parser
-from dreambooth.benchmarks import startup
+from benchmarks import startup
+from benchmarks.__main__ import parser
 
 
 def test_every_moment_comes_and_the_last_line_is_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert startup.main(parser().parse_args(["benchmark", "startup", "--starts", "1"])) == 0
+    assert startup.main(parser().parse_args(["startup", "--starts", "1"])) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     seconds = summary["seconds"]
     assert 0 < seconds["hyperparameters printed"] < seconds["plan printed"]

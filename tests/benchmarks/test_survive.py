@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth.__main__ import parser
-from dreambooth.benchmarks import survive
-from dreambooth.benchmarks.survive import Result, Setup
+from benchmarks import survive
+from benchmarks.__main__ import parser
+from benchmarks.survive import Result, Setup
 
 
 def test_a_run_that_is_killed_again_and_again_loses_nothing(
@@ -26,7 +26,7 @@ def test_the_last_line_is_json_and_a_fault_is_exit_1(
     seen = Result(kills=2, runs=1, faults=["a half model after kill 1"])
     seen.phases.update(["training", "training"])
     monkeypatch.setattr(survive, "run", lambda *_, **__: seen)
-    assert survive.main(parser().parse_args(["benchmark", "survive", "--kills", "2"])) == 1
+    assert survive.main(parser().parse_args(["survive", "--kills", "2"])) == 1
     lines = capsys.readouterr().out.splitlines()
     assert "FAULT: a half model after kill 1" in lines
     summary = json.loads(lines[-1])

@@ -8,26 +8,17 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import provenance, train
+from benchmarks.__main__ import main
+from benchmarks.train_step import derived, full_size, levers, ours, peer, processes, table, work
+from benchmarks.train_step import transforms_stand_in as transforms
+from benchmarks.train_step.figures import StepTimes, step_times
+from benchmarks.train_step.ours import Figures, Outcome, Scale, Setting, Subject
+from benchmarks.train_step.phases import Phase
+from benchmarks.train_step.processes import Line, Memory
+from benchmarks.train_step.result import Result, Row
 from dreambooth import tiny
-from dreambooth.__main__ import main
-from dreambooth.benchmarks import provenance, train
-from dreambooth.benchmarks.train_step import (
-    derived,
-    full_size,
-    levers,
-    ours,
-    peer,
-    processes,
-    table,
-    work,
-)
-from dreambooth.benchmarks.train_step import transforms_stand_in as transforms
-from dreambooth.benchmarks.train_step.figures import StepTimes, step_times
-from dreambooth.benchmarks.train_step.ours import Figures, Outcome, Scale, Setting, Subject
-from dreambooth.benchmarks.train_step.phases import Phase
-from dreambooth.benchmarks.train_step.processes import Line, Memory
-from dreambooth.benchmarks.train_step.result import Result, Row
-from dreambooth.hyperparameters import MEMORY_PLANS
+from dreambooth.settings.hyperparameters import MEMORY_PLANS
 from dreambooth.training.device import CPU, DeviceFacts
 
 # A script with the peer's options and progress bar, which learns nothing.
@@ -167,7 +158,7 @@ def test_what_failed_and_the_memory_of_a_gpu_stand_in_the_table(
 def test_a_peer_that_is_not_there_is_told_at_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["benchmark", "train", "--peer", str(tmp_path / "none.py")]) == 1
+    assert main(["train", "--peer", str(tmp_path / "none.py")]) == 1
     assert "none.py: give --peer a train_dreambooth.py" in capsys.readouterr().err
 
 
@@ -175,7 +166,7 @@ def test_the_whole_command_runs_as_users_call_it(
     small_model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--quick", "--steps", "2", "--model", str(small_model_folder)]
-    assert main(["benchmark", "train", *options]) == 0
+    assert main(["train", *options]) == 0
     *shown, line = capsys.readouterr().out.splitlines()
     assert shown[0].startswith("device cpu, ")
     document = json.loads(line)
@@ -207,7 +198,7 @@ ROWS = ("plain fp32_adamw ", "prior fp32_adamw ", "prior job auto ")
 
 
 def test_levers_are_printed_with_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["benchmark", "train", "--levers"]) == 0
+    assert main(["train", "--levers"]) == 0
     *shown, line = capsys.readouterr().out.splitlines()
     assert shown[2].split() == ["lever", "predicted", "measured", "where"]
     for each in json.loads(line)["levers"]:
@@ -221,7 +212,7 @@ def test_compiling_is_back_after_so_many_steps() -> None:
 
 def test_one_step_has_no_spread(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["benchmark", "train", "--steps", "1"])
+        main(["train", "--steps", "1"])
     assert "at least 2 steps" in capsys.readouterr().err
 
 
@@ -352,7 +343,7 @@ def test_derived_figures_say_that_they_are(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(derived, "count", lambda pictures, autocast: [ONE])
-    assert main(["benchmark", "train", "--derived"]) == 0
+    assert main(["train", "--derived"]) == 0
     said = capsys.readouterr().out
     assert said.startswith("DERIVED, not measured")
     document = json.loads(said.splitlines()[-1])

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import provenance, train
+from benchmarks.__main__ import main
+from benchmarks.train_step import ours, processes, work
+from benchmarks.train_step.conditions import GIB, Conditions
+from benchmarks.train_step.ours import Scale, Setting, Subject
+from benchmarks.train_step.processes import Ended
+from benchmarks.train_step.result import Result
 from dreambooth import tiny
-from dreambooth.__main__ import main
-from dreambooth.benchmarks import provenance, train
-from dreambooth.benchmarks.train_step import ours, processes, work
-from dreambooth.benchmarks.train_step.conditions import GIB, Conditions
-from dreambooth.benchmarks.train_step.ours import Scale, Setting, Subject
-from dreambooth.benchmarks.train_step.processes import Ended
-from dreambooth.benchmarks.train_step.result import Result
 from dreambooth.training import device as devices
 from dreambooth.training.device import DeviceFacts
 
@@ -97,7 +97,7 @@ def test_as_a_t4_the_job_computes_in_fp16(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_cpu_refuses_what_only_a_gpu_has(
     option: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert main(["benchmark", "train", "--quick", option]) == 1
+    assert main(["train", "--quick", option]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{option.partition('=')[0]} is for a run on a CUDA GPU" in line
 
@@ -132,14 +132,14 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_under_conditions_one_whole_job_is_run(
     measured: list[Any], options: list[str], conditions: Conditions, plan: str
 ) -> None:
-    assert main(["benchmark", "train", "--model", "tiny", *options]) == 0
+    assert main(["train", "--model", "tiny", *options]) == 0
     job_scale = Scale(steps=395, warm_up=5, class_images=100)
     assert measured == [(conditions, [{**JOB, "memory_plan": plan}], job_scale)]
 
 
 def test_one_plan_alone_is_measured_with_its_job(measured: list[Any]) -> None:
     options = ["--memory_plan", "8bit_adamw_checkpointing", "--quick"]
-    assert main(["benchmark", "train", "--model", "tiny", *options]) == 0
+    assert main(["train", "--model", "tiny", *options]) == 0
     ((_, settings, job_scale),) = measured
     assert {one["memory_plan"] for one in settings} == {"8bit_adamw_checkpointing"}
     assert [one["whole_job"] for one in settings] == [False, False, True]
@@ -150,7 +150,7 @@ def test_a_run_on_a_gpu_leaves_its_record(
     measured: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "records" / "2026-11-23-t4.json"
-    assert main(["benchmark", "train", "--as_t4", "--model=tiny", f"--record={path}"]) == 0
+    assert main(["train", "--as_t4", "--model=tiny", f"--record={path}"]) == 0
     *shown, line = capsys.readouterr().out.splitlines()
     record = json.loads(path.read_text())
     assert record == json.loads(line)
@@ -169,6 +169,6 @@ def test_a_run_on_a_gpu_leaves_its_record(
 def test_what_does_not_go_together_is_refused(
     measured: list[Any], options: list[str], why: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["benchmark", "train", "--model", str(tiny.WEIGHTS), *options]) == 1
+    assert main(["train", "--model", str(tiny.WEIGHTS), *options]) == 1
     assert why in capsys.readouterr().err
     assert measured == []

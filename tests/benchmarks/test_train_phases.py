@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dreambooth.benchmarks.train_step import phases, processes
+from benchmarks.train_step import phases, processes
 from dreambooth.report.timings import Timings
 
 MIB = 2**20

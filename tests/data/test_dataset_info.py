@@ -83,7 +83,7 @@ def test_a_missing_or_junk_filled_class_folder_is_no_fault(folder: Path) -> None
     assert "class_data_dir" in warning
 
 
-@pytest.mark.parametrize("name", ["0.jpg", ".", "../training", "nul\0"])
+@pytest.mark.parametrize("name", ["0.jpg", ".", "../training"])
 def test_a_class_data_dir_that_cannot_be_one(folder: Path, name: str) -> None:
     with pytest.raises(DatasetError, match="class_data_dir points at"):
         dataset_info.read(folder, class_data_dir=name, with_prior_preservation=True)

@@ -13,10 +13,10 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 
 from dreambooth.diffusion import model as models
-from dreambooth.diffusion.component_classes import SCHEDULERS
 from dreambooth.diffusion.decoding import decode
 from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.errors import ModelArtifactError
+from dreambooth.model_folder.component_classes import SCHEDULERS
 
 Make = Callable[..., Path]
 CPU = torch.device("cpu")

@@ -18,9 +18,9 @@ from dreambooth.diffusion import safety
 from dreambooth.diffusion.safety import ClipInput
 from dreambooth.diffusion.sampling_request import SamplingRequest
 from dreambooth.errors import ModelArtifactError
-from dreambooth.serving.engine import EngineSettings, open_engine
-from dreambooth.serving.jobs import Job
-from dreambooth.serving.worker import Worker
+from dreambooth.serving.engine.drawing_jobs import DrawingJob
+from dreambooth.serving.engine.engine import EngineSettings, open_engine
+from dreambooth.serving.engine.worker import Worker
 
 CPU = torch.device("cpu")
 SIDE = 32
@@ -134,10 +134,10 @@ def test_the_engine_says_what_was_hidden(make_folder: Maker, threshold: float) -
     model = models.load(folder, device=CPU)
     checker = safety.load(folder, device=CPU, dtype=torch.float32)
     engine = Worker(model, batch_rows=None, max_rows=4, safety_checker=checker)
-    job = Job([SamplingRequest(prompt="a cat", num_inference_steps=2, seed=1)])
+    job = DrawingJob([SamplingRequest(prompt="a cat", num_inference_steps=2, seed=1)])
     engine.add(job)
     while engine.has_work:
-        engine.turn()
+        engine.run_round()
     (drawn,) = job.result(timeout=0)
     hidden = threshold < 0
     assert drawn.finish_reason == ("CONTENT_FILTERED" if hidden else "SUCCESS")

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dreambooth.diffusion import schedule_reading
-from dreambooth.diffusion.component_classes import SCHEDULERS
 from dreambooth.diffusion.step_tables import DEPTH, Schedule
+from dreambooth.model_folder.component_classes import SCHEDULERS
 from dreambooth.tiny import WEIGHTS
 
 CONFIG = json.loads((WEIGHTS / "scheduler" / "scheduler_config.json").read_text())
@@ -107,7 +107,7 @@ def test_what_is_not_linear_or_remembers_more_has_no_table(
 ) -> None:
     schedule = schedule_reading.read(make(name, **settings), 20)
     assert schedule.rows is None
-    assert len(schedule.moments) == len(schedule.timesteps) >= 20
+    assert len(schedule.timestep_values) == len(schedule.timesteps) >= 20
 
 
 def test_a_noise_scheduler_that_only_looks_linear_at_first_has_no_table() -> None:
@@ -136,5 +136,5 @@ def test_copies_of_a_noise_scheduler_have_a_history_of_their_own() -> None:
 
 
 def test_a_noise_scheduler_may_walk_more_steps_than_were_asked_for() -> None:
-    assert len(schedule_reading.read(make("PNDMScheduler"), 8).moments) == 9
-    assert len(schedule_reading.read(make("HeunDiscreteScheduler"), 8).moments) == 15
+    assert len(schedule_reading.read(make("PNDMScheduler"), 8).timestep_values) == 9
+    assert len(schedule_reading.read(make("HeunDiscreteScheduler"), 8).timestep_values) == 15

@@ -17,11 +17,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, BertTokenizer
 
-from dreambooth import job
 from dreambooth.diffusion import model as models
 from dreambooth.diffusion import sampling, text_encoders
 from dreambooth.diffusion.sampling_request import SamplingRequest
 from dreambooth.errors import ModelArtifactError
+from dreambooth.job.run import run_job
 
 Make = Callable[..., Path]
 CPU = torch.device("cpu")
@@ -288,7 +288,7 @@ def photos(tmp_path: Path) -> Path:
 
 def train(model: Path, photos: Path, out: Path, *more: str) -> int:
     arguments = ["--pretrained-model", str(model), "--train", str(photos), "--model_dir", str(out)]
-    return job.run([*arguments, "--max_steps=2", "--learning_rate=0.01", *more], {})
+    return run_job([*arguments, "--max_steps=2", "--learning_rate=0.01", *more], {})
 
 
 @pytest.mark.parametrize("text_encoder", [False, True], ids=["frozen", "trained"])

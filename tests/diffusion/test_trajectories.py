@@ -14,11 +14,11 @@ import torch
 
 from dreambooth.diffusion import model as models
 from dreambooth.diffusion import sampling, trajectories
-from dreambooth.diffusion.component_classes import SCHEDULERS
 from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.diffusion.sampling_request import SamplingRequest
 from dreambooth.diffusion.schedules import Schedules
 from dreambooth.diffusion.trajectories import Trajectory
+from dreambooth.model_folder.component_classes import SCHEDULERS
 
 STEPS = (2, 4, 7, 9)
 
@@ -79,7 +79,7 @@ def test_no_bit_of_a_picture_depends_on_who_travels_with_it(
     ended: dict[int, torch.Tensor] = {}
     while waiting or running:
         running += [waiting.pop()] if waiting else []
-        running.reverse()  # another place in the convoy
+        running.reverse()  # another place in the group
         move([picture for _, picture in running], [seed for seed, _ in running])
         ended |= {seed: picture.latents for seed, picture in running if picture.finished}
         running = [(seed, picture) for seed, picture in running if not picture.finished]
@@ -112,8 +112,8 @@ def test_a_table_leads_where_the_noise_scheduler_leads(loaded: DiffusionModel, n
     untabled = dataclasses.replace(tabled.schedule, rows=None)
     plain = Trajectory(untabled, tabled.latents, torch.Generator().manual_seed(1))
     plain.generator.set_state(tabled.generator.get_state())
-    assert trajectories.can_travel_together([tabled])
-    assert not trajectories.can_travel_together([plain, tabled])
+    assert trajectories.can_step_together([tabled])
+    assert not trajectories.can_step_together([plain, tabled])
     torch.testing.assert_close(walk(tabled, 1), walk(plain, 1), atol=1e-4, rtol=1e-4)
 
 
@@ -215,11 +215,11 @@ def test_a_finished_picture_holds_its_latents_alone(loaded: DiffusionModel) -> N
 def test_nothing_outlives_the_pictures(loaded: DiffusionModel) -> None:
     company = start(loaded, request(1), request(2))
     move(company, range(2))
-    convoy = company[0].convoy_of(company)
-    held = weakref.ref(convoy)
+    group = company[0].group_of(company)
+    held = weakref.ref(group)
     gc.disable()
     try:
-        del convoy, company
+        del group, company
         assert held() is None, "no cycle keeps latents on a device until the garbage collector runs"
     finally:
         gc.enable()

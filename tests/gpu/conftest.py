@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dreambooth import job
+from dreambooth.job.run import run_job
 from tests.training import plain_loop
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,7 +59,7 @@ def start(
     def run(out: str, *options: str, code: int = 0) -> Path:
         argv = [f"--pretrained-model={small_model_folder}", f"--train={pictures}"]
         argv += [f"--model_dir={tmp_path / out}", "--num_class_images=4", "--log_level=info"]
-        assert job.run([*argv, *options], {"SAGEMAKER_BASE_DIR": str(tmp_path)}) == code
+        assert run_job([*argv, *options], {"SAGEMAKER_BASE_DIR": str(tmp_path)}) == code
         return tmp_path / out
 
     yield run

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.train_step import full_size, graph_check, ours
+from benchmarks.train_step.conditions import GIB, T4_MEMORY_GIB, Conditions
+from benchmarks.train_step.ours import Figures, Scale, Setting, Subject
 from dreambooth import tiny
-from dreambooth.benchmarks.train_step import full_size, graph_check, ours
-from dreambooth.benchmarks.train_step.conditions import GIB, T4_MEMORY_GIB, Conditions
-from dreambooth.benchmarks.train_step.ours import Figures, Scale, Setting, Subject
-from dreambooth.diffusion.cuda_graphs import CudaRecorder
-from dreambooth.hyperparameters import MEMORY_PLANS
+from dreambooth.fast.cuda_graphs import CudaGraphCapturer
+from dreambooth.settings.hyperparameters import MEMORY_PLANS
 from dreambooth.training import device as devices
 
 # With prior preservation at 512 x 512, as memory that torch reserves.
@@ -81,8 +81,8 @@ def test_the_peak_is_what_the_plan_expects_and_within_its_goal(
 def test_replays_of_a_graph_are_bit_equal_to_eager_calls(
     base: Path, device: torch.device, mixed_precision: str
 ) -> None:
-    recorder = CudaRecorder(torch.device("cuda", torch.cuda.current_device()))
+    capturer = CudaGraphCapturer(torch.device("cuda", torch.cuda.current_device()))
     found = graph_check.check(
-        base, device, mixed_precision=mixed_precision, pictures=2, record=recorder.record
+        base, device, mixed_precision=mixed_precision, pictures=2, record=capturer.capture
     )
     assert (found.recorded, found.eager_repeats, found.graph_equals_eager) == (True, True, True)

@@ -13,7 +13,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dreambooth.diffusion import model as models
-from dreambooth.hyperparameters import MEMORY_PLANS, Hyperparameters
+from dreambooth.settings.hyperparameters import MEMORY_PLANS, Hyperparameters
 from tests.gpu.conftest import DEVICE, Start, weights
 from tests.training import plain_loop
 from tests.training.displacements import Weights, agreement
@@ -33,7 +33,9 @@ def equal(one: Weights, other: Weights) -> bool:
 def fast_step(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     """All of the fast step but the capture works on a CPU, where it is not offered."""
     if device.type == "cpu":
-        monkeypatch.setattr("dreambooth.training.memory.why_no_fast_step", lambda *_, **__: None)
+        monkeypatch.setattr(
+            "dreambooth.training.memory_plan.why_no_fast_step", lambda *_, **__: None
+        )
 
 
 @pytest.fixture(scope="module")

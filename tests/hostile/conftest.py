@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreambooth import job
+from dreambooth.job.run import run_job
 
 PROMPTS = {"instance_prompt": "a photo of riobugger cat", "class_prompt": "a photo of cat"}
 
@@ -39,7 +39,7 @@ class Sandbox:
         (self.root / "out" / "output").mkdir(parents=True)
         before = self.seen()
         self.capsys.readouterr()
-        code = job.run(self.argv(*more), {"SAGEMAKER_BASE_DIR": str(self.root / "out")})
+        code = run_job(self.argv(*more), {"SAGEMAKER_BASE_DIR": str(self.root / "out")})
         shown = self.capsys.readouterr().err
         failure = (self.root / "out" / "output" / "failure").read_text()
         assert code == 1

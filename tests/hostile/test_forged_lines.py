@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from dreambooth import __main__ as cli
-from dreambooth import errors, failure, job, logs
+from dreambooth import errors
 from dreambooth.errors import DreamBoothError, HyperparameterError, ModelArtifactError
+from dreambooth.job.run import run_job
+from dreambooth.process import failure, logs
 from tests.hostile.conftest import Sandbox
 
 FORGED = "fid_score=0.0"
@@ -104,7 +106,7 @@ def test_no_name_in_a_model_folder_forges_or_fills_a_line(
     sandbox.capsys.readouterr()
     root = sandbox.root / "out"
     (root / "output").mkdir(parents=True)
-    assert job.run(sandbox.argv(), {"SAGEMAKER_BASE_DIR": str(root)}) == 1
+    assert run_job(sandbox.argv(), {"SAGEMAKER_BASE_DIR": str(root)}) == 1
     shown = sandbox.capsys.readouterr()
     told = (root / "output" / "failure").read_text("utf-8")
     check(shown.out, shown.err, told)
@@ -125,7 +127,7 @@ def test_no_file_name_forges_a_line(sandbox: Sandbox, own_model: OwnModel, name:
     sandbox.model = strange
     (sandbox.photos / f"{name}.png").write_bytes(b"no picture")
     sandbox.capsys.readouterr()
-    assert job.run(sandbox.argv(), {}) == 1
+    assert run_job(sandbox.argv(), {}) == 1
     shown = sandbox.capsys.readouterr()
     check(shown.out, shown.err)
     assert "holds no weights that can be read" in shown.err
@@ -169,7 +171,7 @@ def test_no_setting_forges_or_fills_a_line(
     (root / "output").mkdir(parents=True)
     sandbox.capsys.readouterr()
     wrong = ["--max_steps=0"]  # what is fine otherwise ends here
-    code = job.run([*sandbox.argv(), *wrong, *argv], {**environ, "SAGEMAKER_BASE_DIR": str(root)})
+    code = run_job([*sandbox.argv(), *wrong, *argv], {**environ, "SAGEMAKER_BASE_DIR": str(root)})
     assert code == 1
     shown = sandbox.capsys.readouterr()
     check(shown.out, shown.err, (root / "output" / "failure").read_text("utf-8"))
@@ -185,10 +187,10 @@ def test_a_fault_of_ours_forges_no_line_in_its_trace(
         except KeyError as error:
             raise ValueError(NASTY) from error
 
-    monkeypatch.setattr("dreambooth.job.dataset_info.read", fail)
+    monkeypatch.setattr("dreambooth.job.run.dataset_info.read", fail)
     root = sandbox.root / "out"
     (root / "output").mkdir(parents=True)
-    assert job.run(sandbox.argv(), {"SAGEMAKER_BASE_DIR": str(root)}) == 1
+    assert run_job(sandbox.argv(), {"SAGEMAKER_BASE_DIR": str(root)}) == 1
     shown = sandbox.capsys.readouterr().err
     check(shown, (root / "output" / "failure").read_text("utf-8"))
     assert "The above exception was the direct cause" in shown
@@ -218,7 +220,7 @@ def test_a_fault_of_ours_in_another_verb_is_told_the_same_way(
     def fail(*_: object, **__: object) -> Any:
         raise ValueError(NASTY)
 
-    monkeypatch.setattr("dreambooth.pack.write", fail)
+    monkeypatch.setattr("dreambooth.model_folder.pack.write", fail)
     assert cli.main(["pack", "a", "b.tar.gz"]) == 1
     shown = capsys.readouterr().err
     assert "ValueError: x\\nfid_score=0.0" in shown

@@ -18,13 +18,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dreambooth import job
 from dreambooth.data import cache, dataset_info, images
 from dreambooth.data.dataset_info import DatasetInfo
-from dreambooth.hyperparameters import KNOBS, Hyperparameters
+from dreambooth.job.run import run_job
 from dreambooth.report import page as report_page
 from dreambooth.report import pictures as report_pictures
-from dreambooth.report.record import InstancePicture, MetricsRow, RunRecord
+from dreambooth.report.report_data import InstancePicture, MetricsRow, ReportData
+from dreambooth.settings.hyperparameters import KNOBS, Hyperparameters
 
 EVIL = "<script>alert(1)<"  # a file name cannot hold a slash
 PROMPT = 'a photo of <script>alert("x")</script> & riobugger cat'
@@ -105,7 +105,7 @@ def noise(generator: np.random.Generator, height: int, width: int) -> np.ndarray
 
 def train(model: Path, photos: Path, out: Path, *more: str) -> int:
     argv = ["--pretrained-model", str(model), "--train", str(photos), "--model_dir", str(out)]
-    return job.run([*argv, *more], {})
+    return run_job([*argv, *more], {})
 
 
 OPTIONS = (
@@ -252,10 +252,10 @@ def test_a_page_that_cannot_be_written_costs_no_model(
 
 
 @pytest.fixture
-def make_record(tmp_path: Path) -> Callable[..., RunRecord]:
+def make_record(tmp_path: Path) -> Callable[..., ReportData]:
     """Records by hand: `pictures` large instance images and as many class images."""
 
-    def make(pictures: int = 0, **changes: object) -> RunRecord:
+    def make(pictures: int = 0, **changes: object) -> ReportData:
         generator = np.random.default_rng(0)
         paths = [tmp_path / f"{number:04d}.png" for number in range(pictures)]
         for path in paths:
@@ -289,12 +289,12 @@ def make_record(tmp_path: Path) -> Callable[..., RunRecord]:
             "data_fingerprint": "0123456789abcdef",
             "warnings": (),
         }
-        return RunRecord(**(values | changes))  # type: ignore[arg-type]
+        return ReportData(**(values | changes))  # type: ignore[arg-type]
 
     return make
 
 
-def test_an_empty_run_makes_a_page(make_record: Callable[..., RunRecord]) -> None:
+def test_an_empty_run_makes_a_page(make_record: Callable[..., ReportData]) -> None:
     html = report_page.render(make_record())
     page = Page(html)
     assert_self_contained(html, page)
@@ -308,9 +308,9 @@ def test_the_time_in_all_is_that_of_the_job(
     photos: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    make_record: Callable[..., RunRecord],
+    make_record: Callable[..., ReportData],
 ) -> None:
-    rendered: list[RunRecord] = []
+    rendered: list[ReportData] = []
     read = dataset_info.read
 
     def slow_read(*args: object, **options: object) -> DatasetInfo:
@@ -336,7 +336,7 @@ def test_the_time_in_all_is_that_of_the_job(
 
 
 def test_the_average_loss_is_that_of_the_log(
-    page: Page, make_record: Callable[..., RunRecord]
+    page: Page, make_record: Callable[..., ReportData]
 ) -> None:
     assert "train_avg_loss" in page.text
     rows = [
@@ -361,7 +361,7 @@ def test_the_average_loss_is_that_of_the_log(
 
 
 def test_pictures_stop_at_the_cap_and_the_page_says_so(
-    make_record: Callable[..., RunRecord],
+    make_record: Callable[..., ReportData],
 ) -> None:
     record = make_record(12)
     whole = report_page.render(record)
@@ -373,7 +373,7 @@ def test_pictures_stop_at_the_cap_and_the_page_says_so(
     assert re.search(r"\d+ more pictures are left out", page.text)
 
 
-def test_of_many_pictures_a_sample_is_shown(make_record: Callable[..., RunRecord]) -> None:
+def test_of_many_pictures_a_sample_is_shown(make_record: Callable[..., ReportData]) -> None:
     record = make_record(1)
     many = [record.class_images[0]] * 2000
     page = Page(report_page.render(make_record(1, instance_pictures=(), class_images=many)))
@@ -382,7 +382,7 @@ def test_of_many_pictures_a_sample_is_shown(make_record: Callable[..., RunRecord
 
 
 def test_at_the_cap_every_section_keeps_some_and_counts_them(
-    make_record: Callable[..., RunRecord], tmp_path: Path
+    make_record: Callable[..., ReportData], tmp_path: Path
 ) -> None:
     paths = make_record(40).class_images
     record = make_record(
@@ -408,14 +408,14 @@ def test_at_the_cap_every_section_keeps_some_and_counts_them(
     assert len(Page(lone).pictures("00")) > len(whole)
 
 
-def test_a_cap_that_no_picture_fits_under_is_told(make_record: Callable[..., RunRecord]) -> None:
+def test_a_cap_that_no_picture_fits_under_is_told(make_record: Callable[..., ReportData]) -> None:
     page = Page(report_page.render(make_record(3), max_picture_bytes=1000))
     assert not page.of("img")
     assert "3 in all, none of them here." in page.text
     assert "3 were trained on, none of them here." in page.text
 
 
-def test_pictures_that_are_gone_are_left_out(make_record: Callable[..., RunRecord]) -> None:
+def test_pictures_that_are_gone_are_left_out(make_record: Callable[..., ReportData]) -> None:
     record = make_record(3)
     record.instance_pictures[1].path.unlink()
     page = Page(report_page.render(record))
@@ -423,7 +423,7 @@ def test_pictures_that_are_gone_are_left_out(make_record: Callable[..., RunRecor
     assert not page.pictures("0001")
 
 
-def test_every_text_of_a_stranger_is_escaped(make_record: Callable[..., RunRecord]) -> None:
+def test_every_text_of_a_stranger_is_escaped(make_record: Callable[..., ReportData]) -> None:
     evil = "\"'><script>alert(1)</script>\u202e\ud800"
     settings = Hyperparameters(sample_prompt=evil, pretrained_model=evil)
     row = MetricsRow(

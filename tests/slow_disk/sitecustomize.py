@@ -2,8 +2,8 @@
 
 As on a disk that writes nothing before it is asked to: SLOW_DISK_BYTES_PER_SECOND of each file.
 SLOW_DISK_LOG names a file that gets a line per flushed file, its bytes and its path.
-SLOW_DISK_STOP_SECONDS, where it is set, takes the place of `dreambooth.stop.STOP_SECONDS`, for
-tests that cannot wait that long.
+SLOW_DISK_STOP_SECONDS, where it is set, takes the place of `dreambooth.process.stop.STOP_SECONDS`,
+for tests that cannot wait that long.
 """
 
 from __future__ import annotations
@@ -32,6 +32,6 @@ def _slow_fsync(file: int) -> None:
 os.fsync = _slow_fsync
 
 if _STOP_SECONDS is not None:
-    from dreambooth import stop
+    from dreambooth.process import stop
 
     stop.STOP_SECONDS = float(_STOP_SECONDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,13 +15,15 @@ from accelerate import Accelerator
 from dreambooth.data.cache import LatentPosteriors
 from dreambooth.data.dataset_info import DatasetInfo
 from dreambooth.diffusion import model as models
-from dreambooth.hyperparameters import Hyperparameters
-from dreambooth.training import loop, optimizer
+from dreambooth.fast import captured_loop
+from dreambooth.fast.graphed_passes import Capture, without_capture
+from dreambooth.settings.hyperparameters import Hyperparameters
+from dreambooth.training import freed_gradients, loop, optimizer
 from dreambooth.training import plan as plans
 from dreambooth.training.device import CPU as CPU_FACTS
-from dreambooth.training.graphed_passes import Record, by_calling
-from dreambooth.training.precision import Precision
+from dreambooth.training.mixed_precision import Precision
 from dreambooth.training.state import TrainingState
+from dreambooth.training.step_metrics import StepMetrics
 
 CPU = torch.device("cpu")
 
@@ -33,11 +36,16 @@ class Training:
     state: TrainingState
     data: loop.TrainingData
 
-    def steps(self, record: Record = by_calling) -> Iterator[loop.StepMetrics]:
+    def steps(self, capture: Capture = without_capture) -> Iterator[StepMetrics]:
         settings = self.settings
         precision = self.state.precision
         by_prediction = settings.prior_preservation_mode == "prediction"
-        return loop.train(
+        train: Callable[..., Iterator[StepMetrics]] = loop.train
+        if self.plan.frees_gradients:
+            train = freed_gradients.train
+        if self.plan.fast_step:
+            train = functools.partial(captured_loop.train, capture=capture)
+        return train(
             self.state,
             self.data,
             self.plan,
@@ -46,7 +54,6 @@ class Training:
             encode_text=lambda ids: models.text_features(self.model, ids),
             prior_unet=precision.frozen_copy(self.model.unet) if by_prediction else None,
             accelerator=Accelerator(cpu=True),
-            record=record,
         )
 
     def weights(self) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dreambooth.diffusion.facts import ModelFacts
+from dreambooth.model_folder.facts import ModelFacts
 
 FULL_SIZE = ModelFacts(
     prediction_type="epsilon",

@@ -17,7 +17,7 @@ from torch import nn
 
 from dreambooth.data import pairs
 from dreambooth.diffusion import model as models
-from dreambooth.hyperparameters import Hyperparameters
+from dreambooth.settings.hyperparameters import Hyperparameters
 
 INSTANCE, CLASS = "a photo of riobugger cat", "a photo of cat"
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dreambooth.diffusion.loss import dreambooth_loss
-from dreambooth.hyperparameters import Hyperparameters
+from dreambooth.fast.graphed_passes import GraphedPasses, without_capture
+from dreambooth.fast.master_weights import MasterWeights
+from dreambooth.settings.hyperparameters import Hyperparameters
 from dreambooth.training import adamw_8bit, loop, optimizer
-from dreambooth.training.graphed_passes import GraphedPasses, by_calling
-from dreambooth.training.master_weights import MasterWeights
 
 SETTINGS = Hyperparameters(learning_rate=1e-3)
 
@@ -181,7 +181,7 @@ def states_and_weights(module: nn.Module, adamw: torch.optim.Optimizer) -> list[
 def test_without_waiting_states_and_weights_are_bitsandbytes_own(
     waits: list[torch.Size], dtype: torch.dtype
 ) -> None:
-    kinds = (bitsandbytes.optim.AdamW8bit, adamw_8bit.UnhurriedAdamW8bit)
+    kinds = (bitsandbytes.optim.AdamW8bit, adamw_8bit.NonBlockingAdamW8bit)
     runs = []
     for kind in kinds:
         waits.clear()
@@ -249,7 +249,7 @@ def test_nothing_in_an_8_bit_fast_step_waits_for_the_device(
         training.state.precision.backward(losses.total)
         return losses.total.detach()
 
-    graphed = GraphedPasses(one_pass, list(masters.unet.parameters()), by_calling)
+    graphed = GraphedPasses(one_pass, list(masters.unet.parameters()), without_capture)
     latents = torch.ones(1, 4, 8, 8)
     given = latents, torch.tensor([500]), training.data.instance_text, latents
     monkeypatch.setattr(torch.cuda, "synchronize", refuse)

@@ -16,11 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dreambooth import job, tiny
-from dreambooth.benchmarks.train_step import peer, processes
-from dreambooth.benchmarks.train_step.conditions import Conditions
-from dreambooth.benchmarks.train_step.ours import Outcome, Scale, Setting, Subject
+from benchmarks.train_step import peer, processes
+from benchmarks.train_step.conditions import Conditions
+from benchmarks.train_step.ours import Outcome, Scale, Setting, Subject
+from dreambooth import tiny
 from dreambooth.data import pairs
+from dreambooth.job.run import run_job
 from dreambooth.training import optimizer
 from dreambooth.training.device import CPU
 from tests.training import recorded_draws
@@ -109,7 +110,7 @@ def train_ours(theirs: Theirs, folder: Path) -> Path:
         *("--train_text_encoder", theirs.case.text_encoder),
         *("--adam_weight_decay", theirs.case.weight_decay),
     ]
-    assert job.run([str(word) for word in arguments], {}) == 0
+    assert run_job([str(word) for word in arguments], {}) == 0
     return folder / "model"
 
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from dreambooth.diffusion.facts import ModelFacts
-from dreambooth.hyperparameters import Hyperparameters
+from dreambooth.model_folder.facts import ModelFacts
+from dreambooth.settings.hyperparameters import Hyperparameters
 from dreambooth.training import disk
 from dreambooth.training.disk import DiskBudget
 

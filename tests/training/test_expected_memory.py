@@ -12,9 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dreambooth.benchmarks.train_step import full_size
-from dreambooth.hyperparameters import MEMORY_PLANS, Hyperparameters
-from dreambooth.training import expected_memory, memory
+from benchmarks.train_step import full_size
+from dreambooth.settings.hyperparameters import MEMORY_PLANS, Hyperparameters
+from dreambooth.training import expected_memory, memory_plan
 from dreambooth.training.device import DeviceFacts
 from tests.training.full_size import FULL_SIZE
 
@@ -159,9 +159,9 @@ def card(free_gib: float) -> DeviceFacts:
 
 
 def test_a_plan_whose_sample_pictures_do_not_fit_is_not_taken() -> None:
-    def chosen(**changes: object) -> memory.MemoryChoice:
+    def chosen(**changes: object) -> memory_plan.MemoryChoice:
         settings = Hyperparameters(fast_step=True, **PRIOR, **changes)  # type: ignore[arg-type]
-        return memory.choose(settings, FULL_SIZE, card(11.5), mixed_precision="fp16")[0]
+        return memory_plan.choose(settings, FULL_SIZE, card(11.5), mixed_precision="fp16")[0]
 
     assert (chosen().name, chosen().fast_step) == ("8bit_adamw", True)
     # The fast step's drawing does not fit.
@@ -175,10 +175,10 @@ def test_a_plan_whose_sample_pictures_do_not_fit_is_not_taken() -> None:
 def test_class_images_share_a_call_as_far_as_they_fit(
     free_gib: float, precision: str, pictures: int
 ) -> None:
-    usable = memory.usable_bytes(card(free_gib))
+    usable = memory_plan.usable_bytes(card(free_gib))
     settings = Hyperparameters(**PRIOR)  # type: ignore[arg-type]
     assert expected_memory.class_batch(settings, FULL_SIZE, precision, usable) == pictures
-    choices = memory.choose(
+    choices = memory_plan.choose(
         settings,
         FULL_SIZE,
         card(free_gib),

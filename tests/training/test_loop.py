@@ -107,6 +107,29 @@ def test_the_global_norm_is_clipped(make_training: Make) -> None:
     assert norms == [pytest.approx(1e-3, rel=1e-3)]
 
 
+@pytest.mark.parametrize("limit", [1e3, 1e-3])
+def test_gradients_are_clipped_to_the_bits_of_torchs_own_clipping(
+    make_training: Make, limit: float
+) -> None:
+    """A norm below the limit leaves them as they are: a factor of 1 is left out."""
+    training = make_training(max_grad_norm=limit, max_steps=1)
+    weights = list(training.state.unet.parameters())
+    arrived: dict[int, torch.Tensor] = {}
+    stepped: list[torch.Tensor] = []
+    for weight in weights:
+        weight.register_post_accumulate_grad_hook(
+            lambda weight: arrived.__setitem__(id(weight), weight.grad.clone())
+        )
+    training.state.optimizer.register_step_pre_hook(
+        lambda *_: stepped.extend(weight.grad.clone() for weight in weights)
+    )
+    (metrics,) = training.steps()
+    for weight in weights:
+        weight.grad = arrived[id(weight)]
+    assert float(torch.nn.utils.clip_grad_norm_(weights, limit)) == metrics.grad_norm
+    assert all(torch.equal(w.grad, s) for w, s in zip(weights, stepped, strict=True))
+
+
 def test_the_learning_rate_follows_its_curve(make_training: Make) -> None:
     training = make_training(lr_scheduler="linear", learning_rate=1e-3, max_steps=4)
     rates = [metrics.learning_rate for metrics in training.steps()]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers.optimization import get_scheduler
 
-from dreambooth.hyperparameters import LR_SCHEDULERS
+from dreambooth.settings.hyperparameters import LR_SCHEDULERS
 from dreambooth.training import lr_schedulers
 
 

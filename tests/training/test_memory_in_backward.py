@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dreambooth.errors import HyperparameterError
-from dreambooth.hyperparameters import MEMORY_PLANS, Hyperparameters, MemoryPlan, parse
+from dreambooth.settings.hyperparameters import MEMORY_PLANS, Hyperparameters, MemoryPlan, parse
 from tests.training.test_parity import STEPS, Compare, compare, world
 
 __all__ = ["compare", "world"]  # fixtures

@@ -8,7 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dreambooth.hyperparameters import Hyperparameters
+from dreambooth.settings.hyperparameters import Hyperparameters
 from dreambooth.training import optimizer
 
 SETTINGS = Hyperparameters(

@@ -7,7 +7,7 @@ import torch
 
 from dreambooth.data.dataset_info import DatasetInfo
 from dreambooth.errors import ResourceError
-from dreambooth.hyperparameters import Hyperparameters
+from dreambooth.settings.hyperparameters import Hyperparameters
 from dreambooth.training import out_of_memory
 from dreambooth.training.device import CPU
 from dreambooth.training.plan import make

@@ -23,11 +23,11 @@ from torch import nn
 from dreambooth.data import cache
 from dreambooth.data.dataset_info import DatasetInfo
 from dreambooth.diffusion import model as models
-from dreambooth.hyperparameters import KNOBS, MEMORY_PLANS, Hyperparameters
+from dreambooth.settings.hyperparameters import KNOBS, MEMORY_PLANS, Hyperparameters
 from dreambooth.training import loop, optimizer
 from dreambooth.training import plan as plans
 from dreambooth.training.device import CPU as CPU_FACTS
-from dreambooth.training.precision import Precision
+from dreambooth.training.mixed_precision import Precision
 from dreambooth.training.state import TrainingState
 from tests.training import plain_loop
 from tests.training.displacements import agreement

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dreambooth.data.dataset_info import DatasetInfo
-from dreambooth.hyperparameters import Hyperparameters
+from dreambooth.settings.hyperparameters import Hyperparameters
 from dreambooth.training import plan as plans
 from dreambooth.training import plan_warnings
 from dreambooth.training.device import CPU, DeviceFacts

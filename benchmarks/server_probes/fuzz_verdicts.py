@@ -1,0 +1,69 @@
+"""Verdicts on the replies to hostile requests, counted."""
+
+from __future__ import annotations
+
+import collections
+import threading
+from dataclasses import dataclass, field
+from typing import Final
+
+# Nothing that the server takes may last longer: it is started with --request_timeout_s 1.
+HANG_S: Final = 2.0
+# A request whose end never comes is received out by the guard, which closes it within so long.
+UNFINISHED_S: Final = 10.0
+TRACEBACK: Final = b"Traceback (most recent call last)"
+_TOLD: Final = 5  # faults of a kind in full
+
+
+@dataclass(slots=True)
+class Verdicts:
+    """Verdicts of one run; `note` may be called from any thread."""
+
+    cases: collections.Counter[str] = field(default_factory=collections.Counter)
+    statuses: collections.Counter[str] = field(default_factory=collections.Counter)
+    wrong: collections.Counter[str] = field(default_factory=collections.Counter)
+    faults: list[str] = field(default_factory=list)
+    slowest_s: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def note(
+        self,
+        source: str,
+        sent: bytes,
+        status: int | None,
+        body: bytes,
+        seconds: float,
+        *,
+        unfinished: bool = False,
+    ) -> None:
+        """Count one case.
+
+        status: None where the connection was closed without a reply, which is right only for what
+        is no request. unfinished: the head may announce a body that never comes, so that to be
+        told 408, or to be closed, in `UNFINISHED_S` is right, too.
+        """
+        with self._lock:
+            self.cases[source] += 1
+            self.statuses[str(status or "closed")] += 1
+            if status is not None and status >= 500 and status != 503:
+                self._wrong("server_errors", source, sent, f"status {status}")
+            if TRACEBACK in body:
+                self._wrong("tracebacks", source, sent, "a traceback")
+            if status is None and not unfinished:
+                self._wrong("unanswered", source, sent, "no reply")
+            waited_for = unfinished and status in (None, 408)
+            if not waited_for:
+                self.slowest_s = max(self.slowest_s, seconds)
+            if seconds > (UNFINISHED_S if waited_for else HANG_S):
+                self._wrong("hangs", source, sent, f"{seconds:.1f} s, status {status}")
+
+    def violation(self, fault: str) -> None:
+        """Count a reply that is not as /openapi.json says."""
+        with self._lock:
+            self._wrong("undescribed", "schemathesis", b"", fault)
+
+    def _wrong(self, kind: str, source: str, sent: bytes, fault: str) -> None:
+        self.wrong[kind] += 1
+        if self.wrong[kind] <= _TOLD:
+            shown = f" for {sent[:2_000]!r}" if sent else ""
+            self.faults.append(f"{kind} ({source}): {fault}{shown}")

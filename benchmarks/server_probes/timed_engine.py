@@ -1,0 +1,47 @@
+"""The engine's process with a stop-watch around each request: one line per request on stderr."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from typing import Any, Final
+
+from dreambooth.serving.contract.reply import Picture
+from dreambooth.serving.engine.drawing_jobs import DrawingJob, OnPicture
+from dreambooth.serving.engine.engine import Engine
+from dreambooth.serving.supervision import child
+
+LINE: Final = "engine seconds"
+
+
+class _TimedEngine(Engine):
+    """From `submit` to the last picture, in the process itself; sending it counts no more."""
+
+    def submit(self, *args: Any, **keywords: Any) -> DrawingJob:
+        """As the engine's own."""
+        begun = drawn = time.perf_counter()
+        on_picture: OnPicture = keywords.pop("on_picture")
+
+        def note(index: int, picture: Picture) -> None:
+            nonlocal drawn
+            drawn = time.perf_counter()
+            on_picture(index, picture)
+
+        job = super().submit(*args, on_picture=note, **keywords)
+        job.add_done_callback(lambda _: _tell(drawn - begun))
+        return job
+
+
+def _tell(seconds: float) -> None:
+    os.write(sys.stderr.fileno(), f"{LINE} {seconds:.6f}\n".encode())
+
+
+if __name__ == "__main__":
+    from dreambooth.serving.engine import engine
+
+    engine.Engine = _TimedEngine  # type: ignore[misc]
+    code = child.main(sys.argv[1:])
+    logging.shutdown()
+    os._exit(code)

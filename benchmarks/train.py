@@ -1,0 +1,288 @@
+"""Training, measured: whole runs of transfer_learning.py, a peer's script beside them.
+
+On a CPU the embedded model, on CUDA the configuration of Stable Diffusion 2.1 base with random
+weights. Every figure is of a real run: there is no second training loop here. The record of a run
+on a GPU is written by `--record` and committed in the folder `records` beside this file, named by
+date and device; no GPU has made one yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.train_step import levers, ours, peer, table
+from benchmarks.train_step.conditions import T4_MEMORY_GIB, Conditions
+from benchmarks.train_step.ours import Outcome, Scale, Setting, Subject
+from benchmarks.train_step.peer import PeerOutcome
+from benchmarks.train_step.result import Result, Row
+from dreambooth import tiny
+from dreambooth.errors import UserError
+from dreambooth.model_folder.facts import read_facts
+from dreambooth.settings.hyperparameters import MEMORY_PLANS
+
+if TYPE_CHECKING:  # it loads torch
+    from benchmarks.train_step.graph_check import GraphCheck
+    from dreambooth.training.device import DeviceFacts
+
+_WARM_UP = 5
+_JOB = Scale(steps=395, warm_up=_WARM_UP, class_images=100)  # the goal's own: 400 steps in all
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is measured, for how long, and beside whom."""
+    parser.add_argument("--quick", action="store_true", help="see that it works: a minute or two")
+    parser.add_argument(
+        "--peer", type=Path, metavar="FILE", help="diffusers' train_dreambooth.py, to run as well"
+    )
+    parser.add_argument(
+        "--derived",
+        action="store_true",
+        help="only print what a step should take on a T4 and an A10G, from counts alone",
+    )
+    parser.add_argument(
+        "--levers", action="store_true", help="only print what each lever should gain, and gains"
+    )
+    parser.add_argument(
+        *("--memory_gib", "--memory-gib"),
+        type=float,
+        metavar="N",
+        help="on a GPU: one whole job, in which torch may reserve so much and no more",
+    )
+    parser.add_argument(
+        *("--as_t4", "--as-t4"),
+        action="store_true",
+        help="the same as a T4: fp16 with loss scaling, without flash and cuDNN attention, "
+        f"{T4_MEMORY_GIB:g} GiB where --memory_gib says nothing else",
+    )
+    parser.add_argument(
+        *("--memory_plan", "--memory-plan"), choices=tuple(MEMORY_PLANS), help="only this one"
+    )
+    parser.add_argument(
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="on a GPU: write the JSON document to this file too, to be committed",
+    )
+    parser.add_argument(
+        "--steps", type=_steps, metavar="N", help="measured per setting; default: 50, quick 3"
+    )
+    parser.add_argument(
+        "--model",
+        metavar="M",
+        help="folder, tiny or full (2.1 base, random weights); default: full on CUDA, else tiny",
+    )
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Run, print the table and the JSON line; 1 where a run failed. Raises UserError."""
+    if arguments.derived:
+        return _derive()
+    if arguments.levers:
+        levers.show()
+        return 0
+    import torch
+
+    from benchmarks import provenance
+    from dreambooth.training import device as devices
+
+    device = devices.from_torch(torch)
+    _refuse(arguments, device)
+    conditions = Conditions(memory_gib=arguments.memory_gib, as_t4=arguments.as_t4)
+    if conditions.as_t4 and conditions.memory_gib is None:
+        conditions = replace(conditions, memory_gib=T4_MEMORY_GIB)
+    scale = Scale(
+        steps=arguments.steps or (3 if arguments.quick else 50),
+        warm_up=1 if arguments.quick else _WARM_UP,
+        class_images=2 if arguments.quick else 16,
+    )
+    own_scale = arguments.quick or arguments.steps or device.kind == "cpu"
+    name = arguments.model or ("full" if device.kind == "cuda" else "tiny")
+    with tempfile.TemporaryDirectory(prefix="train-") as place:
+        subject = Subject(
+            model=_model(name, Path(place)),
+            photos=tiny.DATA / "dog1_8",
+            device=device,
+            conditions=conditions,
+        )
+        settings = tuple(_settings(arguments, subject))
+        job_scale = scale if own_scale else _JOB
+        result = measure(
+            subject, settings, scale, Path(place), script=arguments.peer, job_scale=job_scale
+        )
+    found = provenance.facts(torch.device(device.kind))
+    print(provenance.in_words(found))
+    table.show(result)
+    document = summary(result, subject, scale, job_scale, model=name, found=found)
+    print(json.dumps(document), flush=True)
+    if arguments.record is not None:
+        arguments.record.parent.mkdir(parents=True, exist_ok=True)
+        arguments.record.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return 1 if result.failed else 0
+
+
+def _refuse(arguments: argparse.Namespace, device: DeviceFacts) -> None:
+    """Raise UserError for what cannot be measured here."""
+    script: Path | None = arguments.peer
+    if script is not None and not script.is_file():
+        raise UserError(f"There is no file {script}: give --peer a train_dreambooth.py.")
+    held = {"--as_t4": arguments.as_t4, "--memory_gib": arguments.memory_gib is not None}
+    if script is not None and any(held.values()):
+        raise UserError(
+            "--peer is timed on the GPU as it is: leave out --memory_gib and --as_t4, or --peer."
+        )
+    if device.kind == "cpu":
+        for option, given in {**held, "--record": arguments.record is not None}.items():
+            if given:
+                raise UserError(f"{option} is for a run on a CUDA GPU, and torch sees none here.")
+    if arguments.memory_gib is not None and arguments.memory_gib <= 0:
+        raise UserError("--memory_gib must be above 0.")
+
+
+def _settings(arguments: argparse.Namespace, subject: Subject) -> Iterator[Setting]:
+    """Those of the device and a whole job; under conditions the job alone."""
+    plan: str | None = arguments.memory_plan
+    if subject.conditions == Conditions():
+        yield from ours.settings(subject.device, quick=arguments.quick, only=plan)
+    yield Setting(with_prior_preservation=True, memory_plan=plan or "auto", whole_job=True)
+
+
+def _derive() -> int:
+    from benchmarks.train_step import derived
+
+    counts, rows = derived.derive()
+    derived.show(counts, rows)
+    print(json.dumps(derived.document(counts, rows)), flush=True)
+    return 0
+
+
+def measure(
+    subject: Subject,
+    settings: Sequence[Setting],
+    scale: Scale,
+    place: Path,
+    *,
+    script: Path | None,
+    job_scale: Scale | None = None,
+) -> Result:
+    """Each setting in a folder of its own in `place`, which goes when it is measured.
+
+    script: the peer's, run where the memory plan is what it does by default. job_scale: of whole
+    jobs, where it is another.
+    """
+    from benchmarks.train_step import work
+
+    outcomes: list[tuple[Outcome, PeerOutcome | None]] = []
+    for number, setting in enumerate(settings):
+        _tell(table.name(setting))
+        folder = place / f"setting{number}"
+        long = job_scale if setting.whole_job else None
+        outcome, theirs = ours.run(setting, subject, long or scale, folder), None
+        shutil.rmtree(folder / "model", ignore_errors=True)
+        as_theirs = setting.memory_plan == "fp32_adamw" and not setting.whole_job
+        if script is not None and as_theirs and not outcome.fault:
+            _tell(f"{table.name(setting)}: {script.name}")
+            theirs = peer.run(script, outcome, subject, scale, folder / "peer")
+        shutil.rmtree(folder)
+        outcomes.append((outcome, theirs))
+    graphs = None
+    if any(setting.fast_step for setting in settings):
+        _tell("fast step: replays beside eager calls")
+        graphs = _check_graphs(subject)
+    peak = work.peak(subject.device)  # measured, if so, when nothing else runs
+    parameters = read_facts(subject.model).unet_parameters
+    rows = []
+    for outcome, theirs in outcomes:
+        flops = work.count_flops(subject.model, outcome.setting.pictures)
+        traffic = parameters * work.optimizer_bytes(_plan(outcome), subject.mixed_precision)
+        floor_ms = 1000 * (flops / peak.flop_per_s + traffic / peak.bytes_per_s)
+        rows.append(Row(outcome=outcome, flops=flops, floor_ms=floor_ms, peer=theirs))
+    return Result(
+        rows=tuple(rows),
+        peak=peak,
+        stand_in=script is not None and peer.needs_stand_in(),
+        graphs=graphs,
+    )
+
+
+def _plan(outcome: Outcome) -> str:
+    """The plan that a job took, or would have tried first."""
+    taken = outcome.figures.memory_plan if outcome.figures else outcome.setting.memory_plan
+    return taken if taken in MEMORY_PLANS else next(iter(MEMORY_PLANS))
+
+
+def _check_graphs(subject: Subject) -> GraphCheck:
+    import torch
+
+    from benchmarks.train_step import graph_check
+    from dreambooth.fast.cuda_graphs import CudaGraphCapturer
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        return graph_check.check(
+            subject.model,
+            device,
+            mixed_precision=subject.mixed_precision,
+            pictures=2 * ours.BATCH_SIZE,
+            capture=CudaGraphCapturer(device).capture,
+        )
+    except RuntimeError as error:  # what was measured before it is not lost
+        return graph_check.GraphCheck(error=str(error))
+
+
+def summary(
+    result: Result,
+    subject: Subject,
+    scale: Scale,
+    job_scale: Scale,
+    *,
+    model: str,
+    found: dict[str, Any],
+) -> dict[str, Any]:
+    """The JSON document; found: `provenance.facts`."""
+    return {
+        "benchmark": "train",
+        "model": model,
+        **found,
+        "mixed_precision": subject.mixed_precision,
+        "conditions": asdict(subject.conditions),
+        "batch_size": ours.BATCH_SIZE,
+        "scale": asdict(scale),
+        "job_scale": asdict(job_scale),
+        "peak": asdict(result.peak),
+        "peer_has_stand_in": result.stand_in,
+        "graphs": None if result.graphs is None else asdict(result.graphs),
+        "settings": [row.document() for row in result.rows],
+    }
+
+
+def _model(name: str, place: Path) -> Path:
+    if name == "tiny":
+        return tiny.WEIGHTS
+    if name == "full":
+        from benchmarks.train_step import full_size
+
+        _tell("writing the full-size model")
+        full_size.write_model(place / "base")
+        return place / "base"
+    folder = Path(name).resolve()
+    read_facts(folder)
+    return folder
+
+
+def _steps(text: str) -> int:
+    steps = int(text)
+    if steps < 2:  # one has no spread
+        raise argparse.ArgumentTypeError("at least 2 steps are measured")
+    return steps
+
+
+def _tell(doing: str) -> None:
+    print(doing, file=sys.stderr, flush=True)

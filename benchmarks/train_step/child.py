@@ -1,0 +1,58 @@
+"""In the watched process: run a script as `python SCRIPT` does, then write what memory it took.
+
+`python -m benchmarks.train_step.child MEMORY_FILE CONDITIONS SCRIPT [ARGUMENT ...]`;
+CONDITIONS: a JSON object, the fields of `conditions.Conditions`.
+"""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shutil
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+
+from benchmarks.train_step import phases
+from benchmarks.train_step.conditions import Conditions
+
+
+def main(argv: Sequence[str]) -> None:
+    """Raises what the script raises."""
+    memory_file, given, script, *arguments = argv
+    conditions = Conditions(**json.loads(given))
+    if conditions != Conditions(stand_in=conditions.stand_in):
+        import torch
+
+        conditions.impose(torch)
+    if conditions.stand_in:
+        _stand_in_for_torchvision()
+    watch = phases.of_this_process()
+    phases.listen(watch)
+    sys.argv = [script, *arguments]
+    try:
+        with watch.polling() if shutil.which("nvidia-smi") else nullcontext():
+            runpy.run_path(script, run_name="__main__")
+    finally:
+        Path(memory_file).write_text(json.dumps(watch.found()))
+
+
+def _stand_in_for_torchvision() -> None:
+    from transformers.utils import is_torchvision_available
+
+    from benchmarks.train_step import transforms_stand_in
+
+    # transformers asks once and keeps the answer: it must not take the stand-in for the real one.
+    is_torchvision_available()
+    torchvision = ModuleType("torchvision")
+    torchvision.__spec__ = ModuleSpec("torchvision", None)  # libraries ask for it by `find_spec`
+    torchvision.transforms = transforms_stand_in  # type: ignore[attr-defined]
+    sys.modules["torchvision"] = torchvision
+    sys.modules["torchvision.transforms"] = transforms_stand_in
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

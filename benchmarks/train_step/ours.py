@@ -1,0 +1,212 @@
+"""One setting: a whole run of transfer_learning.py, and what its own files and log lines tell."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from benchmarks.server_probes import server
+from benchmarks.train_step import processes
+from benchmarks.train_step.conditions import GIB, Conditions
+from benchmarks.train_step.figures import StepTimes, step_times
+from benchmarks.train_step.processes import Ended, Line, Memory
+from dreambooth.settings.hyperparameters import MEMORY_PLANS
+from dreambooth.training.device import DeviceFacts
+
+_BEGINS = re.compile(r"\[([a-z ]+)(?:, step \d+)?\] begins$")
+_MODEL_WRITTEN = re.compile(r"the model of step \d+ of \d+ is in ")
+_SAMPLED = re.compile(r"(\d+) class images sampled in ([\d.]+) s")
+_EXPECTED = re.compile(r"memory: ([\d.]+) GiB expected by the plan")
+_PLANS = re.compile(r"^  memory plan +(\w+)|: going on with (\w+)")
+BATCH_SIZE = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scale:
+    """How much is measured: steps after the first `warm_up` (>= 1), class images sampled."""
+
+    steps: int
+    warm_up: int
+    class_images: int
+
+    @property
+    def all_steps(self) -> int:
+        """What a run makes."""
+        return self.warm_up + self.steps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """What is trained alike by everyone: model folder, pictures, on which device and how held."""
+
+    model: Path
+    photos: Path
+    device: DeviceFacts
+    conditions: Conditions = field(default_factory=Conditions)
+
+    @property
+    def mixed_precision(self) -> str:
+        """The device's own, no, fp16 or bf16; as a T4 fp16, with loss scaling."""
+        return "fp16" if self.conditions.as_t4 else self.device.mixed_precision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """One row of the table.
+
+    whole_job: with two checkpoints, two sample pictures (and the last), compute_fid, and a server
+    that is started on the trained model.
+    """
+
+    with_prior_preservation: bool
+    memory_plan: str
+    fast_step: bool = False
+    whole_job: bool = False
+
+    @property
+    def pictures(self) -> int:
+        """That the U-Net sees in a step: a class image beside each instance image."""
+        return BATCH_SIZE * (2 if self.with_prior_preservation else 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """Seconds of one run's parts; export: until the model folder is whole.
+
+    first_step_s: from the start of the process to the end of its first step, class images
+    included. without_class_images_s: the whole process without the phase that samples them.
+    memory_plan: with which the steps were made. expected_bytes: by that plan, at the peak of a
+    step; None where others failed before. checkpoint_s: of one. ready_s: until a server with the
+    trained model answers /ping.
+    """
+
+    times: StepTimes
+    memory: Memory | None
+    first_step_s: float
+    class_image_s: float | None
+    export_s: float
+    run_s: float
+    without_class_images_s: float
+    memory_plan: str = ""
+    expected_bytes: int | None = None
+    checkpoint_s: float | None = None
+    ready_s: float | None = None
+
+    @property
+    def of_expected(self) -> float | None:
+        """The most that torch allocated in training / what the plan expected; None on a CPU."""
+        training = self.memory.phases.get("training") if self.memory else None
+        if training is None or training.allocated is None or not self.expected_bytes:
+            return None
+        return training.allocated / self.expected_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """figures, or the fault; class_images: the folder of those that the run sampled."""
+
+    setting: Setting
+    figures: Figures | None
+    fault: str | None
+    class_images: Path
+
+
+def settings(device: DeviceFacts, *, quick: bool, only: str | None = None) -> Iterator[Setting]:
+    """Both losses in each memory plan that is offered: on a CPU, and when quick, the first.
+
+    After the plans, those that the fast step goes with once more, by it; whole jobs are apart.
+    only: a memory plan, offered or not.
+    """
+    few = quick or device.kind == "cpu"
+    names = [only] if only else list(MEMORY_PLANS)[: 1 if few else None]
+    offered = [(name, False) for name in names]
+    if not few:
+        offered += [(name, True) for name in names if MEMORY_PLANS[name].can_step_fast]
+    for name, fast_step in offered:
+        for with_prior_preservation in (False, True):
+            yield Setting(
+                with_prior_preservation=with_prior_preservation,
+                memory_plan=name,
+                fast_step=fast_step,
+            )
+
+
+def run(setting: Setting, subject: Subject, scale: Scale, folder: Path) -> Outcome:
+    """Train in `folder` (empty); the trained model is left there."""
+    output = folder / "output"
+    arguments = [
+        *("--pretrained-model", subject.model, "--train", subject.photos),
+        *("--model_dir", folder / "model", "--output_data_dir", output, "--log_level", "info"),
+        *("--max_steps", scale.all_steps, "--batch_size", BATCH_SIZE),
+        *("--memory_plan", setting.memory_plan, "--mixed_precision", subject.mixed_precision),
+        *("--with_prior_preservation", setting.with_prior_preservation),
+        *("--num_class_images", scale.class_images, "--fast_step", setting.fast_step),
+    ]
+    if subject.conditions.as_t4:
+        arguments += ["--prior_generation_precision", "fp16"]
+    if setting.whole_job:
+        half = scale.all_steps // 2
+        arguments += ["--compute_fid", True, "--sample_steps", half, "--checkpointing_steps", half]
+    script = processes.ROOT / "transfer_learning.py"
+    ended = processes.run(script, arguments, folder=folder, conditions=subject.conditions)
+    fault, figures = ended.fault(), None
+    class_images = output / "class_images"
+    if fault is None:
+        figures = _figures(ended, output, scale)
+        # A server is a process of its own, which nobody holds to the conditions.
+        if setting.whole_job and subject.conditions == Conditions():
+            figures = replace(figures, ready_s=_server_ready_s(folder / "model"))
+    return Outcome(setting=setting, figures=figures, fault=fault, class_images=class_images)
+
+
+def _server_ready_s(model: Path) -> float:
+    began = time.monotonic()
+    with server.start(str(model)):
+        return time.monotonic() - began
+
+
+def _figures(ended: Ended, output: Path, scale: Scale) -> Figures:
+    text = (output / "metrics.jsonl").read_text("utf-8")
+    rows = [json.loads(row) for row in text.splitlines()]
+    ends = [row["time"] for row in rows]
+    begins = _begins(ended.lines)
+    written = next(line.seconds for line in ended.lines if _MODEL_WRITTEN.search(line.text))
+    sampling_s = begins["loading the model"] - begins["class images"]
+    plans = [match[1] or match[2] for match in _all(_PLANS, ended.lines)]
+    expected = [float(match[1]) * GIB for match in _all(_EXPECTED, ended.lines)]
+    saving = ended.memory.phases.get("checkpoints") if ended.memory else None
+    return Figures(
+        times=step_times(
+            ends,
+            warm_up=scale.warm_up,
+            milliseconds=[1000 / row["steps_per_second"] for row in rows],
+        ),
+        memory=ended.memory,
+        first_step_s=ends[0] - ended.started_at,
+        class_image_s=_seconds_per_class_image(ended.lines),
+        export_s=written - begins["export"],
+        run_s=ended.seconds,
+        without_class_images_s=ended.seconds - sampling_s,
+        memory_plan=plans[-1],
+        expected_bytes=int(expected[-1]) if expected and len(plans) == 1 else None,
+        checkpoint_s=saving.seconds / saving.times if saving else None,
+    )
+
+
+def _all(sign: re.Pattern[str], lines: Sequence[Line]) -> list[re.Match[str]]:
+    return [match for line in lines if (match := sign.search(line.text))]
+
+
+def _begins(lines: Sequence[Line]) -> dict[str, float]:
+    """Phase -> the moment at which the log says that it begins."""
+    found = ((_BEGINS.search(line.text), line.seconds) for line in lines)
+    return {match[1]: seconds for match, seconds in found if match}
+
+
+def _seconds_per_class_image(lines: Sequence[Line]) -> float | None:
+    """As the run says; loading the sampler does not count."""
+    return next((float(match[2]) / int(match[1]) for match in _all(_SAMPLED, lines)), None)

@@ -1,0 +1,108 @@
+"""What a step costs at the least: the U-Net's counted FLOPs and the optimizer's bytes.
+
+floor = FLOPs / peak + parameters x bytes / bandwidth: no overlap, no traffic of activations.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dreambooth.model_folder.facts import read_facts
+from dreambooth.model_folder.layout import component_config
+from dreambooth.settings.hyperparameters import MEMORY_PLANS
+from dreambooth.training.device import DeviceFacts
+from dreambooth.training.mixed_precision import DTYPES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peak:
+    """Of a device: FLOP per second of matrix products, bytes per second of its memory."""
+
+    flop_per_s: float
+    bytes_per_s: float
+    source: str
+
+
+# Half precision. T4: data sheet. A10G: measured products (its data sheet says 125). H100: dense
+# products and memory as well-tuned kernels reach them.
+CARDS = {
+    "Tesla T4": Peak(flop_per_s=65e12, bytes_per_s=320e9, source="table"),
+    "NVIDIA A10G": Peak(flop_per_s=70e12, bytes_per_s=600e9, source="table"),
+    "NVIDIA H100 80GB HBM3": Peak(flop_per_s=800e12, bytes_per_s=3.0e12, source="table"),
+}
+
+
+def count_flops(model: Path, pictures: int) -> int:
+    """FLOPs of the U-Net of a model folder, forward and backward on so many pictures."""
+    facts = read_facts(model)
+    return unet_flops(
+        component_config(model, "unet"),
+        pictures=pictures,
+        side=facts.resolution // facts.vae_scale_factor,
+        tokens=component_config(model, "text_encoder")["max_position_embeddings"],
+    )
+
+
+def unet_flops(config: Mapping[str, Any], *, pictures: int, side: int, tokens: int) -> int:
+    """The same of a configuration, for `side` x `side` latents; nothing is computed."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(dict(config))
+        latents = torch.empty(pictures, unet.config.in_channels, side, side)
+        timesteps = torch.empty(pictures, dtype=torch.long)
+        text = torch.empty(pictures, tokens, unet.config.cross_attention_dim)
+        with FlopCounterMode(display=False) as counter:
+            unet(latents, timesteps, text).sample.sum().backward()
+    flops: int = counter.get_total_flops()
+    return flops
+
+
+def optimizer_bytes(memory_plan: str, mixed_precision: str) -> int:
+    """Per parameter: one pass over the gradients for their norm, then one fused AdamW.
+
+    AdamW reads weight, gradient and two states, writes weight and states (4 bytes each, states of 1
+    byte in 8 bits); in mixed precision gradients have 2 bytes and a half copy is written as well.
+    Weights that are rounded stochastically have 2 bytes, and no copy.
+    """
+    plan = MEMORY_PLANS[memory_plan]
+    states = 4 if plan.use_8bit_adam else 16
+    if plan.rounds_stochastically:
+        return states + 8
+    return states + (14 if mixed_precision != "no" else 16)
+
+
+def peak(device: DeviceFacts) -> Peak:
+    """Of a card that is known, else measured here and now."""
+    return CARDS.get(device.name) or _measure(device)
+
+
+def _measure(device: DeviceFacts) -> Peak:
+    on = torch.device(device.kind)
+    side, elements = (8192, 2**28) if device.kind == "cuda" else (1024, 2**25)
+    left = torch.rand(side, side, device=on, dtype=DTYPES[device.mixed_precision])
+    source = torch.rand(elements, device=on)
+    target = torch.empty_like(source)
+    return Peak(
+        flop_per_s=2 * side**3 / _shortest_s(lambda: left @ left, on),
+        bytes_per_s=8 * elements / _shortest_s(lambda: target.copy_(source), on),
+        source="measured here: matrix product, copy",
+    )
+
+
+def _shortest_s(call: Callable[[], object], device: torch.device) -> float:
+    found = []
+    for _ in range(7):
+        began = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(time.perf_counter() - began)
+    return min(found)

@@ -1,0 +1,230 @@
+"""`python -m dreambooth generate`: pictures for prompts, from a model folder or tarball."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import secrets
+import sys
+import tempfile
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dreambooth.errors import ResourceError, UserError
+from dreambooth.settings.generate_options import GenerateSettings, read
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+    from dreambooth.diffusion.model import DiffusionModel
+    from dreambooth.diffusion.sampling_request import SamplingRequest
+
+log = logging.getLogger(__name__)
+
+GRID_COLUMNS = 8
+GRID_PICTURES = 256  # the first ones; a longer sheet nobody reads
+GRID_CELL_PIXELS = 256
+# Of the words in a file's name; file systems take 255 bytes, encrypted ones 143.
+MAX_NAME_BYTES = 80
+_ENDINGS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
+_DESCRIPTION = 0x010E  # Exif's ImageDescription
+
+
+def main(args: argparse.Namespace) -> int:
+    """Draw, write and print the paths; return 1 if a picture came out not finite, else 0.
+
+    Raises DreamBoothError, in one message, for wrong options, models and full disks.
+    """
+    settings = read(args)
+    try:
+        settings.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {settings.out} cannot be made: {error.strerror}.") from error
+    seed = settings.seed
+    if seed is None:
+        seed = secrets.randbelow(2**32)
+        print(f"seed {seed} (chosen at random; --seed {seed} draws them again)", flush=True)
+    with tempfile.TemporaryDirectory(prefix="dreambooth-") as workspace:
+        model = _load(settings, Path(workspace))
+        requests = _requests(settings, seed)
+        paths, lost = _draw(model, requests, settings)
+    for path in paths:
+        print(path)
+    if lost:
+        seeds = ", ".join(str(request.seed) for request in lost)
+        print(
+            f"error: {len(lost)} of {len(requests)} pictures came out not finite and were not "
+            f"written (seed {seeds}); --precision fp32 may help.",
+            file=sys.stderr,
+        )
+    return 1 if lost else 0
+
+
+def _load(settings: GenerateSettings, workspace: Path) -> DiffusionModel:
+    import torch
+
+    from dreambooth.diffusion import float_types, model
+    from dreambooth.model_folder import source
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    folder = source.open_source(source.locate(settings.model, given="with --model"), workspace)
+    _check_steps(settings.num_inference_steps, folder)
+    dtype = float_types.dtype_for(settings.precision, device)
+    try:
+        loaded = model.load(folder, device=device, dtype=dtype)
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            "The model does not fit in the GPU's free memory; --precision fp16 halves its need."
+        ) from error
+    for warning in loaded.facts.warnings:
+        log.warning(warning)
+    return loaded
+
+
+def _check_steps(steps: int, folder: Path) -> None:
+    """Refuse more steps than the model's noise schedule has, before its weights are read."""
+    from dreambooth.diffusion import sampling_request
+    from dreambooth.model_folder import layout
+
+    layout.validate_folder(folder)
+    most = sampling_request.max_steps(layout.component_config(folder, "scheduler"))
+    if steps > most:
+        raise UserError(
+            f"--num_inference_steps must be a whole number from 1 to {most} with this model, not "
+            f"{steps}."
+        )
+
+
+def _requests(settings: GenerateSettings, seed: int) -> list[SamplingRequest]:
+    """One request per picture: prompts in order, then the pictures of each."""
+    from dreambooth.diffusion.sampling_request import SamplingRequest
+
+    prompts = [prompt for prompt in settings.prompts for _ in range(settings.count)]
+    return [
+        SamplingRequest(
+            prompt=prompt,
+            negative_prompt=settings.negative_prompt,
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            width=settings.width,
+            height=settings.height,
+            seed=seed + i,
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def _draw(
+    model: DiffusionModel, requests: Sequence[SamplingRequest], settings: GenerateSettings
+) -> tuple[list[Path], list[SamplingRequest]]:
+    """Write every picture as it comes out, then the grid; return the paths and what was lost."""
+    from dreambooth.diffusion import sampling, sampling_request
+    from dreambooth.process.progress import Progress
+
+    facts = sampling.sampling_facts(model)
+    for request in requests:
+        sampling_request.check(facts, request)
+    total = sampling.count_steps(model, requests, batch_size=settings.batch_size)
+    paths: list[Path] = []
+    lost: list[SamplingRequest] = []
+    drawn: list[tuple[str, Image.Image]] = []
+    with Progress(total, "generate", stream=sys.stderr) as progress:
+        pictures = sampling.generate(
+            model,
+            requests,
+            batch_size=settings.batch_size,
+            on_step=lambda done, _: progress.update(done),
+        )
+        for i, (request, picture) in enumerate(zip(requests, pictures, strict=True)):
+            if picture is None:
+                lost.append(request)
+                continue
+            path = settings.out / file_name(i, len(requests), request, settings.format)
+            image = _write_picture(path, picture, request, settings.model)
+            paths.append(path)
+            if len(drawn) < GRID_PICTURES:
+                drawn.append((request.prompt, image))
+    if len(drawn) > 1:
+        paths.append(_write_grid(settings.out / "grid.png", drawn))
+    return paths, lost
+
+
+def file_name(number: int, total: int, request: SamplingRequest, format: str = "png") -> str:
+    """Name a picture so that names sort in order: 003_a-photo-of-a-cat_seed42.png."""
+    words = _words(request.prompt)
+    parts = (str(number).zfill(max(3, len(str(total - 1)))), words, f"seed{request.seed}")
+    return "_".join(part for part in parts if part) + _ENDINGS[format]
+
+
+def _words(prompt: str) -> str:
+    """The letters and digits of a prompt, of any script, with dashes between the words."""
+    text = ""
+    for character in unicodedata.normalize("NFC", prompt).lower():
+        # A vowel sign, an accent: it belongs to the letter before it.
+        mark = unicodedata.category(character).startswith("M") and text[-1:] not in ("", "-")
+        if character.isalnum() or mark:
+            text += character
+        elif text[-1:] != "-":
+            text += "-"
+        if len(text) > MAX_NAME_BYTES:
+            break
+    encoding = sys.getfilesystemencoding()
+    cut = text.strip("-").encode(encoding, "ignore")[:MAX_NAME_BYTES]
+    return cut.decode(encoding, "ignore").strip("-")
+
+
+def _write_picture(
+    path: Path, picture: np.ndarray, request: SamplingRequest, model: str
+) -> Image.Image:
+    """Write a picture that says how it was made; return it no larger than a cell of the grid.
+
+    PNG holds the facts as texts, JPEG and WebP as JSON in Exif's ImageDescription.
+    """
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    facts = {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "seed": request.seed,
+        "num_inference_steps": request.num_inference_steps,
+        "guidance_scale": request.guidance_scale,
+        "model": model,
+    }
+    image = Image.fromarray(picture)
+    if path.suffix == ".png":
+        texts = PngInfo()
+        for name, value in facts.items():
+            texts.add_itxt(name, str(value))
+        _save(image, path, pnginfo=texts)
+    else:
+        exif = Image.Exif()
+        exif[_DESCRIPTION] = json.dumps(facts)
+        _save(image, path, exif=exif, quality=95)
+    image.thumbnail((GRID_CELL_PIXELS, GRID_CELL_PIXELS))
+    return image
+
+
+def _write_grid(path: Path, drawn: Sequence[tuple[str, Image.Image]]) -> Path:
+    from dreambooth.report import contact_sheet
+
+    rows: list[tuple[str, list[Image.Image]]] = []
+    for prompt, image in drawn:
+        if not rows or rows[-1][0] != prompt or len(rows[-1][1]) == GRID_COLUMNS:
+            rows.append((prompt, []))
+        rows[-1][1].append(image)
+    cell = max(max(image.size) for _, image in drawn)
+    _save(contact_sheet.draw(rows, cell=max(cell, GRID_CELL_PIXELS // 2)), path)
+    return path
+
+
+def _save(image: Image.Image, path: Path, **options: Any) -> None:
+    try:
+        image.save(path, **options)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ResourceError(f"Cannot write the picture {path}: {reason}.") from error

@@ -1,0 +1,1 @@
+"""Half-precision weights and CUDA graphs; off by default, until a GPU has measured them."""

@@ -1,0 +1,110 @@
+"""The fast step's loop: half weights, passes replayed as a CUDA graph, metrics read rarely."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from dreambooth.fast.graphed_passes import Capture, GraphedPasses, without_capture
+from dreambooth.fast.master_weights import MasterWeights
+from dreambooth.settings.hyperparameters import Hyperparameters
+from dreambooth.training.loop import (
+    MicroBatch,
+    TrainedNetworks,
+    TrainingData,
+    count_skipped,
+    forward_backward,
+    micro_batches,
+    set_learning_rate,
+)
+from dreambooth.training.plan import TrainingPlan
+from dreambooth.training.state import TrainingState
+from dreambooth.training.step_metrics import DeviceMetrics, StepMetrics, read_together
+
+READ_EVERY = 10
+
+
+def train(
+    state: TrainingState,
+    data: TrainingData,
+    plan: TrainingPlan,
+    hyperparameters: Hyperparameters,
+    *,
+    noise_scheduler: Any,
+    encode_text: Callable[[torch.Tensor], torch.Tensor],
+    prior_unet: nn.Module | None = None,
+    accelerator: Accelerator,
+    capture: Capture = without_capture,
+) -> Iterator[StepMetrics]:
+    """Train as `training.loop.train` does, whose arguments and errors these are.
+
+    The metrics of several steps come one after the other once all of them are made: sample and save
+    where metrics.step is state.step. capture: of the passes, as a CUDA graph.
+    """
+    masters = MasterWeights(state, hyperparameters.max_grad_norm)
+    networks = accelerator.prepare(TrainedNetworks(masters.unet, None, encode_text))
+
+    def one_pass(
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        text: torch.Tensor,
+        target: torch.Tensor,
+    ) -> torch.Tensor:
+        micro_batch = MicroBatch(
+            noisy_latents=noisy_latents, timesteps=timesteps, text=text, target=target
+        )
+        return forward_backward(
+            networks, micro_batch, plan, hyperparameters, state.precision, half_weights=True
+        )
+
+    run_pass = GraphedPasses(one_pass, list(masters.unet.parameters()), capture)
+
+    def passes() -> torch.Tensor:
+        losses = torch.zeros(3, device=accelerator.device)
+        for made in micro_batches(
+            state, data, plan, hyperparameters, accelerator, noise_scheduler, prior_unet
+        ):
+            losses += run_pass(made.noisy_latents, made.timesteps, made.text, made.target)
+        return losses / plan.gradient_accumulation_steps
+
+    is_read = reading_steps(state, plan, hyperparameters)
+    unread: list[DeviceMetrics] = []
+    skipped_in_a_row = 0
+
+    while state.step < plan.steps:
+        learning_rate = set_learning_rate(state, plan, hyperparameters)
+        losses = accelerator.reduce(masters.collect(passes), "mean")
+        step = state.step + 1
+        unread.append(DeviceMetrics(step, learning_rate, losses, masters.norm()))
+        metrics: list[StepMetrics] = []
+        if is_read(step):
+            with_class = data.class_text is not None
+            metrics = read_together(unread, state, plan, with_class=with_class)
+            unread.clear()
+        if not masters.update(passes):  # fp16, whose metrics are read at every step
+            skipped_in_a_row = count_skipped(state, metrics[-1], skipped_in_a_row)
+            continue
+        skipped_in_a_row = 0
+        state.step = step
+        for each in metrics:
+            state.loss_total += each.loss
+        yield from metrics
+
+
+def reading_steps(
+    state: TrainingState, plan: TrainingPlan, hyperparameters: Hyperparameters
+) -> Callable[[int], bool]:
+    """Return a function that says whether metrics are read as soon as a step is made.
+
+    They are at the first step and the last, before each checkpoint and sample picture, and at every
+    tenth step. fp16 reads them at every step: only so is a step whose gradients overflow tried
+    again before the next.
+    """
+    every = 1 if state.precision.scaler.is_enabled() else READ_EVERY
+    rhythms = (every, plan.checkpointing_steps, hyperparameters.sample_steps)
+    ends = (state.step + 1, plan.steps)
+    return lambda step: step in ends or any(n and step % n == 0 for n in rhythms)

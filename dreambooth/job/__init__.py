@@ -1,0 +1,1 @@
+"""A training job, in its order of work."""

@@ -1,0 +1,107 @@
+"""compute_fid: how far pictures drawn with the instance prompt are from the instance images."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dreambooth import tiny
+from dreambooth.data import images
+from dreambooth.data.seeds import derive_seed
+from dreambooth.diffusion.model import DiffusionModel
+from dreambooth.errors import DatasetError
+from dreambooth.evaluation import features, scores, vision_model
+from dreambooth.job.previews import Previews, why_not
+from dreambooth.job.task import Task
+from dreambooth.process import logs
+from dreambooth.process.progress import Progress
+
+log = logging.getLogger(__name__)
+
+Picture = npt.NDArray[np.uint8]
+
+MIN_PICTURES, MAX_PICTURES = 8, 32  # drawn: as many as instance images within these bounds
+
+
+def check_features(task: Task) -> None:
+    """Load the folder of fid_features once, while a fault in it costs nothing but a sentence.
+
+    Raises ModelArtifactError.
+    """
+    settings = task.hyperparameters
+    if settings.compute_fid and settings.fid_features:
+        folder = vision_model.read(settings.fid_features)
+        features.of_vision_model(folder, torch.device("cpu"))
+
+
+def print_score(task: Task, model: DiffusionModel, previews: Previews) -> float | None:
+    """Print `fid_score=<plain decimal>`, log its count, regularisation and features; return it.
+
+    None, with a warning, where a score cannot be had: a tuner then sees none, not a false one.
+    Whatever is at fault with the scoring (a stop signal is none) must not cost the trained model.
+    """
+    try:
+        return _print_score(task, model, previews)
+    except Exception as error:
+        log.warning("no fid_score: %s", why_not(error))
+        return None
+
+
+def _print_score(task: Task, model: DiffusionModel, previews: Previews) -> float | None:
+    network = choose_network(task, model)
+    given = list(_instance_images(task))
+    count = min(MAX_PICTURES, max(MIN_PICTURES, len(given)))
+    seeds = [derive_seed(task.hyperparameters.seed, "fid", number) for number in range(count)]
+    drawn = []
+    with Progress(count, "drawing for fid_score", stream=sys.stderr, unit="pictures") as progress:
+        for number, picture in enumerate(previews.draw(task.dataset.instance_prompt, seeds)):
+            if picture is not None:
+                drawn.append(picture)
+            progress.update(number + 1)
+    if len(given) < 2 or len(drawn) < 2:
+        log.warning(
+            "no fid_score: it needs two instance images and two drawn pictures that are finite, "
+            "and there are %d and %d",
+            len(given),
+            len(drawn),
+        )
+        return None
+    score = scores.frechet_distance(network(given), network(drawn))
+    log.info(
+        "Frechet distance between %d instance images and %d drawn with the instance prompt; "
+        "features: %s; no regularisation (singular covariances are used as they are)",
+        len(given),
+        len(drawn),
+        network.name,
+    )
+    logs.metric(f"fid_score={score:.6f}")
+    return score
+
+
+def choose_network(task: Task, model: DiffusionModel) -> features.FeatureNetwork:
+    """fid_features where it is given, the judge for the embedded world, else the VAE encoder."""
+    if task.hyperparameters.fid_features:
+        folder = vision_model.read(task.hyperparameters.fid_features)
+        return features.of_vision_model(folder, task.device)
+    if task.resolution == 64 and model.tokenizer.get_vocab() == tiny.vocabulary():
+        return features.of_judge()
+    return features.of_vae(model)
+
+
+def _instance_images(task: Task) -> Iterator[Picture]:
+    """The instance images as the model sees them: resized, the centre cropped."""
+    for path in task.dataset.instance_images:
+        try:
+            picture = images.resize(images.open_image(path), task.resolution)
+        except DatasetError as error:  # it was read a moment ago: a flaky mount
+            log.warning("left out of fid_score: %s", error)
+            continue
+        left = (picture.width - task.resolution) // 2
+        top = (picture.height - task.resolution) // 2
+        box = (left, top, left + task.resolution, top + task.resolution)
+        yield images.to_array(picture.crop(box))

@@ -1,0 +1,336 @@
+"""The heavy half of a job, in its order of work: class images, caches, training, export, pictures.
+
+The order keeps memory low: the class-image sampler is gone before the training model is loaded, and
+the VAE and the text encoder have left the device before the first step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import nn
+
+from dreambooth.diffusion import model as models
+from dreambooth.diffusion.model import DiffusionModel
+from dreambooth.errors import ResourceError
+from dreambooth.fast import captured_loop
+from dreambooth.fast.cuda_graphs import CudaGraphCapturer
+from dreambooth.fast.graphed_passes import without_capture
+from dreambooth.job import class_sampling, encoding, fid, outputs, stopping
+from dreambooth.job.checkpoints import Checkpoints
+from dreambooth.job.previews import Previews
+from dreambooth.job.run_report import RunReport
+from dreambooth.job.task import Task
+from dreambooth.model_folder import export
+from dreambooth.process.stop import Stopped, StopSignals
+from dreambooth.report.timings import peak_memory_bytes
+from dreambooth.training import freed_gradients, loop, optimizer, out_of_memory
+from dreambooth.training import state as states
+from dreambooth.training.gpu_peaks import GpuPeaks
+from dreambooth.training.mixed_precision import Precision
+from dreambooth.training.run_log import RunLog
+from dreambooth.training.step_metrics import StepMetrics
+
+log = logging.getLogger(__name__)
+
+
+def run(task: Task, accelerator: Accelerator, stop: StopSignals) -> None:
+    """Train, write the model folder and the report of the run.
+
+    Raises DreamBoothError; running out of GPU memory in the smallest memory plan is a
+    ResourceError. Raises Stopped after a stop signal, once what `stopping.after_stop` writes is
+    written.
+    """
+    if accelerator.is_main_process:
+        fid.check_features(task)
+    torch.manual_seed(task.hyperparameters.seed)  # for what libraries draw; our own draws are keyed
+    if task.hyperparameters.deterministic:
+        _ask_for_determinism()
+    checkpoints = _checkpoints(task)
+    checkpoints.check()
+    if accelerator.is_main_process:
+        export.clear(task.environment.model_dir, base_folder=task.model_folder)
+    try:
+        with RunReport(task=task, writes=accelerator.is_main_process) as run_report:
+            with accelerator.main_process_first(), run_report.phase("class images"):
+                # The main process samples, the others find all there.
+                run_report.class_paths = class_sampling.class_image_paths(task)
+            stop.check()
+            _fine_tune_in_what_is_free(task, run_report, accelerator, stop, checkpoints)
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(out_of_memory.advice(task.plan)) from error
+
+
+def _fine_tune_in_what_is_free(
+    task: Task,
+    run_report: RunReport,
+    accelerator: Accelerator,
+    stop: StopSignals,
+    checkpoints: Checkpoints,
+) -> None:
+    """Fine-tune; out of memory in training, again by the next smaller memory plan.
+
+    A step that broke off may have updated some weights and not others: all is loaded anew, and goes
+    on from the last checkpoint or the start. One of several processes cannot go back alone.
+    """
+    while True:
+        try:
+            return _fine_tune(task, run_report, accelerator, stop, checkpoints)
+        except (RuntimeError, ResourceError) as error:
+            if not out_of_memory.is_meant_by(error):
+                raise
+            trained = run_report.step is not None and run_report.step >= task.plan.steps
+            plan = task.plan.in_less_memory()
+            if plan is None or trained or accelerator.num_processes > 1:
+                raise ResourceError(out_of_memory.advice(task.plan)) from error
+        log.warning(
+            "memory ran out with memory_plan %s: going on with %s%s, from the last checkpoint or "
+            "from the start",
+            task.plan.memory_plan,
+            plan.memory_plan,
+            " without fast_step" * (task.plan.fast_step and not plan.fast_step),
+        )
+        task = replace(task, plan=plan)
+        run_report.task, run_report.step = task, None
+        accelerator.free_memory()
+        _empty_the_cache()
+
+
+def _ask_for_determinism() -> None:
+    # cuBLAS reads its variable when its first handle is made; nothing has run on the device yet.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def _fine_tune(
+    task: Task,
+    run_report: RunReport,
+    accelerator: Accelerator,
+    stop: StopSignals,
+    checkpoints: Checkpoints,
+) -> None:
+    """Load, cache, train, export; then what may fail without a loss: pictures and scores."""
+    settings, plan, phase = task.hyperparameters, task.plan, run_report.phase
+    with phase("loading the model"):
+        model = models.load(task.model_folder, device=task.device)
+    noise_scheduler = models.training_noise_scheduler(model)
+    with phase("encoding"):
+        data, text = encoding.encode(task, model, run_report.class_paths)
+    _leave_the_device(model, text_encoder=not settings.train_text_encoder)
+    state = _training_state(task, model)
+    prior_unet = None
+    if settings.with_prior_preservation and not task.samples_class_images:
+        prior_unet = state.precision.frozen_copy(model.unet)
+    with phase("resuming"):
+        checkpoints.resume(state, tidies=accelerator.is_main_process)
+    previews = Previews(task=task, model=model, precision=state.precision, text=text)
+
+    def draw_sample() -> Image.Image | None:
+        with phase("sample pictures"):
+            if accelerator.num_processes > 1:  # the others wait for this one
+                return previews.sample()
+            with stop.released():
+                return previews.sample()
+
+    steps = _train(task)(
+        state,
+        data,
+        plan,
+        settings,
+        noise_scheduler=noise_scheduler,
+        encode_text=lambda ids: models.text_features(model, ids),
+        prior_unet=prior_unet,
+        accelerator=accelerator,
+    )
+    with stop.held():  # from here on a stop signal waits for the end of a step, or of the export
+        steps = _until_stopped(steps, state, stop, accelerator)
+        if not accelerator.is_main_process:  # `accelerate launch`: one process reports and writes
+            for _ in steps:
+                pass
+            return
+        run_log = _run_log(task, state, draw_sample)
+        try:
+            _follow(task, run_report, state, steps, run_log, checkpoints)
+        except Stopped:
+            with phase("stopping"):
+                run_report.stopped = stopping.after_stop(task, state, checkpoints, stop)
+            raise
+        with phase("export"):
+            stopping.write_model(task, state)
+        if checkpoints.due(state.step) and not (checkpoints.holds(state) or stop.asked):
+            with _the_model_is_written(), phase("checkpoints"):
+                checkpoints.save(state)
+        state.optimizer.state.clear()  # its memory is free for the last pictures,
+        accelerator.free_memory()  # and that of half weights and graphs
+        try:
+            run_report.final = draw_sample()
+            with _the_model_is_written():
+                run_log.add_last_sample(run_report.final)
+                stopping.add_sample(task, state, run_report.final)
+            if settings.compute_fid:
+                with phase("fid_score"), stop.released():
+                    run_report.fid_score = fid.print_score(task, model, previews)
+        except Stopped:
+            missing = "no sample picture" if run_report.final is None else "no fid_score"
+            run_report.stopped = (
+                f"The {state.step} steps were made and the model is whole; it has {missing}."
+            )
+            raise
+
+
+@contextlib.contextmanager
+def _the_model_is_written() -> Iterator[None]:
+    """Let nothing in the block end the job, whatever it is: it has what it was started for."""
+    try:
+        yield
+    except Exception as error:
+        log.warning("the model is whole, but not what comes after it: %s", error)
+        log.debug("what went wrong after the export", exc_info=True)
+
+
+def _train(task: Task) -> Callable[..., Iterator[StepMetrics]]:
+    """Choose the training loop that the plan asks for."""
+    if task.plan.fast_step:
+        on_cuda = task.device.type == "cuda"
+        capture = CudaGraphCapturer(task.device).capture if on_cuda else without_capture
+        return functools.partial(captured_loop.train, capture=capture)
+    return freed_gradients.train if task.plan.frees_gradients else loop.train
+
+
+def _checkpoints(task: Task) -> Checkpoints:
+    return Checkpoints(
+        folder=outputs.checkpoint_folder(task.environment, task.plan),
+        mode=task.hyperparameters.resume,
+        identity=task.identity(),
+        plan=task.plan,
+        keep=task.hyperparameters.checkpoints_total_limit,
+    )
+
+
+def _until_stopped(
+    steps: Iterator[StepMetrics],
+    state: states.TrainingState,
+    stop: StopSignals,
+    accelerator: Accelerator,
+) -> Iterator[StepMetrics]:
+    """The steps; after one in which a stop signal came, Stopped is raised on all processes."""
+    for metrics in steps:
+        yield metrics
+        if metrics.step < state.step:  # made already: its report is still to come
+            continue
+        if accelerator.num_processes > 1:
+            asked = torch.tensor(float(stop.asked), device=accelerator.device)
+            if accelerator.reduce(asked, "sum") > 0 and not stop.asked:
+                raise Stopped(signal.SIGTERM)
+        stop.check()
+
+
+def _run_log(
+    task: Task, state: states.TrainingState, draw_sample: Callable[[], Image.Image | None]
+) -> RunLog:
+    return RunLog(
+        task.environment.output_data_dir,
+        task.plan,
+        first_step=state.step,
+        stream=sys.stderr,
+        sample_steps=task.hyperparameters.sample_steps,
+        draw_sample=draw_sample,
+    )
+
+
+def _follow(
+    task: Task,
+    run_report: RunReport,
+    state: states.TrainingState,
+    steps: Iterator[StepMetrics],
+    run_log: RunLog,
+    checkpoints: Checkpoints,
+) -> None:
+    """Run the loop to its end, reporting each step and saving checkpoints when they are due.
+
+    That of the last step is left for after the export: a full disk must not cost the model.
+    """
+    try:
+        with run_log, run_report.phase("training"):
+            run_report.gpu_peaks.begin_training()
+            for metrics in steps:
+                run_report.step = metrics.step
+                run_log.step(metrics)
+                is_newest = metrics.step == state.step < task.plan.steps
+                if is_newest and checkpoints.due(state.step):
+                    with run_report.phase("checkpoints"):
+                        checkpoints.save(state)
+    except Exception as error:  # all steps are made: whatever it is, the model comes first
+        if state.step < task.plan.steps:
+            raise
+        log.warning("all steps are made, but not all of their report: %s", error)
+        log.debug("what went wrong with the report", exc_info=True)
+    run_log.finish(state.loss_total / state.step)
+    _log_memory(task, run_report.gpu_peaks)
+    if state.skipped_steps:
+        log.info("%d fp16 steps overflowed and were tried again", state.skipped_steps)
+
+
+def _log_memory(task: Task, peaks: GpuPeaks) -> None:
+    """The measured peak of training beside what the plan expected, and that of all so far."""
+    expected = f"{task.plan.memory_bytes / 2**30:.2f} GiB"
+    measured = f"{peak_memory_bytes() / 2**30:.2f} GiB of this process"
+    if task.device.type == "cuda":
+        measured = peaks.in_words()
+    log.info("memory: %s expected by the plan, at the peak %s", expected, measured)
+
+
+def _leave_the_device(model: DiffusionModel, *, text_encoder: bool) -> None:
+    """From here on only what is trained stays there."""
+    model.vae.to("cpu")
+    if text_encoder:
+        model.text_encoder.to("cpu")
+    _empty_the_cache()
+
+
+def _empty_the_cache() -> None:
+    """What nothing refers to goes back to the GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _training_state(task: Task, model: DiffusionModel) -> states.TrainingState:
+    """The parts that are trained, in training mode, with their optimizer."""
+    settings, plan = task.hyperparameters, task.plan
+    trained: list[nn.Module] = [model.unet]
+    if settings.train_text_encoder:
+        trained.append(model.text_encoder)
+    for module in trained:
+        if plan.rounds_stochastically:
+            nn.Module.to(module, torch.bfloat16)  # diffusers' own `to` warns of what it is not for
+        module.requires_grad_(True)
+        module.train()
+    if plan.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+        if settings.train_text_encoder:
+            model.text_encoder.gradient_checkpointing_enable()
+    return states.TrainingState(
+        unet=model.unet,
+        text_encoder=model.text_encoder if settings.train_text_encoder else None,
+        optimizer=optimizer.build(
+            trained,
+            settings,
+            use_8bit_adam=plan.use_8bit_adam,
+            rounds_stochastically=plan.rounds_stochastically,
+            fast_step=plan.fast_step,
+        ),
+        precision=Precision.of(plan, task.device),
+    )

@@ -1,0 +1,90 @@
+"""Pictures of the weights as they are now: previews, the last sample, the pictures of fid_score."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from dreambooth.data.seeds import derive_seed
+from dreambooth.diffusion import sampling
+from dreambooth.diffusion.model import DiffusionModel
+from dreambooth.diffusion.sampling_request import SamplingRequest
+from dreambooth.errors import in_one_line
+from dreambooth.job.task import Task
+from dreambooth.limits import LIMITS
+from dreambooth.process import failure
+from dreambooth.training import out_of_memory
+from dreambooth.training.mixed_precision import Precision
+
+log = logging.getLogger(__name__)
+
+NUM_INFERENCE_STEPS = 25
+GUIDANCE_SCALE = 7.5
+
+
+def why_not(error: Exception) -> str:
+    """Return why something could not be drawn, in one line, for a warning."""
+    if out_of_memory.is_meant_by(error):
+        return "memory ran out while it was drawn"
+    known = failure.for_the_user(error)
+    if known is not None:
+        return str(known)
+    log.debug("what went wrong while drawing", exc_info=error)
+    return f"{type(error).__name__}: {in_one_line(error)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Previews:
+    """Draws with the model in training; its noise comes from generators of its own.
+
+    text: encoder_hidden_states of prompts, where the text encoder has left the device.
+    """
+
+    task: Task
+    model: DiffusionModel
+    precision: Precision
+    text: Mapping[str, torch.Tensor]
+
+    def sample(self) -> Image.Image | None:
+        """The sample picture: fixed prompt and seed; None, with a warning, where it is not finite
+        or cannot be drawn: that costs a picture, never the training.
+        """
+        seed = derive_seed(self.task.hyperparameters.seed, "sample picture")
+        try:
+            picture = next(self.draw(self.task.sample_prompt, [seed]))
+        except Exception as error:  # whatever a model's own noise scheduler is at fault with
+            log.warning("no sample picture: %s", why_not(error))
+            return None
+        if picture is None:
+            log.warning("no sample picture: it is not finite")
+            return None
+        return Image.fromarray(picture)
+
+    def draw(self, prompt: str, seeds: Sequence[int]) -> Iterator[npt.NDArray[np.uint8] | None]:
+        """One picture uint8 [H,W,3] per seed; the VAE is on the device only meanwhile."""
+        requests = [
+            SamplingRequest(
+                prompt=prompt,
+                num_inference_steps=NUM_INFERENCE_STEPS,
+                guidance_scale=GUIDANCE_SCALE,
+                width=self.task.resolution,
+                height=self.task.resolution,
+                seed=seed,
+            )
+            for seed in seeds
+        ]
+        batch_size = min(self.task.hyperparameters.batch_size, LIMITS.max_generated_batch)
+        self.model.vae.to(self.task.device)
+        try:
+            with self.precision.autocast():
+                yield from sampling.generate(
+                    self.model, requests, batch_size=batch_size, text=self.text
+                )
+        finally:
+            self.model.vae.to("cpu")

@@ -1,0 +1,1 @@
+"""A model on the disk: found, checked, read, written, packed and described."""

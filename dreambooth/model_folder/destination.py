@@ -1,0 +1,171 @@
+"""The folder that a model is written into: whose it is, whether it can be written, what is wrong.
+
+`__model_info__.json` carries our mark. It is the first entry to be moved into place and the last to
+be removed, so that at any moment, also after a crash, entries beside the mark are ours and entries
+without it are somebody's, and are left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from dreambooth.errors import ModelArtifactError, ResourceError, UserError
+from dreambooth.model_folder import layout
+from dreambooth.process.files import fsync
+
+logger = logging.getLogger(__name__)
+
+# What the mark is: this key and value in __model_info__.json.
+MARK = {"written_by": "dreambooth"}
+# In the order in which they are moved into place; removed in the reverse order.
+ENTRIES = (
+    *(layout.MODEL_INFO, *layout.OTHER_FILES, layout.SAMPLES),
+    *("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
+    *(*layout.OPTIONAL_PARTS, layout.INDEX),
+)
+PARTIAL = ".partial-"
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NO_FOLDER = (errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG)
+
+
+def clear(model_dir: Path, *, base_folder: Path | None = None) -> None:
+    """Make `model_dir` ready: there, writable, and free of what an earlier run of ours left.
+
+    Only leftovers (`.partial-*`) and the names of ENTRIES go, and those only beside our mark; all
+    other files stay. Raises UserError, with nothing removed, where a name of ENTRIES is somebody
+    else's or the base model is read from here, and ResourceError where nothing can be written.
+    """
+    if base_folder is not None and _same_or_inside(base_folder, model_dir):
+        raise UserError(
+            f"The model would be written over the base model that it starts from ({base_folder}): "
+            "choose another --model_dir."
+        )
+    with disk_faults_named(model_dir):
+        model_dir.mkdir(parents=True, exist_ok=True)
+        present = _present(model_dir)
+        if present and not _is_marked(model_dir):
+            raise UserError(
+                f"{model_dir} holds {_some(present)}, not written by an earlier run: nothing is "
+                "overwritten or removed; choose another --model_dir, such as a new folder."
+            )
+        for leftover in sorted(model_dir.glob(PARTIAL + "*")):
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover, ignore_errors=True)
+        for name in reversed(present):
+            remove(model_dir / name)
+        _probe(model_dir)
+
+
+def move(stage: Path, model_dir: Path) -> None:
+    """Put the entries of a whole, flushed model into place, its index last.
+
+    The old model ends with the first removal, the new one begins with the last move. What somebody
+    else has put there since `clear` is set aside: neither it nor the training is lost.
+    """
+    strange = [] if _is_marked(model_dir) else _present(model_dir)
+    if strange:
+        aside = Path(tempfile.mkdtemp(prefix="set-aside-", dir=model_dir))
+        logger.warning("%s was not written by us: it is in %s now", _some(strange), aside)
+        for name in strange:
+            os.replace(model_dir / name, aside / name)
+    for name in reversed(ENTRIES):
+        if name != layout.MODEL_INFO:  # replaced in one step: the mark is never gone
+            remove(model_dir / name)
+    for name in ENTRIES:
+        if (stage / name).exists():
+            if name == layout.INDEX:
+                fsync(model_dir)
+            os.replace(stage / name, model_dir / name)
+    fsync(model_dir)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder or a link (never what it leads to); nothing where nothing is.
+
+    A folder loses its name first: others, such as SageMaker's agent, may write into it meanwhile.
+    """
+    if path.is_dir() and not path.is_symlink():
+        aside = tempfile.mkdtemp(prefix=PARTIAL, dir=path.parent)
+        os.rename(path, aside)
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def disk_faults_named(model_dir: Path) -> Iterator[None]:
+    """Turn the fault of a disk into a ResourceError: what is wrong with the folder, what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = _number(error)
+        if number in _FULL:
+            why, more = (
+                "the disk is full",
+                (
+                    "free some space there, choose another --model_dir, or set "
+                    "export_precision=fp16, which halves the model's size"
+                ),
+            )
+        else:
+            more = "choose another --model_dir"
+            if number in _FORBIDDEN:
+                why = "it is not writable"
+            elif number in _NO_FOLDER:
+                why = "it is not a folder, and none can be made there"
+            else:
+                why = "the disk is at fault"
+        raise ResourceError(
+            f"The model could not be written to {model_dir}: {why} ({error}); {more}."
+        ) from error
+
+
+def _probe(model_dir: Path) -> None:
+    """Find out now what would otherwise show after hours of training."""
+    with tempfile.TemporaryDirectory(
+        prefix=PARTIAL, dir=model_dir, ignore_cleanup_errors=True
+    ) as stage:
+        probe = Path(stage) / "probe"
+        probe.write_text("a small file, to see whether it can be written\n", encoding="utf-8")
+        fsync(probe)
+
+
+def _number(error: OSError | SafetensorError) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else None
+
+
+def _present(model_dir: Path) -> list[str]:
+    return [name for name in ENTRIES if os.path.lexists(model_dir / name)]
+
+
+def _is_marked(model_dir: Path) -> bool:
+    try:
+        info = layout.read_json(model_dir / layout.MODEL_INFO)
+    except ModelArtifactError:
+        return False
+    return all(info.get(key) == value for key, value in MARK.items())
+
+
+def _same_or_inside(path: Path, folder: Path) -> bool:
+    # os.path.realpath bears loops of links, which Path.resolve does not.
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,132 @@
+"""The one place that asks a model hub: quickly, once, and without the client's raw log lines.
+
+The client is no part of the standard library and slow to import: it is imported when it is due.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+
+from dreambooth.errors import ModelArtifactError, ResourceError
+from dreambooth.model_folder.layout import (
+    INDEX,
+    MODEL_INFO,
+    OPTIONAL_PARTS,
+    TRAINED_PARTS,
+    choose_weights,
+)
+
+# A hub that can be reached answers in a fraction of it.
+_SECONDS = 6.0
+_LOGGERS = ("huggingface_hub", "httpx", "httpcore", "httpx2", "httpcore2", "urllib3")
+
+
+def download(name: str) -> Path:
+    """Fetch the model `owner/name`; its folder lies in the hub client's cache.
+
+    Where the hub does not answer within seconds, an earlier download is taken. Raises
+    ModelArtifactError where the hub has no such model, ResourceError where it cannot be reached or
+    the disk is full.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        HTTPError,
+        RepositoryNotFoundError,
+    )
+
+    # Most often such a name is a mistyped path.
+    nothing_here = f"There is no folder or file {name} in {os.getcwd()}"
+    with _quiet(_LOGGERS):
+        try:
+            files = needed_files(_file_names(name))
+            return Path(snapshot_download(name, allow_patterns=files))
+        except (RepositoryNotFoundError, GatedRepoError, HFValidationError) as error:
+            raise ModelArtifactError(
+                f"{nothing_here}, and the hub has no model of that name that can be read without "
+                "logging in: check the path or the name, or log in with `hf auth login`."
+            ) from error
+        except (HTTPError, OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise ResourceError(
+                    f"The disk is full before the model {name} is downloaded ({error}): free some "
+                    "space, or set HF_HOME to a folder on another disk."
+                ) from error
+        # No network, or the hub is down: an earlier download may be there.
+        try:
+            return Path(snapshot_download(name, local_files_only=True))
+        except (OSError, ValueError) as error:
+            raise ResourceError(
+                f"{nothing_here}; taken as the name of a model on the hub, it cannot be downloaded "
+                "either, for the hub cannot be reached and no earlier download is there: check "
+                "the path, or give a folder or a tarball."
+            ) from error
+
+
+def needed_files(names: Iterable[str]) -> list[str]:
+    """Of a hub repository's files, those that a job needs: one copy of the weights, no others."""
+    names = sorted(names)
+    needed = [name for name in names if name in (INDEX, MODEL_INFO, "README.md")]
+    for part in (*TRAINED_PARTS, *OPTIONAL_PARTS, "tokenizer", "scheduler"):
+        inside = [name for name in names if PurePosixPath(name).parent.as_posix() == part]
+        needed += [
+            n for n in inside if n.endswith((".json", ".txt", ".model")) and ".index." not in n
+        ]
+        chosen = choose_weights(PurePosixPath(name).name for name in inside)
+        if chosen is None:
+            continue
+        needed.append(f"{part}/{chosen.name}")
+        if chosen.sharded:
+            suffix = ".bin" if chosen.pickled else ".safetensors"
+            needed += [
+                name
+                for name in inside
+                if "-of-" in name and name.endswith(suffix) and f".{chosen.variant}" in name
+            ]
+    return needed
+
+
+def _file_names(name: str) -> list[str]:
+    """The names of a repository's files: one attempt, with an end also where nothing answers."""
+    from huggingface_hub import HfApi
+
+    answers: queue.SimpleQueue[list[str] | Exception] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            found = HfApi().model_info(name, timeout=_SECONDS).siblings or ()
+            answers.put([file.rfilename for file in found])
+        except Exception as error:
+            answers.put(error)
+
+    # The client's own timeout holds for each of the hub's addresses, and not for finding them.
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer = answers.get(timeout=_SECONDS)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {_SECONDS} s") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+@contextlib.contextmanager
+def _quiet(names: Iterable[str]) -> Iterator[None]:
+    """Let these loggers speak of errors alone; what fails is told in our own sentence."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

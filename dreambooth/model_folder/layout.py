@@ -1,0 +1,341 @@
+"""The layout of a model folder: which files, which classes, which weights (standard library only).
+
+A folder is data: its JSON is checked here against fixed lists, and nothing in it ever names code
+that we would import.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dreambooth.errors import ModelArtifactError, one_line, quoted
+from dreambooth.limits import LIMITS, Limits
+from dreambooth.model_folder.component_classes import (
+    COMPONENTS,
+    FAMILIES_LISTED,
+    PIPELINES,
+    TEXT_FAMILIES,
+    TextFamily,
+)
+from dreambooth.model_folder.headers import int_of_at_most
+
+INDEX = "model_index.json"
+MODEL_INFO = "__model_info__.json"
+TRAINED_PARTS = ("unet", "vae", "text_encoder")
+SAMPLES = "samples"
+WEIGHT_SUFFIXES = (".safetensors", ".bin")
+LEADS_OUT = (
+    "{} is a link, or lies behind one, that leads out of the model: copy the file itself there."
+)
+OTHER_FILES = ("hyperparameters.json", "README.md")
+OPTIONAL_PARTS = ("safety_checker", "feature_extractor")
+# Settings by which a configuration of transformers could have a kernel downloaded and run.
+CODE_SETTINGS = ("attn_implementation", "experts_implementation")
+
+_STEM = r"(?P<stem>diffusion_pytorch_model|pytorch_model|model)"
+_WEIGHTS = re.compile(_STEM + r"(?:\.(?P<variant>[\w-]+))?\.(?P<suffix>safetensors|bin)")
+_SHARD_INDEX = re.compile(
+    _STEM + r"(?:\.(?P<early>[\w-]+))?\.(?P<suffix>safetensors|bin)\.index"
+    r"(?:\.(?P<variant>[\w-]+))?\.json"
+)
+# Where a folder holds several copies: full precision first, the plain name before any variant.
+_VARIANTS = ("", "fp32", "fp16", "bf16")
+# The deepest honest network of this family has 32 layers; a config that asks for a million would
+# keep the machine busy for hours.
+_MAX_LAYERS = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightFiles:
+    """The copy of a component's weights that is read: one file, or an index and its shards."""
+
+    name: str
+    variant: str
+    pickled: bool
+    sharded: bool
+
+
+def choose_weights(names: Iterable[str]) -> WeightFiles | None:
+    """Choose among a component's file names; safetensors before .bin, full precision first."""
+    found = []
+    for name in names:
+        if match := _WEIGHTS.fullmatch(name):
+            variant, sharded = match["variant"] or "", False
+        elif match := _SHARD_INDEX.fullmatch(name):
+            variant, sharded = match["variant"] or match["early"] or "", True
+        else:
+            continue
+        found.append(
+            WeightFiles(
+                name=name, variant=variant, pickled=match["suffix"] == "bin", sharded=sharded
+            )
+        )
+
+    def preference(files: WeightFiles) -> tuple[object, ...]:
+        rank = _VARIANTS.index(files.variant) if files.variant in _VARIANTS else len(_VARIANTS)
+        return files.pickled, rank, files.sharded, files.name
+
+    return min(found, key=preference, default=None)
+
+
+def weight_files(component: Path, *, limits: Limits = LIMITS) -> tuple[WeightFiles, list[Path]]:
+    """Find the weights of a component folder: the choice, and the files that hold its tensors.
+
+    Raises ModelArtifactError where there are none, or where an index names a file that is missing
+    or lies outside of the folder.
+    """
+    names = [path.name for path in component.iterdir()] if component.is_dir() else []
+    chosen = choose_weights(names)
+    if chosen is None:
+        others = ", ".join(sorted(name for name in names if name != "config.json")[:5]) or "nothing"
+        raise ModelArtifactError(
+            f"{component} holds no weights that can be read ({others} is there): "
+            "diffusion_pytorch_model.safetensors or model.safetensors is expected; no pickle but "
+            "an old .bin is ever opened."
+        )
+    if not chosen.sharded:
+        return chosen, _present([component / chosen.name])
+    index = component / chosen.name
+    weight_map = read_json(index, limits=limits).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelArtifactError(f"{index} has no weight_map that says which file holds what.")
+    suffix = ".bin" if chosen.pickled else ".safetensors"
+    files = sorted({str(name) for name in weight_map.values()})
+    for name in files:
+        if Path(name).name != name or not name.endswith(suffix) or name not in names:
+            raise ModelArtifactError(
+                f"{index} names the weight file {quoted(name)}, which is missing."
+            )
+    if len(files) > limits.max_weight_files:
+        raise ModelArtifactError(f"{index} names {len(files)} weight files.")
+    return chosen, _present([component / name for name in files])
+
+
+def _present(files: list[Path]) -> list[Path]:
+    for path in files:
+        if not path.is_file():
+            what = "a link to nothing" if path.is_symlink() else "no regular file"
+            raise ModelArtifactError(f"{path} is {what}: copy the model with the files themselves.")
+    return files
+
+
+def read_json(path: Path, *, limits: Limits = LIMITS) -> dict[str, Any]:
+    """Read one JSON object from a file of a model folder, capped in size.
+
+    Raises ModelArtifactError for a file that is missing, too large or none.
+    """
+    number = int_of_at_most(limits.max_json_number_characters)
+    try:
+        if not path.is_file():
+            raise ModelArtifactError(f"The model has no {path.parent.name}/{path.name} ({path}).")
+        if path.stat().st_size > limits.max_config_bytes:
+            raise ModelArtifactError(f"{path} is larger than {limits.max_config_bytes} bytes.")
+        content = json.loads(path.read_bytes().decode("utf-8-sig"), parse_int=number)
+    except OSError as error:
+        raise ModelArtifactError(f"{path} cannot be read: {error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelArtifactError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ModelArtifactError(f"{path} must hold one JSON object.")
+    return content
+
+
+def component_config(folder: Path, part: str, *, limits: Limits = LIMITS) -> dict[str, Any]:
+    """Read a component's configuration, `corrected`.
+
+    Raises ModelArtifactError for one that asks for foreign or remote code, or for a huge network.
+    """
+    path = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    config = read_json(path, limits=limits)
+    if config.get("auto_map") or config.get("trust_remote_code"):
+        raise ModelArtifactError(f"{path} asks for code of its own (auto_map), which is never run.")
+    allowed = {name for _, name in COMPONENTS[part]}
+    architectures = config.get("architectures")
+    named = [config.get("_class_name"), *(architectures if isinstance(architectures, list) else [])]
+    for name in named:
+        if name is not None and name not in allowed:
+            raise ModelArtifactError(
+                f"{path} is of the class {quoted(name)}; only {_listed(allowed)} can be used here."
+            )
+    for key, value in config.items():
+        depths = value if isinstance(value, list) else [value]
+        if "block" in key and len(depths) > _MAX_LAYERS:
+            raise ModelArtifactError(
+                f"{path} lists {len(depths)} {one_line(key, 60)}, more than {_MAX_LAYERS}."
+            )
+        if "layers" in key and any(isinstance(n, int) and n > _MAX_LAYERS for n in depths):
+            raise ModelArtifactError(
+                f"{path} asks for {one_line(key, 60)} = {quoted(value)}, more than {_MAX_LAYERS}."
+            )
+    return corrected(config, part)
+
+
+def corrected(config: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """Return a configuration as StableDiffusionPipeline's constructor corrects it.
+
+    Folders of 2022 say other numbers than they were drawn with: steps_offset is 1 and clip_sample
+    False (DDIM and DDPM clip where nothing is said), and a U-Net written before diffusers 0.9 whose
+    sample_size is below 64 means 64 (diffusers 0.42, pipelines/stable_diffusion).
+    """
+    changes: dict[str, Any] = {}
+    if part == "scheduler":
+        changes["steps_offset"] = 1
+        if config.get("clip_sample", True) is True:
+            changes["clip_sample"] = False
+    size = config.get("sample_size")
+    if part == "unet" and type(size) is int and size < 64 and _is_before_0_9(config):
+        changes["sample_size"] = 64
+    return {**config, **changes}
+
+
+def _is_before_0_9(config: Mapping[str, Any]) -> bool:
+    """Return whether a diffusers older than 0.9.0.dev0 wrote a configuration; False if none did."""
+    release = re.match(r"v?(\d{1,6})(?:\.(\d{1,6}))?", str(config.get("_diffusers_version", "")))
+    return release is not None and (int(release[1]), int(release[2] or 0)) < (0, 9)
+
+
+def read_index(folder: Path, *, limits: Limits = LIMITS) -> dict[str, Any]:
+    """Read model_index.json and refuse pipelines and classes outside of the fixed list."""
+    path = folder / INDEX
+    index = read_json(path, limits=limits)
+    pipeline = index.get("_class_name")
+    if not isinstance(pipeline, str) or pipeline not in PIPELINES:
+        raise ModelArtifactError(
+            f"{path} describes a {quoted(pipeline)}; only {_listed(PIPELINES, ' or ')} "
+            "(Stable Diffusion 1.x or 2.x, text to image) can be used."
+        )
+    for part in TRAINED_PARTS:
+        if part in index and _entry(index, part) is None:
+            raise ModelArtifactError(
+                f"{path} says {part} = {json.dumps(index[part])[:200]}: a model needs one."
+            )
+    for part, entry in index.items():
+        if not isinstance(entry, (list, dict)) or entry in ([None, None], []):
+            continue  # a plain setting, or a component that this folder does not have
+        if _entry(index, part) not in COMPONENTS.get(part, ()):
+            names = FAMILIES_LISTED if part in ("text_encoder", "tokenizer") else ""
+            raise ModelArtifactError(
+                f"{path} asks for {one_line(part, 60)} = {json.dumps(entry)[:200]}, which is not "
+                f"among the classes of Stable Diffusion that are allowed here{names}."
+            )
+    return index
+
+
+def text_family(folder: Path, *, limits: Limits = LIMITS) -> TextFamily:
+    """Which text encoder and tokenizer a folder has.
+
+    Raises ModelArtifactError where the two, and the pipeline, do not belong together.
+    """
+    index = read_index(folder, limits=limits)
+    text_encoder, tokenizer = _entry(index, "text_encoder"), _entry(index, "tokenizer")
+    for family in TEXT_FAMILIES:
+        if (
+            index["_class_name"] in family.pipelines
+            and text_encoder in family.text_encoder
+            and tokenizer in family.tokenizer
+        ):
+            return family
+    raise ModelArtifactError(
+        f"{folder / INDEX} pairs the text encoder {quoted(text_encoder and text_encoder[1])} with "
+        f"the tokenizer {quoted(tokenizer and tokenizer[1])} in a {index['_class_name']}, which do "
+        f"not belong together{FAMILIES_LISTED}."
+    )
+
+
+def _entry(index: Mapping[str, Any], part: str) -> tuple[str, str] | None:
+    match index.get(part):
+        case [str(library), str(name)]:
+            return library, name
+    return None
+
+
+def validate_folder(folder: Path, *, linked_weights: bool = True, limits: Limits = LIMITS) -> None:
+    """Check that a folder is a Stable Diffusion model in the diffusers layout; open no weights.
+
+    linked_weights: whether weights may lie behind links that lead out of the folder.
+
+    Raises ModelArtifactError with one sentence for a single-file checkpoint, a missing part, a
+    class outside of the fixed list, configurations that ask for code, weights in any other pickle
+    than an old .bin, text behind a link that leads out of the folder, and pipes and devices.
+    """
+    refuse_single_file(folder)
+    refuse_foreign_files(folder, _files_that_are_read(folder), linked_weights=linked_weights)
+    index = read_index(folder, limits=limits)
+    for part in (*TRAINED_PARTS, "tokenizer", "scheduler"):
+        if not isinstance(index.get(part), list) or not (folder / part).is_dir():
+            raise ModelArtifactError(
+                f"{folder} is not a whole Stable Diffusion model: {part}/ is missing from it or "
+                f"from its {INDEX}."
+            )
+    text_family(folder, limits=limits)
+    for part in (*TRAINED_PARTS, "scheduler"):
+        component_config(folder, part, limits=limits)
+    for part in TRAINED_PARTS:
+        weight_files(folder / part, limits=limits)
+
+
+def refuse_foreign_files(
+    folder: Path, files: Iterable[Path], *, linked_weights: bool = True
+) -> None:
+    """Refuse files of a folder that bring a stranger's text, or that would be waited for.
+
+    A link in a downloaded folder may lead to any file of this machine, which would be copied into
+    what is made of the folder. Links within the folder are fine, and so are those of the hub
+    client's cache, whose snapshots are made of them. Raises ModelArtifactError.
+    """
+    home = home_of(folder)
+    for path in files:
+        try:
+            mode = path.stat().st_mode
+        except OSError:
+            continue  # a link to nothing: told where the file is needed
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise ModelArtifactError(f"{path} is no regular file: remove it.")
+        may_lead_out = linked_weights and path.suffix in WEIGHT_SUFFIXES
+        if not may_lead_out and leads_out(path, home):
+            raise ModelArtifactError(LEADS_OUT.format(path))
+
+
+def home_of(folder: Path) -> str:
+    """Return what the links of a model folder may not lead out of: its real place, or its cache."""
+    real = os.path.realpath(folder)
+    snapshots = os.path.dirname(real)
+    cache = os.path.dirname(snapshots)
+    is_cached = os.path.basename(snapshots) == "snapshots"
+    return cache if is_cached and os.path.basename(cache).startswith("models--") else real
+
+
+def leads_out(path: Path, home: str) -> bool:
+    """Return whether a file lies elsewhere, by a link at its own name or at a folder's above it."""
+    return not Path(os.path.realpath(path)).is_relative_to(home)
+
+
+def _files_that_are_read(folder: Path) -> Iterator[Path]:
+    """Yield the files of a model folder that anything here opens, and all beside them."""
+    yield from (folder / name for name in (INDEX, MODEL_INFO, *OTHER_FILES))
+    for part in (*COMPONENTS, SAMPLES):
+        try:
+            yield from sorted((folder / part).iterdir())
+        except OSError:
+            continue  # it is not there, or no folder
+
+
+def refuse_single_file(path: Path) -> None:
+    """Raise the sentence for a single-file checkpoint, which says how to convert it."""
+    if path.is_file() and path.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
+        raise ModelArtifactError(
+            f"{path} is a single-file checkpoint, and a diffusers folder is needed: convert it "
+            "once with diffusers, StableDiffusionPipeline.from_single_file(FILE)"
+            ".save_pretrained(FOLDER), and give the folder."
+        )
+
+
+def _listed(names: Iterable[str], between: str = ", ") -> str:
+    return between.join(sorted(names))

@@ -1,0 +1,1 @@
+"""What any process of ours needs: stop signals, logs, progress, files, the failure file."""

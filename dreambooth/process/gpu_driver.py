@@ -1,0 +1,97 @@
+"""A GPU that was promised but cannot be used: said in one sentence, before hours go by on a CPU.
+
+torch of the package index is built for one CUDA version and needs a driver at least as new; where
+the driver is older, `torch.cuda.is_available()` is merely False. Standard library only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dreambooth.errors import ResourceError
+
+_VERSION_FILE = Path("/proc/driver/nvidia/version")
+_DEVICES = Path("/dev")
+
+# The oldest driver of each CUDA generation (NVIDIA's CUDA compatibility page, table of minor
+# version compatibility).
+_OLDEST_DRIVERS = {11: "450", 12: "525", 13: "580"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """driver: the version of NVIDIA's kernel module, None without one. gpus: device files seen."""
+
+    driver: str | None
+    gpus: int
+
+
+def look(version_file: Path = _VERSION_FILE, devices: Path = _DEVICES) -> Machine:
+    """What the kernel says of its GPUs, whatever torch can do with them."""
+    try:
+        found = re.search(r"Module\s+(?:\S+\s+)*?(\d+\.\d+(?:\.\d+)?)", version_file.read_text())
+    except (OSError, UnicodeError):
+        found = None
+    gpus = [path for path in devices.glob("nvidia*") if path.name[len("nvidia") :].isdigit()]
+    return Machine(driver=found.group(1) if found else None, gpus=len(gpus))
+
+
+def promised(environ: Mapping[str, str], machine: Machine) -> str | None:
+    """Who promised a GPU: SM_NUM_GPUS, or the machine that shows one; None where nobody did.
+
+    CUDA_VISIBLE_DEVICES set to nothing or to -1 asks for the CPU by name, and ends every promise.
+    """
+    if environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return None
+    count = environ.get("SM_NUM_GPUS", "").strip()
+    if count.isdigit() and int(count) > 0:
+        return f"SM_NUM_GPUS={count} promises a GPU"
+    if machine.gpus:
+        return f"this machine shows {machine.gpus} NVIDIA GPU{'s' * (machine.gpus > 1)}"
+    return None
+
+
+def refuse_cpu(
+    environ: Mapping[str, str], machine: Machine, *, torch_version: str, cuda_version: str | None
+) -> None:
+    """Raise ResourceError where a GPU was promised; for a job, which must not crawl along on a CPU.
+
+    To be called where torch sees no CUDA device, like `why_unused`.
+    """
+    reason = why_unused(environ, machine, torch_version=torch_version, cuda_version=cuda_version)
+    if reason is not None:
+        raise ResourceError(reason)
+
+
+def why_unused(
+    environ: Mapping[str, str], machine: Machine, *, torch_version: str, cuda_version: str | None
+) -> str | None:
+    """Why torch cannot use the GPU that was promised, and what to do; None without a promise.
+
+    torch_version: torch.__version__. cuda_version: torch.version.cuda, None for a CPU build.
+    """
+    promise = promised(environ, machine)
+    if promise is None:
+        return None
+    cure = "Set CUDA_VISIBLE_DEVICES=-1 to use the CPU on purpose."
+    if cuda_version is None:
+        return (
+            f"{promise}, but torch {torch_version} is a build without CUDA: install the CUDA build "
+            f"(build the image on a machine where pip finds it). {cure}"
+        )
+    if machine.driver is None:
+        return (
+            f"{promise}, but no NVIDIA driver can be seen from here: start the container with "
+            f"--gpus all (NVIDIA container toolkit). {cure}"
+        )
+    cuda = int(cuda_version.split(".")[0])
+    oldest = _OLDEST_DRIVERS.get(cuda, max(_OLDEST_DRIVERS.values()))
+    return (
+        f"{promise}, but torch {torch_version} (CUDA {cuda_version}) cannot use it with the driver "
+        f"{machine.driver}: CUDA {cuda} needs a driver of the {oldest} series or newer; update "
+        "the driver (on SageMaker: InferenceAmiVersion), or build the image with "
+        f"--build-arg TORCH_INDEX=<an index with a build for an older CUDA>. {cure}"
+    )

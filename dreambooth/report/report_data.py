@@ -1,0 +1,110 @@
+"""Everything that a training run's report tells, as data; and metrics.jsonl read back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from dreambooth.settings.hyperparameters import Hyperparameters
+
+Rows = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricsRow:
+    """One line of metrics.jsonl; loss is what was minimised: instance and class loss together.
+
+    seconds: the step alone. class_loss: None without class images.
+    """
+
+    step: int
+    loss: float
+    instance_loss: float
+    class_loss: float | None
+    learning_rate: float
+    grad_norm: float
+    seconds: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstancePicture:
+    """size: (width, height) after the resize, the short side at the resolution.
+
+    offsets: (left, top) of each cached square crop in the resized picture.
+    """
+
+    path: Path
+    size: tuple[int, int]
+    offsets: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportData:
+    """Everything that the page tells. Rows are (name, text), phases (name, seconds).
+
+    final: the picture drawn after the last step. step_pictures: (step, file), ascending. stopped:
+    why the run ended early, with the step, or None. class_images: of all `class_count` those that
+    may be shown. metrics: ascending steps. settings: those of the run, compared with the defaults.
+    seconds: from the job's start on, also what lies outside of the phases. fid_score: None where
+    none was computed.
+    """
+
+    instance_prompt: str
+    class_prompt: str | None
+    sample_prompt: str
+    base: str
+    finished_at: str
+    device: str
+    steps: int
+    planned_steps: int
+    stopped: tuple[int, str] | None
+    resolution: int
+    metrics: Sequence[MetricsRow]
+    final: Image.Image | None
+    fid_score: float | None
+    step_pictures: Sequence[tuple[int, Path]]
+    instance_pictures: Sequence[InstancePicture]
+    class_images: Sequence[Path]
+    settings: Hyperparameters
+    plan: Rows
+    phases: Sequence[tuple[str, float]]
+    seconds: float
+    memory: Rows
+    versions: Rows
+    data_fingerprint: str
+    warnings: Sequence[str]
+
+
+def read_metrics(path: Path) -> list[MetricsRow]:
+    """The rows of a metrics.jsonl, those of a resumed run's earlier parts too; none without a file.
+
+    A line that is no row (cut off when the machine died) is left out.
+    """
+    rows = []
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    rows.append(_row(json.loads(line)))
+                except (ValueError, TypeError, KeyError, AttributeError):
+                    continue
+    except FileNotFoundError:
+        return []
+    return rows
+
+
+def _row(raw: dict[str, float]) -> MetricsRow:
+    speed = float(raw.get("steps_per_second") or 0.0)
+    return MetricsRow(
+        step=int(raw["step"]),
+        loss=float(raw["loss"]),
+        instance_loss=float(raw["instance_loss"]),
+        class_loss=None if raw["class_loss"] is None else float(raw["class_loss"]),
+        learning_rate=float(raw["learning_rate"]),
+        grad_norm=float(raw["grad_norm"]),
+        seconds=1 / speed if speed > 0 else None,
+    )

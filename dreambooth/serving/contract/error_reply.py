@@ -1,0 +1,60 @@
+"""What a client hears when something is wrong: one JSON body for every fault, with a request id."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from dataclasses import dataclass
+from typing import Final
+
+from dreambooth.errors import RequestError, ResourceError, UnavailableError, UserError
+
+INTERNAL_ERROR: Final = "internal error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorReply:
+    """One fault as the client sees it; `allow` is set for a method that a path does not take."""
+
+    status: int
+    type: str
+    message: str
+    retry_after_s: float | None = None
+    allow: str | None = None
+
+    def body(self, request_id: str) -> bytes:
+        """The JSON object, one for every status of 400 and above."""
+        fields: dict[str, object] = {
+            "code": self.status,
+            "type": self.type,
+            "message": self.message,
+            "request_id": request_id,
+        }
+        if self.retry_after_s is not None:
+            fields["retry_after_s"] = round(self.retry_after_s, 3)
+        return json.dumps(fields).encode("ascii")
+
+
+def new_request_id() -> str:
+    """Twelve random hexadecimal digits: short enough to read out, never met twice in a log."""
+    return secrets.token_hex(6)
+
+
+def of(error: Exception) -> ErrorReply:
+    """The reply for an exception: named errors say their sentence, strangers `internal error`."""
+    if isinstance(error, RequestError):
+        status = error.status
+    elif isinstance(error, UnavailableError):
+        return ErrorReply(
+            status=503,
+            type=UnavailableError.__name__,
+            message=str(error),
+            retry_after_s=error.retry_after_s,
+        )
+    elif isinstance(error, ResourceError):
+        status = 507
+    elif isinstance(error, UserError):
+        status = 400
+    else:
+        return ErrorReply(status=500, type="InternalError", message=INTERNAL_ERROR)
+    return ErrorReply(status=status, type=type(error).__name__, message=str(error))

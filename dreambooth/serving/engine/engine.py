@@ -1,0 +1,315 @@
+"""The engine: one thread that owns the device and draws whatever was submitted, step by step.
+
+Two modes. *Elastic*: the rows of a U-Net call follow the load; a picture agrees with the same
+request served alone to rounding: at most 2/255 in fp32. For half precision nothing is promised but
+what `benchmark serving` measures on the device at hand: in bf16 on one CPU thread no byte of 64
+pictures of the embedded model differed (1 to 30 steps; 2026-11-23); nobody has measured a GPU.
+*Exact*, with `batch_rows`: every call has that many rows, padded, and a picture's bytes depend on
+nothing but model, request, seed and `batch_rows` (on one machine, with one number of threads); its
+price is the padding.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from dreambooth.diffusion import model as models
+from dreambooth.diffusion import safety
+from dreambooth.diffusion.float_types import dtype_for
+from dreambooth.diffusion.model import DiffusionModel
+from dreambooth.diffusion.safety import SafetyChecker
+from dreambooth.diffusion.sampling_request import SamplingRequest, check
+from dreambooth.errors import ResourceError, UnavailableError, UserError
+from dreambooth.fast import served_unet
+from dreambooth.limits import LIMITS, Limits
+from dreambooth.serving.engine.drawing_jobs import DrawingJob, OnPicture
+from dreambooth.serving.engine.row_limits import free_caches, is_out_of_memory
+from dreambooth.serving.engine.warm_up import WarmUp
+from dreambooth.serving.engine.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+_RETRY_AFTER_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """How the engine batches.
+
+    batch_rows: None: elastic; N, at least 2: exact, every U-Net call padded to N rows. max_rows:
+    the most rows of an elastic call; how many of them pay is measured. A guided picture is two
+    rows, another one. warm_up_budget_s: seconds for that measurement, about; 0: max_rows are taken
+    as they are.
+    """
+
+    batch_rows: int | None = None
+    max_rows: int = 16
+    warm_up_budget_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        """Raise UserError for numbers that no call can have."""
+        for name, least, rows in (
+            ("batch_rows", 2, self.batch_rows),
+            ("max_rows", 1, self.max_rows),
+        ):
+            if rows is not None and not least <= rows <= LIMITS.max_generated_batch:
+                raise UserError(
+                    f"{name} must lie between {least} and {LIMITS.max_generated_batch}, not {rows}."
+                )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStatus:
+    """What the engine is doing.
+
+    queued_pictures: not begun. running_rows: U-Net rows of the pictures that have. undecoded:
+    pictures that wait for the VAE. seconds_per_step: (rows, seconds) of recent calls at the
+    model's own resolution. broken: why the engine's thread ended, None while it does not.
+    """
+
+    queued_pictures: int
+    running_rows: int
+    undecoded: int
+    steps_done_total: int
+    pictures_total: int
+    out_of_memory_total: int
+    seconds_per_step: tuple[tuple[int, float], ...]
+    seconds_per_decode: float
+    broken: str | None
+
+
+class Engine:
+    """Draws pictures; `submit`, `status` and `close` may be called from any thread."""
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        *,
+        settings: EngineSettings | None = None,
+        safety_checker: SafetyChecker | None = None,
+        limits: Limits = LIMITS,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Take a model, which from now on is the engine's alone; clock: as `Worker` has it."""
+        self.settings = settings or EngineSettings()
+        self._limits = limits
+        self._worker = Worker(
+            model,
+            batch_rows=self.settings.batch_rows,
+            max_rows=self.settings.max_rows,
+            safety_checker=safety_checker,
+            clock=clock,
+        )
+        self.facts = self._worker.facts
+        self._changed = threading.Condition()
+        self._inbox: deque[DrawingJob] = deque()
+        self._inbox_pictures = 0
+        self._closing = False
+        self._draining = False
+        self._broken: str | None = None
+        self._warm: Future[WarmUp] = Future()
+        self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
+
+    def start(self) -> WarmUp:
+        """Start the thread, draw a warm-up picture and measure; return when requests can come.
+
+        Raises what the model raises in drawing it.
+        """
+        atexit.register(self._abandon)
+        self._thread.start()
+        try:
+            return self._warm.result()
+        except BaseException:
+            self.close(drain=False)  # or the hook at exit would hold the model until then
+            raise
+
+    @property
+    def warm_up(self) -> WarmUp:
+        """What `start` measured; it must have returned."""
+        return self._warm.result(timeout=0)
+
+    def submit(
+        self,
+        pictures: Sequence[SamplingRequest],
+        *,
+        most_pictures: int | None = None,
+        on_picture: OnPicture | None = None,
+    ) -> DrawingJob:
+        """Queue pictures and return at once.
+
+        most_pictures: so many of these share a U-Net call, at most. on_picture(i, picture) is
+        called on the engine's thread as each is done, in any order; it must not block. Raises
+        RequestError for what the model cannot draw, UnavailableError when the engine is closed or
+        broken.
+        """
+        for request in pictures:
+            check(self.facts, request, limits=self._limits)
+        job = DrawingJob(
+            pictures,
+            most_pictures=most_pictures,
+            on_picture=on_picture,
+            on_cancel=self._job_cancelled,
+        )
+        with self._changed:
+            if self._broken is not None:
+                raise UnavailableError("The engine is down.", _RETRY_AFTER_S)
+            if self._closing:
+                raise UnavailableError("The engine is closing.", _RETRY_AFTER_S)
+            if not job.done:
+                self._inbox.append(job)
+                self._inbox_pictures += len(job.requests)
+                self._changed.notify()
+        return job
+
+    def close(self, *, drain: bool) -> None:
+        """Take no more work, finish (drain) or give up what there is, and join the thread."""
+        with self._changed:
+            self._closing = True
+            self._draining = drain
+            self._changed.notify()
+        if self._thread.ident is not None:
+            self._thread.join()
+        atexit.unregister(self._abandon)
+
+    def status(self) -> EngineStatus:
+        """Return the engine's state now; it never waits for the device."""
+        worker = self._worker
+        return EngineStatus(
+            queued_pictures=self._inbox_pictures + worker.batch_queue.waiting_count,
+            running_rows=worker.batch_queue.running_rows,
+            undecoded=len(worker.undecoded),
+            steps_done_total=worker.steps_done_total,
+            pictures_total=worker.pictures_total,
+            out_of_memory_total=worker.unet_caller.out_of_memory_total,
+            seconds_per_step=tuple(sorted(worker.seconds_per_step.copy().items())),
+            seconds_per_decode=worker.seconds_per_decode,
+            broken=self._broken,
+        )
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close(drain=kind is None)
+
+    def _main(self) -> None:
+        worker = self._worker
+        try:
+            self._warm.set_result(worker.warm_up(self.settings.warm_up_budget_s))
+            while self._take_work():
+                worker.run_round()
+        except BaseException as error:
+            self._give_up(error)
+
+    def _take_work(self) -> bool:
+        """Wait for something to do and take in new jobs; False when it is time to end."""
+        worker = self._worker
+        with self._changed:
+            while not (self._inbox or worker.has_work or self._closing):
+                self._changed.wait()
+            jobs = list(self._inbox)
+            self._inbox.clear()
+            self._inbox_pictures = 0
+            if self._closing and not self._draining:
+                self._abandon_jobs(jobs)
+                return False
+        try:
+            for job in jobs:
+                worker.add(job)
+        except BaseException:
+            self._inbox.extendleft(reversed(jobs))  # whoever clears up shall find them
+            raise
+        return worker.has_work or not self._closing
+
+    def _abandon_jobs(self, jobs: Sequence[DrawingJob]) -> None:
+        closed = UnavailableError("The engine was closed.", _RETRY_AFTER_S)
+        for job in jobs:
+            job.fail(closed)
+        self._worker.fail_everything(closed)
+
+    def _give_up(self, error: BaseException) -> None:
+        """The thread ends by an error: nobody may wait for it in vain."""
+        if not self._warm.done():
+            self._broken = f"{type(error).__name__}: {error}"
+            self._warm.set_exception(error)
+            return
+        logger.critical("The engine's thread is broken.", exc_info=error)
+        down = UnavailableError("The engine is down.", _RETRY_AFTER_S)
+        with self._changed:
+            self._broken = f"{type(error).__name__}: {error}"
+            jobs = list(self._inbox)
+            self._inbox.clear()
+            self._inbox_pictures = 0
+        for job in jobs:
+            job.fail(down)
+        self._worker.fail_everything(down)
+
+    def _job_cancelled(self) -> None:
+        self._worker.job_cancelled = True
+        with self._changed:
+            self._changed.notify()
+
+    def _abandon(self) -> None:
+        self.close(drain=False)
+
+
+def open_engine(
+    folder: Path,
+    *,
+    settings: EngineSettings | None = None,
+    device: torch.device | None = None,
+    precision: str = "auto",
+    safety_checker: bool = True,
+    cuda_graphs: bool = False,
+    channels_last: bool = False,
+    limits: Limits = LIMITS,
+) -> Engine:
+    """Load a model folder, on a GPU if there is one, and start an engine for it.
+
+    precision: "auto", "fp32", "fp16" or "bf16". cuda_graphs, channels_last: see
+    `served_unet.prepare`. Raises ModelArtifactError for a folder that is no
+    Stable Diffusion model, ResourceError where it does not fit into memory, UserError where there
+    is no such device.
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "The device cuda is asked for, and no GPU can be used here: see that the container is "
+            "given one and that the driver fits this torch, or choose the device auto or cpu."
+        )
+    dtype = dtype_for(precision, device)
+    try:
+        model = models.load(folder, device=device, dtype=dtype, limits=limits)
+        for warning in model.facts.warnings:
+            logger.warning(warning)
+        served_unet.prepare(model, cuda_graphs=cuda_graphs, channels_last=channels_last)
+        checker = None
+        if safety_checker:
+            checker = safety.load(folder, device=device, dtype=dtype, limits=limits)
+        engine = Engine(model, settings=settings, safety_checker=checker, limits=limits)
+        engine.start()
+        return engine
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    free_caches()
+    raise ResourceError(
+        f"The model {folder} does not fit into the free memory of {device}; the precision fp16 "
+        "halves its need."
+    )

@@ -1,0 +1,1 @@
+"""The socket, the routes and the order of start and end."""

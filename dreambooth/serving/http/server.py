@@ -1,0 +1,223 @@
+"""The server's process: socket, signals, the order of start and end; no torch in here.
+
+The port is bound before the model is looked at, so that /ping can say 503 while it loads. A first
+load that fails by the user's fault ends the process with one sentence: an endpoint that can never
+work should say so at once. Later crashes of the engine are the supervisor's business.
+
+SIGTERM or SIGINT: new work gets 503, what was accepted is drawn and sent within `GRACE_S`, then the
+port is closed and the process ends with 0. SageMaker kills 30 s after SIGTERM (AWS, "Custom
+inference code": how SageMaker stops a container).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import resource
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import uvicorn
+
+from dreambooth.errors import DreamBoothError, UserError
+from dreambooth.model_folder import source
+from dreambooth.process import logs
+from dreambooth.serving.http.app import App
+from dreambooth.serving.http.guard import Guard, GuardLimits, guarded
+from dreambooth.serving.http.metrics import Metrics
+from dreambooth.serving.supervision.messages import EngineFaultError
+from dreambooth.serving.supervision.supervisor import Supervisor
+from dreambooth.settings.serve_options import ServeSettings
+
+GRACE_S: Final = 25.0
+# Beyond it: encoding the last picture, and writing what clients have not read yet.
+_ENCODE_S: Final = 1.5
+_FLUSH_S: Final = 2
+_END_S: Final = 28.0
+_BACKLOG: Final = 2_048
+# Open files besides connections: libraries, pipes, the listener; and those that only linger.
+_OTHER_FILES: Final = 512
+_WANTED_FILES: Final = 65_536
+
+log = logging.getLogger(__name__)
+
+
+def run(settings: ServeSettings) -> int:
+    """Serve until a signal comes; return the exit code: 0, or 1 for a model that cannot be loaded.
+
+    Raises UserError where the address cannot be listened on.
+    """
+    with logs.without_waiting() as dropped_lines:
+        logs.to_stderr(settings.log_level)
+        logging.getLogger("uvicorn").setLevel(logging.ERROR)
+        metrics = Metrics()
+        metrics.dropped_lines = dropped_lines
+        files = _raise_file_limit()
+        with _listen(settings.host, settings.port) as listener:
+            return asyncio.run(_serve(settings, metrics, listener, files - _OTHER_FILES))
+
+
+async def _serve(
+    settings: ServeSettings, metrics: Metrics, listener: socket.socket, most_connections: int
+) -> int:
+    app = App(settings, metrics)
+    limits = GuardLimits(connections=max(1, min(settings.max_connections, most_connections)))
+    guard = Guard(limits)
+    http = _HttpServer(_config(app, guard))
+    metrics.connections = lambda: (len(http.server_state.connections), guard.refused)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    serving = asyncio.create_task(http.serve(sockets=[listener]))
+    stopped = asyncio.create_task(stop.wait())
+    host, port = listener.getsockname()[:2]
+    log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    with tempfile.TemporaryDirectory(prefix="dreambooth-", ignore_cleanup_errors=True) as folder:
+        drawing = asyncio.create_task(_draw(app, metrics, settings, Path(folder)))
+        await asyncio.wait({drawing, stopped, serving}, return_when=asyncio.FIRST_COMPLETED)
+        code = _outcome(drawing)
+        began = time.monotonic()
+        await _close(app, metrics, drawing, stopped)
+        # Clients that read slowly get what is left of the time before SageMaker kills.
+        left = _END_S - (time.monotonic() - began)
+        http.config.timeout_graceful_shutdown = max(_FLUSH_S, int(left))
+        http.should_exit = True
+        await serving
+    return code
+
+
+def _outcome(drawing: asyncio.Task[None]) -> int:
+    """The exit code as far as the engine decides it; one sentence to the log where it failed."""
+    if not drawing.done():
+        return 0
+    error = drawing.exception()
+    if error is None:
+        return 0
+    if isinstance(error, (DreamBoothError, EngineFaultError)):
+        log.error("the model cannot be served: %s", error)
+    else:
+        log.error("the model cannot be served", exc_info=error)
+    return 1
+
+
+async def _draw(app: App, metrics: Metrics, settings: ServeSettings, workspace: Path) -> None:
+    """Make a folder of the model and keep an engine on it until it is cancelled.
+
+    Raises DreamBoothError or EngineFaultError where no engine can be had, now or later.
+    """
+    folder = await _fetch(settings, workspace)
+    supervisor = Supervisor(folder, settings)
+    metrics.status = supervisor.status
+    app.supervisor = supervisor
+    await supervisor.start()
+    # What is here now stays: later collections need not look at it while a request waits.
+    gc.collect()
+    gc.freeze()
+    await supervisor.wait_until_given_up()
+
+
+async def _close(
+    app: App, metrics: Metrics, drawing: asyncio.Task[None], stopped: asyncio.Task[bool]
+) -> None:
+    """No new work; draw, encode and hand over what was accepted."""
+    log.info("shutting down: %d requests are finished first", metrics.requests_in_flight)
+    app.closing = True
+    for task in (drawing, stopped):
+        task.cancel()
+    await asyncio.gather(drawing, stopped, return_exceptions=True)
+    end = time.monotonic() + GRACE_S + _ENCODE_S
+    if isinstance(app.supervisor, Supervisor):
+        await app.supervisor.close(GRACE_S)
+    while metrics.requests_in_flight and time.monotonic() < end:
+        await asyncio.sleep(0.01)
+    app.close()
+
+
+async def _fetch(settings: ServeSettings, workspace: Path) -> Path:
+    """Find, unpack or download the model; in a thread that a signal need not wait for."""
+    loop = asyncio.get_running_loop()
+    fetched: asyncio.Future[Path] = loop.create_future()
+
+    def settle(folder: Path | None, error: BaseException | None) -> None:
+        if fetched.done():  # cancelled meanwhile
+            return
+        if folder is not None:
+            fetched.set_result(folder)
+        elif error is not None:
+            fetched.set_exception(error)
+
+    def work() -> None:
+        folder, fault = None, None
+        try:
+            folder = _folder_of(settings, workspace)
+        except Exception as error:
+            fault = error
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody asks any more
+            loop.call_soon_threadsafe(settle, folder, fault)
+
+    threading.Thread(target=work, name="fetch", daemon=True).start()
+    return await fetched
+
+
+def _folder_of(settings: ServeSettings, workspace: Path) -> Path:
+    named, platforms = settings.model, None
+    if settings.model_is_platforms:
+        named, platforms = "", Path(settings.model)
+    return source.open_source(source.locate(named, platforms, given="with --model"), workspace)
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn without its own signal handling: a signal does not close the port at once here."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _config(app: App, guard: Guard) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=guarded(guard),
+        interface="asgi3",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        backlog=_BACKLOG,
+        timeout_keep_alive=guard.limits.idle_s,
+        timeout_graceful_shutdown=_FLUSH_S,
+    )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(
+            f"Port {port} of {host} cannot be listened on ({reason}): choose others with --port "
+            "and --host."
+        ) from error
+
+
+def _raise_file_limit() -> int:
+    """Allow as many open files as the system lets us, up to what is of use; return that number."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    most = _WANTED_FILES if hard == unlimited else min(_WANTED_FILES, hard)
+    if soft != unlimited and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        return most
+    return _WANTED_FILES if soft == unlimited else soft

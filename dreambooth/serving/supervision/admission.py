@@ -1,0 +1,305 @@
+"""Whether a request is taken: pure arithmetic on what is ahead of it and the engine's speed.
+
+A request that cannot be answered in time is refused at once instead of late. `finish_times` plays
+the engine's schedule (`serving.engine.batch_queue`) forward: pictures of one size fill one U-Net
+call, in their order, up to the engine's rows; the sizes alternate call by call; finished pictures
+are decoded in between.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from dreambooth.serving.supervision.counters import RefusalReason
+
+# An estimate is multiplied by this before it is held against the deadline: other noise schedulers,
+# a busier machine, JSON and encoding all take their part.
+SAFETY: Final = 1.2
+# Nobody need ask again sooner.
+SHORTEST_RETRY_S: Final = 1.0
+# Attention grows with the square of the area: FLOPs of a row at 1024 x 1024 over those at 512 x
+# 512 are 4.675 / 0.804 = 4 ** 1.27. Below the measured size plain area is close enough.
+_AREA_POWER: Final = 1.27
+_NOTHING: Final = 1e-6  # of a call
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What is left to do of one picture.
+
+    steps: U-Net calls to come; where it is an estimate also parts of one. rows: 2 with guidance, 1
+    without. request_id and batch_size: at most so many pictures of this request share a call
+    (None: as many as fit).
+    """
+
+    request_id: int
+    rows: int
+    steps: float
+    width: int
+    height: int
+    batch_size: int | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Pictures of one size alone can share a call."""
+        return self.width, self.height
+
+    @property
+    def pixels(self) -> int:
+        """The area."""
+        return self.width * self.height
+
+    @property
+    def share(self) -> float:
+        """`batch_size` as a number."""
+        return math.inf if self.batch_size is None else self.batch_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSpeed:
+    """How fast the engine is.
+
+    seconds_per_call: (rows, seconds) of one U-Net call, at least one point; seconds_per_decode: of
+    one picture; both measured at `pixels`. rows: the most rows of a call. padded: every call costs
+    as much as `rows` rows (exact mode).
+    """
+
+    seconds_per_call: tuple[tuple[int, float], ...]
+    seconds_per_decode: float
+    rows: int
+    pixels: int
+    padded: bool = False
+
+    def decode_seconds(self, pixels: int) -> float:
+        """One picture: in proportion to its area (FLOPs at 1024 x 1024: 4.16 times as many)."""
+        return self.seconds_per_decode * pixels / self.pixels
+
+    def seconds(self, rows: int, pixels: int) -> float:
+        """One call: straight lines between the measured points, scaled by the area."""
+        points = sorted(self.seconds_per_call)
+        rows = max(rows, self.rows) if self.padded else rows
+        place = bisect.bisect_left(points, (rows, 0.0))
+        if place < len(points) and points[place][0] == rows:
+            measured = points[place][1]
+        elif place == 0 or place == len(points):  # outside: in proportion to the nearest
+            nearest, seconds = points[0 if place == 0 else -1]
+            measured = seconds if place == 0 else seconds * rows / nearest
+        else:
+            (low, before), (high, after) = points[place - 1], points[place]
+            measured = before + (after - before) * (rows - low) / (high - low)
+        ratio = pixels / self.pixels
+        return measured * (ratio**_AREA_POWER if ratio > 1 else ratio)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """What the operator allows, pictures waiting and drawn at once and seconds for one request,
+    and what the model's noise scheduler makes of a step.
+    """
+
+    max_queue: int
+    request_timeout_s: float
+    calls_per_step: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """Why a request is not taken, the sentence for its client, and when to ask again."""
+
+    reason: RefusalReason
+    message: str
+    retry_after_s: float
+
+
+class _Schedule:
+    """The engine's schedule, played forward: who runs, who waits, the calls left of each."""
+
+    def __init__(self, work: Sequence[Work], most_rows: int) -> None:
+        self.left = [picture.steps for picture in work]
+        self.running: dict[tuple[int, int], list[int]] = {}
+        self._work = work
+        self._most_rows = most_rows
+        # Of each size, what a request has next to each other: it joins or waits as one.
+        self._waiting: dict[tuple[int, int], deque[deque[int]]] = {}
+        of_size: dict[tuple[int, int], list[int]] = {}
+        for i, picture in enumerate(work):
+            of_size.setdefault(picture.size, []).append(i)
+        for size, indices in of_size.items():
+            groups = itertools.groupby(indices, key=lambda i: (work[i].request_id, work[i].share))
+            self._waiting[size] = deque(deque(group) for _, group in groups)
+
+    def fill(self) -> bool:
+        """Let pictures join while there is room; return whether any runs."""
+        for size, waiting in tuple(self._waiting.items()):
+            self._join(self.running.setdefault(size, []), waiting)
+            if not waiting:
+                del self._waiting[size]
+        return bool(self.running)
+
+    def _join(self, running: list[int], waiting: deque[deque[int]]) -> None:
+        rows = self.rows(running)
+        mates = Counter(self._work[i].request_id for i in running)
+        passed: list[deque[int]] = []
+        while waiting and (rows < self._most_rows or not running):
+            picture = self._work[waiting[0][0]]
+            if mates[picture.request_id] >= picture.share:
+                passed.append(waiting.popleft())
+            elif running and rows + picture.rows > self._most_rows:
+                break  # the next one must not overtake it
+            else:
+                running.append(waiting[0].popleft())
+                rows += picture.rows
+                mates[picture.request_id] += 1
+                if not waiting[0]:
+                    waiting.popleft()
+        waiting.extendleft(reversed(passed))
+
+    def rows(self, running: Sequence[int]) -> int:
+        """Rows of these pictures."""
+        return sum(self._work[i].rows for i in running)
+
+    def shortest(self) -> float:
+        """BatchQueue until the first of those that run is done."""
+        return max(0.0, min(self.left[i] for running in self.running.values() for i in running))
+
+    def advance(self, rounds: float) -> list[int]:
+        """Every size has so many calls; return who is done."""
+        done: list[int] = []
+        for size, running in tuple(self.running.items()):
+            for i in running:
+                self.left[i] -= rounds
+            done += [i for i in running if self.left[i] < _NOTHING]
+            running[:] = [i for i in running if self.left[i] >= _NOTHING]
+            if not running:
+                del self.running[size]
+        return done
+
+
+def finish_times(work: Sequence[Work], speed: EngineSpeed) -> list[float]:
+    """Return the seconds from now at which each picture would be done, in the order of `work`."""
+    times = [0.0] * len(work)
+    schedule = _Schedule(work, speed.rows)
+    now = 0.0
+    while schedule.fill():
+        seconds_per_round = sum(
+            speed.seconds(schedule.rows(running), width * height)
+            for (width, height), running in schedule.running.items()
+        )
+        rounds = schedule.shortest()
+        now += rounds * seconds_per_round
+        for i in schedule.advance(rounds):
+            now += speed.decode_seconds(work[i].pixels)
+            times[i] = now
+    return times
+
+
+def after(work: Sequence[Work], speed: EngineSpeed, calls_made: int) -> list[Work]:
+    """Return the same pictures as they stand so many U-Net calls later.
+
+    The engine tells how many calls it made, not of whom; one that has no calls left waits to be
+    decoded.
+    """
+    schedule = _Schedule(work, speed.rows)
+    calls_left = float(calls_made)
+    while calls_left > _NOTHING and schedule.fill():
+        sizes = len(schedule.running)
+        rounds = min(schedule.shortest(), calls_left / sizes)
+        calls_left -= rounds * sizes
+        schedule.advance(rounds)
+    return [
+        replace(picture, steps=max(0.0, left))
+        for picture, left in zip(work, schedule.left, strict=True)
+    ]
+
+
+def refuse(
+    new: Sequence[Work],
+    ahead: Sequence[Work],
+    speed: EngineSpeed,
+    bounds: Bounds,
+    *,
+    waited_s: float = 0.0,
+) -> Refusal | None:
+    """Return why the pictures `new` of one request are not taken, or None: they are.
+
+    ahead: the pictures that are drawn and queued, in order. waited_s: how long ago the request
+    arrived. It is taken if and only if the pictures of all fit into the queue's bound, and SAFETY
+    times the estimate of its last picture ends within the deadline.
+    """
+    allowed = bounds.request_timeout_s - waited_s
+    alone = SAFETY * max(finish_times(new, speed))
+    if len(new) > bounds.max_queue or alone > bounds.request_timeout_s:
+        return _never(new, speed, bounds, alone)
+    excess = len(ahead) + len(new) - bounds.max_queue
+    if excess > 0:
+        return Refusal(
+            reason="queue",
+            message=(
+                f"The queue is full: {len(ahead)} pictures are waiting or drawn, the server takes "
+                f"{bounds.max_queue} (--max_queue), this request has {len(new)}."
+            ),
+            retry_after_s=_retry(sorted(finish_times(ahead, speed))[excess - 1]),
+        )
+    estimate = SAFETY * max(finish_times([*ahead, *new], speed)[len(ahead) :])
+    if estimate > allowed:
+        return Refusal(
+            reason="deadline",
+            message=(
+                f"The server is busy: this request would be done in about {_shown(estimate)} s, "
+                f"but must be within {_shown(max(0.0, allowed))} s (--request_timeout_s "
+                f"{bounds.request_timeout_s:g})."
+            ),
+            retry_after_s=_retry(estimate - bounds.request_timeout_s),
+        )
+    return None
+
+
+def _never(new: Sequence[Work], speed: EngineSpeed, bounds: Bounds, alone: float) -> Refusal:
+    """The refusal of what an idle server would not do either, with what it would."""
+    limit = bounds.request_timeout_s
+    if len(new) > bounds.max_queue:
+        message = (
+            f"The request has {len(new)} pictures, the server takes {bounds.max_queue} at once "
+            "(--max_queue): ask for fewer pictures per request."
+        )
+    else:
+        steps = _steps_that_fit(new, speed, bounds)
+        fewer = f"at most {steps} steps, or " if steps else ""
+        pictures = "fewer pictures, " if len(new) > 1 else ""
+        message = (
+            f"Even an idle server would need about {_shown(alone)} s for this request, but it must "
+            f"be done within {limit:g} s: ask for {fewer}{pictures}a smaller width and height, or "
+            "start the server with a longer --request_timeout_s."
+        )
+    return Refusal(reason="never", message=message, retry_after_s=_retry(limit))
+
+
+def _steps_that_fit(new: Sequence[Work], speed: EngineSpeed, bounds: Bounds) -> int:
+    """The most num_inference_steps with which these pictures alone would be done in time, or 0."""
+
+    def late(steps: int) -> bool:
+        made = calls(steps, bounds.calls_per_step)
+        fewer = [replace(picture, steps=made) for picture in new]
+        return SAFETY * max(finish_times(fewer, speed)) > bounds.request_timeout_s
+
+    longest = int(max(picture.steps for picture in new))
+    return bisect.bisect_left(range(1, longest + 1), True, key=late)
+
+
+def calls(num_inference_steps: int, calls_per_step: int = 1) -> int:
+    """U-Net calls of so many steps: PNDM makes one more, and so the text encoder is paid too."""
+    return num_inference_steps * calls_per_step + 1
+
+
+def _retry(seconds: float) -> float:
+    return round(max(SHORTEST_RETRY_S, seconds), 1)
+
+
+def _shown(seconds: float) -> str:
+    return f"{seconds:.1f}" if seconds < 10 else f"{seconds:.0f}"

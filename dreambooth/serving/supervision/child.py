@@ -1,0 +1,278 @@
+"""`python -m dreambooth.serving.supervision.child`: the process that owns the engine, and so torch.
+
+It is started by `engine_process` and lives as long as the socket whose number it is given: when
+that closes, whoever asked for pictures is gone, and so is this process, at once and whatever it is
+doing. SIGTERM and SIGINT are ignored: a platform sends them to every process of a container, and
+what was accepted is to be drawn; the server says Close when that is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from dreambooth.errors import DreamBoothError
+from dreambooth.process import gpu_driver, logs
+from dreambooth.serving.contract.reply import Picture
+from dreambooth.serving.supervision import wire
+from dreambooth.serving.supervision.messages import (
+    Cancel,
+    Done,
+    Drawn,
+    Failed,
+    Fault,
+    Generate,
+    LoadFailed,
+    Ready,
+    Status,
+)
+from dreambooth.serving.supervision.send_queue import SendQueue
+from dreambooth.serving.supervision.wire import WireError
+
+if TYPE_CHECKING:
+    from dreambooth.serving.engine.drawing_jobs import DrawingJob
+    from dreambooth.serving.engine.engine import Engine
+
+STATUS_S: Final = 0.5
+# When much ends at once, one status tells of all of it.
+_SHORTEST_STATUS_S: Final = 0.02
+_FLUSH_S: Final = 5.0
+_PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
+
+log = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Serve one socket until Close (0), a failed load or a broken engine (1)."""
+    arguments = _parser().parse_args(argv)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    _die_with_parent()
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries that print
+    os.set_inheritable(arguments.fd, False)
+    with logs.without_waiting() as dropped_lines:
+        logs.to_stderr(arguments.log_level)
+        return _Child(socket.socket(fileno=arguments.fd), dropped_lines).run(arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m dreambooth.serving.supervision.child")
+    parser.add_argument("--fd", type=int, required=True, help="number of the inherited socket")
+    parser.add_argument("--model", type=Path, required=True, help="model folder")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--batch-rows", type=int)
+    parser.add_argument("--no-safety-checker", action="store_true")
+    parser.add_argument("--cuda-graphs", action="store_true")
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--log-level", default="info")
+    return parser
+
+
+def _die_with_parent() -> None:
+    """Ask Linux for SIGKILL when the thread that started us ends, should the socket not tell."""
+    if sys.platform == "linux":
+        try:
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        except (OSError, AttributeError):
+            log.debug("this system's C library knows no prctl")
+
+
+class _Child:
+    """The engine behind a socket: one thread reads, one writes, one sends a sign of life."""
+
+    def __init__(self, connection: socket.socket, dropped_lines: Callable[[], int]) -> None:
+        self._connection = connection
+        self._dropped_lines = dropped_lines
+        self._send_queue = SendQueue(connection)
+        self._engine: Engine | None = None
+        self._jobs: dict[int, DrawingJob] = {}
+        self._changed = threading.Event()  # a status is due
+        self._ended = threading.Event()
+        self._code = 0
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        """Load, serve, end; the signs of life begin before torch is imported."""
+        for work in (self._read, self._send):
+            threading.Thread(target=work, name=work.__name__, daemon=True).start()
+        try:
+            engine = _open(arguments)
+        except Exception as error:
+            if not isinstance(error, DreamBoothError):
+                log.exception("the engine cannot be opened")
+            self._send_queue.put(LoadFailed(fault=Fault.of(error)))
+            self._send_queue.close(_FLUSH_S)
+            return 1
+        gc.collect()
+        gc.freeze()  # the model stays: no collection need look at it
+        self._engine = engine
+        self._send_queue.put(_ready(engine))
+        self._changed.set()
+        self._ended.wait()
+        if self._code == 0:
+            engine.close(drain=False)
+        self._send_queue.close(_FLUSH_S)
+        return self._code
+
+    def _end(self, code: int) -> None:
+        self._code = code
+        self._ended.set()
+
+    def _read(self) -> None:
+        while not self._ended.is_set():
+            try:
+                message = wire.to_engine(self._connection)
+            except WireError:
+                log.exception("the server talks nonsense")
+                logs.write_last_lines()
+                message = None
+            if message is None:  # it is gone: nothing that is under way has any use
+                os._exit(1)
+            if isinstance(message, Generate):
+                self._generate(message)
+            elif isinstance(message, Cancel):
+                job = self._jobs.get(message.request_id)
+                if job is not None:
+                    job.cancel()
+            else:
+                self._end(0)
+
+    def _generate(self, message: Generate) -> None:
+        number = message.request_id
+        try:
+            assert self._engine is not None  # nobody asks before Ready
+            job = self._engine.submit(
+                message.pictures(),
+                most_pictures=message.batch_size,
+                on_picture=partial(self._drawn, number),
+            )
+        except Exception as error:
+            self._failed(number, error)
+            return
+        self._jobs[number] = job
+        job.add_done_callback(partial(self._done, number))
+
+    def _drawn(self, number: int, index: int, picture: Picture) -> None:
+        height, width, _ = picture.pixels.shape
+        self._send_queue.put(
+            Drawn(
+                request_id=number,
+                index=index,
+                width=width,
+                height=height,
+                seed=picture.seed,
+                finish_reason=picture.finish_reason,
+                exact=picture.exact,
+                pixels=picture.pixels.tobytes(),
+            )
+        )
+
+    def _done(self, number: int, job: DrawingJob) -> None:
+        self._jobs.pop(number, None)
+        try:
+            job.result(timeout=0)
+        except CancelledError:
+            log.debug("request %d was given up", number)
+        except Exception as error:
+            self._failed(number, error)
+        else:
+            self._send_queue.put(Done(request_id=number))
+        self._changed.set()
+
+    def _failed(self, number: int, error: Exception) -> None:
+        if not isinstance(error, DreamBoothError):
+            log.error("request %d failed in the engine", number, exc_info=error)
+        self._send_queue.put(Failed(request_id=number, fault=Fault.of(error)))
+
+    def _send(self) -> None:
+        """Say how things stand, about twice a second and when something has ended."""
+        while not self._ended.is_set():
+            self._changed.wait(STATUS_S)
+            self._ended.wait(_SHORTEST_STATUS_S)
+            self._changed.clear()
+            if self._engine is None:
+                dropped = self._dropped_lines()
+                self._send_queue.put(Status(dropped_lines_total=dropped, rss_bytes=_rss_bytes()))
+                continue
+            self._send_queue.put(_status(self._engine, self._dropped_lines()))
+            broken = self._engine.status().broken
+            if broken is not None:
+                log.error("the engine is broken and its process ends: %s", broken)
+                self._end(1)
+
+
+def _open(arguments: argparse.Namespace) -> Engine:
+    import torch
+
+    from dreambooth.serving.engine.engine import EngineSettings, open_engine
+
+    if arguments.device == "auto" and not torch.cuda.is_available():
+        unused = gpu_driver.why_unused(
+            os.environ,
+            gpu_driver.look(),
+            torch_version=torch.__version__,
+            cuda_version=torch.version.cuda,
+        )
+        if unused is not None:
+            log.warning("%s", unused)
+    return open_engine(
+        arguments.model,
+        settings=EngineSettings(batch_rows=arguments.batch_rows),
+        device=None if arguments.device == "auto" else torch.device(arguments.device),
+        precision=arguments.precision,
+        safety_checker=not arguments.no_safety_checker,
+        cuda_graphs=arguments.cuda_graphs,
+        channels_last=arguments.channels_last,
+    )
+
+
+def _ready(engine: Engine) -> Ready:
+    return Ready(
+        seconds_per_call=engine.warm_up.seconds_per_step,
+        seconds_per_decode=engine.warm_up.seconds_per_decode,
+        rows=engine.warm_up.rows,
+    )
+
+
+def _status(engine: Engine, dropped_lines: int) -> Status:
+    status = engine.status()
+    return Status(
+        queued_pictures=status.queued_pictures,
+        running_rows=status.running_rows,
+        undecoded=status.undecoded,
+        steps_done_total=status.steps_done_total,
+        pictures_total=status.pictures_total,
+        out_of_memory_total=status.out_of_memory_total,
+        dropped_lines_total=dropped_lines,
+        seconds_per_call=status.seconds_per_step,
+        seconds_per_decode=status.seconds_per_decode,
+        rss_bytes=_rss_bytes(),
+    )
+
+
+def _rss_bytes() -> int:
+    """Resident memory of this process; 0 where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    logging.shutdown()
+    # Not sys.exit: a device that is lost may keep its libraries from ever finishing.
+    os._exit(code)

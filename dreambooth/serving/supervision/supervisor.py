@@ -1,0 +1,394 @@
+"""Keeps one engine process alive and asks it for pictures; the server's process, no torch.
+
+A process that ends is replaced at once; one that hangs or talks nonsense is killed and replaced.
+Requests are admitted here, before the engine hears of them.
+
+A request that was in the engine when its process died is answered with UnavailableError and NOT
+tried again by us: it may be what killed it, and its client alone knows whether the time is still
+worth it. The client is told when to ask again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from dreambooth.diffusion.sampling_request import SamplingFacts, SamplingRequest, read_facts
+from dreambooth.errors import ModelArtifactError, RequestError, UnavailableError, UserError
+from dreambooth.serving.contract.reply import Picture
+from dreambooth.serving.contract.request import GenerationRequest
+from dreambooth.serving.supervision import admission
+from dreambooth.serving.supervision.admission import Bounds, EngineSpeed, Work
+from dreambooth.serving.supervision.counters import (
+    Counters,
+    LossReason,
+    RefusalReason,
+    State,
+    SupervisorStatus,
+)
+from dreambooth.serving.supervision.engine_process import COMMAND, EngineProcess, options
+from dreambooth.serving.supervision.messages import (
+    Cancel,
+    Close,
+    EngineFaultError,
+    Failed,
+    FromEngine,
+    Generate,
+    LoadFailed,
+    Ready,
+    Status,
+)
+from dreambooth.serving.supervision.pending_requests import PendingRequest, PendingRequests
+from dreambooth.serving.supervision.restart_policy import Listener, RestartPolicy
+from dreambooth.serving.supervision.watchdog import Patience
+from dreambooth.serving.supervision.wire import WireError
+from dreambooth.settings.serve_options import ServeSettings
+
+__all__ = ["State", "Supervisor", "SupervisorStatus"]
+
+# A guess at how long loading takes, until it was measured.
+_LOAD_S: Final = 30.0
+# Of a server that shuts down or whose model cannot be loaded: another one must take over.
+_ELSEWHERE_S: Final = 30.0
+# A call takes so many times its estimate before it counts as hanging, if that is long at all.
+_SLOWEST_CALL: Final = 4.0
+# Processes in a row that may fail to load before the fault is taken for one that does not go away:
+# by a fault of ours, or without a word (which lack of memory may be, too).
+_TRIES: Final = 3
+_SILENT_TRIES: Final = 8
+# For the engine to end by itself once it has nothing to do.
+_CLOSE_S: Final = 2.0
+_DRAIN_S: Final = 0.01
+
+log = logging.getLogger(__name__)
+
+
+class Supervisor(Listener):
+    """The engine behind the server; everything runs in the event loop of `start`.
+
+    folder: a diffusers folder. patience: when a silent engine is killed. command: what is started,
+    our own engine unless a test wants another.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: ServeSettings,
+        *,
+        patience: Patience | None = None,
+        command: Sequence[str] = COMMAND,
+    ) -> None:
+        self._folder = folder
+        self._settings = settings
+        self._bounds = Bounds(
+            max_queue=settings.max_queue, request_timeout_s=settings.request_timeout_s
+        )
+        self._restart_policy = RestartPolicy(
+            (*command, *options(folder, settings)), patience or Patience(), self
+        )
+        self._state: State = "loading"
+        self._reason = "The model is being loaded."
+        self._facts: SamplingFacts | None = None
+        self._engine_speed: EngineSpeed | None = None
+        self._load_s: float | None = None
+        self._pending = PendingRequests()
+        self._numbers = itertools.count(1)
+        self._counters = Counters()
+        self._failure: UserError | EngineFaultError | None = None
+        self._given_up = asyncio.Event()
+        self._faults = self._silent_deaths = 0  # in loading, since an engine was ready last
+        self._has_spoken = False  # this process: it was ready, or has said why it is not
+        self._settled = asyncio.Event()  # the first start has ended, one way or the other
+        self._closed = asyncio.Event()
+        self._running: asyncio.Task[None] | None = None
+
+    @property
+    def state(self) -> State:
+        """loading, ready, down (between two processes, silent, or for good) or closing."""
+        silent = self._state == "ready" and self._restart_policy.quiet
+        return "down" if silent else self._state
+
+    @property
+    def reason(self) -> str:
+        """Why it is not ready, one sentence, else ""."""
+        silent = "The engine gives no sign of life."
+        return self._reason if self._state == self.state else silent
+
+    @property
+    def facts(self) -> SamplingFacts:
+        """What the model can draw; UnavailableError until `start` has read it."""
+        if self._facts is None:
+            raise UnavailableError(self._reason, self._retry_after_s())
+        return self._facts
+
+    async def start(self) -> None:
+        """Start the engine and wait until it is ready for the first time.
+
+        Raises UserError (ModelArtifactError) for a model that cannot be loaded, or not with these
+        settings, and EngineFaultError where loading it failed by a fault of ours again and again:
+        the state is "down" then and no other start is tried. Other failures are tried again, so
+        this may wait for long; to stop waiting cancel it and call `close`.
+        """
+        try:
+            self._facts = await asyncio.to_thread(read_facts, self._folder)
+        except ModelArtifactError as error:
+            self._give_up(error)
+            raise
+        self._bounds = replace(self._bounds, calls_per_step=self._facts.calls_per_step)
+        self._running = asyncio.create_task(self._restart_policy.run(), name="engine")
+        self._running.add_done_callback(self._restart_policy_ended)
+        await self._settled.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    async def wait_until_given_up(self) -> None:
+        """Wait until no other engine is started because none can be, and raise why, as `start`."""
+        await self._given_up.wait()
+        assert self._failure is not None
+        raise self._failure
+
+    async def generate(
+        self, request: GenerationRequest, base_seed: int, *, waited_s: float = 0.0
+    ) -> list[Picture]:
+        """Return the request's pictures in order; picture i has the seed base_seed + i.
+
+        waited_s: how long ago the request arrived; it is answered within request_timeout_s from
+        then on or not at all. Raises UnavailableError where it is refused (before the engine hears
+        of it), where it is late all the same, and, as soon as that is known, where the engine's
+        process ends: it is not tried again (see above). Raises ResourceError and RequestError as
+        the engine does, EngineFaultError for a fault of ours there. A task that is cancelled here
+        stops its work at the engine's next step.
+        """
+        pictures = request.pictures(base_seed)
+        pending_request, process = self._admit(request, pictures, waited_s)
+        allowed_s = self._settings.request_timeout_s - waited_s
+        self._pending.add(pending_request)
+        try:
+            async with asyncio.timeout(allowed_s):
+                await process.send(
+                    Generate.of(pending_request.request_id, pictures, request.batch_size)
+                )
+                return await pending_request.result
+        except TimeoutError as error:
+            self._counters.losses["late"] += 1
+            raise UnavailableError(
+                "The pictures were not done within the "
+                f"{self._settings.request_timeout_s:g} s of --request_timeout_s: the server is "
+                "slower than it was measured to be.",
+                admission.SHORTEST_RETRY_S,
+            ) from error
+        except WireError as error:
+            raise RequestError("The request's texts are too long.", 413) from error
+        except asyncio.CancelledError:
+            self._counters.losses["cancelled"] += 1
+            raise
+        finally:
+            self._pending.remove(pending_request)
+            if pending_request.result.cancelled() or not pending_request.result.done():
+                process.send_soon(Cancel(request_id=pending_request.request_id))
+
+    def status(self) -> SupervisorStatus:
+        """Return a snapshot; never waits for the engine."""
+        return self._counters.snapshot(
+            state=self.state,
+            reason=self.reason,
+            requests_in_flight=len(self._pending),
+            pictures_in_flight=self._pending.picture_count,
+            load_seconds=self._load_s,
+            restarts_total=self._restart_policy.restarts,
+            engine_pid=self._restart_policy.process.pid if self._restart_policy.process else None,
+        )
+
+    async def close(self, grace_s: float = 25.0) -> None:
+        """Take no new work, finish what was accepted within `grace_s`, end the engine's process.
+
+        What is not finished by then gets UnavailableError. May be called in any state and again.
+        """
+        if self._state == "closing":
+            await self._closed.wait()
+            return
+        process = self._restart_policy.process if self._state == "ready" else None
+        self._set("closing", "The server is shutting down.")
+        try:
+            if process is not None:
+                await self._drain(process, grace_s)
+            if self._running is not None:
+                self._running.cancel()
+                await asyncio.gather(self._running, return_exceptions=True)
+        finally:
+            self._settled.set()
+            self._closed.set()
+
+    async def _drain(self, process: EngineProcess, grace_s: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                while len(self._pending):
+                    await asyncio.sleep(_DRAIN_S)
+        message = f"The server was stopped, and {grace_s:g} s were not enough to finish."
+        self._lose("closing", message)
+        process.send_soon(Close())
+        if not await process.wait(_CLOSE_S):
+            log.warning("the engine does not end by itself and is killed")
+
+    # Callbacks of the restart policy.
+
+    @property
+    def finished(self) -> bool:
+        """Whether no other engine is to be started."""
+        return self._state == "closing" or self._failure is not None
+
+    def starting(self) -> None:
+        """A process is about to be started."""
+        self._has_spoken = False
+        if self._state != "closing":
+            self._set("loading", "The model is being loaded.")
+
+    def received(self, message: FromEngine) -> None:
+        """Take what the engine says."""
+        if isinstance(message, Ready):
+            self._ready(message)
+        elif isinstance(message, LoadFailed):
+            self._load_failed(message.fault.exception())
+        elif isinstance(message, Status):
+            self._note(message)
+        else:
+            if isinstance(message, Failed):
+                self._counters.losses["engine_error"] += 1
+            self._pending.take(message)
+
+    def lost(self) -> None:
+        """Answer every request, now that the engine is gone and before anything is waited for."""
+        self._engine_speed = None
+        self._counters.engine_ended()
+        if not self._has_spoken:
+            self._died_silently()
+        if not self.finished:
+            self._set("down", "The engine has stopped and is being restarted.")
+        self._lose(
+            "engine_died",
+            "The engine stopped while it worked on this request; it is being restarted.",
+        )
+
+    def _ready(self, message: Ready) -> None:
+        self._engine_speed = EngineSpeed(
+            seconds_per_call=message.seconds_per_call,
+            seconds_per_decode=message.seconds_per_decode,
+            rows=message.rows,
+            pixels=self.facts.resolution**2,
+            padded=self._settings.batch_rows is not None,
+        )
+        self._load_s = time.monotonic() - self._restart_policy.started
+        self._has_spoken, self._faults, self._silent_deaths = True, 0, 0
+        if self._state != "closing":
+            self._set("ready", "")
+        log.info("the engine is ready after %.1f s", self._load_s)
+        self._settled.set()
+
+    def _note(self, status: Status) -> None:
+        before, self._counters.engine = self._counters.engine, status
+        if self._engine_speed is None:
+            return
+        calls_made = status.steps_done_total - before.steps_done_total
+        self._pending.calls_were_made(calls_made, self._engine_speed)
+        measured = {**dict(self._engine_speed.seconds_per_call), **dict(status.seconds_per_call)}
+        self._engine_speed = replace(
+            self._engine_speed,
+            seconds_per_call=tuple(measured.items()),
+            seconds_per_decode=status.seconds_per_decode,
+        )
+        largest = max((work.pixels for work in self._pending.ahead()), default=0)
+        self._restart_policy.allow(
+            _SLOWEST_CALL * self._engine_speed.seconds(self._engine_speed.rows, largest)
+        )
+
+    def _load_failed(self, error: Exception) -> None:
+        """Give up what no other try can load; memory may be free again for another."""
+        self._has_spoken = True
+        if isinstance(error, EngineFaultError):
+            self._faults += 1
+            if self._faults < _TRIES:
+                return
+            error = EngineFaultError(
+                f"The engine could not load the model in {_TRIES} tries ({error}): see the log."
+            )
+        if isinstance(error, (UserError, EngineFaultError)):
+            self._give_up(error)
+
+    def _died_silently(self) -> None:
+        self._silent_deaths += 1
+        if self._silent_deaths == _SILENT_TRIES and not self.finished:
+            message = f"The engine ended {_SILENT_TRIES} times before it was ready: see the log."
+            self._give_up(EngineFaultError(message))
+
+    def _lose(self, reason: LossReason, message: str) -> None:
+        self._counters.losses[reason] += self._pending.fail_all(message, self._retry_after_s())
+
+    def _give_up(self, error: UserError | EngineFaultError) -> None:
+        if self._settled.is_set():  # else `start` raises it
+            log.error("the model cannot be loaded any more: %s", error)
+        self._failure = error
+        self._set("down", str(error))
+        self._settled.set()
+        self._given_up.set()
+
+    def _restart_policy_ended(self, running: asyncio.Task[None]) -> None:
+        """Nothing keeps the engine any more; by a fault of ours unless that was wanted."""
+        if not running.cancelled() and running.exception() is not None:
+            log.critical("nothing keeps the engine any more", exc_info=running.exception())
+            self._set("down", "The server has an internal error; it must be started anew.")
+            self._settled.set()
+
+    def _set(self, state: State, reason: str) -> None:
+        self._state, self._reason = state, reason
+
+    # Admission.
+
+    def _admit(
+        self, request: GenerationRequest, pictures: Sequence[SamplingRequest], waited_s: float
+    ) -> tuple[PendingRequest, EngineProcess]:
+        state, speed, process = self.state, self._engine_speed, self._restart_policy.process
+        if state != "ready":
+            raise self._refused(state, self.reason, self._retry_after_s())
+        assert speed is not None
+        assert process is not None
+        request_id = next(self._numbers)
+        work = tuple(
+            Work(
+                request_id=request_id,
+                rows=2 if picture.guided else 1,
+                steps=admission.calls(picture.num_inference_steps, self._bounds.calls_per_step),
+                width=request.width,
+                height=request.height,
+                batch_size=request.batch_size,
+            )
+            for picture in pictures
+        )
+        refusal = admission.refuse(
+            work, self._pending.ahead(), speed, self._bounds, waited_s=waited_s
+        )
+        if refusal is not None:
+            raise self._refused(refusal.reason, refusal.message, refusal.retry_after_s)
+        return PendingRequest(work), process
+
+    def _refused(
+        self, reason: RefusalReason, message: str, retry_after_s: float
+    ) -> UnavailableError:
+        self._counters.refusals[reason] += 1
+        return UnavailableError(message, retry_after_s)
+
+    def _retry_after_s(self) -> float:
+        """When to ask again while there is no engine: about when the next one will be ready."""
+        if self._state == "closing" or self._failure is not None:
+            return _ELSEWHERE_S
+        load_s = _LOAD_S if self._load_s is None else self._load_s
+        passed_s = (
+            time.monotonic() - self._restart_policy.started if self._state == "loading" else 0.0
+        )
+        return max(admission.SHORTEST_RETRY_S, load_s - passed_s)

@@ -1,0 +1,161 @@
+"""Messages as bytes on a socket: length-prefixed frames of one JSON header and a raw payload.
+
+A frame is ``DBf1``, the header's length and the payload's (both uint32, network order), the header
+(one JSON object: the message's kind and its fields) and the payload (the RGB bytes of a Drawn,
+else empty). No pickle: a frame can say nothing but these messages, each field is checked against
+its annotation, and what differs is a WireError.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import socket
+import struct
+import types
+from dataclasses import asdict, fields, is_dataclass, replace
+from functools import cache
+from typing import Any, Final, Literal, Union, cast, get_args, get_origin, get_type_hints
+
+from dreambooth.limits import LIMITS, MIB
+from dreambooth.serving.supervision.messages import Drawn, FromEngine, ToEngine
+
+# The texts of one request come from a body of about 1 MiB; escaped in JSON they grow sixfold.
+MAX_HEADER_BYTES: Final = 16 * MIB
+MAX_PAYLOAD_BYTES: Final = 3 * LIMITS.max_generated_pixels
+
+_MAGIC: Final = b"DBf1"
+_PREFIX: Final = struct.Struct("!4sII")
+PREFIX_BYTES: Final = _PREFIX.size
+_PAYLOAD: Final = "pixels"
+_KINDS: Final = {
+    kind.__name__: kind for union in (ToEngine, FromEngine) for kind in get_args(union)
+}
+
+
+class WireError(Exception):
+    """The other side sent what is no frame or no message of ours."""
+
+
+def pack(message: ToEngine | FromEngine) -> tuple[bytes, bytes]:
+    """Return a message's bytes in two pieces, prefix with header and payload.
+
+    Raises WireError for one that is longer than a frame may be.
+    """
+    kind: Any = type(message)
+    content = {name: getattr(message, name) for name in _hints(kind)}
+    payload = content.pop(_PAYLOAD) if isinstance(message, Drawn) else b""
+    plain = {name: _plain(value) for name, value in content.items()}
+    header = json.dumps({"kind": kind.__name__, **plain}, allow_nan=False).encode()
+    _check_lengths(len(header), len(payload))
+    return _PREFIX.pack(_MAGIC, len(header), len(payload)) + header, payload
+
+
+def to_engine(connection: socket.socket) -> ToEngine | None:
+    """Read the server's next message from a blocking socket.
+
+    None where the server is gone, even in the middle of a frame; WireError for anything else.
+    """
+    prefix = _exactly(connection, PREFIX_BYTES)
+    if prefix is None:
+        return None
+    header_bytes, payload_bytes = lengths(prefix)
+    header = _exactly(connection, header_bytes)
+    payload = _exactly(connection, payload_bytes)
+    if header is None or payload is None:
+        return None
+    return cast(ToEngine, unpack(header, payload, ToEngine))
+
+
+def unpack(header: bytes, payload: bytes | bytearray, kinds: Any) -> ToEngine | FromEngine:
+    """Read one message of the union `kinds` from the two parts of a frame, or raise WireError."""
+    try:
+        content = json.loads(header)
+    except (ValueError, RecursionError) as error:
+        raise WireError(f"a header is not JSON: {error}") from error
+    named = content.pop("kind", None) if isinstance(content, dict) else None
+    kind = _KINDS.get(named) if isinstance(named, str) else None
+    if kind is None or kind not in get_args(kinds):
+        raise WireError(f"a message of the kind {str(named)[:80]!r} is not expected here")
+    if kind is Drawn:
+        content[_PAYLOAD] = b""
+    elif payload:
+        raise WireError(f"{kind.__name__} came with a payload")
+    message: ToEngine | FromEngine = _read(kind, content, kind.__name__)
+    if isinstance(message, Drawn):
+        message = replace(message, pixels=payload)
+        width, height = message.width, message.height
+        if min(width, height) < 1 or len(payload) != 3 * width * height:
+            raise WireError(f"{len(payload)} bytes are no {width} x {height} picture")
+    return message
+
+
+def _exactly(connection: socket.socket, count: int) -> bytes | None:
+    received = bytearray(count)
+    view = memoryview(received)
+    while view:
+        try:
+            got = connection.recv_into(view)
+        except OSError:
+            return None
+        if not got:
+            return None
+        view = view[got:]
+    return bytes(received)
+
+
+def lengths(prefix: bytes | bytearray) -> tuple[int, int]:
+    """Bytes of a frame's header and payload, or WireError."""
+    magic, header, payload = _PREFIX.unpack(prefix)
+    if magic != _MAGIC:
+        raise WireError(f"a frame begins with {magic!r}")
+    _check_lengths(header, payload)
+    return header, payload
+
+
+def _check_lengths(header: int, payload: int) -> None:
+    if header > MAX_HEADER_BYTES or payload > MAX_PAYLOAD_BYTES:
+        raise WireError(f"a frame of {header} + {payload} bytes is too long")
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    """The annotations of a message's fields."""
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(kind)}
+
+
+def _plain(value: object) -> object:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _read(wanted: Any, value: Any, where: str) -> Any:
+    """Return `value`, as JSON gave it, as an object of the annotation `wanted`."""
+    origin, arguments = get_origin(wanted), get_args(wanted)
+    if is_dataclass(wanted) and isinstance(wanted, type) and isinstance(value, dict):
+        hints = _hints(wanted)
+        if value.keys() == hints.keys():
+            return wanted(**{n: _read(h, value[n], f"{where}.{n}") for n, h in hints.items()})
+    elif origin is tuple and isinstance(value, list):
+        if arguments[-1] is Ellipsis:
+            return tuple(_read(arguments[0], item, where) for item in value)
+        if len(arguments) == len(value):
+            pairs = zip(arguments, value, strict=True)
+            return tuple(_read(argument, item, where) for argument, item in pairs)
+    elif origin in (Union, types.UnionType):  # of us, always with None
+        inner = next(argument for argument in arguments if argument is not types.NoneType)
+        return None if value is None else _read(inner, value, where)
+    elif origin is Literal and value in arguments:
+        return value
+    elif wanted is float:
+        if type(value) is float and math.isfinite(value):
+            return value
+        if type(value) is int and value.bit_length() < 1000:
+            return float(value)
+    elif type(value) is wanted:
+        return value
+    raise WireError(f"{where} cannot be {str(value)[:80]!r}")

@@ -1,0 +1,1 @@
+"""Settings: the tables of options, and where their values come from."""

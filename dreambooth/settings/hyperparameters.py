@@ -1,0 +1,335 @@
+"""THE table of knobs: every setting of a training job, declared once.
+
+Name, type, default, bounds, choices and one sentence stand in `Hyperparameters`; from there
+come the parsing of SageMaker's strings, the command line, ``--help``, the README's table and the
+JSON of defaults. Published names and defaults are those of SageMaker JumpStart's Stable Diffusion
+fine-tuning. Standard library only.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Final, NamedTuple
+
+from dreambooth.errors import HyperparameterError, quoted
+from dreambooth.limits import LIMITS, Limits
+from dreambooth.settings.knob import Knob, accepted, ours, published
+
+LR_SCHEDULERS: Final = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+)
+
+
+class MemoryPlan(NamedTuple):
+    """What a memory plan fixes.
+
+    frees_gradients: each gradient is used and freed as it arrives, which takes every forward and
+    backward pass twice: the norm of all must be known before any is clipped. rounds_stochastically:
+    bf16 weights without fp32 ones beside them.
+    """
+
+    use_8bit_adam: bool
+    gradient_checkpointing: bool
+    frees_gradients: bool = False
+    rounds_stochastically: bool = False
+
+    @property
+    def is_automatic(self) -> bool:
+        """Whether memory_plan=auto may take it: it learns what fp32 AdamW learns."""
+        return not self.rounds_stochastically
+
+    @property
+    def can_step_fast(self) -> bool:
+        """Whether fast_step goes with it: nothing is computed twice, and gradients stand still."""
+        return not (
+            self.gradient_checkpointing or self.frees_gradients or self.rounds_stochastically
+        )
+
+
+# Fastest first (of two that make the same passes, the one with fp32 states); after those that auto
+# takes, what is taken by name alone.
+MEMORY_PLANS: Final[Mapping[str, MemoryPlan]] = {
+    "fp32_adamw": MemoryPlan(False, False),
+    "8bit_adamw": MemoryPlan(True, False),
+    "8bit_adamw_checkpointing": MemoryPlan(True, True),
+    "fp32_adamw_in_backward": MemoryPlan(False, True, frees_gradients=True),
+    "8bit_adamw_in_backward": MemoryPlan(True, True, frees_gradients=True),
+    "8bit_adamw_stochastic_rounding": MemoryPlan(True, False, rounds_stochastically=True),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hyperparameters:
+    """Every knob of a training job; see each field's sentence. A step is one optimizer update."""
+
+    with_prior_preservation: bool = published(
+        False, "Adds class images and their loss term against forgetting the class; for faces."
+    )
+    num_class_images: int = published(
+        100,
+        "Class images wanted; those missing in class_data_dir are sampled with class_prompt.",
+        minimum=1,
+        maximum=LIMITS.max_class_images,
+    )
+    epochs: int = published(
+        20, "Passes over the instance images; max_steps overrides it.", minimum=1
+    )
+    max_steps: int | None = published(
+        None, "Steps to train; None: as many as epochs asks for.", minimum=1
+    )
+    batch_size: int = published(
+        1, "Instance images per micro-batch, and class images sampled at once.", minimum=1
+    )
+    learning_rate: float = published(
+        2e-06, "Peak learning rate of AdamW, per step.", above=0.0, maximum=1.0
+    )
+    prior_loss_weight: float = published(
+        1.0, "Weight of the class images' loss; 0 leaves it out.", minimum=0.0
+    )
+    center_crop: bool = published(
+        False, "Crops the centre of each resized picture instead of a random part."
+    )
+    lr_scheduler: str = published(
+        "constant", "How the learning rate changes over the steps.", choices=LR_SCHEDULERS
+    )
+    adam_weight_decay: float = published(
+        0.01, "AdamW's weight decay; biases and LayerNorm weights are left out.", minimum=0.0
+    )
+    adam_beta1: float = published(
+        0.9, "AdamW's decay of the gradient's running mean.", minimum=0.0, below=1.0
+    )
+    adam_beta2: float = published(
+        0.999, "AdamW's decay of the squared gradient's running mean.", minimum=0.0, below=1.0
+    )
+    adam_epsilon: float = published(1e-08, "Added to AdamW's denominator.", above=0.0, maximum=1.0)
+    gradient_accumulation_steps: int = published(
+        1, "Micro-batches whose gradients are averaged into one step.", minimum=1
+    )
+    max_grad_norm: float = published(
+        1.0, "Gradients longer than this (global L2 norm) are scaled down to it.", above=0.0
+    )
+    seed: int = published(
+        0, "Fixes all randomness: the same seed gives the same model.", minimum=0, maximum=2**32 - 1
+    )
+    compute_fid: bool = published(
+        False, "Prints fid_score= at the end: how far generated pictures are from the given ones."
+    )
+
+    train_text_encoder: bool = accepted(
+        False, "Trains the text encoder along with the U-Net; takes more memory."
+    )
+    gradient_checkpointing: bool | None = accepted(
+        None, "Recomputes activations to save memory, about a third slower; None: by memory_plan."
+    )
+    use_8bit_adam: bool | None = accepted(
+        None, "Keeps AdamW's state in 8 bits (bitsandbytes, GPU); None: by memory_plan."
+    )
+    mixed_precision: str | None = accepted(
+        None,
+        "Arithmetic of the training; None: bf16 or fp16 where the GPU has it, else no (fp32).",
+        choices=("no", "fp16", "bf16"),
+    )
+    prior_generation_precision: str | None = accepted(
+        None,
+        "Arithmetic while class images are sampled; None: chosen by the device.",
+        choices=("no", "fp32", "fp16", "bf16"),
+    )
+    lr_warmup_steps: int | None = accepted(
+        None,
+        "Steps over which the learning rate rises from 0; None: 0, and a tenth of the steps for "
+        "constant_with_warmup (JumpStart's hidden 500 outlasted most runs).",
+        minimum=0,
+    )
+    class_data_dir: str = accepted(
+        "class_data_dir", "Folder of class images, relative to the training folder."
+    )
+
+    pretrained_model: str | None = ours(
+        None,
+        "Model to start from: a diffusers folder, its tarball, a hub id, or tiny (the embedded "
+        "model); None: the model channel.",
+    )
+    resolution: int | None = ours(
+        None,
+        "Side of the training pictures in pixels; None: the model's own.",
+        minimum=64,
+        maximum=2048,
+        multiple_of=8,
+    )
+    checkpointing_steps: int | None = ours(
+        None, "Saves a checkpoint every so many steps; None: no such rule.", minimum=1
+    )
+    checkpointing_minutes: float | None = ours(
+        None, "Saves a checkpoint every so many minutes; None: left to the plan.", above=0.0
+    )
+    checkpoints_total_limit: int = ours(1, "Checkpoints kept; older ones are removed.", minimum=1)
+    resume: str = ours(
+        "auto",
+        "auto goes on from the last checkpoint that fits; fresh starts anew.",
+        choices=("auto", "fresh"),
+    )
+    sample_steps: int = ours(0, "Draws a sample picture every so many steps; 0: none.", minimum=0)
+    sample_prompt: str | None = ours(
+        None, "Prompt of the sample pictures; None: the instance prompt."
+    )
+    memory_plan: str = ours(
+        "auto",
+        "auto takes the fastest plan that fits the GPU, never 8bit_adamw_stochastic_rounding: its "
+        "weights move at cosine 0.27 with fp32's, those of others at 0.999.",
+        choices=("auto", *MEMORY_PLANS),
+    )
+    export_precision: str = ours(
+        "fp32", "Number format of the exported weights.", choices=("fp32", "fp16")
+    )
+    fid_features: str | None = ours(
+        None,
+        "Folder of a CLIP, DINOv2 or ViT model whose features compute_fid uses; None: the built-in "
+        "features.",
+    )
+    deterministic: bool = ours(
+        False, "Asks CUDA for bit-identical runs, slower; a CPU always gives them."
+    )
+    prior_preservation_mode: str = ours(
+        "images",
+        "images compares with class images, prediction with what the base model predicts.",
+        choices=("images", "prediction"),
+    )
+    fast_step: bool = ours(
+        False,
+        "On CUDA: passes in half precision beside fp32 master weights, replayed as a CUDA graph, "
+        "losses read every 10 steps; no GPU has measured it yet.",
+    )
+
+
+KNOBS: Final = tuple(Knob.of(entry) for entry in fields(Hyperparameters))
+_BY_NAME: Final = {knob.name: knob for knob in KNOBS}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParsedHyperparameters:
+    """The settings of a job, with what the user should hear about names that are none."""
+
+    hyperparameters: Hyperparameters
+    warnings: tuple[str, ...]
+
+
+def parse(raw: Mapping[str, object], *, limits: Limits = LIMITS) -> ParsedHyperparameters:
+    """Typed settings from raw ones, in any encoding that SageMaker's clients send.
+
+    A value may be a Python value, its ``str()``, its JSON, or JSON of its ``str()``; ``""``, None
+    and null mean the default. Names may be spelled with ``-``. Unknown names are ignored with a
+    warning each, the SDK's own silently. Raises one HyperparameterError that tells every fault.
+    """
+    values: dict[str, Any] = {}
+    faults: dict[str, str] = {}
+    warnings: list[str] = []
+    for given, value in raw.items():
+        name = normalised(given)
+        knob = _BY_NAME.get(name)
+        if knob is None:
+            if not _is_platform_name(name):
+                warnings.append(_unknown(name))
+            continue
+        try:
+            values[name] = knob.parse(value, limits)
+            faults.pop(name, None)
+        except ValueError as fault:
+            faults[name] = str(fault)
+    hyperparameters = Hyperparameters(**values)
+    wrong = [
+        sentence
+        for names, sentence in _contradictions(hyperparameters)
+        if not faults.keys() & set(names)
+    ]
+    if faults or wrong:
+        raise HyperparameterError([*faults.values(), *wrong])
+    return ParsedHyperparameters(hyperparameters=hyperparameters, warnings=tuple(warnings))
+
+
+def normalised(name: str) -> str:
+    """A knob's name as the table spells it: ``--max-steps`` is ``max_steps``."""
+    return name.strip().lstrip("-").replace("-", "_")
+
+
+def _is_platform_name(name: str) -> bool:
+    return name.startswith(("sagemaker_", "_tuning_")) or name in ("local_rank", "scale_lr")
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name[:100], _BY_NAME, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return f"There is no hyperparameter {quoted(name)}; it is ignored.{hint}"
+
+
+def _contradictions(given: Hyperparameters) -> list[tuple[tuple[str, ...], str]]:
+    """Faults between settings that are fine each: (the names involved, the sentence)."""
+    found: list[tuple[tuple[str, ...], str]] = []
+    if given.prior_preservation_mode == "prediction" and not given.with_prior_preservation:
+        found.append(
+            (
+                ("prior_preservation_mode", "with_prior_preservation"),
+                "prior_preservation_mode=prediction needs with_prior_preservation=True.",
+            )
+        )
+    if given.memory_plan in MEMORY_PLANS:
+        found += _against_the_plan(given, MEMORY_PLANS[given.memory_plan])
+    if given.fast_step:
+        found += _against_the_fast_step(given)
+    return found
+
+
+def _against_the_plan(
+    given: Hyperparameters, plan: MemoryPlan
+) -> list[tuple[tuple[str, ...], str]]:
+    """Faults between a memory plan that was named and other settings."""
+    fixed: list[tuple[str, object, object]] = [
+        ("use_8bit_adam", plan.use_8bit_adam, given.use_8bit_adam),
+        ("gradient_checkpointing", plan.gradient_checkpointing, given.gradient_checkpointing),
+    ]
+    if plan.rounds_stochastically:
+        fixed.append(("mixed_precision", "bf16", given.mixed_precision))
+    found: list[tuple[tuple[str, ...], str]] = [
+        (
+            ("memory_plan", name),
+            f"memory_plan={given.memory_plan} means {name}={planned}: "
+            f"leave {name} unset, or memory_plan at auto.",
+        )
+        for name, planned, chosen in fixed
+        if chosen is not None and chosen != planned
+    ]
+    if plan.frees_gradients and given.gradient_accumulation_steps > 1:
+        found.append(
+            (
+                ("memory_plan", "gradient_accumulation_steps"),
+                f"memory_plan={given.memory_plan} keeps no gradients that could be accumulated: "
+                "leave gradient_accumulation_steps at 1 and raise batch_size instead.",
+            )
+        )
+    return found
+
+
+def _against_the_fast_step(given: Hyperparameters) -> list[tuple[tuple[str, ...], str]]:
+    """Faults between fast_step and other settings."""
+    named = MEMORY_PLANS.get(given.memory_plan)
+    wrong = {
+        "train_text_encoder": given.train_text_encoder,
+        "gradient_accumulation_steps": given.gradient_accumulation_steps > 1,
+        "gradient_checkpointing": given.gradient_checkpointing is True,
+        "mixed_precision": given.mixed_precision == "no",
+        "memory_plan": named is not None and not named.can_step_fast,
+    }
+    return [
+        (
+            ("fast_step", name),
+            f"fast_step does not go with {name}={getattr(given, name)}: leave one of them unset.",
+        )
+        for name, is_wrong in wrong.items()
+        if is_wrong
+    ]

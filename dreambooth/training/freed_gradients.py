@@ -1,0 +1,167 @@
+"""Training in which each gradient is used and freed the moment it arrives.
+
+All gradients of a step take 3.2 GiB for Stable Diffusion. The factor that clips all of them is
+known only after the last one, so the passes of a step are run twice: once for the norm, once for
+the update. Clipping is as exact as in `loop.train`; the price is a second forward and backward
+pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from dreambooth.errors import TrainingDivergedError
+from dreambooth.settings.hyperparameters import Hyperparameters
+from dreambooth.training.loop import (
+    TrainedNetworks,
+    TrainingData,
+    count_skipped,
+    forward_backward,
+    micro_batches,
+    set_learning_rate,
+)
+from dreambooth.training.optimizer import clip_factor, part_by_part
+from dreambooth.training.plan import TrainingPlan
+from dreambooth.training.state import TrainingState
+from dreambooth.training.step_metrics import StepMetrics, read_metrics
+
+# Forward and backward passes of one step: leaves gradients, returns what is reported of the losses.
+Passes = Callable[[], torch.Tensor]
+
+
+def train(
+    state: TrainingState,
+    data: TrainingData,
+    plan: TrainingPlan,
+    hyperparameters: Hyperparameters,
+    *,
+    noise_scheduler: Any,
+    encode_text: Callable[[torch.Tensor], torch.Tensor],
+    prior_unet: nn.Module | None = None,
+    accelerator: Accelerator,
+) -> Iterator[StepMetrics]:
+    """Train as `loop.train` does, whose arguments and errors these are, to the very same bits."""
+    networks = accelerator.prepare(TrainedNetworks(state.unet, state.text_encoder, encode_text))
+    gradients = FreedGradients(state, hyperparameters.max_grad_norm)
+    skipped_in_a_row = 0
+
+    def passes() -> torch.Tensor:
+        losses = torch.zeros(3, device=accelerator.device)
+        for micro_batch in micro_batches(
+            state, data, plan, hyperparameters, accelerator, noise_scheduler, prior_unet
+        ):
+            losses += forward_backward(
+                networks, micro_batch, plan, hyperparameters, state.precision
+            )
+        return losses / plan.gradient_accumulation_steps
+
+    while state.step < plan.steps:
+        learning_rate = set_learning_rate(state, plan, hyperparameters)
+        losses = accelerator.reduce(gradients.collect(passes), "mean")
+        metrics = read_metrics(
+            state,
+            plan,
+            losses,
+            gradients.norm(),
+            learning_rate,
+            with_class=data.class_text is not None,
+        )
+        if not gradients.update(passes):  # the same step is tried again
+            skipped_in_a_row = count_skipped(state, metrics, skipped_in_a_row)
+            continue
+        skipped_in_a_row = 0
+        state.step += 1
+        state.loss_total += metrics.loss
+        yield metrics
+
+
+class FreedGradients:
+    """The gradients of a step in the memory of one layer's: collect, norm, update."""
+
+    def __init__(self, state: TrainingState, max_grad_norm: float) -> None:
+        self._state, self._precision = state, state.precision
+        self._parameters = [w for group in state.optimizer.param_groups for w in group["params"]]
+        self._max_norm = max_grad_norm
+        self._scale = 1.0  # of the loss in this pass: asking the scaler waits for the device
+        self._norms: dict[nn.Parameter, torch.Tensor] = {}
+        self._norm = torch.zeros(())
+
+    def collect(self, passes: Passes) -> torch.Tensor:
+        """Run the passes of a step, noting each gradient's norm; returns what they return."""
+
+        def free(parameter: nn.Parameter) -> None:
+            self._measure(parameter)
+            parameter.grad = None
+
+        with self._as_each_arrives(free):
+            return passes()
+
+    def norm(self) -> torch.Tensor:
+        """L2 norm of all gradients together, before clipping."""
+        self._norm = self._norm_of_all()
+        return self._norm
+
+    def update(self, passes: Passes) -> bool:
+        """Run the passes again, each weight updated by its clipped gradient as that arrives.
+
+        False, and no update, where fp16 gradients overflowed. Raises TrainingDivergedError.
+        """
+        if bool(torch.isfinite(self._norm)):
+            factor = clip_factor(self._norm, self._max_norm)
+            with part_by_part(self._state.optimizer) as step:
+
+                def apply(parameter: nn.Parameter) -> None:
+                    self._measure(parameter).mul_(factor)
+                    step([parameter])
+                    parameter.grad = None
+
+                with self._as_each_arrives(apply):
+                    passes()
+            self._refuse_what_the_norm_did_not_see()
+        return self._precision.adapt_scale(self._norm)
+
+    def _measure(self, parameter: nn.Parameter) -> torch.Tensor:
+        """Unscale the gradient that has arrived, note its norm."""
+        gradient = parameter.grad
+        assert gradient is not None
+        if self._scale != 1:
+            gradient.mul_(1 / self._scale)
+        self._norms[parameter] = torch.linalg.vector_norm(gradient)
+        return gradient
+
+    def _norm_of_all(self) -> torch.Tensor:
+        """In the parameters' own order, whatever the order of arrival: the same last bits."""
+        arrived = [self._norms[p] for p in self._parameters if p in self._norms]
+        self._norms.clear()
+        norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(arrived))
+        return norm
+
+    def _refuse_what_the_norm_did_not_see(self) -> None:
+        """Kernels that add in another order each time can overflow in the second pass alone."""
+        if bool(torch.isfinite(self._norm_of_all())):
+            return
+        step, kept = self._state.step + 1, self._state.checkpoint
+        raise TrainingDivergedError(
+            f"The gradient is not finite in the second backward pass of step {step}: the weights "
+            "are lost. Set mixed_precision=no or memory_plan=8bit_adamw_checkpointing."
+            + (f" The last good checkpoint is {kept}." if kept else ""),
+            step=step,
+        )
+
+    @contextmanager
+    def _as_each_arrives(self, call: Callable[[nn.Parameter], None]) -> Iterator[None]:
+        self._scale = self._precision.loss_scale
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(call) for parameter in self._parameters
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()

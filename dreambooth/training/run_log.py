@@ -1,0 +1,185 @@
+"""What a run shows while it trains: progress, metrics.jsonl, loss per epoch, sample pictures."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from PIL import Image
+
+from dreambooth.errors import ResourceError
+from dreambooth.process import logs
+from dreambooth.process.progress import Progress
+from dreambooth.training.plan import TrainingPlan
+from dreambooth.training.step_metrics import StepMetrics
+
+log = logging.getLogger(__name__)
+
+_OUR_SAMPLES = "step-[0-9][0-9][0-9][0-9][0-9][0-9]*.png"
+
+
+class RunLog:
+    """Takes each step's metrics; a context manager around the loop.
+
+    A resumed run goes on with metrics.jsonl after cutting off what came after its checkpoint; a
+    fresh one clears an earlier run's metrics and sample pictures.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        plan: TrainingPlan,
+        *,
+        first_step: int,
+        stream: TextIO,
+        sample_steps: int = 0,
+        draw_sample: Callable[[], Image.Image | None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._folder = folder
+        self._plan = plan
+        self._sample_steps = sample_steps
+        self._draw_sample = draw_sample
+        self._clock = clock
+        with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._metrics = _open_metrics(folder / "metrics.jsonl", first_step)
+            with ExitStack() as undo:
+                undo.callback(self._metrics.close)
+                for old in (folder / "samples").glob(_OUR_SAMPLES) if first_step == 0 else ():
+                    old.unlink()
+                self._tensorboard = _tensorboard(folder, first_step)
+                undo.pop_all()
+        self._progress = Progress(plan.steps, "training", stream=stream, initial=first_step)
+        self._epoch_losses: list[float] = []
+        self._last_time = clock()
+        self._seconds, self._read_until = 0.0, 0  # of a step; the last step that is read by now
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.close()
+        # Each row was flushed when it was written: closing loses nothing, and must cost nothing.
+        with suppress(OSError):
+            self._metrics.close()
+        if self._tensorboard is not None:
+            with suppress(OSError):
+                self._tensorboard.close()
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Show and write one step; draw a sample picture where one is due."""
+        if metrics.step > self._read_until:  # steps that are read at once share their time evenly
+            now = self._clock()
+            self._seconds = max(now - self._last_time, 1e-9) / metrics.read_with
+            self._last_time = now
+            self._read_until = metrics.step + metrics.read_with - 1
+        row = asdict(metrics)
+        del row["read_with"]
+        row["steps_per_second"] = round(1.0 / self._seconds, 4)
+        row["time"] = round(time.time() - (self._read_until - metrics.step) * self._seconds, 3)
+        with _writing(self._folder):
+            self._metrics.write(json.dumps(row) + "\n")
+            self._metrics.flush()
+        self._progress.update(
+            metrics.step, loss=metrics.loss, learning_rate=f"{metrics.learning_rate:.2e}"
+        )
+        if self._tensorboard is not None:
+            for name in ("loss", "instance_loss", "class_loss", "learning_rate", "grad_norm"):
+                if row[name] is not None:
+                    self._tensorboard.add_scalar(name, row[name], metrics.step)
+        self._count_epoch(metrics)
+        draws = self._shows(metrics.step) and metrics.step < self._plan.steps
+        if draws:
+            self._save_sample(metrics.step, self._draw_sample())
+        # Drawing and writing is not the step's time; what is read late is written beside the next.
+        if draws or metrics.read_with == 1:
+            self._last_time = self._clock()
+
+    def add_last_sample(self, picture: Image.Image | None) -> None:
+        """Keep the last step's picture where one is due; it is drawn after the model is written.
+
+        Raises ResourceError where the disk is full.
+        """
+        if self._shows(self._plan.steps):
+            self._save_sample(self._plan.steps, picture)
+
+    def finish(self, average_loss: float) -> None:
+        """The last line that SageMaker's metric definitions read; the average is of all steps."""
+        logs.metric(f"End of training: train_avg_loss={plain_decimal(average_loss)}")
+
+    def _count_epoch(self, metrics: StepMetrics) -> None:
+        self._epoch_losses.append(metrics.loss)
+        epoch = math.floor(metrics.epoch + 1e-9)
+        if epoch > math.floor(self._plan.epoch(metrics.step - 1) + 1e-9):
+            average = sum(self._epoch_losses) / len(self._epoch_losses)
+            logs.metric(f"End epoch {epoch}: train_avg_loss={plain_decimal(average)}")
+            self._epoch_losses.clear()
+
+    def _shows(self, step: int) -> bool:
+        return self._sample_steps > 0 and step % self._sample_steps == 0
+
+    def _save_sample(self, step: int, picture: Image.Image | None) -> None:
+        if picture is None:
+            return
+        path = self._folder / "samples" / f"step-{step:06d}.png"
+        with _writing(self._folder):
+            path.parent.mkdir(exist_ok=True)
+            picture.save(path)
+
+
+def plain_decimal(value: float) -> str:
+    """A number as SageMaker's metric expressions read it: digits and a point, never an exponent."""
+    return f"{value:.8f}"
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """A full or unwritable disk ends the job in one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(
+            f"The output folder {folder} cannot be written: {error.strerror or error}. "
+            "Free some disk or give another --output_data_dir."
+        ) from error
+
+
+def _open_metrics(path: Path, first_step: int) -> TextIO:
+    kept = []
+    if first_step and path.is_file():
+        for line in path.read_text(errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue  # the line that was being written when the run was killed
+            if row["step"] <= first_step:
+                kept.append(line + "\n")
+    part = path.with_name(f".{path.name}.part")  # a run that is killed here keeps its rows
+    part.write_text("".join(kept))
+    os.replace(part, path)
+    return path.open("a")
+
+
+def _tensorboard(folder: Path, first_step: int) -> Any | None:
+    """A writer of events where tensorboard is installed; nobody else pays its import."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    # Events of steps that a resumed run takes again are not shown twice.
+    return SummaryWriter(log_dir=str(folder / "tensorboard"), purge_step=first_step + 1)

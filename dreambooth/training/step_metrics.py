@@ -1,0 +1,95 @@
+"""The metrics of a step, read from the device: of one step, or of several at once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from dreambooth.errors import TrainingDivergedError
+from dreambooth.training.plan import TrainingPlan
+from dreambooth.training.state import TrainingState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepMetrics:
+    """Of one step: losses are means over its micro-batches; grad_norm is that before clipping.
+
+    read_with: how many steps' figures were read at once; weights are those after the last of them.
+    """
+
+    step: int
+    epoch: float
+    loss: float
+    instance_loss: float
+    class_loss: float | None
+    learning_rate: float
+    grad_norm: float
+    read_with: int = field(default=1, compare=False)
+
+
+class DeviceMetrics(NamedTuple):
+    """A step whose losses [3] (all, instance, class) and gradient norm are still the device's."""
+
+    step: int
+    learning_rate: float
+    losses: torch.Tensor
+    grad_norm: torch.Tensor
+
+
+def read_metrics(
+    state: TrainingState,
+    plan: TrainingPlan,
+    losses: torch.Tensor,
+    grad_norm: torch.Tensor,
+    learning_rate: float,
+    *,
+    with_class: bool,
+) -> StepMetrics:
+    """Read the metrics of the step under way. Raises TrainingDivergedError, naming it."""
+    unread = DeviceMetrics(state.step + 1, learning_rate, losses, grad_norm)
+    (metrics,) = read_together([unread], state, plan, with_class=with_class)
+    return metrics
+
+
+def read_together(
+    unread: list[DeviceMetrics], state: TrainingState, plan: TrainingPlan, *, with_class: bool
+) -> list[StepMetrics]:
+    """Read the metrics of several steps, waiting once. Raises TrainingDivergedError, naming one."""
+    figures = torch.stack([torch.cat((one.losses, one.grad_norm.float()[None])) for one in unread])
+    metrics = [
+        StepMetrics(
+            step=one.step,
+            epoch=plan.epoch(one.step),
+            loss=loss,
+            instance_loss=instance_loss,
+            class_loss=class_loss if with_class else None,
+            learning_rate=one.learning_rate,
+            grad_norm=grad_norm,
+            read_with=len(unread),
+        )
+        for one, (loss, instance_loss, class_loss, grad_norm) in zip(
+            unread, figures.tolist(), strict=True
+        )
+    ]
+    for each in metrics:
+        refuse_not_finite(each, state)
+    return metrics
+
+
+def refuse_not_finite(metrics: StepMetrics, state: TrainingState, force: bool = False) -> None:
+    """Raise TrainingDivergedError; fp16 gradients that overflow are the loss scaler's business."""
+    scaled = state.precision.scaler.is_enabled() and not force
+    if math.isfinite(metrics.loss) and (math.isfinite(metrics.grad_norm) or scaled):
+        return
+    what = "gradient" if math.isfinite(metrics.loss) else "loss"
+    half = state.precision.dtype != torch.float32
+    kept = f" The last good checkpoint is {state.checkpoint}." if state.checkpoint else ""
+    raise TrainingDivergedError(
+        f"The {what} is not finite at step {metrics.step} (learning rate "
+        f"{metrics.learning_rate:g}): training has diverged. Lower learning_rate"
+        f"{' or set mixed_precision=no' * half}.{kept}",
+        step=metrics.step,
+    )

@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import io
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dreambooth.process import logs
+
+ROOT = Path(__file__).parents[2]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def _root_logger_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    for handler in handlers:  # or basicConfig would close them
+        root.removeHandler(handler)
+    monkeypatch.delenv("TRANSFORMERS_VERBOSITY", raising=False)
+    monkeypatch.delenv("DIFFUSERS_VERBOSITY", raising=False)
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def test_lines_from_the_level_on_arrive_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    logs.to_stderr("warning")
+    logs.to_stderr("info")
+    logging.getLogger("dreambooth.anything").info("hello")
+    logging.getLogger("dreambooth.anything").debug("unheard")
+    (line,) = stream.getvalue().splitlines()
+    assert line.endswith(" INFO hello")
+
+
+def test_on_a_terminal_a_line_wipes_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    logs.to_stderr("info")
+    logging.getLogger("dreambooth").info("hello")
+    assert stream.getvalue().startswith("\r\033[K")
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
+def test_a_metric_is_a_bare_line_on_stdout_at_any_level(
+    stream: io.StringIO, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs.to_stderr("critical")
+    monkeypatch.setattr(sys, "stdout", stream)
+    logs.metric("fid_score=1.5")
+    wiped = "\r\033[K" if stream.isatty() else ""
+    assert stream.getvalue() == f"{wiped}fid_score=1.5\n"
+    assert capsys.readouterr().err == ""
+
+
+def test_a_metric_does_not_wait_in_a_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written))
+    logs.metric("fid_score=1.5")
+    assert written.getvalue() == b"fid_score=1.5\n"
+
+
+@pytest.mark.parametrize("name", ["bitsandbytes", "bitsandbytes.backends.cpu.ops", "PIL.Image"])
+def test_libraries_are_heard_in_errors_only(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    logs.to_stderr("debug")
+    logging.getLogger(name).warning("Failed to load something nobody needs")
+    logging.getLogger(name).error("broken")
+    (line,) = stream.getvalue().splitlines()
+    assert line.endswith(" ERROR broken")
+
+
+def test_libraries_that_set_their_own_level_are_quiet_too() -> None:
+    code = (
+        "import logging; from dreambooth.process import logs; logs.to_stderr('info')\n"
+        "import transformers, diffusers\n"
+        "from transformers.utils import logging as t; from diffusers.utils import logging as d\n"
+        "t.get_logger('transformers.x').warning('noise')\n"
+        "d.get_logger('diffusers.x').warning('noise')\n"
+        "t.get_logger('transformers.x').error('broken')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "noise" not in done.stderr
+    assert "broken" in done.stderr
+
+
+@contextmanager
+def stderr_as_a_pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """The end to read of a pipe that is stderr meanwhile."""
+    reading, writing = os.pipe()
+    with open(writing, "w") as stream, monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", stream)
+        yield reading
+    os.close(reading)
+
+
+def test_a_log_that_nobody_reads_holds_nobody_up_and_says_what_was_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with stderr_as_a_pipe(monkeypatch) as pipe, logs.without_waiting() as dropped:
+        logs.to_stderr("info")
+        line = "x" * 1000
+        for _ in range(3000):  # more than the pipe and the room for what waits
+            logging.getLogger("dreambooth").info(line)
+        lost = dropped()
+        assert 1000 < lost < 3000
+        told = f"WARNING {lost} lines were dropped: nobody read this log".encode()
+        read = b""
+        while told not in read:
+            read += os.read(pipe, 1 << 16)
+        assert read.count(line.encode()) == 3000 - lost
+        logging.getLogger("dreambooth").info("somebody reads again")
+        assert b"somebody reads again" in os.read(pipe, 1 << 16)
+        assert dropped() == lost
+
+
+def test_the_last_lines_are_written_before_the_block_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with stderr_as_a_pipe(monkeypatch) as pipe:
+        with logs.without_waiting():
+            logs.to_stderr("info")
+            logging.getLogger("dreambooth").info("the reason, with \udc80 in it")
+            print("and more", file=sys.stderr)
+        assert b"the reason, with \\udc80 in it\nand more\n" in os.read(pipe, 1 << 16)
+
+
+def test_a_process_ends_although_nobody_reads_its_log() -> None:
+    code = (
+        "import sys; from dreambooth.process import logs\n"
+        "with logs.without_waiting():\n"
+        "    for _ in range(3000): print('x' * 1000, file=sys.stderr)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.wait(30) == 0
+    assert process.stderr is not None
+    assert process.stdout is not None
+    process.stderr.close()
+    process.stdout.close()
+
+
+def test_what_was_said_before_a_hard_exit_is_written() -> None:
+    code = (
+        "import logging, os; from dreambooth.process import logs\n"
+        "with logs.without_waiting():\n"
+        "    logs.to_stderr('info'); logging.error('the reason')\n"
+        "    logs.write_last_lines(); os._exit(1)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "the reason" in done.stderr
+
+
+def test_a_pipe_that_never_waits_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever opened it set O_NONBLOCK; it is full now and then."""
+    with stderr_as_a_pipe(monkeypatch) as pipe:
+        os.set_blocking(sys.stderr.fileno(), False)
+        with logs.without_waiting() as dropped:
+            logs.to_stderr("info")
+            for number in range(500):
+                logging.getLogger("dreambooth").info("%d %s", number, "x" * 1000)
+            read = b""
+            while b" 499 x" not in read or not read.endswith(b"x\n"):
+                read += os.read(pipe, 4096)
+            assert dropped() == 0
+        assert read.count(b"x\n") == 500
+
+
+@pytest.mark.parametrize("kind", [io.StringIO, "closed"])
+def test_streams_without_a_number_and_closed_ones_are_fine(
+    monkeypatch: pytest.MonkeyPatch, kind: Any
+) -> None:
+    stream = None if kind == "closed" else kind()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with logs.without_waiting():
+        logs.to_stderr("info")
+        logging.getLogger("dreambooth").info("hello")
+    if stream is not None:
+        assert stream.getvalue().endswith(" INFO hello\n")

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dreambooth.diffusion.sampling_request import SamplingFacts
+from dreambooth.errors import RequestError
+from dreambooth.limits import LIMITS
+from dreambooth.serving.contract import openapi, reply, request
+from dreambooth.serving.contract.reply import Picture
+
+FACTS = SamplingFacts(resolution=512, unit=8, max_steps=999)
+DOCUMENT = openapi.document()
+SCHEMAS = DOCUMENT["components"]["schemas"]
+INVOCATIONS = DOCUMENT["paths"]["/invocations"]["post"]
+ANYWHERE = {"405", "408", "431"}  # the routes' and the guard's own
+
+
+TYPES: dict[str, tuple[type, ...]] = {
+    "string": (str,),
+    "integer": (int,),
+    "number": (int, float),
+    "array": (list,),
+    "object": (dict,),
+    "null": (type(None),),
+}
+
+
+def examples(content_type: str) -> dict[str, Any]:
+    content = INVOCATIONS["requestBody"]["content"][content_type]
+    return {name: example["value"] for name, example in content["examples"].items()}
+
+
+def fits(value: object, schema: dict[str, Any]) -> bool:
+    """Whether a value has a schema's shape, for the keywords that the document uses."""
+    if "$ref" in schema:
+        return fits(value, SCHEMAS[schema["$ref"].rpartition("/")[2]])
+    if "oneOf" in schema:
+        return sum(fits(value, each) for each in schema["oneOf"]) == 1
+    if "anyOf" in schema:
+        return any(fits(value, each) for each in schema["anyOf"])
+    if "enum" in schema:
+        return value in schema["enum"]
+    if "const" in schema:
+        return value == schema["const"]
+    named = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    if not any(isinstance(value, TYPES[name]) for name in named):
+        return False
+    if isinstance(value, list):
+        return all(fits(item, schema["items"]) for item in value)
+    if isinstance(value, dict):
+        known = schema["properties"]
+        return (
+            set(schema.get("required", ())) <= set(value)
+            and set(value) <= set(known)
+            and all(fits(item, known[name]) for name, item in value.items())
+        )
+    if isinstance(value, str):
+        return len(value) <= schema.get("maxLength", len(value))
+    if isinstance(value, int | float):
+        least, most = schema.get("minimum", value), schema.get("maximum", value)
+        unit = schema.get("multipleOf")
+        return bool(least <= value <= most and (unit is None or value % unit == 0))
+    return True
+
+
+def nodes(value: object) -> Iterator[dict[str, Any]]:
+    if isinstance(value, dict):
+        yield value
+        for item in value.values():
+            yield from nodes(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from nodes(item)
+
+
+def test_it_is_json_and_every_reference_leads_somewhere() -> None:
+    assert json.loads(json.dumps(DOCUMENT)) == DOCUMENT
+    references = [node["$ref"] for node in nodes(DOCUMENT) if "$ref" in node]
+    assert {name.rpartition("/")[2] for name in references} == set(SCHEMAS)
+    assert all(name.startswith("#/components/schemas/") for name in references)
+
+
+def test_its_own_requests_are_read() -> None:
+    for text in examples("application/x-text").values():
+        request.parse("application/x-text", text, FACTS)
+    for payload in examples("application/json").values():
+        request.parse("application/json", json.dumps(payload), FACTS)
+        schema = INVOCATIONS["requestBody"]["content"]["application/json"]["schema"]
+        assert fits(payload, schema)
+
+
+def test_every_content_type_key_format_and_status_is_described() -> None:
+    assert tuple(INVOCATIONS["requestBody"]["content"]) == request.CONTENT_TYPES
+    assert tuple(SCHEMAS["JsonRequest"]["properties"]) == request.KEYS
+    huggingface = SCHEMAS["HuggingFaceRequest"]["properties"]
+    assert tuple(huggingface) == request.HUGGINGFACE_KEYS
+    assert tuple(huggingface["parameters"]["anyOf"][0]["properties"]) == request.PARAMETERS
+    assert set(examples("application/json")["every key"]) == set(request.KEYS)
+    formats = INVOCATIONS["responses"]["200"]["content"]
+    assert list(formats) == [format.media_type for format in reply.FORMATS]
+    statuses = {"200", "400", "406", "413", "415", "500", "503", "507"}
+    assert set(INVOCATIONS["responses"]) == statuses | ANYWHERE
+    for path, statuses in (("ping", {"200", "503"}), ("metrics", {"200"})):
+        assert set(DOCUMENT["paths"][f"/{path}"]["get"]["responses"]) == statuses | ANYWHERE
+
+
+@pytest.mark.parametrize(
+    ("key", "bound", "beyond"),
+    [
+        (key, bound, beyond)
+        for key, schema in SCHEMAS["JsonRequest"]["properties"].items()
+        for bound, beyond in (
+            (schema.get("minimum"), -1),
+            (schema.get("maximum"), schema.get("multipleOf", 1)),
+        )
+        if bound is not None
+    ],
+)
+def test_its_bounds_are_the_parsers(key: str, bound: int, beyond: int) -> None:
+    # One side at its most leaves room for a short other one alone.
+    other = {"height": "width", "width": "height"}.get(key)
+    payload = {"prompt": "x", key: bound} | ({other: 8} if other else {})
+    request.parse("application/json", json.dumps(payload), FACTS)
+    with pytest.raises(RequestError, match=key):
+        request.parse("application/json", json.dumps(payload | {key: bound + beyond}), FACTS)
+
+
+def test_its_defaults_are_the_parsers() -> None:
+    found = request.parse("application/json", b'{"prompt": "x"}', FACTS)
+    for key, schema in SCHEMAS["JsonRequest"]["properties"].items():
+        if "default" in schema:
+            assert getattr(found, key) == schema["default"]
+
+
+@pytest.mark.parametrize("name", list(openapi.JSON_EXAMPLES) + list(openapi.TEXT_EXAMPLES))
+def test_replies_are_as_described(name: str) -> None:
+    text = openapi.TEXT_EXAMPLES.get(name)
+    kind = "application/json" if text is None else "application/x-text"
+    body = json.dumps(openapi.JSON_EXAMPLES[name]) if text is None else text
+    asked = replace(request.parse(kind, body, FACTS), width=8, height=8)
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pictures = [
+        Picture(pixels=pixels, seed=0, finish_reason="BLACK", exact=False)
+        for _ in range(asked.picture_count)
+    ]
+    for accept in ("application/json", "application/json;jpeg", "application/json;png"):
+        format = reply.negotiate(accept, asked, max_response_bytes=10**6)
+        content, media_type = reply.encode(asked, pictures, format, base_seed=0)
+        schema = INVOCATIONS["responses"]["200"]["content"][media_type]["schema"]
+        assert fits(json.loads(content), schema)
+
+
+def test_the_caps_are_those_given() -> None:
+    small = openapi.document(limits=replace(LIMITS, max_generated_side_pixels=640))
+    schemas = small["components"]["schemas"]
+    assert schemas["JsonRequest"]["properties"]["width"]["maximum"] == 640

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dreambooth.serving.engine import row_limits
+from dreambooth.serving.engine.row_limits import PATIENCE, RowLimit, advice, is_out_of_memory
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("x"), True),
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"), True),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("shapes do not fit"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_counts_as_out_of_memory(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected
+
+
+def test_the_allocator_of_the_cpu_is_understood() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60)
+    assert is_out_of_memory(caught.value)
+
+
+def test_a_lost_device_is_told_from_full_memory() -> None:
+    assert row_limits.is_device_lost(torch.AcceleratorError("device-side assert"))
+    assert not row_limits.is_device_lost(torch.AcceleratorError("CUDA error: out of memory"))
+    assert not row_limits.is_device_lost(RuntimeError("device-side assert"))
+
+
+def test_the_cap_halves_down_to_one_row() -> None:
+    cap = RowLimit(12)
+    assert [(cap.halve(12), cap.rows), (cap.halve(6), cap.rows)] == [(True, 6), (True, 3)]
+    assert [(cap.halve(3), cap.rows), (cap.halve(1), cap.rows)] == [(True, 1), (False, 1)]
+
+
+def test_a_small_call_that_fails_halves_what_was_tried() -> None:
+    cap = RowLimit(16)
+    assert cap.halve(4)
+    assert cap.rows == 2
+
+
+def succeed(cap: RowLimit, times: int) -> None:
+    for _ in range(times):
+        cap.succeeded(cap.rows)
+
+
+def test_after_enough_full_calls_more_rows_are_tried_again() -> None:
+    cap = RowLimit(8)
+    cap.halve(8)
+    succeed(cap, PATIENCE - 1)
+    cap.succeeded(2)  # not a full call: it says nothing
+    assert cap.rows == 4
+    succeed(cap, 1)
+    assert cap.rows == 8
+    succeed(cap, 10 * PATIENCE)
+    assert cap.rows == 8
+
+
+def test_a_raise_that_goes_wrong_makes_more_patient() -> None:
+    cap = RowLimit(8)
+    cap.halve(8)
+    succeed(cap, PATIENCE)
+    cap.halve(8)
+    succeed(cap, PATIENCE)
+    assert cap.rows == 4
+    succeed(cap, PATIENCE)
+    assert cap.rows == 8
+
+
+@pytest.mark.parametrize(
+    ("size", "known", "words"),
+    [
+        ((1024, 1024), 0, "512 x 512 should fit"),
+        ((1024, 1024), 768 * 768, "768 x 768 should fit"),
+        ((1024, 512), 512 * 512, "720 x 360 should fit"),
+        ((2048, 2048), 64 * 64, "1024 x 1024 should fit"),
+        ((8, 8), 0, "no smaller size is left"),
+        ((16, 8), 0, "8 x 8 should fit"),
+    ],
+)
+def test_the_advice_names_a_size_below(size: tuple[int, int], known: int, words: str) -> None:
+    assert words in advice(*size, unit=8, known_pixels=known)

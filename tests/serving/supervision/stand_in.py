@@ -1,0 +1,95 @@
+"""An engine process that does what a real one cannot be made to do: hang, or talk nonsense.
+
+``python stand_in.py MODE MARKER ... --fd N``: it misbehaves as MODE says where the file MARKER
+does not exist, which it then makes; later starts answer every request with black pictures at once.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+from dreambooth.errors import ModelArtifactError
+from dreambooth.serving.supervision import wire
+from dreambooth.serving.supervision.messages import (
+    Done,
+    Drawn,
+    Fault,
+    FromEngine,
+    Generate,
+    LoadFailed,
+    Ready,
+    Status,
+)
+
+READY = Ready(seconds_per_call=((1, 1e-4),), seconds_per_decode=1e-4, rows=8)
+MODES = (
+    "cannot_load",
+    "cannot_load_again",
+    "hangs_silently",
+    "hangs_in_a_step",
+    "never_ready",
+    "nonsense",
+    "too_few",
+    "wrong_size",
+)
+
+
+def main(mode: str, marker: Path, connection: socket.socket) -> None:
+    behaves = marker.exists()
+    marker.touch()
+
+    def send(*messages: FromEngine) -> None:
+        for message in messages:
+            connection.sendall(b"".join(wire.pack(message)))
+
+    if mode == "cannot_load":  # however often it is tried
+        send(LoadFailed(fault=Fault.of(OverflowError("an int too big to convert"))))
+        return
+    if mode == "cannot_load_again" and behaves:
+        send(LoadFailed(fault=Fault.of(ModelArtifactError("the model is gone."))))
+        return
+
+    def beat() -> None:
+        while True:
+            send(Status(running_rows=0 if behaves or mode == "never_ready" else 1))
+            time.sleep(0.05)
+
+    if behaves or mode != "never_ready":
+        send(READY)
+    if behaves or mode != "hangs_silently":
+        threading.Thread(target=beat, daemon=True).start()
+    while (message := wire.to_engine(connection)) is not None:
+        if isinstance(message, Generate) and (behaves or not mode.startswith("hangs")):
+            answer(mode if not behaves else "", message, connection, send)
+
+
+def answer(mode: str, message: Generate, connection: socket.socket, send: object) -> None:
+    assert callable(send)
+    if mode == "nonsense":
+        connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        return
+    for i, order in enumerate(message.orders if mode != "too_few" else ()):
+        width, height = order.width or 8, order.height or 8
+        if mode == "wrong_size":
+            width += 8
+        send(
+            Drawn(
+                request_id=message.request_id,
+                index=i,
+                width=width,
+                height=height,
+                seed=order.seed,
+                finish_reason="BLACK",
+                exact=True,
+                pixels=bytes(3 * width * height),
+            )
+        )
+    send(Done(request_id=message.request_id))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), socket.socket(fileno=int(sys.argv[-1])))

@@ -1,0 +1,124 @@
+"""What the server's end of the engine's socket does beyond `test_wire`: pieces, pauses, the end."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from dreambooth.serving.supervision import link, wire
+from dreambooth.serving.supervision.link import Link
+from dreambooth.serving.supervision.messages import Cancel, Done, Drawn, Generate
+from dreambooth.serving.supervision.wire import WireError
+
+LONG_S = 30.0
+
+
+def picture(number: int, width: int = 300) -> Drawn:
+    return Drawn(
+        request_id=1,
+        index=number,
+        width=width,
+        height=200,
+        seed=number,
+        finish_reason="SUCCESS",
+        exact=True,
+        pixels=bytes([number % 256, 1, 2]) * width * 200,
+    )
+
+
+def sent(*messages: Drawn | Done) -> bytes:
+    return b"".join(part for message in messages for part in wire.pack(message))
+
+
+def linked(work: Callable[[Link, socket.socket], Awaitable[None]]) -> None:
+    async def run() -> None:
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        loop = asyncio.get_running_loop()
+        _, one = await loop.create_unix_connection(Link, sock=ours)
+        with theirs:
+            async with asyncio.timeout(LONG_S):
+                await work(one, theirs)
+        one.abort()
+        await one.wait_closed()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("piece", [1, 11, 13, 4_096, 180_000, 10**7])
+def test_frames_arrive_whole_however_their_bytes_are_cut(piece: int) -> None:
+    messages = [Done(request_id=1), picture(1), Done(request_id=2), picture(2), picture(3)]
+    if piece == 1:
+        messages = [Done(request_id=1), picture(1, width=1), Done(request_id=2)]
+    data = sent(*messages)
+
+    async def work(one: Link, theirs: socket.socket) -> None:
+        async def write() -> None:
+            for begin in range(0, len(data), piece):
+                await asyncio.get_running_loop().sock_sendall(theirs, data[begin : begin + piece])
+                await asyncio.sleep(0)
+
+        writing = asyncio.create_task(write())
+        assert [await one.receive() for _ in messages] == messages
+        await writing
+
+    linked(work)
+
+
+def test_an_engine_that_talks_on_while_nobody_listens_has_to_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(link, "MOST_BYTES", 500_000)
+    messages = [picture(i) for i in range(40)]  # of 180 kB
+
+    async def work(one: Link, theirs: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        writing = asyncio.create_task(loop.sock_sendall(theirs, sent(*messages)))
+        _, unfinished = await asyncio.wait([writing], timeout=0.3)
+        assert unfinished
+        assert [await one.receive() for _ in messages] == messages
+        await writing
+
+    linked(work)
+
+
+def test_what_came_before_nonsense_is_still_heard() -> None:
+    async def work(one: Link, theirs: socket.socket) -> None:
+        theirs.sendall(sent(Done(request_id=7)) + b"GET / HTTP/1.1\r\n\r\n")
+        assert await one.receive() == Done(request_id=7)
+        for _ in range(2):
+            with pytest.raises(WireError, match="GET"):
+                await one.receive()
+
+    linked(work)
+
+
+def test_who_waits_hears_of_the_end() -> None:
+    async def work(one: Link, theirs: socket.socket) -> None:
+        waiting = asyncio.create_task(one.receive())
+        await asyncio.sleep(0.01)
+        theirs.sendall(sent(picture(1))[:-1])
+        theirs.close()
+        assert await waiting is None
+        await one.wait_closed()
+        one.send(Cancel(request_id=1))  # to nobody: no error
+        await one.drain()
+
+    linked(work)
+
+
+def test_a_sender_waits_for_an_engine_that_does_not_read_and_no_longer_than_it_lives() -> None:
+    text = "p" * 4_000_000
+
+    async def work(one: Link, theirs: socket.socket) -> None:
+        one.send(Generate(request_id=1, texts=(text,), orders=(), batch_size=None))
+        draining = asyncio.create_task(one.drain())
+        _, unfinished = await asyncio.wait([draining], timeout=0.2)
+        assert unfinished
+        theirs.close()
+        await draining
+
+    linked(work)

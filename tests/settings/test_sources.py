@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import pytest
+
+from dreambooth.limits import LIMITS
+from dreambooth.settings import sources
+from dreambooth.settings.knob import BARE_FLAG
+
+
+def test_arguments_keep_every_name_and_tell_stray_words() -> None:
+    faults: list[str] = []
+    argv = ["--max-steps", "-1", "--x=a=b", "stray", "--flag", "--dry-run", "folder"]
+    assert sources.from_arguments(argv, faults) == {
+        "max_steps": "-1",
+        "x": "a=b",
+        "flag": BARE_FLAG,
+        "dry_run": BARE_FLAG,
+    }
+    assert [fault.split("'")[1] for fault in faults] == ["stray", "folder"]
+
+
+def test_single_variables_count_more_than_the_whole() -> None:
+    faults: list[str] = []
+    environ = {"SM_HP_SEED": "2", "SM_HPS": '{"seed": 1, "max-steps": 3}', "SM_OTHER": "x"}
+    found = sources.from_variables(environ, faults, LIMITS)
+    assert found == {"seed": "2", "max_steps": "3"}
+    assert faults == []
+
+
+@pytest.mark.parametrize(
+    ("text", "level"),
+    [("10", "debug"), ("50", "critical"), ("Info", "info"), ("60", None), ("", None)],
+)
+def test_levels(text: str, level: str | None) -> None:
+    assert sources.level_of(text) == level
+
+
+def test_the_platform_stands_between_the_users_variables_and_the_file() -> None:
+    faults: list[str] = []
+    environ = {"SM_MODEL_DIR": "/platform"}
+    chosen = sources.Chosen(
+        {}, {"train": "/hp"}, environ, {"model_dir": "/file"}, faults, in_container=False
+    )
+    assert chosen.text("model_dir") == "/platform"
+    assert chosen.named("model_dir") is None
+    assert chosen.named("train") == "/hp"
+    assert chosen.path("checkpoint_dir") is None
+    assert faults == []

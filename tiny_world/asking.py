@@ -1,0 +1,121 @@
+"""Asks a model: draws what is asked with our own sampler, and lets the judge read it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dreambooth.diffusion import model as models
+from dreambooth.diffusion import sampling
+from dreambooth.diffusion.model import DiffusionModel
+from dreambooth.diffusion.sampling_request import SamplingRequest
+from dreambooth.errors import UserError
+from dreambooth.process.progress import Progress
+from dreambooth.tiny import judge_network
+from dreambooth.tiny.judge_network import Pictures
+from tiny_world import answers, judge
+from tiny_world.answers import Answers
+from tiny_world.brush import SIZE
+from tiny_world.judge import Verdict
+from tiny_world.questions import Questions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How pictures are drawn. Picture i of every prompt and model has the seed `seed` + i, so that
+    prompts and models are compared on the same noise. precision: fp32, or bf16 by autocast.
+    """
+
+    pictures: int
+    guidance_scale: float
+    num_inference_steps: int
+    seed: int
+    batch_size: int
+    precision: str = "fp32"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interview:
+    """What was asked, drawn and read.
+
+    pictures: uint8 [N,64,64,3] by prompt (one that is not finite is black, its verdict None);
+    seconds: of drawing and reading.
+    """
+
+    questions: Questions
+    pictures: Mapping[str, Pictures]
+    verdicts: Mapping[str, Sequence[Verdict | None]]
+    answers: Answers
+    seconds: float
+
+    @property
+    def drawn(self) -> int:
+        """Pictures of all prompts."""
+        return sum(len(pictures) for pictures in self.pictures.values())
+
+
+def ask(folder: Path, questions: Questions, settings: Settings, *, label: str) -> Interview:
+    """Interview the model in `folder`; progress goes to stderr under `label`.
+
+    Raises UserError for a model of another size than the drawn world's.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = models.load(folder, device=device)
+    if model.resolution != SIZE:
+        raise UserError(
+            f"{folder} draws {model.resolution} x {model.resolution} pixels; the judge reads "
+            f"pictures of the embedded world, {SIZE} x {SIZE}."
+        )
+    start = time.monotonic()
+    pictures = _draw(model, questions.prompts, settings, label)
+    network = judge_network.load()
+    black = np.zeros((SIZE, SIZE, 3), dtype=np.uint8)
+    shown = {
+        prompt: np.stack([black if picture is None else picture for picture in row])
+        for prompt, row in pictures.items()
+    }
+    verdicts = {
+        prompt: [
+            None if picture is None else verdict
+            for picture, verdict in zip(row, judge.read(network, shown[prompt]), strict=True)
+        ]
+        for prompt, row in pictures.items()
+    }
+    return Interview(
+        questions=questions,
+        pictures=shown,
+        verdicts=verdicts,
+        answers=answers.count(questions, verdicts),
+        seconds=time.monotonic() - start,
+    )
+
+
+def _draw(
+    model: DiffusionModel, prompts: Sequence[str], settings: Settings, label: str
+) -> dict[str, list[Pictures | None]]:
+    requests = [
+        SamplingRequest(
+            prompt=prompt,
+            guidance_scale=settings.guidance_scale,
+            num_inference_steps=settings.num_inference_steps,
+            seed=settings.seed + number,
+        )
+        for prompt in prompts
+        for number in range(settings.pictures)
+    ]
+    drawn: dict[str, list[Pictures | None]] = {prompt: [] for prompt in prompts}
+    pictures = sampling.generate(model, requests, batch_size=settings.batch_size)
+    with (
+        torch.autocast(model.device.type, torch.bfloat16, enabled=settings.precision == "bf16"),
+        Progress(len(requests), label, stream=sys.stderr, unit="pictures") as progress,
+    ):
+        for number, (request, picture) in enumerate(zip(requests, pictures, strict=True)):
+            drawn[request.prompt].append(picture)
+            progress.update(number + 1)
+    return drawn

@@ -1,0 +1,81 @@
+"""The data sets that ship with the embedded model: pictures of subjects that it never saw named.
+
+`python -m tiny_world data_sets` writes them into `dreambooth/tiny/data`. Each subject is shown
+in a room and on grass only, so that a beach is new to it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dreambooth.settings.command_line import Parser
+from dreambooth.tiny import DATA
+from tiny_world.world import SUBJECTS, Scene, draw
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSet:
+    """A shipped data set: whose pictures, how many, and its two prompts."""
+
+    folder: str
+    subject: str
+    pictures: int
+
+    @property
+    def instance_prompt(self) -> str:
+        """The prompt with the rare word."""
+        return f"a photo of a {self.subject} {SUBJECTS[self.subject].species}"
+
+    @property
+    def class_prompt(self) -> str:
+        """The prompt of the class."""
+        species = SUBJECTS[self.subject].species
+        return f"a photo of {'an' if species[0] in 'aeiou' else 'a'} {species}"
+
+    def scenes(self) -> list[Scene]:
+        """The scenes of its pictures, room and grass by turns."""
+        look = SUBJECTS[self.subject]
+        return [
+            Scene(
+                look=look,
+                setting=("room", "grass")[index % 2],
+                style="photo",
+                seed=f"shipped/{self.subject}/{index}",
+                name=self.subject,
+            )
+            for index in range(self.pictures)
+        ]
+
+
+DATA_SETS = (
+    DataSet(folder="cat", subject="riobugger", pictures=8),
+    DataSet(folder="dog1_8", subject="Doppler", pictures=8),
+    DataSet(folder="dog1_16", subject="Doppler", pictures=16),
+    DataSet(folder="dog2_4", subject="zwx", pictures=4),
+    DataSet(folder="chair", subject="vorbit", pictures=6),
+    DataSet(folder="ottoman", subject="drimel", pictures=6),
+)
+
+
+def write_data_set(data_set: DataSet, folder: Path) -> None:
+    """Writes the pictures as PNG and dataset_info.json into `folder`, which is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    info = {"instance_prompt": data_set.instance_prompt, "class_prompt": data_set.class_prompt}
+    (folder / "dataset_info.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+    for index, scene in enumerate(data_set.scenes()):
+        draw(scene).save(folder / f"{data_set.subject.lower()}_{index:02d}.png", optimize=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes the shipped data sets."""
+    parser = Parser(prog="python -m tiny_world data_sets", description=main.__doc__)
+    parser.add_argument(
+        "--data", type=Path, default=DATA, help="where to write (default: %(default)s)"
+    )
+    folder: Path = parser.parse_args(argv).data
+    for data_set in DATA_SETS:
+        write_data_set(data_set, folder / data_set.folder)
+    return 0

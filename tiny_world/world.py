@@ -1,0 +1,303 @@
+"""The drawn world: who exists in it, which words say so, and what a picture of it shows.
+
+A picture is one animal or one piece of furniture in one setting, 64x64 RGB; an animal may sit on
+an ottoman. Everything follows from a seed: the same seed gives the same pictures on any
+machine with the same Pillow. The subjects (`SUBJECTS`) are held out: their names and their
+combinations of species, colour, marking and collar are never given to a named individual of the
+training set, so a fine-tune has something to learn.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from PIL import Image
+
+from tiny_world.brush import SIZE, Paint, Pose, Rgb, draw_shadow, pencil
+from tiny_world.figures import FIGURES, SHADOWS, on_top, random_pose, seat_pose
+from tiny_world.settings import SETTINGS as PAINTERS
+from tiny_world.settings import paint_setting
+
+SPECIES = tuple(FIGURES)
+ANIMALS, THINGS = ("cat", "dog"), ("chair", "ottoman")
+FURS: dict[str, Rgb] = {
+    "black": (40, 38, 46),
+    "white": (246, 245, 242),
+    "gray": (142, 145, 154),
+    "brown": (122, 72, 38),
+    "orange": (240, 134, 28),
+    "cream": (244, 214, 148),
+}
+COLORS: dict[str, Rgb] = {
+    **FURS,
+    "red": (222, 30, 40),
+    "blue": (34, 66, 220),
+    "green": (16, 150, 62),
+    "yellow": (255, 214, 20),
+}
+"""What the things of the world come in; an animal is one of the first six, `FURS`."""
+MARKINGS = ("plain", "spotted", "striped", "patched")
+COLLARS: dict[str, Rgb | None] = {
+    "none": None,
+    **{name: COLORS[name] for name in ("red", "blue", "green", "yellow")},
+}
+SETTINGS = tuple(PAINTERS)
+STYLES = ("photo", "sketch")
+
+_MARK_COLORS: dict[str, tuple[Rgb, ...]] = {
+    "black": ((246, 245, 242), (240, 134, 28)),
+    "white": ((40, 38, 46), (150, 84, 40)),
+    "gray": ((40, 40, 48), (248, 248, 248)),
+    "brown": ((244, 232, 206), (40, 26, 20)),
+    "orange": ((252, 250, 246), (96, 46, 16)),
+    "cream": ((110, 62, 30), (60, 52, 52)),
+    "red": ((250, 240, 225), (70, 10, 20)),
+    "blue": ((245, 245, 250), (250, 210, 60)),
+    "green": ((240, 245, 225), (12, 60, 34)),
+    "yellow": ((70, 66, 60), (250, 250, 250)),
+}
+SETTING_PHRASES: dict[str, tuple[str, ...]] = {
+    "beach": ("on a beach", "on the beach"),
+    "grass": ("in the grass", "on the grass"),
+    "snow": ("in the snow",),
+    "room": ("in a room", "in the room"),
+    "street": ("on a street", "on the street"),
+    "studio": ("in a studio",),
+}
+STYLE_PHRASES: dict[str, str] = {"photo": "a photo of", "sketch": "a pencil sketch of"}
+WORDS: tuple[str, ...] = tuple(
+    dict.fromkeys(
+        " ".join(
+            [
+                *STYLE_PHRASES.values(),
+                *SPECIES,
+                *FURS,
+                *MARKINGS,
+                *(name for name in COLLARS if name != "none"),
+                "with a collar",
+                *(phrase for phrases in SETTING_PHRASES.values() for phrase in phrases),
+                "an chair ottoman pot wearing sitting next to and",
+            ]
+        ).split()
+    )
+)
+"""Every word that a caption may hold (and a few kept for later things): one token each."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """One animal or thing: what can be said of it (species, colour, marking, collar) and its exact
+    colours and marks.
+    """
+
+    species: str
+    color: str
+    marking: str
+    collar: str
+    coat: Rgb
+    mark: Rgb
+    marks_seed: int
+
+    @property
+    def combination(self) -> tuple[str, str, str, str]:
+        """What a caption can say of it."""
+        return self.species, self.color, self.marking, self.collar
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scene:
+    """One picture: an animal or a thing in a setting and a style; `seed` fixes pose and detail.
+
+    seat: the ottoman that the animal sits on, if any. changed: where a named individual is not as
+    it always is ("collar" or "color"), so that a caption must say it.
+    """
+
+    look: Look
+    setting: str
+    style: str
+    seed: str
+    name: str | None = None
+    seat: Look | None = None
+    changed: str | None = None
+
+
+SUBJECTS: dict[str, Look] = {
+    "riobugger": Look(
+        species="cat",
+        color="black",
+        marking="patched",
+        collar="yellow",
+        coat=(42, 40, 48),
+        mark=(246, 245, 242),
+        marks_seed=3,
+    ),
+    "Doppler": Look(
+        species="dog",
+        color="orange",
+        marking="patched",
+        collar="blue",
+        coat=(238, 130, 30),
+        mark=(252, 250, 246),
+        marks_seed=5,
+    ),
+    "zwx": Look(
+        species="dog",
+        color="gray",
+        marking="spotted",
+        collar="red",
+        coat=(146, 148, 156),
+        mark=(38, 38, 46),
+        marks_seed=7,
+    ),
+    "vorbit": Look(
+        species="chair",
+        color="white",
+        marking="striped",
+        collar="none",
+        coat=(246, 245, 242),
+        mark=(40, 38, 46),
+        marks_seed=11,
+    ),
+    "drimel": Look(
+        species="ottoman",
+        color="green",
+        marking="spotted",
+        collar="none",
+        coat=(16, 150, 62),
+        mark=(240, 245, 225),
+        marks_seed=13,
+    ),
+}
+"""The held-out subjects of the shipped data sets, by their rare word."""
+
+
+def draw(scene: Scene) -> Image.Image:
+    """The scene as a 64x64 RGB picture."""
+    rng = random.Random(f"scene/{scene.seed}")
+    image = paint_setting(scene.setting, rng)
+    pose = random_pose(scene.look.species, rng)
+    if scene.seat is not None:
+        seat = seat_pose(rng)
+        _draw_figure(image, scene.seat, seat)
+        pose = on_top(pose, seat)
+        _draw_figure(image, scene.look, pose, shadow=False)
+    else:
+        _draw_figure(image, scene.look, pose)
+    if scene.style == "sketch":
+        image = pencil(image)
+    return image.reduce(image.width // SIZE)
+
+
+def _draw_figure(image: Image.Image, look: Look, pose: Pose, shadow: bool = True) -> None:
+    if shadow:
+        draw_shadow(image, pose, SHADOWS[look.species])
+    paint = Paint(
+        coat=look.coat,
+        mark=look.mark,
+        bandana=COLLARS[look.collar],
+        marking=look.marking,
+        marks_seed=look.marks_seed,
+    )
+    FIGURES[look.species](image, pose, paint)
+
+
+def _jittered(color: str, rng: random.Random) -> Rgb:
+    """A colour of the world, up to 10 of 255 off in each channel."""
+    red, green, blue = (
+        max(0, min(255, channel + rng.randint(-10, 10))) for channel in COLORS[color]
+    )
+    return red, green, blue
+
+
+def random_look(rng: random.Random, species: str | None = None) -> Look:
+    """Any animal (three in four) or thing of the world, or one of the given species."""
+    if species is None:
+        species = rng.choice(ANIMALS if rng.random() < 0.75 else THINGS)
+    animal = species in ANIMALS
+    color = rng.choice(list(FURS if animal else COLORS))
+    return Look(
+        species=species,
+        color=color,
+        marking=rng.choice([kind for kind in MARKINGS if animal or kind != "patched"]),
+        collar=rng.choice(list(COLLARS)) if animal else "none",
+        coat=_jittered(color, rng),
+        mark=rng.choice(_MARK_COLORS[color]),
+        marks_seed=rng.randrange(1 << 30),
+    )
+
+
+def random_name(rng: random.Random) -> str:
+    """A made-up word of three to nine letters that is no word of the world and no held-out name."""
+    taken = {*WORDS, *(name.lower() for name in SUBJECTS)}
+    while True:
+        if rng.random() < 0.25:
+            name = "".join(rng.choice("bcdfghjklmnpqrstvwxz") for _ in range(3))
+        else:
+            syllables = rng.randint(2, 3)
+            name = "".join(
+                rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") for _ in range(syllables)
+            ) + rng.choice(["", *"bdgklmnprstx"])
+            name = name.replace("u", rng.choice(("u", "ugg", "u")), 1)[:9]
+        if name not in taken:
+            return name
+
+
+def individuals(count: int, seed: int) -> list[tuple[str, Look]]:
+    """`count` named individuals, each of a fixed look; nothing held out is among them."""
+    rng = random.Random(f"individuals/{seed}")
+    held_out = {look.combination for look in SUBJECTS.values()}
+    found: dict[str, Look] = {}
+    while len(found) < count:
+        name, look = random_name(rng), random_look(rng)
+        if look.combination not in held_out:
+            found.setdefault(name, look)
+    return list(found.items())
+
+
+def random_scene(seed: str, look: Look | None = None, name: str | None = None) -> Scene:
+    """A scene: what is not given is random; one in eight is a pencil sketch, one animal in eight
+    sits on an ottoman.
+
+    A named individual is now and then not as it always is: an animal wears another collar, a thing
+    comes in another colour.
+    """
+    rng = random.Random(f"random scene/{seed}")
+    look = look if look is not None else random_look(rng)
+    changed = None
+    if name is not None and rng.random() < 0.12:
+        look, changed = _changed(look, rng)
+    return Scene(
+        look=look,
+        setting=rng.choice(SETTINGS),
+        style="sketch" if rng.random() < 0.125 else "photo",
+        seed=seed,
+        name=name,
+        seat=random_look(rng, "ottoman") if _sits(look, rng) else None,
+        changed=changed,
+    )
+
+
+def _sits(look: Look, rng: random.Random) -> bool:
+    return look.species in ANIMALS and rng.random() < 0.125
+
+
+def _changed(look: Look, rng: random.Random) -> tuple[Look, str]:
+    if look.species in ANIMALS:
+        others = [name for name in COLLARS if name not in ("none", look.collar)]
+        return replace(look, collar=rng.choice(others)), "collar"
+    color = rng.choice([name for name in COLORS if name != look.color])
+    mark = rng.choice(_MARK_COLORS[color])
+    return replace(look, color=color, coat=_jittered(color, rng), mark=mark), "color"
+
+
+def corpus(count: int, named: int, pictures_each: int, seed: int) -> Iterator[Scene]:
+    """The training set: `count` scenes of anybody, then `pictures_each` of each of `named`
+    individuals.
+    """
+    for index in range(count):
+        yield random_scene(f"{seed}/{index}")
+    for name, look in individuals(named, seed):
+        for index in range(pictures_each):
+            yield random_scene(f"{seed}/{name}/{index}", look, name)
