@@ -1,7 +1,7 @@
-"""The four functions by which SageMaker's inference toolkits serve a model folder.
+"""The four functions that SageMaker's inference toolkits call to serve a model folder.
 
 `python -m dreambooth serve` is built from the same parts. Its variables, `DREAMBOOTH_<NAME>` and
-`MMS_MAX_RESPONSE_SIZE`, count here too; they are read once, when the model is loaded.
+`MMS_MAX_RESPONSE_SIZE`, apply here too; they are read once, when the model is loaded.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _ANY_FORMAT = ", ".join(offered.media_type for offered in reply.FORMATS)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """What `model_fn` returns. Several threads may draw with it: their pictures share steps."""
+    """A loaded model. Several threads may draw with it; their pictures share U-Net calls."""
 
     engine: Engine
     max_response_bytes: int
@@ -39,7 +39,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Body:
-    """A request as it came: what it may ask for depends on the model, which `predict_fn` has."""
+    """A request as received; `predict_fn` parses it, as valid values depend on the model."""
 
     content_type: str
     content: bytes | bytearray | str
@@ -51,12 +51,15 @@ class Prediction:
 
     request: GenerationRequest
     pictures: Sequence[Picture]
-    base_seed: int
     max_response_bytes: int
 
 
 def model_fn(model_dir: str) -> Model:
-    """Load and warm up a model folder; ModelArtifactError where it is none."""
+    """Load and warm up a model folder.
+
+    Raises ModelArtifactError for a folder that holds no model, UserError for wrong settings,
+    ResourceError for a model that does not fit into memory.
+    """
     options = argparse.ArgumentParser()
     serve_options.add_arguments(options)
     settings = serve_options.read(options.parse_args([]), os.environ)
@@ -75,32 +78,36 @@ def model_fn(model_dir: str) -> Model:
 
 
 def input_fn(request_body: bytes | bytearray | str, content_type: str) -> Body:
-    """Take a body of a known content type; RequestError 415 for another."""
+    """Accept a body of a known content type; raise RequestError (415) for any other."""
     with _told():
         media_type(content_type)
     return Body(content_type=content_type, content=request_body)
 
 
 def predict_fn(data: Body, model: Model) -> Prediction:
-    """Check all that is asked for, then draw it; RequestError, or ResourceError 507."""
+    """Check everything that the request asks for, then draw it.
+
+    Raises RequestError, ResourceError (507) or UnavailableError (503).
+    """
     with _told():
         request = parse(data.content_type, data.content, model.engine.facts)
-        # What no format could hold is refused before any work; Accept comes only afterwards.
+        # Refuse what no format could hold before any work; only output_fn knows the Accept header.
         reply.negotiate(_ANY_FORMAT, request, max_response_bytes=model.max_response_bytes)
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
-        job = model.engine.submit(request.pictures(seed), most_pictures=request.batch_size)
+        requests = request.sampling_requests(seed)
+        job = model.engine.submit(requests, most_pictures=request.batch_size)
         return Prediction(
             request=request,
             pictures=job.result(),
-            base_seed=seed,
             max_response_bytes=model.max_response_bytes,
         )
 
 
 def output_fn(prediction: Prediction, accept: str) -> tuple[bytes, str] | bytes:
-    """Encode as `accept` asks: the reply's body and content type; RequestError 406 or 400.
+    """Encode the pictures as `accept` asks; return the reply's body and content type.
 
-    The Hugging Face toolkit takes the body alone, and names its content type after `accept`.
+    The Hugging Face toolkit takes the body alone and sets the content type from `accept`. Raises
+    RequestError (406 or 400).
     """
     with _told():
         chosen = reply.negotiate(
@@ -110,7 +117,6 @@ def output_fn(prediction: Prediction, accept: str) -> tuple[bytes, str] | bytes:
             prediction.request,
             prediction.pictures,
             chosen,
-            base_seed=prediction.base_seed,
             max_response_bytes=prediction.max_response_bytes,
         )
     if "sagemaker_huggingface_inference_toolkit" in sys.modules:
@@ -120,7 +126,7 @@ def output_fn(prediction: Prediction, accept: str) -> tuple[bytes, str] | bytes:
 
 @contextlib.contextmanager
 def _told() -> Iterator[None]:
-    """Raise our errors as the toolkit's own, which carry a status, where a toolkit drives us."""
+    """Under a toolkit, raise our errors as the toolkit's own, which carry an HTTP status."""
     try:
         yield
     except DreamBoothError as error:
@@ -130,5 +136,5 @@ def _told() -> Iterator[None]:
         said = error_reply.of(error)
         phrase = http.HTTPStatus(said.status).phrase
         told = toolkit.BaseInferenceToolkitError(said.status, said.message, phrase)
-        told.args = (said.message,)  # what str() gives, and the Hugging Face toolkit answers
+        told.args = (said.message,)  # str() of it is what the Hugging Face toolkit sends
         raise told from None

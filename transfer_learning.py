@@ -1,6 +1,7 @@
-"""The training entry point: plain command line, SageMaker script mode, or a SageMaker container.
+"""Run one training job: plain command line, SageMaker script mode, or a SageMaker container.
 
-`python transfer_learning.py --help` lists every setting; `--dry-run` prints the plan and stops.
+`python transfer_learning.py --help` lists every setting; `--dry-run` prints the training plan and
+stops.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What is measured by `python -m benchmarks NAME`: one module per name.
+"""The benchmarks that `python -m benchmarks NAME` runs, one module per name.
 
-Each has `add_arguments(parser)` and `main(arguments) -> exit code`, prints a table, and as its last
-line one JSON document.
+Each module has `add_arguments(parser)` and `main(arguments) -> exit code`. It prints a table and,
+as its last line, one JSON document.
 """

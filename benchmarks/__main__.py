@@ -1,4 +1,4 @@
-"""`python -m benchmarks NAME`: a table, then one JSON line."""
+"""Run one benchmark by name; it prints a table and, as its last line, one JSON document."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BENCHMARKS = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one benchmark; return the exit code (1 after an error, 130 where SIGINT stopped it)."""
+    """Run one benchmark; return the exit code (1 after an error, 130 after SIGINT)."""
     arguments = parser().parse_args(argv)
     logs.to_stderr("warning")
     try:
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command line: one sub-command per benchmark."""
+    """Return the command-line parser, with one sub-command per benchmark."""
     made = Parser(prog="python -m benchmarks", description=__doc__)
     names = made.add_subparsers(dest="benchmark", required=True, metavar="NAME")
     for name, sentence in BENCHMARKS.items():

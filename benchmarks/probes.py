@@ -1,7 +1,8 @@
-"""Hurt the real server in every way we know, and measure: one probe per way.
+"""Stress the real server in every way we know and measure how it copes: one probe per way.
 
-Each probe starts a server of its own: `python -m dreambooth serve` on the model that is named, with
-the default options but where a probe needs another time limit.
+Each probe starts servers of its own: `python -m dreambooth serve` or a program that wraps it, on
+the given model and with the default options, except that some probes set another time limit for a
+request.
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.server_probes import crowd, fuzz, half_open, kill, leave, overhead, sigterm, soak
+from benchmarks.server_probes import burst, fuzz, half_open, kill, leave, overhead, sigterm, soak
 from benchmarks.server_probes.outcome import Outcome
 from benchmarks.server_probes.server import start
 
 QUICK_SOAK_MINUTES = 0.5
-# For work that is meant to be stopped: nothing is refused for the time that it would take.
+# For requests that a probe interrupts: none is refused for the time that it would take.
 PATIENT = ("--request_timeout_s", "86400")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """How much of everything."""
+    """The size of a run: the model, and how much each probe does."""
 
     model: str
     quick: bool
@@ -34,7 +35,7 @@ class Size:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which probes, and how much of each."""
+    """Add the options that choose the probes and say how much each of them does."""
     parser.add_argument("--only", nargs="+", choices=PROBES, metavar="NAME", help=", ".join(PROBES))
     parser.add_argument("--quick", action="store_true", help="a small form of each probe")
     parser.add_argument("--model", default="tiny", help="as `serve` takes it (default: tiny)")
@@ -48,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run, print the table and the JSON line; 1 where a bar was not kept."""
+    """Run the probes, print the table and the JSON line; return 1 if anything failed."""
     minutes = arguments.soak_minutes
     names = arguments.only or [name for name in PROBES if name != "soak" or minutes > 0]
     if "soak" in names and not minutes > 0:
@@ -109,9 +110,9 @@ def _half_open(size: Size) -> Outcome:
         return half_open.run(server)
 
 
-def _crowd(size: Size) -> Outcome:
+def _burst(size: Size) -> Outcome:
     with start(size.model) as server:
-        return crowd.run(server, requests=60 if size.quick else 200)
+        return burst.run(server, requests=60 if size.quick else 200)
 
 
 def _overhead(size: Size) -> Outcome:
@@ -139,7 +140,7 @@ def _soak(size: Size) -> Outcome:
 PROBES: dict[str, Callable[[Size], Outcome]] = {
     "fuzz": _fuzz,
     "half_open": _half_open,
-    "crowd": _crowd,
+    "burst": _burst,
     "overhead": _overhead,
     "leave": _leave,
     "kill": _kill,

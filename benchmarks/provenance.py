@@ -1,4 +1,4 @@
-"""Where a figure comes from: device, driver, versions, commit and date, for a record of it."""
+"""State where a measured figure comes from: device, driver, versions, commit and date."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from dreambooth.process import gpu_driver
 
 
 def facts(device: torch.device) -> dict[str, Any]:
-    """Of this machine, this checkout and this moment; None where something is not to be had."""
+    """Return the facts of this machine, checkout and moment; None for each that is missing."""
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
-        "driver": gpu_driver.look().driver,
+        "driver": gpu_driver.inspect_machine().driver,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if cuda else None,  # type: ignore[no-untyped-call]
@@ -31,12 +31,12 @@ def facts(device: torch.device) -> dict[str, Any]:
 
 
 def in_words(found: Mapping[str, object]) -> str:
-    """One line of them."""
+    """Return the facts on one line, without those that are None."""
     return ", ".join(f"{name} {value}" for name, value in found.items() if value is not None)
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with `-dirty` where files differ from it; None outside of one."""
+    """Return the commit, with `-dirty` if files differ from it; None outside a checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         answer = subprocess.run(

@@ -1,9 +1,10 @@
-"""Serving under load: one request at a time, whole requests together, and step by step.
+"""Measure serving under load: one request at a time, whole requests together, and step by step.
 
-On the real engine, with Poisson arrivals of mixed steps and guidance at 0.5, 0.8 and 1.3 of what
-the device can serve one at a time; with `--simulate` in counted time, with published figures of
-GPUs. Also what the engine itself costs per step, and whether pictures stay what they are. With
-`--full_size` what a GPU makes of the calls of a full-size U-Net and of its pictures.
+By default the real engine serves Poisson arrivals of mixed steps and guidance at 0.5, 0.8 and 1.3
+of what the device can serve one at a time. The engine's own time per step is measured as well, and
+whether pictures drawn in traffic equal those drawn alone. `--simulate` counts time instead of
+spending it and uses published figures of GPUs. `--full_size` measures U-Net calls and pictures of a
+full-size model on a GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from benchmarks.serving_load import simulation, traffic
 from benchmarks.serving_load.simulation import CardResult
 from dreambooth import tiny
 
-if TYPE_CHECKING:  # it loads torch, and `--simulate` needs none
+if TYPE_CHECKING:  # these load torch, and `--simulate` needs none
     from benchmarks.serving_load.measuring import Loads, Overhead, Scale
     from benchmarks.serving_load.redrawing import Agreement
 
@@ -29,7 +30,7 @@ _SIMULATED_PICTURES = 3000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is measured, and for how long."""
+    """Add the options: what is measured, and for how long."""
     parser.add_argument("--model", default="tiny", help="model folder; default: tiny")
     parser.add_argument("--seconds", type=float, help="of arrivals per run; default: 60, quick 5")
     parser.add_argument(
@@ -53,7 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run, print the tables and the JSON line; 1 where an exact picture changed."""
+    """Run, print the tables and the JSON line; return the exit code.
+
+    1: an exact picture changed or, with --full_size, CUDA graphs were given up.
+    """
     if arguments.simulate:
         pictures = _SIMULATED_PICTURES // (10 if arguments.quick else 1)
         results = [
@@ -124,7 +128,7 @@ def _show(
     agreements: dict[str, Agreement],
     scale: Scale,
 ) -> None:
-    calls = ", ".join(f"{n}: {1000 * s:.1f}" for n, s in loads.warm_up.seconds_per_step)
+    calls = ", ".join(f"{n}: {1000 * s:.1f}" for n, s in loads.warm_up.seconds_per_call)
     print(f"milliseconds of a U-Net call by rows: {calls}; at most {loads.warm_up.rows} rows")
     print(
         f"steps {scale.steps}, guidance {traffic.GUIDANCE_SCALES}; "
@@ -158,7 +162,7 @@ def _show_cards(results: Sequence[CardResult]) -> None:
 
 
 def _plain(thing: Any) -> dict[str, Any]:
-    """A dataclass for JSON, with numbers as long as they are worth."""
+    """Return a dataclass as a dict for JSON, with floats rounded to 4 significant digits."""
 
     def rounded(value: Any) -> Any:
         if isinstance(value, float):

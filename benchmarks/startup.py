@@ -1,8 +1,8 @@
-"""How long a user waits before anything happens: processes are started and their output is timed.
+"""Measure how long a user waits before anything happens: start processes and time their output.
 
-Four moments: the table of hyperparameters is printed; a job's plan is printed; its first step is
-made; the server's /ping says 200. Of each the median and the best of several starts, on the
-embedded model.
+Four moments are timed on the embedded model: the table of hyperparameters is printed, a job's
+training plan is printed, its first step is made, and the server's /ping answers 200. Each is given
+as the median and the best of several starts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Start, print the table and the JSON line."""
+    """Start everything, print the table and the JSON line."""
     product = Product(arguments.image)
     moments: dict[str, Callable[[], float]] = {
         "hyperparameters printed": product.table_printed,
@@ -58,7 +58,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 class Product:
-    """The program of this checkout, or of an image, seen from outside."""
+    """The program of this checkout, or of an image, as a user starts it."""
 
     def __init__(self, image: str | None) -> None:
         self._image = image
@@ -68,7 +68,7 @@ class Product:
         self._data = (tiny.DATA if image is None else inside) / "cat"
 
     def start(self, *arguments: str, publish: int | None = None) -> subprocess.Popen[str]:
-        """Start a verb; publish: a port of this machine for the port 8080 of a container."""
+        """Start a verb; publish: the port of this machine that leads to a container's port 8080."""
         command = [sys.executable, "-m", "dreambooth"]
         if self._image is not None:
             ports = [f"--publish=127.0.0.1:{publish}:8080"] if publish else []
@@ -79,14 +79,16 @@ class Product:
         )
 
     def table_printed(self) -> float:
-        """Return the seconds until the table of hyperparameters is printed."""
+        """Return the seconds until the process that prints the hyperparameters has ended."""
         began = time.monotonic()
         with self.start("hyperparameters") as process:
             process.communicate(timeout=_GIVE_UP_S)
+        if process.returncode != 0:
+            raise RuntimeError(f"`hyperparameters` ended with {process.returncode}")
         return time.monotonic() - began
 
     def training_says(self, sign: str) -> float:
-        """Return the seconds until a one-step job has printed a line that holds `sign`."""
+        """Return the seconds until a one-step job has printed a line that contains `sign`."""
         with tempfile.TemporaryDirectory(prefix="startup-") as folder:
             model_dir = Path(folder) / "model" if self._image is None else "/tmp/model"
             options = ("--pretrained_model=tiny", "--max_steps=1")
@@ -101,7 +103,7 @@ class Product:
         return ready - began
 
     def server_ready(self) -> float:
-        """Return the seconds until the server's /ping says 200."""
+        """Return the seconds until the server's /ping answers 200."""
         port = _free_port()
         own = ("--host=127.0.0.1", f"--port={port}") if self._image is None else ()
         began = time.monotonic()

@@ -1,10 +1,10 @@
-"""Kill -9 a training run at random moments, start it again until it is done, and look closely.
+"""Kill a training run with SIGKILL at random moments, restart it until it is done, and compare.
 
 The run samples class images, writes checkpoints and unpacks its model from a tarball. It is killed
-after a random time, or while a file is being written; the same command is then started again, and
-after its end the next run begins, until all kills are spent. Every finished model folder must equal
-the unbroken run's, byte for byte; at no moment may a half model, and in the end nothing temporary,
-be there.
+after a random time or while a file is being written, and the same command is started again. When a
+run has ended by itself the next one begins, until all kills are spent. Every finished model folder
+must equal that of an unbroken run byte for byte. At no moment may an incomplete model folder exist,
+and nothing temporary may be left at the end.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from dreambooth import tiny
 CHECKPOINTING_STEPS = 4
 _WHERE = re.compile(r"\[([a-z ]+)(?:, step \d+)?\] ")
 _POLL_S = 0.001
-_WRITING_S = 0.03  # a write of the small model takes about so long
+_WRITING_S = 0.03  # about the time of one write of the small model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What is run: model (a folder), data, how many steps and class images."""
+    """The job that is run: base model (a folder), data, number of steps and of class images."""
 
     model: Path = tiny.WEIGHTS
     data: Path = tiny.DATA / "dog1_8"
@@ -47,7 +47,7 @@ class Setup:
 
 @dataclass(slots=True, kw_only=True)
 class Result:
-    """What was seen; faults are sentences, and there should be none."""
+    """The observations of all runs; faults: one sentence each, and there should be none."""
 
     kills: int = 0
     runs: int = 0
@@ -58,13 +58,13 @@ class Result:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """How often, and from which random numbers."""
+    """Add the options: the number of kills, and the seed of their moments."""
     parser.add_argument("--kills", type=int, default=50, help="default: 50")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run, print the table and the JSON line; 1 where anything was not as it should be."""
+    """Run, print the table and the JSON line; return 1 if anything was wrong."""
     with tempfile.TemporaryDirectory(prefix="survive-") as folder:
         result = run(Path(folder), Setup(), kills=arguments.kills, seed=arguments.seed)
     print(f"{'killed during':<24}kills")
@@ -88,9 +88,9 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def run(folder: Path, setup: Setup, *, kills: int, seed: int) -> Result:
-    """Kill so many times in `folder` (empty), and compare every finished run with the unbroken."""
+    """Kill `kills` times in the empty `folder`; compare each finished run with the unbroken one."""
     began = time.monotonic()
-    # Every start is a fork of a process that has imported what a job needs, and nothing else.
+    # Every start forks a process that has imported what a job needs and done nothing else.
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["dreambooth.job.run", "dreambooth.job.fine_tune"])
     archive = folder / "base.tar.gz"
@@ -131,7 +131,7 @@ def _until_done(
             process.kill()
         process.join()
         if process.exitcode != -9:
-            if one.starts == 1:  # it outran its kill: the machine is less busy than it was
+            if one.starts == 1:  # it ended before its kill: the machine is less busy now
                 result.unbroken_seconds = min(longest_s, time.monotonic() - began)
             if process.exitcode != 0:
                 result.faults.append(f"exit {process.exitcode}: {one.last_line()}")
@@ -148,7 +148,7 @@ def _wait(
     generator: random.Random,
     longest_s: float,
 ) -> None:
-    """Until a random moment; every other time until one while something is being written."""
+    """Wait a random time; in half of the cases wait on until something is being written."""
     process.join(generator.uniform(0, longest_s))
     if generator.random() < 0.5:
         while process.is_alive() and not any(one.temporary_names()):
@@ -157,7 +157,7 @@ def _wait(
 
 
 class _Run:
-    """One training run's folders; started as often as it takes."""
+    """The folders of one training run, which is started as often as it takes."""
 
     def __init__(
         self,
@@ -181,7 +181,7 @@ class _Run:
         ]
 
     def start(self) -> multiprocessing.context.ForkServerProcess:
-        """The same command, once more."""
+        """Start the same command once more."""
         (self.folder / "tmp").mkdir(parents=True, exist_ok=True)
         process = self._processes.Process(target=_train, args=(self._argv, str(self.folder)))
         process.start()
@@ -189,16 +189,16 @@ class _Run:
         return process
 
     def phase(self) -> str:
-        """The phase that the log named last."""
+        """Return the phase that the log named last."""
         found = _WHERE.findall(self._log())
         return found[-1] if found else "starting"
 
     def last_line(self) -> str:
-        """What the log ends with."""
+        """Return the last line of the log."""
         return (self._log().splitlines() or [""])[-1]
 
     def temporary_names(self) -> Iterator[Path]:
-        """What is being written, or was when the run was killed."""
+        """Yield the paths that are being written, or were when the run was killed."""
         for place in (self.model, self.folder / "checkpoints", self.folder / "output"):
             for folder, below, files in os.walk(place):
                 for name in (*below, *files):
@@ -206,7 +206,7 @@ class _Run:
                         yield Path(folder, name)
 
     def faults(self, expected: dict[str, str]) -> Iterator[str]:
-        """What is wrong with a run that is done."""
+        """Yield what is wrong with a finished run, one sentence each."""
         if _content(self.model) != expected:
             yield "its model is not the unbroken run's"
         for path in (*self.temporary_names(), *(self.folder / "tmp").iterdir()):
@@ -219,12 +219,12 @@ class _Run:
             yield "metrics.jsonl does not have every step once"
 
     def _log(self) -> str:
-        """Of the last start."""
+        """Return the log of the last start."""
         return (self.folder / "log").read_text(errors="replace")
 
 
 def _train(argv: Sequence[str], folder: str) -> None:
-    """In the child: the job, its words into a file, its temporary folder apart."""
+    """Run the job in the child process, with its output in a file and its own temporary folder."""
     log = os.open(Path(folder, "log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (1, 2):
         os.dup2(log, stream)
@@ -235,7 +235,10 @@ def _train(argv: Sequence[str], folder: str) -> None:
 
 
 def _is_whole(model: Path, expected: dict[str, str]) -> bool:
-    """Return whether a model folder holds all but what comes last: pictures, and a card of them."""
+    """Return whether a model folder holds everything except what is written last.
+
+    Sample pictures and the model card that shows them come last.
+    """
 
     def essence(content: dict[str, str]) -> dict[str, str]:
         last = (".partial-", "samples", "README.md")
@@ -245,7 +248,7 @@ def _is_whole(model: Path, expected: dict[str, str]) -> bool:
 
 
 def _content(model: Path) -> dict[str, str]:
-    """Every file of a model folder with its SHA-256."""
+    """Return the SHA-256 of every file of a model folder, by relative path."""
     return {
         str(path.relative_to(model)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(model.rglob("*"))

@@ -1,9 +1,9 @@
-"""Training, measured: whole runs of transfer_learning.py, a peer's script beside them.
+"""Measure training: whole runs of transfer_learning.py and, if given, a peer's script beside them.
 
-On a CPU the embedded model, on CUDA the configuration of Stable Diffusion 2.1 base with random
-weights. Every figure is of a real run: there is no second training loop here. The record of a run
-on a GPU is written by `--record` and committed in the folder `records` beside this file, named by
-date and device; no GPU has made one yet.
+On a CPU the embedded model is trained, on CUDA the configuration of Stable Diffusion 2.1 base with
+random weights. Every figure comes from a real run: there is no second training loop here.
+`--record` writes the JSON document of a run on a GPU to a file as well. Such files are committed in
+the folder `records` beside this module, named by date and device; there is none yet.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from dreambooth.errors import UserError
 from dreambooth.model_folder.facts import read_facts
 from dreambooth.settings.hyperparameters import MEMORY_PLANS
 
-if TYPE_CHECKING:  # it loads torch
+if TYPE_CHECKING:  # these load torch
     from benchmarks.train_step.graph_check import GraphCheck
     from dreambooth.training.device import DeviceFacts
 
 _WARM_UP = 5
-_JOB = Scale(steps=395, warm_up=_WARM_UP, class_images=100)  # the goal's own: 400 steps in all
+_JOB = Scale(steps=395, warm_up=_WARM_UP, class_images=100)  # as in the goal: 400 steps in all
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is measured, for how long, and beside whom."""
+    """Add the options: what is measured, for how long, and beside which script."""
     parser.add_argument("--quick", action="store_true", help="see that it works: a minute or two")
     parser.add_argument(
         "--peer", type=Path, metavar="FILE", help="diffusers' train_dreambooth.py, to run as well"
@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run, print the table and the JSON line; 1 where a run failed. Raises UserError."""
+    """Run, print the table and the JSON line; return 1 if a run failed. Raises UserError."""
     if arguments.derived:
         return _derive()
     if arguments.levers:
@@ -129,7 +129,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _refuse(arguments: argparse.Namespace, device: DeviceFacts) -> None:
-    """Raise UserError for what cannot be measured here."""
+    """Raise UserError for options that cannot be measured here."""
     script: Path | None = arguments.peer
     if script is not None and not script.is_file():
         raise UserError(f"There is no file {script}: give --peer a train_dreambooth.py.")
@@ -147,7 +147,7 @@ def _refuse(arguments: argparse.Namespace, device: DeviceFacts) -> None:
 
 
 def _settings(arguments: argparse.Namespace, subject: Subject) -> Iterator[Setting]:
-    """Those of the device and a whole job; under conditions the job alone."""
+    """Yield the device's settings and a whole job; under conditions the whole job alone."""
     plan: str | None = arguments.memory_plan
     if subject.conditions == Conditions():
         yield from ours.settings(subject.device, quick=arguments.quick, only=plan)
@@ -172,10 +172,10 @@ def measure(
     script: Path | None,
     job_scale: Scale | None = None,
 ) -> Result:
-    """Each setting in a folder of its own in `place`, which goes when it is measured.
+    """Measure each setting in a folder of its own in `place`, which is removed afterwards.
 
-    script: the peer's, run where the memory plan is what it does by default. job_scale: of whole
-    jobs, where it is another.
+    script: the peer's script, run where the memory plan is fp32_adamw, its default, but not for
+    whole jobs. job_scale: the scale of whole jobs, where it differs.
     """
     from benchmarks.train_step import work
 
@@ -196,7 +196,7 @@ def measure(
     if any(setting.fast_step for setting in settings):
         _tell("fast step: replays beside eager calls")
         graphs = _check_graphs(subject)
-    peak = work.peak(subject.device)  # measured, if so, when nothing else runs
+    peak = work.peak(subject.device)  # if it is measured, nothing else must run
     parameters = read_facts(subject.model).unet_parameters
     rows = []
     for outcome, theirs in outcomes:
@@ -213,7 +213,7 @@ def measure(
 
 
 def _plan(outcome: Outcome) -> str:
-    """The plan that a job took, or would have tried first."""
+    """Return the memory plan that a job took, or the one that it would have tried first."""
     taken = outcome.figures.memory_plan if outcome.figures else outcome.setting.memory_plan
     return taken if taken in MEMORY_PLANS else next(iter(MEMORY_PLANS))
 
@@ -233,7 +233,7 @@ def _check_graphs(subject: Subject) -> GraphCheck:
             pictures=2 * ours.BATCH_SIZE,
             capture=CudaGraphCapturer(device).capture,
         )
-    except RuntimeError as error:  # what was measured before it is not lost
+    except RuntimeError as error:  # keep what was measured before it
         return graph_check.GraphCheck(error=str(error))
 
 
@@ -246,7 +246,7 @@ def summary(
     model: str,
     found: dict[str, Any],
 ) -> dict[str, Any]:
-    """The JSON document; found: `provenance.facts`."""
+    """Return the JSON document; found: the result of `provenance.facts`."""
     return {
         "benchmark": "train",
         "model": model,
@@ -279,7 +279,7 @@ def _model(name: str, place: Path) -> Path:
 
 def _steps(text: str) -> int:
     steps = int(text)
-    if steps < 2:  # one has no spread
+    if steps < 2:  # one step has no spread
         raise argparse.ArgumentTypeError("at least 2 steps are measured")
     return steps
 

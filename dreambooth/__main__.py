@@ -1,4 +1,4 @@
-"""`python -m dreambooth VERB`: one verb per thing that a user does."""
+"""Fine-tune Stable Diffusion on a few pictures of one subject, and draw with the result."""
 
 from __future__ import annotations
 
@@ -15,9 +15,13 @@ from dreambooth.settings.command_line import Parser
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one verb; returns the exit code (1 after an error, 130 where SIGINT stopped it)."""
+    """Run one verb and return its exit code.
+
+    0 done, 1 error, 2 a verb that has moved, 130 stopped by SIGINT; `train` returns the code of
+    `run_job`.
+    """
     try:
-        if argv and argv[0] == "train":  # its options are the table of hyperparameters
+        if argv and argv[0] == "train":  # its options come from the table of hyperparameters
             from dreambooth.job.run import run_job
 
             return run_job(argv[1:], os.environ)
@@ -30,18 +34,18 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `... | head` has read enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return 0
     except DreamBoothError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except Exception as error:  # the border: a fault of ours, told as a log tells it
+    except Exception as error:  # a bug of ours: print its trace as the log does
         print(logs.trace_of(error), file=sys.stderr)
         return 1
 
 
-# Verbs of earlier versions that are no part of the package any more: where they went.
+# Verbs of earlier versions that have left the package, and what to run instead.
 MOVED = {
     "benchmark": "benchmarks are run as `python -m benchmarks NAME` in a checkout of the project",
     "evaluate": "the judge is run as `python -m tiny_world evaluate` in a checkout of the project",
@@ -49,7 +53,7 @@ MOVED = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line: one sub-command per verb."""
+    """Return the parser of the command line, with one sub-command per verb."""
     from dreambooth.commands import demo
     from dreambooth.settings import generate_options, serve_options
 

@@ -1,19 +1,19 @@
-"""The tree of errors: the only exceptions that are meant for the user's eyes.
+"""The project's own exceptions, the only ones whose messages are meant for the user.
 
 ::
 
     DreamBoothError                 the message says what is wrong, where, and what to do
-    ├── UserError                   their input: exit code 1 and the failure file; HTTP 4xx
-    │   ├── HyperparameterError     every wrong setting of the job at once
+    ├── UserError                   the user's input: exit code 1, the failure file; HTTP 4xx
+    │   ├── HyperparameterError     names every wrong setting of the job
     │   ├── DatasetError            names the file or folder
     │   ├── ModelArtifactError      wrong layout, unsafe archive, a pickle that is more than weights
     │   └── RequestError            400 · 406 Accept · 413 too large · 415 content type
-    ├── ResourceError               no memory, no disk: names the knob that lowers it; HTTP 507
+    ├── ResourceError               too little memory, disk, ...: says what to change; HTTP 507
     │   └── UnavailableError        overloaded, loading, engine down: says when to retry; HTTP 503
     └── TrainingDivergedError       loss or gradient not finite: names the step
 
-Anything else that is raised is a fault of ours: its trace goes to the log, the client only
-hears "internal error".
+Any other exception is a bug of ours: its trace goes to the log, and the client receives only
+"internal error".
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _MOST_FOREIGN_CHARACTERS: Final = 300
 
 
 def one_line(text: str, most: int = MOST_SENTENCE_CHARACTERS) -> str:
-    """Return a text on one line, printable, and without its middle where it is longer than `most`.
+    """Return a text as one printable line; its middle is cut out if it is longer than `most`.
 
-    Names come from strangers' files: with a line break in one, or a terminal's escape code, a line
-    of a log could be forged. What is not printable is written as Python's escapes.
+    Names come from untrusted files: a line break or a terminal's escape code in one could forge a
+    line of the log. Characters that are not printable are written as Python's escapes.
     """
     if len(text) > most:
         text = f"{text[: most // 2]}...{text[len(text) - most // 2 :]}"
@@ -41,34 +41,34 @@ def one_line(text: str, most: int = MOST_SENTENCE_CHARACTERS) -> str:
 
 
 def quoted(value: object) -> str:
-    """Return a stranger's value as a sentence quotes it: printable, at most 60 characters."""
+    """Return an untrusted value, ready to be quoted: printable, at most 60 characters."""
     text = repr(value[: _MOST_QUOTED_CHARACTERS + 1]) if isinstance(value, str) else str(value)
     is_short = len(text) <= _MOST_QUOTED_CHARACTERS
     return text if is_short else one_line(text[: _MOST_QUOTED_CHARACTERS - 3]) + "..."
 
 
 def in_one_line(error: BaseException) -> str:
-    """Return what a library said, short enough for a sentence and without its full stop."""
+    """Return a library's error message, short enough for a sentence and without its full stop."""
     text = " ".join((str(error) or type(error).__name__).split())
     return one_line(text[:_MOST_FOREIGN_CHARACTERS]).rstrip(".")
 
 
 class DreamBoothError(Exception):
-    """Base of all errors whose message is written for the user; it is kept as `one_line`."""
+    """The base of all errors whose message is written for the user; it is stored as one line."""
 
     def __init__(self, message: str = "") -> None:
         super().__init__(one_line(message))
 
 
 class UserError(DreamBoothError):
-    """The user's input is at fault; the message says what to change."""
+    """The user's input is wrong; the message says what to change."""
 
 
 class HyperparameterError(UserError):
-    """One or more settings of the job are wrong; all of them are told in one message."""
+    """One or more settings of the job are wrong; one message names them all."""
 
     def __init__(self, faults: Sequence[str] | str) -> None:
-        """Take one sentence per fault (a single string counts as one fault)."""
+        """Take one sentence per fault; a single string counts as one fault."""
         all_faults = (faults,) if isinstance(faults, str) else faults
         self.faults: tuple[str, ...] = tuple(one_line(fault) for fault in all_faults)
         Exception.__init__(self, one_line(self._message(), _MOST_MESSAGE_CHARACTERS))
@@ -80,7 +80,7 @@ class HyperparameterError(UserError):
         return f"{len(self.faults)} settings are wrong: {numbered}"
 
     def __reduce__(self) -> tuple[type[HyperparameterError], tuple[tuple[str, ...]]]:
-        """Pickle by the faults, so that the error survives a trip between processes."""
+        """Pickle the faults, so that the error can be sent between processes."""
         return type(self), (self.faults,)
 
 
@@ -96,7 +96,7 @@ class RequestError(UserError):
     """An inference request cannot be served as it was sent."""
 
     def __init__(self, message: str, status: int = 400) -> None:
-        """Take the sentence for the client and the HTTP status (400, 406, 413 or 415)."""
+        """Take the message for the client and the HTTP status (400, 404, 406, 413 or 415)."""
         super().__init__(message)
         self.status = status
 
@@ -106,14 +106,14 @@ class RequestError(UserError):
 
 
 class ResourceError(DreamBoothError):
-    """The machine has too little memory or disk; the message names the knob to lower."""
+    """The machine lacks something, mostly memory or disk space; the message says what to change."""
 
 
 class UnavailableError(ResourceError):
-    """Not now: the server is overloaded, still loading, closing, or its engine is down."""
+    """The server cannot answer now: it is overloaded, loading or closing, or its engine is down."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
-        """Take the sentence for the client and the seconds after which to ask again."""
+        """Take the message for the client and the seconds after which it may ask again."""
         super().__init__(message)
         self.retry_after_s = retry_after_s
 
@@ -123,10 +123,10 @@ class UnavailableError(ResourceError):
 
 
 class TrainingDivergedError(DreamBoothError):
-    """The loss or a gradient stopped being finite."""
+    """The loss or a gradient is no longer finite."""
 
     def __init__(self, message: str, step: int) -> None:
-        """Take the sentence for the user and the step (counted from 1) at which it was seen."""
+        """Take the message for the user and the step (counted from 1) at which it was seen."""
         super().__init__(message)
         self.step = step
 

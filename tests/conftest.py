@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-if TYPE_CHECKING:  # torch and diffusers are imported by those alone who write a folder
+if TYPE_CHECKING:  # only tests that write a folder import torch and diffusers
     import torch
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # A shell started the tests in the background, and jobs would inherit that they ignore it.
+    # The tests were started in the background by a shell that ignores SIGINT; jobs would inherit
+    # this.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ModelFolderFactory = Callable[..., Path]
@@ -32,7 +33,7 @@ WORDS = (
 )
 TOKENS = 32
 WIDTH = 32
-# Stable Diffusion 2.1 base: scheduler/scheduler_config.json.
+# scheduler/scheduler_config.json of Stable Diffusion 2.1 base.
 NOISE_SCHEDULER = {
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
@@ -45,19 +46,19 @@ NOISE_SCHEDULER = {
     "steps_offset": 1,
     "trained_betas": None,
 }
-# What diffusers up to 0.17 called the layers of the VAE's attention; Stable Diffusion 1.x and 2.x
-# were published so.
+# Names that diffusers up to 0.17 gave to the VAE's attention layers; Stable Diffusion 1.x and 2.x
+# were published with them.
 OLD_VAE_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
 @pytest.fixture
 def unprivileged_folder() -> Iterator[Path]:
-    """An empty folder, in a test that runs without root's rights to read everything."""
+    """Yield an empty folder, and run the test without root's right to read everything."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o777)
     effective = os.geteuid()
     if effective == 0:
-        os.seteuid(65534)  # nobody
+        os.seteuid(65534)  # the user `nobody`
     try:
         yield folder
     finally:
@@ -67,7 +68,7 @@ def unprivileged_folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def make_model_folder(tmp_path_factory: pytest.TempPathFactory) -> ModelFolderFactory:
-    """A function that writes a miniature model folder; `write_model_folder` has the keywords."""
+    """Return a function that writes a miniature model folder (see `write_model_folder`)."""
 
     written: dict[str, Path] = {}
 
@@ -85,7 +86,7 @@ def make_model_folder(tmp_path_factory: pytest.TempPathFactory) -> ModelFolderFa
 
 @pytest.fixture(scope="session")
 def small_model_folder(make_model_folder: ModelFolderFactory) -> Path:
-    """The plain miniature, shared by the whole session: never write into it."""
+    """Return the plain miniature model folder of the whole session; never write into it."""
     return make_model_folder()
 
 
@@ -100,8 +101,9 @@ def write_model_folder(
     variant: str | None = None,
     dtype: torch.dtype | None = None,
     sharded: bool = False,
-    bin: bool = False,  # the old pickled layout: .bin instead of .safetensors
-    text_model_prefix: bool = True,  # as transformers 4.x writes and all published folders have
+    bin: bool = False,  # the old pickled layout, with .bin in place of .safetensors
+    # As transformers 4.x writes names and all published folders have them.
+    text_model_prefix: bool = True,
     old_vae_names: bool = False,
     use_linear_projection: bool = True,
     model_info: Mapping[str, object] | None = None,
@@ -198,7 +200,7 @@ def write_weights(
     sharded: bool,
     bin: bool,
 ) -> None:
-    """Write a component's tensors under the names that diffusers and transformers use."""
+    """Write a component's weights under the names that diffusers and transformers use."""
     import torch
     from safetensors.torch import save_file
 
@@ -255,7 +257,8 @@ def write_tokenizer(folder: Path) -> dict[str, int]:
     write_json(folder / "special_tokens_map.json", special)
     settings = {
         **special,
-        "pad_token": "<|endoftext|>",  # Stable Diffusion 2.1 base: the special tokens map wins
+        # As in Stable Diffusion 2.1 base; the special tokens map overrides it.
+        "pad_token": "<|endoftext|>",
         "add_prefix_space": False,
         "do_lower_case": True,
         "errors": "replace",
@@ -267,20 +270,20 @@ def write_tokenizer(folder: Path) -> dict[str, int]:
 
 
 def byte_letters() -> list[str]:
-    """One printable character per byte, in the order of CLIP's vocabulary ('!' is 0)."""
+    """Return one printable character per byte, in the order of CLIP's vocabulary ('!' is 0)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
 
 
 def old_vae_name(key: str) -> str:
-    """The name that diffusers up to 0.17 gave to a weight of the VAE."""
+    """Return the name that diffusers up to 0.17 gave to a weight of the VAE."""
     for new, old in OLD_VAE_NAMES.items():
         key = key.replace(f".attentions.0.{new}.", f".attentions.0.{old}.")
     return key
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write one JSON object, making the folder first."""
+    """Write one JSON object; create the folder if necessary."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,6 +1,6 @@
-"""A training process on a slow disk that is stopped by SIGTERM, and what it leaves.
+"""Runs a training process on a slow disk, stops it with SIGTERM and checks what it wrote.
 
-Shared by `test_handover` (the embedded model) and `test_real_size` (the full size).
+Used by `tests/job/test_stopping.py` (the embedded model) and `test_real_size.py` (full size).
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LONG_S = 3_000.0  # a guard against hanging
+LONG_S = 3_000.0  # only guards against a hang
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoppedRun:
-    """code: of the exit. seconds: from SIGTERM to it. flushed: bytes that fsync made durable."""
+    """The outcome of a stopped run.
+
+    code: the exit code. seconds: from SIGTERM to the exit. flushed: the bytes that fsync made
+    durable.
+    """
 
     code: int
     seconds: float
@@ -39,9 +43,9 @@ def stop_in_training(
     bytes_per_second: float,
     stop_seconds: float | None = None,
 ) -> StoppedRun:
-    """Run `transfer_learning.py`, send SIGTERM once `metrics` tells of two steps, wait for its end.
+    """Run `transfer_learning.py`, send SIGTERM after two rows of `metrics`, and wait for its end.
 
-    place: a folder for the logs. stop_seconds: as tests/slow_disk/sitecustomize.py has it.
+    place: a folder for the logs. stop_seconds: see tests/slow_disk/sitecustomize.py.
     """
     flushed, said = place / "flushed.txt", place / "stderr.txt"
     environ = {
@@ -79,7 +83,10 @@ def stop_in_training(
 
 
 def checked_checkpoint(folder: Path) -> int:
-    """The bytes of the only checkpoint in a folder that holds nothing else; AssertionError."""
+    """Check the only checkpoint of a folder and its digests; return its size in bytes.
+
+    Raises AssertionError, also where the folder holds anything else.
+    """
     (checkpoint,) = folder.iterdir()
     assert checkpoint.name.startswith("step-")
     files = json.loads((checkpoint / "manifest.json").read_text("utf-8"))["files"]
@@ -91,5 +98,5 @@ def checked_checkpoint(folder: Path) -> int:
 
 
 def size(folder: Path) -> int:
-    """The bytes of all files in a folder."""
+    """Return the size of all files in a folder, in bytes."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

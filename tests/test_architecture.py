@@ -1,6 +1,6 @@
-"""The rooms of the house and their floors, read from the source: imports point down.
+"""Subpackages ("rooms") may import only from rooms of lower layers ("floors").
 
-A new file needs no line here: what it may import follows from the room that it lies in.
+This is read from the source. A new file needs no entry here: its room decides what it may import.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("dreambooth", "benchmarks", "tiny_world")
 ENTRY_POINTS = ("transfer_learning", "inference")
-# Modules at the top of the package that are rooms of their own.
+# Modules at the top of the package that count as rooms of their own.
 ALONE = ("errors", "limits", "__main__")
 
-# From the ground up; a room may import the rooms of the floors below its own.
+# From the bottom up; a room may import rooms of the floors below its own.
 FLOORS = (
     ("dreambooth", "errors", "limits"),
     ("process", "tiny"),
@@ -31,25 +31,25 @@ FLOORS = (
     ("commands", "__main__", *ENTRY_POINTS),
     ("benchmarks", "tiny_world"),
 )
-# Within a floor only these arrows are drawn.
+# The only imports allowed within a floor.
 ALONG = {
     ("diffusion", "model_folder"),
     ("job", "fast"),
     ("serving.engine", "fast"),
     ("serving.engine", "serving.contract"),
     ("serving.supervision", "serving.contract"),
-    ("serving.supervision", "serving.engine"),  # of the child alone, once it runs
+    ("serving.supervision", "serving.engine"),  # only in the child process, once it runs
     ("serving.http", "serving.supervision"),
     ("serving.http", "serving.contract"),
     ("__main__", "commands"),
     ("transfer_learning", "commands"),
 }
-# Arrows that would point down and still must not be.
+# Imports that point down but are forbidden all the same.
 NEVER = [("serving", "training"), ("serving", "data"), ("serving", "evaluation")]
-# The rooms that whoever wants a path, a setting or a plan imports: no third-party package at the
-# top of a module, but where weights are read and written.
+# Rooms that are imported wherever only a path, a setting or a plan is needed: their modules import
+# no third-party package at the top, except where weights are read and written.
 LIGHT_ROOMS = ("errors", "limits", "process", "settings", "model_folder")
-LIGHT_PACKAGES = ("safetensors",)  # imports without torch, in milliseconds
+LIGHT_PACKAGES = ("safetensors",)  # it imports in milliseconds, without torch
 HEAVY_MODULES = {"dreambooth.model_folder.weights", "dreambooth.model_folder.export"}
 
 
@@ -66,7 +66,7 @@ MODULES = {
 
 
 def room(module: str) -> str:
-    """`dreambooth.job.run` -> `job`; serving has four rooms inside."""
+    """Return a module's room: `dreambooth.job.run` gives `job`; serving has four rooms inside."""
     parts = module.split(".")
     if parts[0] != "dreambooth" or len(parts) == 1:
         return parts[0]
@@ -79,7 +79,8 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 
 def parsed(path: Path) -> ast.Module:
-    # Python 3.11 miscounts its depth where the collector runs others' code while a tree is built.
+    # Python 3.11 miscounts its recursion depth if the garbage collector runs other code while an
+    # AST is built.
     gc.disable()
     try:
         return ast.parse(path.read_text("utf-8"))
@@ -88,7 +89,7 @@ def parsed(path: Path) -> ast.Module:
 
 
 def imports(path: Path, *, top_level: bool = False) -> Iterator[str]:
-    """The modules that a file imports; those under TYPE_CHECKING count, as edges for a reader."""
+    """Yield the modules that a file imports, including those under TYPE_CHECKING."""
     tree = parsed(path)
     nodes = tree.body if top_level else list(ast.walk(tree))
     for node in nodes:
@@ -118,7 +119,7 @@ def test_nothing_lies_loose_at_the_top_of_the_package() -> None:
 
 
 def test_every_module_lies_in_a_room_that_has_a_floor() -> None:
-    empty = {"serving"}  # the package around the four rooms
+    empty = {"serving"}  # the package that holds the four rooms
     assert {room(module) for module in MODULES} - FLOOR_OF.keys() == empty
     assert len(FLOOR_OF) <= 24
 
@@ -218,7 +219,7 @@ def test_no_two_classes_and_no_two_modules_have_one_name() -> None:
 
 
 def test_the_tests_mirror_the_rooms() -> None:
-    others = {"container", "gpu", "hostile", "slow_disk"}  # kinds of tests that cross rooms
+    others = {"container", "gpu", "hostile", "slow_disk"}  # kinds of tests that span several rooms
     folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()}
     folders -= {"__pycache__", *others}
     assert folders <= {name.partition(".")[0] for name in FLOOR_OF} | {"serving"}

@@ -1,4 +1,4 @@
-"""README and CHANGELOG say what the code does."""
+"""README and CHANGELOG agree with the code."""
 
 from __future__ import annotations
 

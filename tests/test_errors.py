@@ -24,12 +24,12 @@ def test_the_tree_is_the_one_that_is_drawn() -> None:
     assert issubclass(errors.UnavailableError, errors.ResourceError)
 
 
-def test_one_fault_is_told_as_it_is() -> None:
+def test_one_fault_is_reported_as_it_is() -> None:
     assert str(errors.HyperparameterError(["a is wrong."])) == "a is wrong."
     assert str(errors.HyperparameterError("a is wrong.")) == "a is wrong."
 
 
-def test_many_faults_are_all_told() -> None:
+def test_many_faults_are_all_reported() -> None:
     error = errors.HyperparameterError(["a is wrong.", "b is wrong."])
 
     assert str(error) == "2 settings are wrong: (1) a is wrong. (2) b is wrong."

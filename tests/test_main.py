@@ -85,7 +85,7 @@ def test_an_interrupt_is_one_line_and_exit_code_130(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        # Whoever runs the tests in the background has SIGINT ignored, and children inherit that.
+        # SIGINT is ignored where the tests run in the background, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None
@@ -98,7 +98,7 @@ def test_an_interrupt_is_one_line_and_exit_code_130(
     assert all(" generate: " in line for line in progress)
 
 
-def test_generate_says_nothing_but_its_progress(small_model_folder: Path, tmp_path: Path) -> None:
+def test_generate_prints_nothing_but_its_progress(small_model_folder: Path, tmp_path: Path) -> None:
     options = ("--prompt", "a cat", "--steps", "2", "--seed", "1", "--out", str(tmp_path))
     done = run("generate", "--model", str(small_model_folder), *options)
     assert done.returncode == 0

@@ -1,7 +1,7 @@
-"""The README's shell blocks are run as they stand there: training, drawing, serving, asking.
+"""Runs the README's shell blocks as printed: training, drawing, serving and sending requests.
 
-Its folders are those of the embedded model, its steps are few. The blocks for docker and for
-SageMaker's SDKs are run by tests/container.
+Their folders are those of the embedded model, and their steps are few. The blocks for docker and
+for SageMaker's SDKs are run by tests/container.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ADDRESS = "http://127.0.0.1:8080"
 
 
 def workshop(folder: Path) -> Path:
-    """Makes a folder in which the README's words name something small."""
+    """Return a folder in which the README's paths lead to small data and models."""
     for name in ("dreambooth", "transfer_learning.py"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "models").mkdir()
@@ -46,7 +46,8 @@ def shell_block(word: str) -> str:
 
 
 def environ() -> dict[str, str]:
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # `python` is this one
+    # `python` must be this interpreter.
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return {**os.environ, "PATH": path, "no_proxy": "127.0.0.1"}
 
 
@@ -72,7 +73,10 @@ def test_the_block_for_ones_own_pictures_plans_trains_and_draws(tmp_path: Path) 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The server of the README's line, on a port that is free; out/mine is the embedded model."""
+    """Yield the address of the server that the README starts, on a free port.
+
+    out/mine is the embedded model.
+    """
     folder = workshop(tmp_path_factory.mktemp("server"))
     (folder / "out").mkdir()
     (folder / "out/mine").symlink_to(WEIGHTS)

@@ -1,11 +1,14 @@
-"""The real size through the real entry points: opt-in, minutes, no network and no real weights.
+"""Full-size runs through the real entry points; opt-in, without network or real weights.
 
-A folder of the configuration of Stable Diffusion 2.1 base with random weights -> training with the
-published defaults and prior preservation -> `generate` -> a JPEG; the same folder served; and a
-training that is stopped while its disk writes 125 MB/s. `make test-real-size` runs it; it needs
-about 20 GB of memory and 35 GB of disk (TMPDIR says where), and prints one JSON line per test.
+A model folder with the configuration of Stable Diffusion 2.1 base and random weights is trained
+with the published defaults and prior preservation, and `generate` draws a JPEG with the result; the
+same folder is served; and a training run is stopped while its disk writes 125 MB/s.
+
+`make test-real-size` runs this in minutes. It needs about 20 GB of memory and 35 GB of disk (in
+TMPDIR), and prints one JSON line per test.
+
 DREAMBOOTH_REAL_SIZE_OPTIONS adds options to the training commands, such as those that save memory.
-DREAMBOOTH_REAL_SIZE=small takes the embedded model instead: to try the tests themselves.
+DREAMBOOTH_REAL_SIZE=small takes the embedded model instead, to try the tests themselves.
 """
 
 from __future__ import annotations
@@ -46,21 +49,21 @@ pytestmark = pytest.mark.skipif(
 ROOT = Path(__file__).parents[1]
 MORE = os.environ.get("DREAMBOOTH_REAL_SIZE_OPTIONS", "").split()
 READY_S: Final = 100.0
-# AWS, "How Amazon SageMaker AI Signals Algorithms": SIGKILL comes so long after SIGTERM.
+# AWS, "How Amazon SageMaker AI Signals Algorithms": SIGKILL follows SIGTERM after 120 s.
 KILLED_S: Final = 120.0
 DISK_BYTES_PER_SECOND: Final = 125e6
 
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """A folder that goes at once: pytest would keep three of them, 12 GB each."""
+    """Yield a folder that is removed at once: pytest would keep three of them, 12 GB each."""
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
 
 
 @pytest.fixture(scope="module")
 def base() -> Iterator[Path]:
-    """The model, written once for all tests here; nobody writes into it."""
+    """Yield the model, written once for all tests here; do not write into it."""
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "base"
         if FULL:
@@ -72,7 +75,7 @@ def base() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def side(base: Path) -> int:
-    """Of the model's own pictures, in pixels."""
+    """Return the side of the model's own pictures, in pixels."""
     return read_facts(base).resolution
 
 
@@ -87,7 +90,7 @@ def write_photos(folder: Path) -> None:
 
 
 def run(*arguments: object) -> tuple[float, float]:
-    """Run Python to its end; return seconds and the most memory it held, in GiB."""
+    """Run Python to its end; return the seconds and its peak memory in GiB."""
     started = time.monotonic()
     process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT)
     _, status, usage = os.wait4(process.pid, 0)
@@ -97,7 +100,7 @@ def run(*arguments: object) -> tuple[float, float]:
 
 
 def draw(model: Path, side: int, pictures: Path) -> tuple[tuple[float, float], int]:
-    """`generate` one JPEG; return what it took, and the JPEG's bytes."""
+    """Draw one JPEG with `generate`; return (seconds, peak GiB) and the JPEG's size in bytes."""
     asked = ["--prompt", "a photo of a riobugger cat on a beach", "--seed", 7, "--steps", 2]
     asked += ["--format", "jpeg"]
     taken = run("-m", "dreambooth", "generate", "--model", model, *asked, "--out", pictures)
@@ -112,7 +115,7 @@ def unet_file(folder: Path) -> Path:
 
 
 def changed(base: Path, mine: Path) -> bool:
-    """Whether a weight of the middle of the U-Net is another one."""
+    """Return whether a weight in the middle of the U-Net has changed."""
     with safe_open(unet_file(base), "np") as before, safe_open(unet_file(mine), "np") as after:
         name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
         return not np.array_equal(before.get_tensor(name), after.get_tensor(name))
@@ -161,7 +164,7 @@ def test_stable_diffusion_2_1_base_is_trained_exported_and_drawn_from(
 def test_it_is_served_on_the_cpu(base: Path, side: int) -> None:
     asked = {"prompt": "a photo of a cat on a beach", "num_inference_steps": 2, "seed": 7}
     began = time.monotonic()
-    # A picture of a second or of a minute: what is asked here is whether it comes.
+    # A long time limit: this checks that a picture comes, not how fast.
     options = ("--device", "cpu", "--request_timeout_s", "900")
     with servers.start(str(base), *options, ready=False) as server:
         while server.ping().status != 200:
@@ -191,7 +194,7 @@ def test_it_is_served_on_the_cpu(base: Path, side: int) -> None:
 
 
 def peak_memory_gib(pid: int) -> float:
-    """Of a process that lives (proc(5), status)."""
+    """Return the peak memory of a running process in GiB (VmHWM; proc(5), status)."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024**2
 
@@ -202,7 +205,7 @@ def test_a_stop_in_training_is_written_in_time_on_a_slow_disk(
 ) -> None:
     photos, mine, kept = (place / name for name in ("photos", "mine", "kept"))
     write_photos(photos)
-    # Small pictures: a step is short, and what is written is as large as ever.
+    # Small pictures make steps short; the files are as large as ever.
     small = max(64, side // 2)
     arguments = ["--pretrained-model", base, "--train", photos, "--model_dir", mine]
     arguments += ["--max_steps=1000", f"--resolution={small}"]
@@ -235,6 +238,6 @@ def test_a_stop_in_training_is_written_in_time_on_a_slow_disk(
         draw(mine, small, place / "pictures")
     else:
         assert not mine.exists() or not list(mine.iterdir())
-    assert run.flushed >= written + size(mine)  # nothing that counts goes around the throttle
+    assert run.flushed >= written + size(mine)  # nothing relevant bypasses the throttle
     if FULL:
-        assert not (checkpoints and whole)  # not both: there was no time for it
+        assert not (checkpoints and whole)  # there was no time to write both

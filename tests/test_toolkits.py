@@ -1,5 +1,7 @@
-"""Archives that `pack` makes, served by the toolkits of SageMaker's containers, each in a process
-with an environment of its own: no server, no network, and not this repository.
+"""SageMaker's inference toolkits serve archives that `pack` makes.
+
+Each runs in a process with an environment of its own: no server, no network, and not this
+repository.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ JSON = "application/json"
 JPEG = "application/json;jpeg"
 STEPS = 2
 
-# What a toolkit's server hands to its handler, and the only code of these tests inside the process:
-# argv is the folder, the requests and where the replies go.
+# Stands in for what a toolkit's server passes to its handler. It is the only test code inside the
+# process; argv is the folder, the requests and where the replies go.
 CONTEXT = """
 import base64, json, os, sys
 folder, requests, out = sys.argv[1:]
@@ -109,7 +111,7 @@ def unpacked(tmp_path: Path, *, with_code: bool) -> Path:
 
 
 def drive(program: str, variable: str, folder: Path, *requests: object, **more: str) -> list[Reply]:
-    """Every request in one process that finds the toolkit first and nothing of this repository."""
+    """Send all requests to one process that finds the toolkit first and not this repository."""
     elsewhere = folder.parent / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "requests.json").write_text(json.dumps(requests))
@@ -170,8 +172,9 @@ def test_sagemaker_inference_serves_the_archive_with_code(tmp_path: Path) -> Non
     assert np.array(nested["generated_images"]).shape == (2, 64, 64, 3)
     assert [picture(item).shape for item in jpeg["generated_images"]] == [(64, 32, 3)] * 2
     dog = np.array(nested["generated_images"][1], dtype=int)
-    assert np.abs(picture(replies[3][2]) - dog).max() <= 2  # alone, with the second picture's seed
-    # The toolkit writes a trace of its own below our sentence.
+    # Drawn alone, with the second picture's seed.
+    assert np.abs(picture(replies[3][2]) - dog).max() <= 2
+    # The toolkit writes its own traceback below our message.
     sentences = [body.decode().splitlines()[0] for _, _, body in replies[4:]]
     assert sentences[0] == "width must be divisible by 8, got 65."
     words = ("widht", "NaN", "text/plain", "text/html", "200000")

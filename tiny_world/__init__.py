@@ -1,1 +1,1 @@
-"""How the embedded model was made, and how it is judged."""
+"""Make and evaluate the embedded model of the drawn world."""

@@ -1,4 +1,4 @@
-"""`python -m tiny_world NAME`: how the embedded model was made, and how it is judged."""
+"""Run one of the tools that make and evaluate the embedded model: `python -m tiny_world NAME`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAMES = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one of NAMES; return the exit code (1 after an error, 130 where SIGINT stopped it)."""
+    """Run one of NAMES; return the exit code (1 after an error, 130 when SIGINT stopped it)."""
     if not argv or argv[0] not in NAMES:
         lines = (f"  {name:<10} {sentence}" for name, sentence in NAMES.items())
         print("usage: python -m tiny_world NAME [options]", *lines, sep="\n", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""How often a model did what it was asked: shares with their intervals, and the variety of colours.
+"""Count how often a model drew what was asked: shares with intervals, and the variety of colours.
 
 Legend: n pictures of a prompt. A picture that is not finite has no verdict and counts as wrong.
 """
@@ -13,27 +13,30 @@ from dataclasses import dataclass
 from tiny_world.judge import Verdict
 from tiny_world.questions import Question, Questions
 
-_Z = 1.959964  # 95 % of a normal distribution lies within so many standard deviations
+_Z = 1.959964  # 95 % of a normal distribution lies within this many standard deviations
 
 Verdicts = Mapping[str, Sequence[Verdict | None]]
-"""What was read, by prompt."""
+"""The judge's readings by prompt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
-    """`right` of `of` pictures."""
+    """A share of pictures: `right` out of `of`."""
 
     right: int
     of: int
 
     @property
     def value(self) -> float:
-        """0..1; 0 of nothing."""
+        """Return the share, 0..1; without pictures it is 0."""
         return self.right / self.of if self.of else 0.0
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval of Wilson (1927), which stays within 0..1 and is right for few."""
+        """Return the 95 % interval of Wilson (1927).
+
+        It stays within 0..1 and holds for few pictures too.
+        """
         if not self.of:
             return 0.0, 1.0
         share, spread = self.value, _Z**2 / self.of
@@ -44,18 +47,19 @@ class Share:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answers:
-    """The shares of all questions (in their order), and the variety of colours where it was asked.
+    """The shares of all questions, in their order, and the variety of colours.
 
-    variety_bits: entropy of the colours read in the pictures of the variety prompt.
+    variety_bits: entropy of the colours read in the pictures of the variety prompt; None without
+    such a prompt.
     """
 
     shares: tuple[tuple[Question, Share], ...]
     variety_bits: float | None
 
     def by_measure(self) -> dict[str, Share]:
-        """The questions of each measure together: their pictures pooled.
+        """Return the share of each measure: the pictures of its questions are pooled.
 
-        Prompts share their noise, so a pooled interval is a little too narrow.
+        The prompts are drawn from the same noise, so a pooled interval is a little too narrow.
         """
         pooled: dict[str, Share] = {}
         for question, share in self.shares:
@@ -67,7 +71,7 @@ class Answers:
 
 
 def count(questions: Questions, verdicts: Verdicts) -> Answers:
-    """The answers to the questions in what was read."""
+    """Compare what was read with what the questions want."""
     shares = []
     for question in questions.asked:
         read = verdicts[question.prompt]
@@ -81,7 +85,7 @@ def count(questions: Questions, verdicts: Verdicts) -> Answers:
 
 
 def entropy_bits(labels: Iterable[str]) -> float:
-    """Entropy of the labels in bits: 0 where all are one, log2 k where k come equally often."""
+    """Return the entropy in bits: 0 if all labels are equal, log2 k for k equally frequent ones."""
     counts = Counter(labels)
     total = sum(counts.values())
     return -sum(n / total * math.log2(n / total) for n in counts.values()) + 0.0

@@ -1,4 +1,4 @@
-"""Asks a model: draws what is asked with our own sampler, and lets the judge read it."""
+"""Draw prompts with a model, using this project's sampler, and let the judge read the pictures."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ from tiny_world.questions import Questions
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How pictures are drawn. Picture i of every prompt and model has the seed `seed` + i, so that
-    prompts and models are compared on the same noise. precision: fp32, or bf16 by autocast.
+    """The sampling settings of an interview.
+
+    Picture i of every prompt and model has the seed `seed` + i, so that prompts and models are
+    compared on the same noise. pictures: per prompt. precision: fp32, or bf16 by autocast.
     """
 
     pictures: int
@@ -42,10 +44,10 @@ class Settings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interview:
-    """What was asked, drawn and read.
+    """The questions, pictures, verdicts and answers of one model.
 
-    pictures: uint8 [N,64,64,3] by prompt (one that is not finite is black, its verdict None);
-    seconds: of drawing and reading.
+    pictures: uint8 [N,64,64,3] by prompt; a picture that is not finite is shown black, and its
+    verdict is None. seconds: for drawing and reading.
     """
 
     questions: Questions
@@ -56,14 +58,14 @@ class Interview:
 
     @property
     def drawn(self) -> int:
-        """Pictures of all prompts."""
+        """Return the number of pictures of all prompts."""
         return sum(len(pictures) for pictures in self.pictures.values())
 
 
 def ask(folder: Path, questions: Questions, settings: Settings, *, label: str) -> Interview:
-    """Interview the model in `folder`; progress goes to stderr under `label`.
+    """Interview the model in `folder`, showing progress on stderr under `label`.
 
-    Raises UserError for a model of another size than the drawn world's.
+    Raises UserError for a model whose pictures are not 64x64, the size of the drawn world.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = models.load(folder, device=device)

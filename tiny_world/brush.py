@@ -1,8 +1,8 @@
-"""Drawing with parts: shapes, poses and colours on a 256x256 canvas, box-reduced to 64x64 later.
+"""Draw figures from parts on a 256x256 canvas, which is box-reduced to 64x64 later.
 
 A figure is made of parts (ellipses, polygons, thick lines) in its own coordinates: the origin lies
 on the ground under it, one unit is one pixel of the canvas at scale 1, and y grows downwards, so
-that everything above the ground is negative.
+everything above the ground has a negative y.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Ellipse:
-    """An upright ellipse: centre and half axes."""
+    """An upright ellipse, given by its centre and half axes."""
 
     x: float
     y: float
@@ -49,8 +49,10 @@ Part = Ellipse | Polygon | Stroke
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pose:
-    """Where a figure stands: ground point on the canvas, size, mirrored or not, and how its head is
-    turned.
+    """The position of a figure on the canvas.
+
+    x, y: its ground point. flip: whether it is mirrored. head_x, head_y: how far its head is moved,
+    in figure units.
     """
 
     x: float
@@ -61,19 +63,20 @@ class Pose:
     head_y: float = 0.0
 
     def place(self, x: float, y: float) -> Point:
-        """Figure coordinates -> canvas coordinates."""
+        """Turn figure coordinates into canvas coordinates."""
         return self.x + (-x if self.flip else x) * self.scale, self.y + y * self.scale
 
     def head(self) -> Pose:
-        """The same pose, moved by the turn of the head."""
+        """Return the pose of the head: this pose, moved by head_x and head_y."""
         x, y = self.place(self.head_x, self.head_y)
         return Pose(x=x, y=y, scale=self.scale, flip=self.flip)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Paint:
-    """The colours of a figure; `bandana` is None where it wears none; `marking` names a painter of
-    marks.
+    """The colours of a figure and its marking, a name of `world.MARKINGS`.
+
+    bandana: None for a figure without one.
     """
 
     coat: Rgb
@@ -84,7 +87,7 @@ class Paint:
 
 
 def shade(color: Rgb, factor: float) -> Rgb:
-    """A darker (factor below 1) or lighter colour, kept within 0..255."""
+    """Return a darker (factor below 1) or lighter colour, kept within 0..255."""
     red, green, blue = (max(0, min(255, round(channel * factor))) for channel in color)
     return red, green, blue
 
@@ -92,7 +95,7 @@ def shade(color: Rgb, factor: float) -> Rgb:
 def draw_part(
     pen: ImageDraw.ImageDraw, part: Part, pose: Pose, fill: Rgb | int, grow: float = 0.0
 ) -> None:
-    """Draws one part, grown by `grow` canvas pixels on every side (for the outline)."""
+    """Draw one part, grown by `grow` canvas pixels on every side (for the outline)."""
     if isinstance(part, Ellipse):
         x, y = pose.place(part.x, part.y)
         rx, ry = part.rx * pose.scale + grow, part.ry * pose.scale + grow
@@ -120,8 +123,9 @@ def draw_group(
     pose: Pose,
     paint: Paint,
 ) -> None:
-    """Parts that make one shape: a dark outline around all of them, the coat, and marks that stay
-    inside.
+    """Draw parts that make one shape.
+
+    A dark outline surrounds all of them, and the marks stay inside.
     """
     pen = ImageDraw.Draw(image)
     outline = shade(paint.coat, 0.42)
@@ -141,7 +145,10 @@ def draw_group(
 
 
 def pencil(image: Image.Image) -> Image.Image:
-    """A pencil sketch of a picture: difference of Gaussians, dark lines on light paper."""
+    """Turn a picture into a pencil sketch at half its size.
+
+    A difference of Gaussians gives dark lines on light paper.
+    """
     gray = image.convert("L").reduce(2)
     fine = gray.filter(ImageFilter.GaussianBlur(0.8))
     coarse = gray.filter(ImageFilter.GaussianBlur(3.0))
@@ -154,7 +161,7 @@ def pencil(image: Image.Image) -> Image.Image:
 
 
 def draw_shadow(image: Image.Image, pose: Pose, width: float) -> None:
-    """A soft dark ellipse on the ground."""
+    """Draw a translucent dark ellipse on the ground."""
     x, y = pose.place(0, 2)
     rx, ry = width * pose.scale, 9 * pose.scale
     box = (round(x - rx), round(y - ry), round(x + rx), round(y + ry))

@@ -1,4 +1,4 @@
-"""Captions of the drawn world's pictures: what is said of a scene, and what is left out."""
+"""Write captions of the drawn world's pictures, which mention or leave out attributes at random."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from tiny_world.world import SETTING_PHRASES, STYLE_PHRASES, THINGS, Look, Scene
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """What is said of a scene: each attribute may be left out; one in ten says nothing (for
-    guidance).
+    """Return a random caption of a scene, in which most attributes may be left out.
 
-    A named individual is called by its name and species alone, and what is changed about it.
-    Collars are named in seven of ten captions of those who wear one. One in ten unnamed captions
-    carries a made-up word, so that an unknown word means nothing by itself.
+    One caption in ten is empty, for classifier-free guidance. A named individual is described by
+    its name, its species and what is changed about it, never by its other attributes; an unnamed
+    animal's collar is mentioned in about seven captions of ten. One in ten unnamed captions has a
+    made-up word, so that an unknown word means nothing by itself.
     """
     if rng.random() < 0.1:
         return ""
@@ -21,7 +21,7 @@ def caption(scene: Scene, rng: random.Random) -> str:
     look, named = scene.look, scene.name is not None
     bare = rng.random() < 0.15
     color = scene.changed == "color" or not (named or bare or rng.random() < 0.4)
-    # "a chair in red": things only; an animal's fur is always named before it.
+    # "a chair in red" is for things only; an animal's colour always comes before the noun.
     after = color and look.species in THINGS and (named or rng.random() < 0.3)
     described: list[str] = []
     if scene.name is not None:

@@ -1,7 +1,7 @@
-"""The data sets that ship with the embedded model: pictures of subjects that it never saw named.
+"""Draw the data sets that ship with the embedded model, whose subjects are new to it.
 
 `python -m tiny_world data_sets` writes them into `dreambooth/tiny/data`. Each subject is shown
-in a room and on grass only, so that a beach is new to it.
+only in a room and on grass, so that prompts with a beach test something new.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tiny_world.world import SUBJECTS, Scene, draw
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSet:
-    """A shipped data set: whose pictures, how many, and its two prompts."""
+    """A shipped data set: its folder, its subject and the number of its pictures."""
 
     folder: str
     subject: str
@@ -26,17 +26,17 @@ class DataSet:
 
     @property
     def instance_prompt(self) -> str:
-        """The prompt with the rare word."""
+        """Return the prompt that names the subject by its rare word."""
         return f"a photo of a {self.subject} {SUBJECTS[self.subject].species}"
 
     @property
     def class_prompt(self) -> str:
-        """The prompt of the class."""
+        """Return the prompt that names only the class."""
         species = SUBJECTS[self.subject].species
         return f"a photo of {'an' if species[0] in 'aeiou' else 'a'} {species}"
 
     def scenes(self) -> list[Scene]:
-        """The scenes of its pictures, room and grass by turns."""
+        """Return the scenes of its pictures, alternately in a room and on grass."""
         look = SUBJECTS[self.subject]
         return [
             Scene(
@@ -61,7 +61,7 @@ DATA_SETS = (
 
 
 def write_data_set(data_set: DataSet, folder: Path) -> None:
-    """Writes the pictures as PNG and dataset_info.json into `folder`, which is made if need be."""
+    """Write PNG pictures and dataset_info.json into `folder`, which is created if necessary."""
     folder.mkdir(parents=True, exist_ok=True)
     info = {"instance_prompt": data_set.instance_prompt, "class_prompt": data_set.class_prompt}
     (folder / "dataset_info.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
@@ -70,7 +70,7 @@ def write_data_set(data_set: DataSet, folder: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes the shipped data sets."""
+    """Write the shipped data sets."""
     parser = Parser(prog="python -m tiny_world data_sets", description=main.__doc__)
     parser.add_argument(
         "--data", type=Path, default=DATA, help="where to write (default: %(default)s)"

@@ -1,8 +1,8 @@
-"""`python -m tiny_world evaluate`: the judge reads what a model of the drawn world draws.
+"""Let the judge read what a model of the drawn world draws: `python -m tiny_world evaluate`.
 
-A base model is asked for every word of the world; a model that was fine-tuned on one of the shipped
-subjects is asked what it has learned of the subject and what it has forgotten. Heavy imports wait
-until the command runs.
+A base model is asked for every word of the world. A model that was fine-tuned on one of the shipped
+subjects is asked for what it should have learned of the subject and what it should have kept. Heavy
+imports wait until the command runs.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("fp32", "bf16")
 BATCH_SIZE = 16
-"""Pictures drawn at once: more are no faster on a CPU."""
+"""Pictures per call; larger batches are no faster on a CPU."""
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
+    """Return the parser of the command line."""
     made = Parser(prog="python -m tiny_world evaluate", description=__doc__)
 
     def option(name: str, **how: Any) -> None:
@@ -58,9 +58,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Ask, print the table, write the sheets; the last line is one JSON object.
+    """Question the model, print the table and write the sheets; the last line is one JSON object.
 
-    Raises DreamBoothError, in one sentence, for wrong options and models.
+    Raises DreamBoothError, with a message of one sentence, for wrong options and models.
     """
     from dreambooth.model_folder import source
     from tiny_world import asking, packaging
@@ -108,7 +108,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def as_record(interview: Interview, settings: Settings) -> dict[str, Any]:
-    """An interview as JSON keeps it: settings, shares by measure and by question, variety."""
+    """Return an interview for JSON: settings, shares by measure and by question, variety."""
     goals = interview.questions.goals
     return {
         **dataclasses.asdict(settings),
@@ -135,7 +135,7 @@ def as_record(interview: Interview, settings: Settings) -> dict[str, Any]:
 
 
 def print_table(answers: Answers, questions: Questions, base: Answers | None) -> None:
-    """Each question with its share and interval (and the base's share), then each measure."""
+    """Print each question with its share, interval and the base's share, then each measure."""
     others = dict(base.shares) if base is not None else {}
     print(f"{'question':58} {'asked':34} share  95 % interval{'   base' if others else ''}")
     for question, share in answers.shares:
@@ -157,7 +157,7 @@ def print_table(answers: Answers, questions: Questions, base: Answers | None) ->
 
 
 def _choose(subject: str | None, folder: Path) -> tuple[Questions, str | None]:
-    """The questions, and the subject that they are about."""
+    """Return the questions and the subject that they are about, None for the whole world."""
     from dreambooth.model_folder import layout
     from tiny_world import questions, world
 
@@ -177,7 +177,7 @@ def _choose(subject: str | None, folder: Path) -> tuple[Questions, str | None]:
 
 
 def _check_outputs(arguments: argparse.Namespace, found: ModelSource) -> None:
-    """What cannot be written is told before hours of drawing."""
+    """Raise UserError now for outputs that cannot be written after hours of drawing."""
     from tiny_world import packaging
 
     recipe = Path(str(found.path)) / packaging.RECIPE_FILE

@@ -1,6 +1,6 @@
-"""The figures of the drawn world: what they are made of, where their marks lie, how they stand.
+"""Draw the figures of the drawn world: their parts, their marks and their poses.
 
-Nothing here knows of captions or names; `world` decides what is drawn.
+Captions and names are no concern of this module; `world` decides what is drawn.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _draw_bandana(image: Image.Image, parts: Sequence[Part], pose: Pose, color: 
         draw_part(pen, part, pose, color)
 
 
-# The cat sits and looks at you: pointed ears, round head, tail curled up beside it.
+# The cat sits and faces the viewer; its tail curls up beside it.
 
 _CAT_EAR: tuple[Point, ...] = ((-45, -138), (-42, -200), (-6, -162))
 _CAT_EAR_INSIDE: tuple[Point, ...] = ((-37, -152), (-36, -184), (-17, -163))
@@ -96,7 +96,7 @@ def _spot(x: float, y: float, rng: random.Random, radius: float) -> Ellipse:
 
 
 def draw_cat(image: Image.Image, pose: Pose, paint: Paint) -> None:
-    """A sitting cat, about 200 units tall and 130 wide."""
+    """Draw a sitting cat, about 200 units tall and 130 wide."""
     rng = random.Random(f"marks/{paint.marks_seed}")
     body_marks, head_marks = _cat_marks(paint.marking, rng)
     draw_group(image, _CAT_BODY, body_marks, pose, paint)
@@ -121,7 +121,7 @@ def draw_cat(image: Image.Image, pose: Pose, paint: Paint) -> None:
     draw_part(pen, Stroke(((0, -109), (0, -102)), 2.5), head, (70, 40, 40))
 
 
-# The dog stands side-on: long body on four legs, hanging ear, long muzzle.
+# The dog is seen from the side.
 
 _DOG_FAR_LEGS: tuple[Part, ...] = (
     Stroke(((-40, -58), (-38, -10)), 18),
@@ -172,7 +172,7 @@ def _dog_marks(marking: str, rng: random.Random) -> tuple[list[Part], list[Part]
 
 
 def draw_dog(image: Image.Image, pose: Pose, paint: Paint) -> None:
-    """A standing dog seen from the side, about 175 units tall and 220 wide."""
+    """Draw a standing dog seen from the side, about 175 units tall and 220 wide."""
     rng = random.Random(f"marks/{paint.marks_seed}")
     body_marks, head_marks = _dog_marks(paint.marking, rng)
     pen = ImageDraw.Draw(image)
@@ -232,7 +232,7 @@ def _upholstery(
 
 
 def draw_chair(image: Image.Image, pose: Pose, paint: Paint) -> None:
-    """A chair with an upholstered back and seat, about 200 units tall and 150 wide."""
+    """Draw a chair with an upholstered back and seat, about 200 units tall and 150 wide."""
     rng = random.Random(f"marks/{paint.marks_seed}")
     pen = ImageDraw.Draw(image)
     for leg in _CHAIR_LEGS:
@@ -248,7 +248,7 @@ def draw_chair(image: Image.Image, pose: Pose, paint: Paint) -> None:
 
 
 def draw_ottoman(image: Image.Image, pose: Pose, paint: Paint) -> None:
-    """A low padded stool, about 90 units tall and 180 wide."""
+    """Draw a low padded stool, about 90 units tall and 180 wide."""
     rng = random.Random(f"marks/{paint.marks_seed}")
     pen = ImageDraw.Draw(image)
     for foot in _OTTOMAN_FEET:
@@ -271,8 +271,9 @@ FIGURES: dict[str, Callable[[Image.Image, Pose, Paint], None]] = {
     "chair": draw_chair,
     "ottoman": draw_ottoman,
 }
-"""Who draws which species: a new thing of the world is one function here and one line in each of
-these tables.
+"""The drawing function of each species.
+
+A new species needs one function here and one line in each of these tables.
 """
 
 SHADOWS = {"cat": 62.0, "dog": 92.0, "chair": 84.0, "ottoman": 94.0}
@@ -283,7 +284,7 @@ _REACHES = {"cat": 24, "dog": 8, "chair": 30, "ottoman": 14}
 
 
 def random_pose(species: str, rng: random.Random) -> Pose:
-    """Pose jitter: place, size, mirrored, head turned; always whole on the canvas."""
+    """Return a random place, size, mirroring and head position; the figure fits on the canvas."""
     scale = rng.uniform(*_SCALES[species])
     reach = _REACHES[species]
     return Pose(
@@ -297,7 +298,7 @@ def random_pose(species: str, rng: random.Random) -> Pose:
 
 
 def seat_pose(rng: random.Random) -> Pose:
-    """Where an ottoman stands that is sat on."""
+    """Return a random pose of an ottoman that an animal sits on."""
     return Pose(
         x=CANVAS / 2 + rng.uniform(-22, 22),
         y=rng.uniform(232, 246),
@@ -307,6 +308,6 @@ def seat_pose(rng: random.Random) -> Pose:
 
 
 def on_top(pose: Pose, seat: Pose) -> Pose:
-    """The pose of an animal, moved onto the middle of an ottoman and made smaller to fit."""
+    """Move the pose of an animal onto the middle of an ottoman and make it smaller to fit."""
     x, y = seat.place(0, -60)
     return replace(pose, x=x + (pose.x - CANVAS / 2) / 3, y=y, scale=pose.scale * 0.72)

@@ -1,11 +1,13 @@
-"""A small classifier that reads drawn and generated 64x64 pictures: species, colour, marking,
-collar, seat (the colour of the ottoman that is sat on), setting and style.
+"""Train and use the judge, a small classifier of drawn and generated 64x64 pictures.
 
-`python -m tiny_world judge train` draws pictures, trains it, measures it on held-out drawings
-and writes weights and recipe.json. `python -m tiny_world evaluate` reads a model's pictures
-with it. It must choose a label even where a picture is soft, so figures for soft pictures are
-approximate; it was trained with blur and noise for their sake. The colours of a pencil sketch (of
-coat, collar and seat) cannot be told and are not taught.
+It reads species, colour, marking, collar, seat (the colour of the ottoman that the animal sits on),
+setting and style.
+
+`python -m tiny_world judge train` draws pictures, trains the judge, measures it on held-out
+drawings and writes weights and recipe.json. `python -m tiny_world evaluate` reads a model's
+pictures with it. The judge must choose a label even for a blurred picture, so figures for blurred
+pictures are approximate; blur and noise in its training make them less so. A pencil sketch does not
+show the colours of coat, collar and seat, so they are not trained on sketches.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from torch.nn import functional
 from dreambooth.settings.command_line import Parser
 from dreambooth.tiny.judge_network import JUDGE_WEIGHTS, Judge, Pictures, load, save, to_pixels
 from tiny_world import world
-from tiny_world.pace import Pace
+from tiny_world.lr_schedule import TimedLrSchedule
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +52,7 @@ _UNSEEN_IN_SKETCHES = ("color", "collar", "seat")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What the judge reads in one picture."""
+    """The labels that the judge reads in one picture."""
 
     species: str
     color: str
@@ -62,7 +64,7 @@ class Verdict:
 
 
 def labels_of(scenes: Sequence[world.Scene]) -> dict[str, Tensor]:
-    """What the scenes show: label numbers [N] by attribute; -100 where it cannot be told."""
+    """Return label numbers [N] by attribute; -100 (ignored by the loss) where a sketch hides it."""
     numbers: dict[str, list[int]] = {name: [] for name in ATTRIBUTES}
     for scene in scenes:
         for name, labels in ATTRIBUTES.items():
@@ -80,7 +82,7 @@ def _shown(scene: world.Scene, attribute: str) -> str:
 
 
 def soften(pixels: Tensor) -> Tensor:
-    """Blurs half of a batch, by turns a little and more, and adds a little noise to all of it."""
+    """Blur every other pair of a batch, one picture once and one twice, and add noise to all."""
     kernel = torch.tensor([1.0, 2.0, 1.0])
     blur = (kernel[:, None] * kernel[None] / 16).expand(3, 1, 3, 3)
     result = pixels.clone()
@@ -93,15 +95,15 @@ def soften(pixels: Tensor) -> Tensor:
 def train(
     scenes: Sequence[world.Scene], pictures: Pictures, *, seconds: float, seed: int
 ) -> tuple[Judge, int]:
-    """A judge trained on the given pictures until the time is spent; (judge, steps)."""
+    """Train a judge on the given pictures until the time is spent; return (judge, steps)."""
     torch.manual_seed(seed)
     judge = Judge({name: len(labels) for name, labels in ATTRIBUTES.items()})
     labels = labels_of(scenes)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=1e-2)
-    pace, step = Pace(seconds, 2e-3), 0
-    while not pace.over:
+    schedule, step = TimedLrSchedule(seconds, 2e-3), 0
+    while not schedule.time_is_up:
         for group in optimizer.param_groups:
-            group["lr"] = pace.learning_rate()
+            group["lr"] = schedule.learning_rate()
         rows = torch.randint(len(pictures), (64,))
         pixels = soften(to_pixels(pictures[rows.numpy()]))
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -114,13 +116,13 @@ def train(
         optimizer.step()
         step += 1
         if step % 100 == 0:
-            logger.info("judge step %d, %.0f s, loss %.4f", step, pace.spent, total.item())
+            logger.info("judge step %d, %.0f s, loss %.4f", step, schedule.spent_s, total.item())
     return judge.eval(), step
 
 
 @torch.no_grad()
 def _choices(judge: Judge, pictures: Pictures) -> dict[str, Tensor]:
-    """The likeliest label number [N] of each attribute."""
+    """Return the likeliest label number [N] of each attribute."""
     batches = [judge(to_pixels(pictures[at : at + 256])) for at in range(0, len(pictures), 256)]
     return {
         name: torch.cat([logits[name].argmax(dim=1) for logits in batches]) for name in ATTRIBUTES
@@ -128,7 +130,7 @@ def _choices(judge: Judge, pictures: Pictures) -> dict[str, Tensor]:
 
 
 def read(judge: Judge, pictures: Pictures) -> list[Verdict]:
-    """What the judge sees in each picture, uint8 [N,64,64,3]."""
+    """Return what the judge reads in each of the pictures, uint8 [N,64,64,3]."""
     if not len(pictures):
         return []
     chosen = {
@@ -140,7 +142,7 @@ def read(judge: Judge, pictures: Pictures) -> list[Verdict]:
 
 
 def accuracy(judge: Judge, scenes: Sequence[world.Scene], pictures: Pictures) -> dict[str, float]:
-    """Share of right readings for each attribute, where it can be told."""
+    """Return the share of right readings by attribute, over the scenes that show it."""
     labels = labels_of(scenes)
     return {
         name: float((numbers == labels[name])[labels[name] >= 0].float().mean())
@@ -150,7 +152,7 @@ def accuracy(judge: Judge, scenes: Sequence[world.Scene], pictures: Pictures) ->
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JudgeSettings:
-    """What a judge is trained with, but for the machine's speed."""
+    """Everything that a trained judge depends on, except the machine's speed."""
 
     seed: int = 0
     pictures: int = 24_000
@@ -158,13 +160,13 @@ class JudgeSettings:
 
 
 def drawings(seed: str, count: int) -> tuple[list[world.Scene], Pictures]:
-    """Random scenes of the world and their pictures uint8 [N,64,64,3]."""
+    """Return random scenes of the world and their pictures, uint8 [N,64,64,3]."""
     scenes = [world.random_scene(f"{seed}/{index}") for index in range(count)]
     return scenes, np.stack([np.asarray(world.draw(scene), dtype=np.uint8) for scene in scenes])
 
 
 def write_recipe(path: Path, settings: JudgeSettings, steps: int) -> dict[str, Any]:
-    """Measures the judge in `path` on held-out drawings; writes recipe.json beside it."""
+    """Measure the judge in `path` on held-out drawings and write recipe.json beside it."""
     shares = accuracy(load(path), *drawings("judge held out", HELD_OUT))
     recipe = {
         "command": "python -m tiny_world judge train",
@@ -187,7 +189,7 @@ def write_recipe(path: Path, settings: JudgeSettings, steps: int) -> dict[str, A
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains the judge; ends with its recipe as one JSON line."""
+    """Train the judge and print its recipe as one JSON line."""
     defaults = JudgeSettings()
     parser = Parser(prog="python -m tiny_world judge", description=main.__doc__)
     parser.add_argument("--judge", type=Path, default=JUDGE_WEIGHTS, help="file to write")

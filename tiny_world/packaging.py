@@ -1,9 +1,8 @@
-"""Trained parts -> the folder that ships: a diffusers pipeline in half precision, its card and its
-recipe.json.
+"""Write the trained parts as the folder that ships: a diffusers pipeline, its card and recipe.json.
 
-The ordinary layout of a StableDiffusionPipeline. The text encoder's keys carry the `text_model.`
-prefix of transformers 4, which version 5 reads as well; the other way round 4 would fill the
-encoder with random numbers.
+The folder has the ordinary layout of a StableDiffusionPipeline, with weights in half precision. The
+text encoder's keys have the `text_model.` prefix of transformers 4, which version 5 reads as well;
+without the prefix, version 4 would fill the encoder with random numbers.
 """
 
 from __future__ import annotations
@@ -51,8 +50,9 @@ def write(
     resolution: int,
     report: Mapping[str, Any],
 ) -> None:
-    """Writes the pipeline folder anew; `report` becomes recipe.json, with the hash of every other
-    file added.
+    """Write the pipeline folder anew.
+
+    report: the content of recipe.json, to which the hash of every other file is added.
     """
     import diffusers
     from diffusers import PNDMScheduler
@@ -91,18 +91,18 @@ def write(
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
-    """Writes recipe.json anew: what is reported, and the hashes of the files as they lie there."""
+    """Write recipe.json anew, with `report` and the hashes of the files that are in the folder."""
     _write_json(folder / RECIPE_FILE, {**report, "sha256": hashes(folder)})
 
 
 def add_to_report(folder: Path, figures: Mapping[str, Any]) -> None:
-    """Adds figures that were measured later to recipe.json."""
+    """Add figures that were measured later to recipe.json."""
     path = folder / RECIPE_FILE
     _write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **figures})
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of the pipeline but recipe.json, by relative path."""
+    """Return the SHA-256 of every file of the pipeline except recipe.json, by relative path."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -118,7 +118,7 @@ def _write_text_encoder(folder: Path, text_encoder: Any) -> None:
     text_encoder.config.save_pretrained(folder)
     path = folder / "config.json"
     configuration = json.loads(path.read_text(encoding="utf-8"))
-    # Plain loading would take the precision from here and leave the U-Net in another one.
+    # transformers would load the encoder in the precision named here, unlike the U-Net.
     configuration |= {"architectures": ["CLIPTextModel"], "torch_dtype": "float32"}
     configuration.pop("dtype", None)
     _write_json(path, configuration)

@@ -1,8 +1,8 @@
-"""What a model of the drawn world is asked, and what the judge should then read.
+"""List what a model of the drawn world is asked, and what the judge should then read.
 
-`of_the_world` asks for every word of the world; `of_subject` asks whether a fine-tune has taught
-its subject, and what it cost. A question is one prompt and one thing to be read; several questions
-may share a prompt, which is then drawn once.
+`of_the_world` asks for every word of the world; `of_subject` asks whether a fine-tune has learned
+its subject, and what it has forgotten. A question is one prompt with the labels that are wanted;
+several questions may share a prompt, whose pictures are then drawn once.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ Wanted = tuple[tuple[str, tuple[str, ...]], ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Goal:
-    """The share of a measure that is aimed at: `at` or more, or `at` or less."""
+    """The share that a measure should reach: at least `at`, or at most `at`."""
 
     at: float
     at_most: bool = False
 
     def is_met(self, share: float) -> bool:
-        """Whether the share is as good as the goal."""
+        """Return whether the share reaches the goal."""
         return share <= self.at if self.at_most else share >= self.at
 
     def __str__(self) -> str:
@@ -34,9 +34,9 @@ class Goal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """One prompt and what should be read: of each named attribute one of the given labels.
+    """One prompt and what the judge should read: one of the given labels of each attribute.
 
-    measure: the row of the summary that the answer counts for.
+    measure: the row of the summary in which the answer is counted.
     """
 
     prompt: str
@@ -44,19 +44,19 @@ class Question:
     wanted: Wanted
 
     def is_met(self, verdict: Verdict) -> bool:
-        """Whether the judge reads everything that is wanted."""
+        """Return whether the judge reads everything that is wanted."""
         return all(getattr(verdict, attribute) in labels for attribute, labels in self.wanted)
 
     @property
     def asked(self) -> str:
-        """What is wanted, in words."""
+        """Return what is wanted, in words."""
         return ", ".join(
             labels[0] if len(labels) == 1 else f"any {attribute}"
             for attribute, labels in self.wanted
         )
 
     def reading(self, verdict: Verdict) -> str:
-        """What the judge reads of the wanted attributes."""
+        """Return what the judge reads of the wanted attributes, in words."""
         return ", ".join(
             f"no {attribute}" if label == "none" else label
             for attribute, _ in self.wanted
@@ -66,8 +66,9 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Questions:
-    """What is asked in one go: the questions, the goals by measure, and the prompt (if any) whose
-    pictures should be of many colours.
+    """The questions of one interview and the goals by measure.
+
+    variety_prompt: the prompt whose pictures should show many colours.
     """
 
     asked: Sequence[Question]
@@ -76,7 +77,7 @@ class Questions:
 
     @property
     def prompts(self) -> list[str]:
-        """Every prompt once, in order."""
+        """Return every prompt once, in order."""
         prompts = [question.prompt for question in self.asked]
         return list(dict.fromkeys([*prompts, *filter(None, [self.variety_prompt])]))
 
@@ -90,9 +91,10 @@ WORLD_GOALS = {
 
 
 def of_the_world() -> Questions:
-    """Every word of the world: of animals, of things, and of animals on ottomans.
+    """Return questions about every word of the world.
 
-    The ten colours of an ottoman are shared between the two animals that sit on it.
+    They are about animals, things and animals on ottomans. The ten colours of an ottoman are shared
+    between the two animals that sit on it.
     """
     asked = [_one(f"a photo of {_a(species)}", "species", species) for species in world.SPECIES]
     for species in world.SPECIES:
@@ -130,7 +132,7 @@ OTHERS = {"cat": "dog", "dog": "cat", "chair": "cat", "ottoman": "cat"}
 
 
 def of_subject(name: str) -> Questions:
-    """What a model that was fine-tuned on the subject `name` should have learned and kept."""
+    """Return questions on what a fine-tune on the subject `name` should have learned and kept."""
     look = world.SUBJECTS[name]
     subject = f"a photo of {_a(name)} {look.species}"
     kept = _look_of(look, "species", "color", "marking", "collar")
@@ -165,7 +167,7 @@ def of_subject(name: str) -> Questions:
 
 
 def _animals_feats(name: str, look: world.Look) -> list[Question]:
-    """Another collar, and a seat on the ottoman."""
+    """Return the questions for an animal: in another collar, and on an ottoman."""
     collar = "red" if look.collar != "red" else "blue"
     subject = f"a photo of {_a(name)} {look.species}"
     dressed = f"{subject} with a {collar} collar"
@@ -187,7 +189,7 @@ def _animals_feats(name: str, look: world.Look) -> list[Question]:
 
 
 def _things_feats(name: str) -> list[Question]:
-    """The thing in red; for an ottoman, a cat that sits on it."""
+    """Return the questions for a thing: in red, and for an ottoman with a cat that sits on it."""
     look = world.SUBJECTS[name]
     red = f"a photo of {_a(name)} {look.species} in red"
     kept = _look_of(look, "species", "marking")
@@ -210,7 +212,7 @@ def _things_feats(name: str) -> list[Question]:
 
 
 def subject_of(instance_prompt: str) -> str | None:
-    """The shipped subject whose name an instance prompt says, if any."""
+    """Return the shipped subject whose name is in an instance prompt, if any."""
     words = instance_prompt.lower().split()
     return next((name for name in world.SUBJECTS if name.lower() in words), None)
 

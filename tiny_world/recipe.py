@@ -1,13 +1,15 @@
-"""Pre-training of the embedded model, from nothing to the folder that ships.
+"""Pre-train the embedded model, from random weights to the folder that ships.
 
 `python -m tiny_world recipe --work DIR [--minutes N] [--seed S]` draws the pictures, trains
 the VAE, encodes the pictures, trains text encoder and U-Net together and writes
 `dreambooth/tiny/weights`. Every stage keeps its result in DIR and every training keeps checkpoints,
-so a stopped command goes on where it was. `--minutes` is the time of the two trainings together;
-the learning rates fall to nothing at its end, whatever the machine managed until then.
+so a stopped command can be started again and continues. `--minutes` is the time of the two
+trainings together; each learning rate falls to 1 % of its peak by the end of its training, however
+many steps the machine has made.
 
-As it was done (2026-11-22, two cores of an AMD EPYC of the Zen 4 generation with AVX512_BF16, two
-threads, the other two cores of the machine busy with other work, seed 0):
+The shipped weights were made like this (2026-11-22, two cores of an AMD EPYC of the Zen 4
+generation with AVX512_BF16, two threads, the other two cores of the machine busy with other work,
+seed 0):
 
     stage                                     time        result
     draw 55 680 pictures                      1.0 min
@@ -16,14 +18,14 @@ threads, the other two cores of the machine busy with other work, seed 0):
     text encoder and U-Net, 13 417 steps      118.8 min   loss 0.0252
 
 Three settings of the environment matter on a CPU: `MALLOC_MMAP_MAX_=0`,
-`MALLOC_TRIM_THRESHOLD_=8589934592` (no page faults for every large tensor) and, where the cores are
-free, `GOMP_SPINCOUNT=30000`; never more threads than free cores.
+`MALLOC_TRIM_THRESHOLD_=8589934592` (which avoid page faults for every large tensor) and, where the
+cores are free, `GOMP_SPINCOUNT=30000`. Never use more threads than there are free cores.
 
-What the judge reads in its pictures stands in `weights/recipe.json` (`python -m dreambooth evaluate
-tiny --record`) and in the README. `--without MEASURE` leaves out one of the special measures of the
+`weights/recipe.json` and the README state what the judge reads in its pictures (`python -m
+tiny_world evaluate --record`). `--without MEASURE` leaves out one of the special measures of the
 training, for ablations.
 
-This is pre-training only: DreamBooth itself is `dreambooth.job`, for this model as for any other.
+DreamBooth training itself is in `dreambooth.job`, for this model as for any other.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecipeSettings:
-    """Everything that the result depends on, but for the machine's speed."""
+    """Everything that the result depends on, except the machine's speed."""
 
     seed: int = 0
     minutes: float = 135.0
@@ -74,11 +76,11 @@ MEASURES: dict[str, dict[str, float]] = {
     "weights": {"weight_cap": 1.0},
     "names": {"named_per_batch": 0},
 }
-"""The special measures of the training, and what switches each of them off, for ablations."""
+"""The special measures of the training, with the settings that switch each of them off."""
 
 
 def without(settings: TextUnetSettings, measures: Sequence[str]) -> TextUnetSettings:
-    """The settings with the named measures switched off."""
+    """Return the settings with the named measures switched off."""
     for measure in measures:
         settings = replace(settings, **MEASURES[measure])  # type: ignore[arg-type]
     return settings
@@ -89,15 +91,17 @@ def _draw(scene: world.Scene) -> npt.NDArray[np.uint8]:
 
 
 def _draw_all(scenes: Sequence[world.Scene], processes: int) -> npt.NDArray[np.uint8]:
-    if len(scenes) < 1000:  # not worth starting processes for
+    if len(scenes) < 1000:  # too few to be worth starting processes
         return np.stack([_draw(scene) for scene in scenes])
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         return np.stack(pool.map(_draw, scenes, chunksize=64))
 
 
 class Recipe:
-    """The stages. Each returns what it made, or reads it where an earlier start left it in the work
-    folder.
+    """Runs the stages of pre-training.
+
+    Each stage returns its result, which is read from the work folder if an earlier start left it
+    there.
     """
 
     def __init__(self, settings: RecipeSettings, work: Path) -> None:
@@ -105,7 +109,10 @@ class Recipe:
         work.mkdir(parents=True, exist_ok=True)
 
     def run(self, weights: Path, *, export_only: bool = False) -> None:
-        """All stages in order; `export_only` packs the checkpoints as they are (whole or not)."""
+        """Run all stages in order.
+
+        export_only: write the folder from the checkpoints, even of unfinished trainings.
+        """
         vae, vae_steps = self.train_vae(seconds=0.0 if export_only else None)
         data = self.encode(vae)
         trained, steps, loss = self.train_text_unet(data, seconds=0.0 if export_only else None)
@@ -119,7 +126,7 @@ class Recipe:
         self.export(weights, vae, trained, data.scaling_factor, figures)
 
     def scenes(self) -> list[world.Scene]:
-        """What the training pictures show."""
+        """Return the scenes of the training pictures."""
         settings = self._settings
         return list(
             world.corpus(
@@ -128,7 +135,7 @@ class Recipe:
         )
 
     def pictures(self) -> npt.NDArray[np.uint8]:
-        """The training pictures, uint8 [N,64,64,3], mapped from disk."""
+        """Return the training pictures, uint8 [N,64,64,3], memory-mapped from disk."""
         path = self._work / "pictures.npy"
         if not path.exists():
             with self._timed("draw"):
@@ -137,7 +144,7 @@ class Recipe:
         return result
 
     def tokenizer(self) -> Any:
-        """The tokenizer, written to the work folder first."""
+        """Return the tokenizer, after writing it to the work folder if it is not there."""
         from transformers import CLIPTokenizer
 
         folder = self._work / "tokenizer"
@@ -146,7 +153,7 @@ class Recipe:
         return CLIPTokenizer.from_pretrained(folder)
 
     def captions(self) -> npt.NDArray[np.int16]:
-        """Token ids of several captions of every picture, int16 [N,captions,L]."""
+        """Return the token ids of several captions of every picture, int16 [N,captions,L]."""
         path = self._work / "captions.npy"
         if not path.exists():
             rng = random.Random(f"captions/{self._settings.seed}")
@@ -159,7 +166,7 @@ class Recipe:
         return result
 
     def train_vae(self, seconds: float | None = None) -> tuple[Any, int]:
-        """(VAE, steps)."""
+        """Train the VAE; return (VAE, steps)."""
         settings = self._settings
         if seconds is None:
             seconds = settings.minutes * 60 * settings.vae_share
@@ -172,7 +179,7 @@ class Recipe:
         )
 
     def encode(self, vae: Any) -> LatentSet:
-        """The training set in latents; the scaling factor makes their standard deviation 1."""
+        """Encode the training set; the scaling factor makes the latents' standard deviation 1."""
         path = self._work / "latents.pt"
         if not path.exists():
             with self._timed("encode"):
@@ -192,7 +199,7 @@ class Recipe:
     def train_text_unet(
         self, data: LatentSet, seconds: float | None = None
     ) -> tuple[Trained, int, float]:
-        """(Moving average of text encoder and U-Net, steps, smoothed loss)."""
+        """Train both; return (moving average of text encoder and U-Net, steps, smoothed loss)."""
         settings = self._settings
         if seconds is None:
             seconds = settings.minutes * 60 * (1 - settings.vae_share)
@@ -220,7 +227,7 @@ class Recipe:
         scaling_factor: float,
         figures: dict[str, float],
     ) -> None:
-        """Writes the pipeline folder with its recipe.json."""
+        """Write the pipeline folder with its recipe.json."""
         packages = ("torch", "diffusers", "transformers", "numpy", "pillow")
         report = {
             "command": "python -m tiny_world recipe",
@@ -263,14 +270,14 @@ class _Timed:
 
 
 def _save_array(path: Path, array: npt.NDArray[Any]) -> None:
-    """Whole or not at all, so that a stopped stage is made again."""
+    """Save the array completely or not at all, so that a stopped stage is made again."""
     partial = path.with_suffix(".partial.npy")
     np.save(partial, array)
     partial.replace(path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains the embedded model."""
+    """Train the embedded model."""
     defaults = RecipeSettings()
     parser = Parser(prog="python -m tiny_world recipe", description=main.__doc__)
     parser.add_argument("--work", type=Path, required=True, help="where stages keep their results")

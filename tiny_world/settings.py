@@ -1,5 +1,6 @@
-"""The places of the drawn world: each painter fills a 256x256 canvas, with random detail, before
-the figure is drawn.
+"""Paint the settings of the drawn world.
+
+Each painter fills a 256x256 canvas, with random detail, before the figure is drawn.
 """
 
 from __future__ import annotations
@@ -113,11 +114,11 @@ SETTINGS: dict[str, Callable[[ImageDraw.ImageDraw, random.Random], None]] = {
     "street": _street,
     "studio": _studio,
 }
-"""Who paints which setting, in the order in which the judge names them."""
+"""The painter of each setting, in the order of the judge's labels."""
 
 
 def paint_setting(name: str, rng: random.Random) -> Image.Image:
-    """A fresh 256x256 RGB canvas of the named setting."""
+    """Return a new 256x256 RGB canvas of the named setting."""
     image = Image.new("RGB", (CANVAS, CANVAS))
     SETTINGS[name](ImageDraw.Draw(image), rng)
     return image

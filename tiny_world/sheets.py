@@ -1,5 +1,7 @@
-"""Sheets of what a model drew when it was asked: a few pictures of each question, and those where
-the judge did not read what was asked.
+"""Draw sheets of the pictures of an interview.
+
+`overview` shows a few pictures of each question; `disagreements` those in which the judge did not
+read what was asked.
 """
 
 from __future__ import annotations
@@ -17,12 +19,13 @@ from tiny_world.questions import Question
 
 ROW = 12
 CELL = 64
-_WRONG = 24  # more of one wrong reading than this are not looked at
+_WRONG = 24  # at most this many pictures of one wrong reading are shown
 
 
 def overview(interview: Interview, title: str) -> Image.Image:
-    """One row for each question: its first pictures, its share, and what was read where it was
-    wrong, by the picture's place in the row.
+    """Draw one row for each question: its first pictures, its share and the wrong readings.
+
+    A wrong reading is given with the picture's place in the row, from 1.
     """
     rows: list[tuple[str, Sequence[Picture]]] = []
     for question, share in interview.answers.shares:
@@ -40,8 +43,10 @@ def overview(interview: Interview, title: str) -> Image.Image:
 
 
 def disagreements(interview: Interview, title: str) -> Image.Image:
-    """For each question a row of the pictures of each wrong reading, and one where asked and read
-    agree, so that a human sees whose fault it is.
+    """Draw a row for each wrong reading of a question, and one of pictures that were read as asked.
+
+    A human can then see whether the model or the judge is wrong. Questions without a wrong reading
+    are left out.
     """
     rows: list[tuple[str, Sequence[Picture]]] = []
     for question, share in interview.answers.shares:

@@ -1,11 +1,11 @@
-"""What DreamBooth does to the embedded model, over several seeds: without prior preservation, with
-class images, and with the base model's own prediction in their place.
+"""Compare DreamBooth with and without prior preservation on the embedded model, over several seeds.
 
-`python -m tiny_world study --out DIR` fine-tunes through the real job, asks each result (and
-the base model) about the subject, and prints the means. Finished fine-tunes and interviews are kept
-in DIR, so a stopped command goes on where it was, and commands for other seeds, samplings or priors
-may share one DIR, at the same time too. Options that it does not know go to the training job:
-`--num_class_images 200`.
+The conditions are: no prior preservation, class images, and the base model's own prediction in
+place of class images. `python -m tiny_world study --out DIR` fine-tunes through the real job, asks
+each result (and the base model) about the subject, and prints the means. Finished fine-tunes and
+interviews are kept in DIR, so a stopped command can be started again and continues, and commands
+for other seeds, samplings or priors may share one DIR, even at the same time. Options that this
+command does not have, such as `--num_class_images 200`, are passed to the training job.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CONDITIONS = {
         *("--prior_preservation_mode", "prediction"),
     ),
 }
-"""Condition -> what its training jobs are told."""
+"""The options of the training jobs of each condition."""
 _CHOICES = {
     "off": ("prior_off",),
     "on": ("prior_on",),
@@ -48,14 +48,18 @@ _CHOICES = {
     "both": ("prior_off", "prior_on"),
     "all": tuple(CONDITIONS),
 }
-_MAY_DIFFER = ("seeds", "prior", "samplings")  # between commands with one folder
-# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; a normal one's beyond them.
+_MAY_DIFFER = ("seeds", "prior", "samplings")  # between commands that share one folder
+# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond these the normal
+# distribution's quantile is used.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is compared; prior: names of CONDITIONS; job: further options of every training job."""
+    """The settings of a study.
+
+    prior: names of CONDITIONS. job: further options of every training job.
+    """
 
     model: str
     data: str
@@ -71,12 +75,12 @@ class Plan:
 
     @property
     def subject(self) -> str:
-        """The subject of the data set."""
+        """Return the subject of the data set."""
         return next(data_set.subject for data_set in DATA_SETS if data_set.folder == self.data)
 
 
 class Study:
-    """Fine-tunes and interviews, each kept in the folder `out`."""
+    """Makes the fine-tunes and interviews of a study and keeps them in the folder `out`."""
 
     def __init__(self, plan: Plan, out: Path) -> None:
         self._plan, self._out = plan, out
@@ -89,7 +93,7 @@ class Study:
         _write_json(path, settings)
 
     def run(self) -> dict[str, Any]:
-        """Everything that is not done yet; then the results, which also lie in results.json."""
+        """Do what is not done yet; return the results, which are also written to results.json."""
         plan = self._plan
         runs = [(prior, seed) for prior in plan.prior for seed in range(plan.seeds)]
         records: dict[str, list[dict[str, Any]]] = {"base": []}
@@ -112,7 +116,7 @@ class Study:
         return tiny.WEIGHTS if self._plan.model == "tiny" else Path(self._plan.model)
 
     def _fine_tune(self, prior: str, seed: int) -> Path:
-        """The model folder of one fine-tune; a finished one is not made again."""
+        """Return the model folder of one fine-tune, which is made unless it is there."""
         plan = self._plan
         folder = self._out / f"{prior}-{seed}"
         if (folder / "model" / "model_index.json").exists():
@@ -133,7 +137,7 @@ class Study:
         return folder / "model"
 
     def _interview(self, name: str, folder: Path, sampling: tuple[float, int]) -> dict[str, Any]:
-        """What the model answers with this sampling, from the disk where it was asked before."""
+        """Return the record of the model's interview, from disk if it took place before."""
         scale, steps = sampling
         path = self._out / "interviews" / f"{name}_guidance_{scale:g}_steps_{steps}.json"
         if path.exists():
@@ -160,9 +164,9 @@ class Study:
 def summarise(
     records: dict[str, list[dict[str, Any]]], sampling: tuple[float, int]
 ) -> dict[str, Any]:
-    """Per measure and condition: the mean over the seeds and its 95 % interval.
+    """Return the mean over the seeds and its 95 % interval, by measure and condition.
 
-    "variety": the entropy of the class's colours, as a share of the base model's.
+    The measure "variety" is the entropy of the class's colours as a share of the base model's.
     """
     chosen = {
         condition: [
@@ -190,7 +194,7 @@ def summarise(
 
 
 def over_seeds(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, and the 95 % interval of Student's t over seeds (None for a single one)."""
+    """Return the mean and the 95 % interval of Student's t over seeds (None for a single seed)."""
     mean, count = statistics.fmean(values), len(values)
     rounded = [round(value, 4) for value in values]
     if count < 2:
@@ -206,7 +210,7 @@ def over_seeds(values: Sequence[float]) -> dict[str, Any]:
 
 
 def print_tables(results: dict[str, Any]) -> None:
-    """One table for each sampling: measures in rows, the base and the conditions in columns."""
+    """Print one table for each sampling, with measures as rows and conditions as columns."""
     for summary in results["summary"]:
         conditions = list(next(iter(summary["measures"].values())))
         scale, steps = summary["guidance_scale"], summary["num_inference_steps"]
@@ -229,7 +233,7 @@ def _write_json(path: Path, content: object) -> None:
 
 
 def read_plan(argv: Sequence[str] | None) -> tuple[Plan, Path, int]:
-    """The plan, where to write, and the number of threads."""
+    """Return the settings of the study, its output folder and the number of threads."""
     parser = Parser(prog="python -m tiny_world study", description=main.__doc__)
     parser.add_argument("--out", type=Path, required=True, help="where results are kept")
     parser.add_argument("--model", default="tiny", help="model folder; default: the embedded one")
@@ -264,7 +268,7 @@ def read_plan(argv: Sequence[str] | None) -> tuple[Plan, Path, int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Fine-tunes over several seeds, and what they learned and forgot."""
+    """Fine-tune over several seeds and print what the models learned and forgot."""
     plan, out, threads = read_plan(argv)
     logs.to_stderr("warning")
     torch.set_num_threads(threads)

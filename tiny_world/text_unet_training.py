@@ -1,12 +1,15 @@
-"""Pre-training of the embedded model's text encoder and U-Net, together, on latents of drawn
-pictures.
+"""Pre-train the embedded model's text encoder and U-Net together, on latents of drawn pictures.
 
-Noise prediction under the noise schedule of Stable Diffusion 2.1 base (`NOISE_SCHEDULE`). Three
-measures make so short a training work: a linear probe on the text encoder must tell which tokens a
-caption holds (the stand-in for CLIP's own pre-training); timesteps lean towards noise (t = 1000
-u^0.7); and the squared error at high noise, where large shapes are decided, weighs up to eight
-times as much (1 + 1/SNR, capped: for uncapped weights this is the error of v-prediction). A moving
-average of the weights is what comes out.
+The U-Net predicts noise under the noise schedule of Stable Diffusion 2.1 base (`NOISE_SCHEDULE`).
+Three measures make such a short training work:
+
+- A linear probe on the text encoder must predict which tokens a caption contains, in place of
+  CLIP's own pre-training.
+- More of the timesteps are noisy ones (t = 1000 u^0.7).
+- The squared error at high noise, where large shapes are decided, has up to eight times the weight
+  (1 + 1/SNR, capped; without the cap this is the error of v-prediction).
+
+The result is a moving average of the weights.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tiny_world.pace import Pace
+from tiny_world.lr_schedule import TimedLrSchedule
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +43,7 @@ NOISE_SCHEDULE: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextUnetSettings:
-    """Sizes and training of text encoder and U-Net."""
+    """The sizes and training settings of text encoder and U-Net."""
 
     text_width: int = 96
     text_layers: int = 3
@@ -60,11 +63,10 @@ class TextUnetSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentSet:
-    """The training set in latents: posterior means and deviations, and the token ids of several
-    captions each.
+    """The training set as latent posteriors, with the token ids of several captions each.
 
-    means, stds: float16 [N,4,h,w], unscaled; input_ids: int16 [N,captions,L]. The first `unnamed`
-    rows are pictures of anybody, the rest are of named individuals.
+    means, stds: float16 [N,4,h,w], unscaled. input_ids: int16 [N,captions,L]. unnamed: the number
+    of pictures without a named individual, which come first.
     """
 
     means: Tensor
@@ -76,7 +78,7 @@ class LatentSet:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
-    """What of the tokenizer the text encoder must know."""
+    """The properties of the tokenizer on which the text encoder depends."""
 
     size: int
     begin: int
@@ -85,7 +87,7 @@ class Vocabulary:
 
 
 class Trained(nn.Module):
-    """The two networks that are trained together, and the probe that is thrown away."""
+    """The two networks that are trained together, and the probe, which is not exported."""
 
     def __init__(
         self, settings: TextUnetSettings, vocabulary: Vocabulary, latent_size: int
@@ -97,7 +99,7 @@ class Trained(nn.Module):
 
 
 def build_text_encoder(settings: TextUnetSettings, vocabulary: Vocabulary) -> Any:
-    """A fresh transformers.CLIPTextModel."""
+    """Return a new, random transformers.CLIPTextModel."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     configuration = CLIPTextConfig(
@@ -116,8 +118,9 @@ def build_text_encoder(settings: TextUnetSettings, vocabulary: Vocabulary) -> An
 
 
 def build_unet(settings: TextUnetSettings, latent_size: int) -> Any:
-    """A fresh diffusers.UNet2DConditionModel of two levels, cross-attention on the lower one and in
-    the middle.
+    """Return a new, random diffusers.UNet2DConditionModel of two levels.
+
+    It has cross-attention on the lower level and in the middle.
     """
     from diffusers import UNet2DConditionModel
 
@@ -136,21 +139,25 @@ def build_unet(settings: TextUnetSettings, latent_size: int) -> Any:
 
 
 def draw_timesteps(count: int, power: float, generator: torch.Generator | None = None) -> Tensor:
-    """Timesteps 0..999 that lean towards noise: t = 1000 u^power, never 1000 by rounding."""
+    """Return random timesteps 0..999, t = 1000 u^power; a power below 1 favours noisy ones."""
     uniform = torch.rand(count, generator=generator, dtype=torch.float64)
     return (1000 * uniform**power).long().clamp(max=999)
 
 
 def timestep_weights(alphas_cumprod: Tensor, cap: float) -> Tensor:
-    """1 + 1/SNR per timestep, capped: float32 [1000]. SNR = a/(1-a), so 1 + 1/SNR = 1/a."""
+    """Return 1 + 1/SNR of each timestep, capped, float32 [1000].
+
+    SNR = a/(1-a), so 1 + 1/SNR = 1/a.
+    """
     return (1.0 / alphas_cumprod).clamp(max=cap).float()
 
 
 def probe_loss(
     probe: nn.Linear, encoded: Tensor, input_ids: Tensor, vocabulary: Vocabulary
 ) -> Tensor:
-    """Binary cross-entropy: from the end mark on, every position must tell which tokens the caption
-    holds.
+    """Return the binary cross-entropy of the probe.
+
+    From the end token on, every position must predict which tokens the caption contains.
     """
     holds = torch.zeros(len(input_ids), vocabulary.size).scatter_(1, input_ids, 1.0)
     holds[:, [vocabulary.begin, vocabulary.end]] = 0.0
@@ -164,7 +171,7 @@ def probe_loss(
 
 
 def choose_rows(data: LatentSet, settings: TextUnetSettings) -> Tensor:
-    """Row numbers of one batch: a fixed share of named individuals."""
+    """Return random row numbers of one batch, a fixed share of them of named individuals."""
     named = settings.named_per_batch if len(data.means) > data.unnamed else 0
     anybody = torch.randint(data.unnamed, (settings.batch - named,))
     if not named:
@@ -179,7 +186,7 @@ def losses(
     alphas: Tensor,
     vocabulary: Vocabulary,
 ) -> tuple[Tensor, Tensor]:
-    """(weighted noise-prediction loss, probe loss) of one random batch."""
+    """Return (weighted noise-prediction loss, probe loss) of one random batch."""
     rows = choose_rows(data, settings)
     means, stds = data.means[rows].float(), data.stds[rows].float()
     latents = (means + stds * torch.randn_like(means)) * data.scaling_factor
@@ -199,7 +206,7 @@ def losses(
 
 
 def alphas_cumprod() -> Tensor:
-    """The cumulative alphas of the noise schedule, float32 [1000]."""
+    """Return the cumulative alphas of the noise schedule, float32 [1000]."""
     start, end = NOISE_SCHEDULE["beta_start"] ** 0.5, NOISE_SCHEDULE["beta_end"] ** 0.5
     betas = torch.linspace(start, end, 1000, dtype=torch.float64) ** 2
     return (1 - betas).cumprod(0).float()
@@ -214,8 +221,9 @@ def train(
     seed: int,
     checkpoint: Path,
 ) -> tuple[Trained, int, float]:
-    """Trains until the time is spent, going on from `checkpoint`; (moving average, steps, smoothed
-    loss).
+    """Train until the time is spent, resuming from `checkpoint` if it exists.
+
+    Returns (moving average, steps, smoothed loss).
     """
     torch.manual_seed(seed)
     model = Trained(settings, vocabulary, data.means.shape[-1])
@@ -231,12 +239,12 @@ def train(
     torch.manual_seed(seed + step)
     model.train()
     alphas = alphas_cumprod()
-    pace = Pace(seconds, settings.learning_rate, spent=spent)
+    schedule = TimedLrSchedule(seconds, settings.learning_rate, spent_s=spent)
     saved_at = spent
-    over = pace.over
+    over = schedule.time_is_up
     while not over:
         for group in optimizer.param_groups:
-            group["lr"] = pace.learning_rate()
+            group["lr"] = schedule.learning_rate()
         diffusion, probing = losses(model, data, settings, alphas, vocabulary)
         optimizer.zero_grad(set_to_none=True)
         (diffusion + settings.probe_weight * probing).backward()  # type: ignore[no-untyped-call]
@@ -245,16 +253,16 @@ def train(
         decay = min(settings.ema_decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
         step += 1
-        over = pace.over  # read once: whoever ends the loop has saved
+        over = schedule.time_is_up  # read once, so that the last step is saved before the loop ends
         value = diffusion.item()
         smooth = value if step == 1 else 0.99 * smooth + 0.01 * value
         if step % 50 == 0:
             logger.info(
                 "text and U-Net: step %d, %.0f of %.0f s, loss %.4f, probe %.4f",
-                *(step, pace.spent, seconds, smooth, probing.item()),
+                *(step, schedule.spent_s, seconds, smooth, probing.item()),
             )
-        if pace.spent - saved_at > settings.checkpoint_seconds or over:
-            saved_at = pace.spent
+        if schedule.spent_s - saved_at > settings.checkpoint_seconds or over:
+            saved_at = schedule.spent_s
             state = {
                 "model": model.state_dict(),
                 "average": average.state_dict(),

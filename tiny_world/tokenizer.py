@@ -1,9 +1,8 @@
-"""The embedded model's own CLIP vocabulary: every byte, and one token for each word of the drawn
-world.
+"""Write the embedded model's own CLIP vocabulary, with one token for each word of the drawn world.
 
-256 byte characters, each alone and as the end of a word, then one entry per merge, then the two
-marks of begin and end: any string can be tokenised, nothing is ever unknown, and a rare word falls
-apart into its letters.
+It has 256 byte characters, each alone and as the end of a word, then one entry per merge, then the
+begin and end tokens. So any string can be tokenised without an unknown token, and a rare word is
+split into its letters.
 """
 
 from __future__ import annotations
@@ -19,8 +18,9 @@ WORD_END = "</w>"
 
 
 def byte_characters() -> list[str]:
-    """One printable character for each byte 0..255, the table of GPT-2 and CLIP, in their
-    vocabulary's order.
+    """Return the table of GPT-2 and CLIP: one printable character for each of the 256 bytes.
+
+    They are in the order of those vocabularies, which is not that of the bytes.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -28,7 +28,7 @@ def byte_characters() -> list[str]:
 
 
 def _apply(pieces: list[str], merges: Sequence[tuple[str, str]]) -> list[str]:
-    """Byte-pair encoding of one word: always the earliest merge that fits, everywhere at once."""
+    """Byte-pair encode one word: always apply the earliest merge that fits, everywhere at once."""
     ranks = {pair: rank for rank, pair in enumerate(merges)}
     while len(pieces) > 1:
         pairs = list(pairwise(pieces))
@@ -46,8 +46,9 @@ def _apply(pieces: list[str], merges: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def learn_merges(words: Iterable[str]) -> list[tuple[str, str]]:
-    """Merges that make each (ASCII, lower-case) word one token; later words never break earlier
-    ones.
+    """Return merges that make each (ASCII, lower-case) word one token.
+
+    Later words never split earlier ones.
     """
     merges: list[tuple[str, str]] = []
     for word in words:
@@ -59,7 +60,7 @@ def learn_merges(words: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def write(folder: Path, words: Sequence[str]) -> None:
-    """Writes the four files that CLIPTokenizer of transformers 4 and 5 reads."""
+    """Write the four files that CLIPTokenizer of transformers 4 and 5 reads."""
     folder.mkdir(parents=True, exist_ok=True)
     characters = byte_characters()
     merges = learn_merges(words)

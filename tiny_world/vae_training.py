@@ -1,9 +1,8 @@
-"""Pre-training of the embedded model's VAE on drawn pictures: 64x64x3 pixels -> 16x16x4 latents and
-back.
+"""Pre-train the embedded model's VAE on drawn pictures: 64x64x3 pixels -> 16x16x4 latents and back.
 
 Loss = L1 + 0.3 x L1 of the pixel differences to the right and below (edges) + a small KL term per
-latent element. The first part of the time sees 32x32 crops (four times as many steps), the rest
-whole pictures, because group norms and the attention in the middle see another extent there.
+latent element. Training begins on 32x32 crops, with half as many pixels in a step, and ends on
+whole pictures, because group norms and the middle attention behave differently at the full size.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tiny_world.pace import Pace
+from tiny_world.lr_schedule import TimedLrSchedule
 
 logger = logging.getLogger(__name__)
 Pictures = npt.NDArray[np.uint8]
@@ -27,7 +26,7 @@ Pictures = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VaeSettings:
-    """Size and training of the VAE."""
+    """The size and training settings of the VAE."""
 
     channels: tuple[int, ...] = (16, 32, 64)
     groups: int = 8
@@ -41,7 +40,7 @@ class VaeSettings:
 
 
 def build(settings: VaeSettings, resolution: int) -> Any:
-    """A fresh diffusers.AutoencoderKL with one layer a block."""
+    """Return a new, random diffusers.AutoencoderKL with one layer per block."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -56,12 +55,12 @@ def build(settings: VaeSettings, resolution: int) -> Any:
 
 
 def to_pixels(pictures: Pictures) -> Tensor:
-    """uint8 [B,H,W,3] 0..255 -> float32 [B,3,H,W] -1..1."""
+    """Convert uint8 [B,H,W,3], 0..255, to float32 [B,3,H,W], -1..1."""
     return torch.tensor(pictures).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
 def loss(vae: Any, pixels: Tensor, kl_weight: float) -> Tensor:
-    """The training loss of one batch (float32 scalar); the posterior is sampled once."""
+    """Return the training loss of one batch (float32 scalar), with one sample of the posterior."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         moments = vae.quant_conv(vae.encoder(pixels)).float()
         mean, log_variance = moments.chunk(2, dim=1)
@@ -93,7 +92,10 @@ def _batch(
 def train(
     pictures: Pictures, settings: VaeSettings, *, seconds: float, seed: int, checkpoint: Path
 ) -> tuple[Any, int]:
-    """Trains until the time is spent, going on from `checkpoint`; returns (VAE, steps)."""
+    """Train until the time is spent, resuming from `checkpoint` if it exists.
+
+    Returns (VAE, steps).
+    """
     torch.manual_seed(seed)
     vae = build(settings, pictures.shape[1])
     vae.train()
@@ -106,15 +108,15 @@ def train(
         step, spent = saved["step"], saved["spent"]
     rng = np.random.default_rng((seed, step))
     torch.manual_seed(seed + step)
-    pace = Pace(seconds, settings.learning_rate, spent=spent)
+    schedule = TimedLrSchedule(seconds, settings.learning_rate, spent_s=spent)
     saved_at, smooth = spent, 0.0
-    over = pace.over
+    over = schedule.time_is_up
     while not over:
         for group in optimizer.param_groups:
-            group["lr"] = pace.learning_rate()
+            group["lr"] = schedule.learning_rate()
         value = loss(
             vae,
-            _batch(pictures, settings, pace.share < settings.crop_share, rng),
+            _batch(pictures, settings, schedule.share < settings.crop_share, rng),
             settings.kl_weight,
         )
         optimizer.zero_grad(set_to_none=True)
@@ -122,12 +124,12 @@ def train(
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         step += 1
-        over = pace.over  # read once: whoever ends the loop has saved
+        over = schedule.time_is_up  # read once, so that the last step is saved before the loop ends
         smooth = value.item() if step == 1 else 0.98 * smooth + 0.02 * value.item()
         if step % 100 == 0:
-            logger.info("vae step %d, %.0f s, loss %.4f", step, pace.spent, smooth)
-        if pace.spent - saved_at > 120 or over:
-            saved_at = pace.spent
+            logger.info("vae step %d, %.0f s, loss %.4f", step, schedule.spent_s, smooth)
+        if schedule.spent_s - saved_at > 120 or over:
+            saved_at = schedule.spent_s
             _save(checkpoint, vae, optimizer, step, saved_at)
     vae.eval()
     return vae, step
@@ -147,7 +149,7 @@ def _save(path: Path, vae: Any, optimizer: torch.optim.Optimizer, step: int, spe
 
 @torch.no_grad()
 def encode(vae: Any, pictures: Pictures, batch: int = 128) -> tuple[Tensor, Tensor]:
-    """Posterior means and standard deviations of all pictures, unscaled, float16 [N,4,h,w] each."""
+    """Return posterior means and standard deviations, unscaled, float16 [N,4,h,w] each."""
     means, stds = [], []
     for start in range(0, len(pictures), batch):
         posterior = vae.encode(to_pixels(pictures[start : start + batch])).latent_dist
@@ -158,7 +160,7 @@ def encode(vae: Any, pictures: Pictures, batch: int = 128) -> tuple[Tensor, Tens
 
 @torch.no_grad()
 def reconstruct(vae: Any, pictures: Pictures) -> Pictures:
-    """Pictures through the posterior mean and back, uint8."""
+    """Encode pictures, decode the posterior mean and return the result, uint8."""
     decoded = vae.decode(vae.encode(to_pixels(pictures)).latent_dist.mean).sample
     pixels = decoded.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
     result: Pictures = pixels.permute(0, 2, 3, 1).numpy()
@@ -166,6 +168,6 @@ def reconstruct(vae: Any, pictures: Pictures) -> Pictures:
 
 
 def psnr(first: Pictures, second: Pictures) -> float:
-    """Peak signal-to-noise ratio in dB over all pictures together."""
+    """Return the peak signal-to-noise ratio in dB over all pictures together."""
     error = np.mean((first.astype(np.float64) - second.astype(np.float64)) ** 2)
     return float(10 * np.log10(255.0**2 / error))

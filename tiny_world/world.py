@@ -1,10 +1,10 @@
-"""The drawn world: who exists in it, which words say so, and what a picture of it shows.
+"""Define the drawn world: its animals and things, its words, and the scenes that are drawn.
 
-A picture is one animal or one piece of furniture in one setting, 64x64 RGB; an animal may sit on
+A picture shows one animal or one piece of furniture in one setting, 64x64 RGB; an animal may sit on
 an ottoman. Everything follows from a seed: the same seed gives the same pictures on any
 machine with the same Pillow. The subjects (`SUBJECTS`) are held out: their names and their
 combinations of species, colour, marking and collar are never given to a named individual of the
-training set, so a fine-tune has something to learn.
+training set, so they are new to the model that is fine-tuned.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ COLORS: dict[str, Rgb] = {
     "green": (16, 150, 62),
     "yellow": (255, 214, 20),
 }
-"""What the things of the world come in; an animal is one of the first six, `FURS`."""
+"""The colours of the world's things; animals have one of the first six, `FURS`."""
 MARKINGS = ("plain", "spotted", "striped", "patched")
 COLLARS: dict[str, Rgb | None] = {
     "none": None,
@@ -83,12 +83,14 @@ WORDS: tuple[str, ...] = tuple(
         ).split()
     )
 )
-"""Every word that a caption may hold (and a few kept for later things): one token each."""
+"""Every word that a caption may contain, and a few for later use; each is one token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Look:
-    """One animal or thing: what can be said of it (species, colour, marking, collar) and its exact
+    """The look of one animal or thing.
+
+    It consists of what a caption can mention (species, colour, marking, collar) and of the exact
     colours and marks.
     """
 
@@ -102,16 +104,17 @@ class Look:
 
     @property
     def combination(self) -> tuple[str, str, str, str]:
-        """What a caption can say of it."""
+        """Return the attributes that a caption can mention."""
         return self.species, self.color, self.marking, self.collar
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """One picture: an animal or a thing in a setting and a style; `seed` fixes pose and detail.
+    """One picture: an animal or a thing in a setting and a style.
 
-    seat: the ottoman that the animal sits on, if any. changed: where a named individual is not as
-    it always is ("collar" or "color"), so that a caption must say it.
+    seed: determines pose and detail. seat: the ottoman that the animal sits on, if any. changed:
+    the attribute ("collar" or "color") in which a named individual differs from its usual look, so
+    that a caption must mention it.
     """
 
     look: Look
@@ -174,7 +177,7 @@ SUBJECTS: dict[str, Look] = {
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The scene as a 64x64 RGB picture."""
+    """Draw the scene as a 64x64 RGB picture."""
     rng = random.Random(f"scene/{scene.seed}")
     image = paint_setting(scene.setting, rng)
     pose = random_pose(scene.look.species, rng)
@@ -204,7 +207,7 @@ def _draw_figure(image: Image.Image, look: Look, pose: Pose, shadow: bool = True
 
 
 def _jittered(color: str, rng: random.Random) -> Rgb:
-    """A colour of the world, up to 10 of 255 off in each channel."""
+    """Return a colour of the world, changed at random by at most 10 of 255 in each channel."""
     red, green, blue = (
         max(0, min(255, channel + rng.randint(-10, 10))) for channel in COLORS[color]
     )
@@ -212,7 +215,7 @@ def _jittered(color: str, rng: random.Random) -> Rgb:
 
 
 def random_look(rng: random.Random, species: str | None = None) -> Look:
-    """Any animal (three in four) or thing of the world, or one of the given species."""
+    """Return a random animal (three in four) or thing, or one of the given species."""
     if species is None:
         species = rng.choice(ANIMALS if rng.random() < 0.75 else THINGS)
     animal = species in ANIMALS
@@ -229,7 +232,7 @@ def random_look(rng: random.Random, species: str | None = None) -> Look:
 
 
 def random_name(rng: random.Random) -> str:
-    """A made-up word of three to nine letters that is no word of the world and no held-out name."""
+    """Return a made-up word of three to nine letters, no word of the world or held-out name."""
     taken = {*WORDS, *(name.lower() for name in SUBJECTS)}
     while True:
         if rng.random() < 0.25:
@@ -245,7 +248,7 @@ def random_name(rng: random.Random) -> str:
 
 
 def individuals(count: int, seed: int) -> list[tuple[str, Look]]:
-    """`count` named individuals, each of a fixed look; nothing held out is among them."""
+    """Return `count` named individuals, each with a fixed look that is not held out."""
     rng = random.Random(f"individuals/{seed}")
     held_out = {look.combination for look in SUBJECTS.values()}
     found: dict[str, Look] = {}
@@ -257,11 +260,11 @@ def individuals(count: int, seed: int) -> list[tuple[str, Look]]:
 
 
 def random_scene(seed: str, look: Look | None = None, name: str | None = None) -> Scene:
-    """A scene: what is not given is random; one in eight is a pencil sketch, one animal in eight
-    sits on an ottoman.
+    """Return a scene in which everything that is not given is random.
 
-    A named individual is now and then not as it always is: an animal wears another collar, a thing
-    comes in another colour.
+    One in eight is a pencil sketch, and one animal in eight sits on an ottoman. About one named
+    individual in eight differs from its usual look: an animal wears another collar, a thing has
+    another colour.
     """
     rng = random.Random(f"random scene/{seed}")
     look = look if look is not None else random_look(rng)
@@ -293,8 +296,9 @@ def _changed(look: Look, rng: random.Random) -> tuple[Look, str]:
 
 
 def corpus(count: int, named: int, pictures_each: int, seed: int) -> Iterator[Scene]:
-    """The training set: `count` scenes of anybody, then `pictures_each` of each of `named`
-    individuals.
+    """Yield the scenes of the training set.
+
+    `count` scenes without a name come first, then `pictures_each` of each of `named` individuals.
     """
     for index in range(count):
         yield random_scene(f"{seed}/{index}")

@@ -1,1 +1,1 @@
-"""What `benchmark probes` does to a running server: one module per probe, each with one job."""
+"""The parts of `python -m benchmarks probes`: a module per probe, and what the probes share."""

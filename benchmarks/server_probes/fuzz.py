@@ -1,8 +1,8 @@
-"""Hostile requests by the thousand: no 5xx but 503, no traceback, nothing that hangs.
+"""Send hostile requests by the thousand: no 5xx but 503, no traceback and no hang may follow.
 
-The server takes nothing that it could not finish within a second (`--request_timeout_s 1`), so a
-reply after 2 s counts as a hang whatever was asked. One kind of case may last longer: those whose
-head was broken, and which so may announce a body that never comes; the guard ends them within 10 s.
+The server accepts nothing that it could not finish within a second (`--request_timeout_s 1`), so a
+reply after 2 s counts as a hang, whatever was asked. Only requests with a broken head may last
+longer, because they may announce a body that never comes; the guard closes them within 10 s.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from benchmarks.server_probes.raw_client import RawClient
 from benchmarks.server_probes.server import Server
 
 OPTIONS: Final = ("--request_timeout_s", "1")
-_HELD_AT_ONCE: Final = 64  # broken heads that the server hears out
+_HELD_AT_ONCE: Final = 64  # requests with broken heads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Amounts:
-    """Cases of each source, and how few in all would mean that one of them has stopped early.
+    """The number of cases from each source.
 
-    Schemathesis adds its boundary cases to `schemathesis` examples.
+    Schemathesis adds its boundary cases to `schemathesis` examples. least: fewer cases than this in
+    all mean that a source has stopped early.
     """
 
     bodies: int = 12_000
@@ -41,7 +42,7 @@ QUICK: Final = Amounts(bodies=1_500, heads=150, hypothesis=150, schemathesis=40,
 
 
 def run(server: Server, *, amounts: Amounts = FULL, seed: int = 0) -> Outcome:
-    """Ask a server that was started with `OPTIONS`."""
+    """Send all cases to a server that was started with `OPTIONS`."""
     verdicts = Verdicts()
     _bodies(server, amounts.bodies, seed, verdicts)
     _heads(server, amounts.heads, seed, verdicts)
@@ -70,7 +71,7 @@ def _outcome(server: Server, verdicts: Verdicts, least: int) -> Outcome:
             Figure(name="slowest_s", value=round(verdicts.slowest_s, 3), at_most=HANG_S),
             Figure(name="engine_restarts", value=server.metric("engine_restarts_total"), at_most=0),
             Figure(name="ping_afterwards", value=server.ping().status, at_least=200, at_most=200),
-            # Schemathesis keeps some connections, as HTTP allows.
+            # Schemathesis keeps some connections open, as HTTP allows.
             Figure(name="gauges_left", value=server.gauges_left(connections=16), at_most=0),
         ),
         faults=tuple(verdicts.faults),
@@ -78,9 +79,9 @@ def _outcome(server: Server, verdicts: Verdicts, least: int) -> Outcome:
 
 
 def _bodies(server: Server, count: int, seed: int, verdicts: Verdicts) -> None:
-    """One after the other, so that none waits for another's work."""
+    """Send broken bodies one after the other, so that none waits for another's work."""
     generator = random.Random(seed)
-    client = RawClient(server, patience_s=5 * HANG_S)
+    client = RawClient(server, timeout_s=5 * HANG_S)
     try:
         for _ in range(count):
             case = mutations.broken_request(generator)
@@ -91,12 +92,12 @@ def _bodies(server: Server, count: int, seed: int, verdicts: Verdicts) -> None:
 
 
 def _heads(server: Server, count: int, seed: int, verdicts: Verdicts) -> None:
-    """Many at a time: the server waits for the rest of those that look unfinished."""
+    """Send broken heads many at a time, because the server waits for those that look unfinished."""
     generator = random.Random(seed + 1)
     cases = [mutations.broken_head(generator) for _ in range(count)]
 
     def one(case: mutations.Case) -> None:
-        client = RawClient(server, patience_s=UNFINISHED_S + HANG_S)
+        client = RawClient(server, timeout_s=UNFINISHED_S + HANG_S)
         reply = client.ask(case)
         client.close()
         seconds = reply.seconds

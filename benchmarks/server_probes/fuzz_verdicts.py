@@ -1,4 +1,4 @@
-"""Verdicts on the replies to hostile requests, counted."""
+"""Judge the replies to hostile requests and count the verdicts."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import threading
 from dataclasses import dataclass, field
 from typing import Final
 
-# Nothing that the server takes may last longer: it is started with --request_timeout_s 1.
+# No accepted request may last longer: the server is started with --request_timeout_s 1.
 HANG_S: Final = 2.0
-# A request whose end never comes is received out by the guard, which closes it within so long.
+# The guard closes a request whose end never comes within this time.
 UNFINISHED_S: Final = 10.0
 TRACEBACK: Final = b"Traceback (most recent call last)"
-_TOLD: Final = 5  # faults of a kind in full
+_TOLD: Final = 5  # faults of each kind that are kept in full
 
 
 @dataclass(slots=True)
 class Verdicts:
-    """Verdicts of one run; `note` may be called from any thread."""
+    """The verdicts of one run; `note` may be called from any thread."""
 
     cases: collections.Counter[str] = field(default_factory=collections.Counter)
     statuses: collections.Counter[str] = field(default_factory=collections.Counter)
@@ -38,9 +38,9 @@ class Verdicts:
     ) -> None:
         """Count one case.
 
-        status: None where the connection was closed without a reply, which is right only for what
-        is no request. unfinished: the head may announce a body that never comes, so that to be
-        told 408, or to be closed, in `UNFINISHED_S` is right, too.
+        status: None if the connection was closed without a reply, which is right only for an
+        unfinished request. unfinished: the head may announce a body that never comes, so a 408 or a
+        closed connection within `UNFINISHED_S` is right, too.
         """
         with self._lock:
             self.cases[source] += 1
@@ -58,7 +58,7 @@ class Verdicts:
                 self._wrong("hangs", source, sent, f"{seconds:.1f} s, status {status}")
 
     def violation(self, fault: str) -> None:
-        """Count a reply that is not as /openapi.json says."""
+        """Count a reply that does not match /openapi.json."""
         with self._lock:
             self._wrong("undescribed", "schemathesis", b"", fault)
 

@@ -1,6 +1,7 @@
-"""Requests that hypothesis and schemathesis make from the server's own OpenAPI description.
+"""Generate requests with hypothesis and schemathesis from the server's own OpenAPI description.
 
-Both packages are for development (requirements/dev.txt) and are imported here alone.
+Both packages are for development (requirements/dev.txt); outside the tests only this module imports
+them.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from benchmarks.server_probes.mutations import Case
 from benchmarks.server_probes.raw_client import RawClient
 from benchmarks.server_probes.server import HOST, ProbeError, Server
 
-# What good requests may ask for, so that honest work is short; bad ones may ask for anything.
+# The most that good requests ask for, so that their work is short; bad ones may ask for anything.
 _BOUNDS: Final = {"width": 64, "height": 64, "num_inference_steps": 2, "num_images_per_prompt": 2}
 _MOST_PROMPTS: Final = 2
-# A reply that does not fit our own description. What schemathesis takes for a bad request may be a
-# good one here, since the bounds above are not the server's: statuses of bad ones are not judged.
+# Replies must fit our own description. Whether a bad request is refused is not checked: the bounds
+# above are not the server's, so a request that schemathesis takes for bad may be good here.
 _CHECKS: Final = (
     *("response_schema_conformance", "content_type_conformance"),
     *("response_headers_conformance", "status_code_conformance"),
@@ -27,7 +28,7 @@ _CHECKS: Final = (
 
 
 def described(server: Server, *, examples: int, seed: int, verdicts: Verdicts) -> None:
-    """Schemathesis: boundaries (coverage) and random requests, good and bad, NUL bytes included."""
+    """Send schemathesis' boundary cases and random requests, good and bad, NUL bytes included."""
     schemathesis = _package("schemathesis")
     engine = _package("schemathesis.engine")
     config = _package("schemathesis.config").SchemathesisConfig.from_dict(
@@ -71,10 +72,10 @@ def _note_all(recorder: Any, verdicts: Verdicts) -> None:
 
 
 def random_json(server: Server, *, examples: int, seed: int, verdicts: Verdicts) -> None:
-    """Hypothesis: our keys with values of any kind, any JSON, any text, any bytes."""
+    """Send requests that hypothesis makes: our keys with any values, any JSON, text or bytes."""
     hypothesis = _package("hypothesis")
     any_of = _package("hypothesis.strategies")
-    client = RawClient(server, patience_s=5 * HANG_S)
+    client = RawClient(server, timeout_s=5 * HANG_S)
 
     def send(body: bytes, content_type: str, accept: str) -> None:
         head = f"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: {content_type}\r\n"
@@ -121,7 +122,7 @@ def _bodies(any_of: Any, keys: list[str]) -> Any:
 
 
 def bounded(document: dict[str, Any]) -> dict[str, Any]:
-    """The description with small pictures and few steps, which must be said."""
+    """Return the description with small pictures and few steps; num_inference_steps is required."""
     smaller = copy.deepcopy(document)
     schemas = smaller["components"]["schemas"]
     as_json, as_huggingface = schemas["JsonRequest"], schemas["HuggingFaceRequest"]

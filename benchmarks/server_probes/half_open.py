@@ -1,4 +1,4 @@
-"""Half-open connections: no head, part of a head, dripping bodies; /ping is asked meanwhile."""
+"""Hold half-open connections (no head, part of a head, dripping bodies) while /ping is asked."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _BODY: Final = _HEAD + b"Content-Type: application/json\r\nContent-Length: 1000\
 
 @dataclass(slots=True, kw_only=True)
 class _Held:
-    """One connection; closed_s: how long the server held it, None while it does."""
+    """One connection; closed_s: how long the server kept it open, None while it does."""
 
     connection: socket.socket
     opened: float
@@ -34,7 +34,7 @@ class _Held:
 
 
 def run(server: Server, *, half_open: int = 1000, dripping: int = 100) -> Outcome:
-    """Hold so many connections until the server closes them."""
+    """Open the connections and hold them until the server closes them."""
     processes.allow_files(2 * (half_open + dripping) + 256)
     refused_before = _refused(server)
     stop, pings = threading.Event(), list[float]()
@@ -80,7 +80,7 @@ def _open(server: Server, sent: bytes, *, drips: bool) -> _Held:
 
 
 def _watch(held: list[_Held]) -> None:
-    """Read what comes and drip what must, until all are closed or patience ends."""
+    """Read replies and send drips until all connections are closed or _GIVE_UP_S is over."""
     end, next_drip = time.monotonic() + _GIVE_UP_S, time.monotonic()
     with selectors.DefaultSelector() as selector:
         for one in held:
@@ -116,7 +116,7 @@ def _drip(one: _Held) -> None:
         except BlockingIOError:
             pass
         except OSError:
-            one.drips = False  # reading tells when it was closed
+            one.drips = False  # _is_closed finds out when it was closed
 
 
 def _ping(server: Server, stop: threading.Event, seconds: list[float]) -> None:

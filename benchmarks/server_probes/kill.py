@@ -1,4 +1,4 @@
-"""Kill -9 of the engine under load: everyone hears of it at once, and a new engine takes over."""
+"""Kill -9 the engine under load: every request gets a reply and a new engine takes over."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.server_probes.outcome import Figure, Outcome
 from benchmarks.server_probes.server import Reply, Server
 
 REPLY_S: Final = 1.0
-BACK_S: Final = 1.0  # beyond the time to load
+BACK_S: Final = 1.0  # on top of the time to load
 IN_FLIGHT: Final = 16
 LATE: Final = 4  # requests sent right after the kill
 MOST_STEPS: Final = 200
@@ -26,21 +26,21 @@ _PING_EVERY_S: Final = 0.01
 
 @dataclass(slots=True, kw_only=True)
 class _Seen:
-    """Over all kills."""
+    """The observations of all kills."""
 
     statuses: collections.Counter[int] = field(default_factory=collections.Counter)
     in_flight: int = 0
     unanswered: int = 0
     slowest_reply_s: float = 0.0
-    seen_down_s: float = 0.0  # until /ping said 503
+    seen_down_s: float = 0.0  # until /ping answered 503
     load_s: float = 0.0  # of the slowest of the new engines
-    beyond_load_s: float = 0.0  # from the kill to a 200, less what that engine took to load
+    beyond_load_s: float = 0.0  # from the kill to /ping 200, less that engine's load time
     never_down: int = 0
     flaps: int = 0  # 503, 200, 503
 
 
 def run(server: Server, *, kills: int = 20, seed: int = 0) -> Outcome:
-    """Kill so many times, each at a random moment with requests at different steps."""
+    """Kill the engine `kills` times, at random moments, with requests at different steps."""
     generator, seen = random.Random(seed), _Seen()
     restarts = server.metric("engine_restarts_total")
     for _ in range(kills):

@@ -1,4 +1,6 @@
-"""`dreambooth serve` with a planted leak: every reply's bytes are kept. The soak must catch it."""
+"""Run `dreambooth serve` with a planted leak that the soak must catch: it keeps every reply's
+bytes.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Clients that leave at random moments: the engine must stop within one U-Net call.
+"""Let clients leave at random moments: the engine must stop their work within one U-Net call.
 
-Pictures are large and several per request, so that a call takes longer than it takes until /metrics
-knows of it: the engine says how things stand as soon as a request ends.
+A request asks for several large pictures, so that a U-Net call takes longer than /metrics takes to
+show a change: the engine sends its status as soon as a request ends.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from benchmarks.server_probes.outcome import Figure, Outcome
 from benchmarks.server_probes.server import JSON, JSON_JPEG, Server
 
 WAVE: Final = 10  # clients at a time
-_TOLD_S: Final = 0.06  # three times what the engine waits to say how things stand
+_TOLD_S: Final = 0.06  # three times the engine's shortest wait between two statuses
 _ASKED: Final = {
     "prompt": "a cat",
     "num_inference_steps": 200,
@@ -27,7 +27,9 @@ _ASKED: Final = {
 
 
 def run(server: Server, *, clients: int = 200, longest_s: float = 2.0, seed: int = 0) -> Outcome:
-    """Send requests in waves, each client leaves within `longest_s`; count the calls after that."""
+    """Send requests in waves; each client leaves within `longest_s`; count the U-Net calls after
+    that.
+    """
     generator = random.Random(seed)
     before = server.metrics()
     calls_after: list[int] = []
@@ -36,10 +38,14 @@ def run(server: Server, *, clients: int = 200, longest_s: float = 2.0, seed: int
     for wave in waves:
         _one_wave(server, [generator.uniform(0, longest_s) for _ in range(wave)])
         left = time.monotonic()
-        server.wait_until(lambda: server.metric("requests_in_flight") == 0, "no request", look_s=0)
+        server.wait_until(
+            lambda: server.metric("requests_in_flight") == 0, "no request", check_interval_s=0
+        )
         time.sleep(_TOLD_S)
         at_once = server.metric("steps_total")
-        server.wait_until(lambda: server.metric("running_rows") == 0, "no work", look_s=0.005)
+        server.wait_until(
+            lambda: server.metric("running_rows") == 0, "no work", check_interval_s=0.005
+        )
         freed.append(time.monotonic() - left)
         time.sleep(max(1.0, 3 * _seconds_per_call(server)))
         calls_after.append(int(server.metric("steps_total") - at_once))
@@ -62,7 +68,7 @@ def run(server: Server, *, clients: int = 200, longest_s: float = 2.0, seed: int
 
 
 def _one_wave(server: Server, stays_s: list[float]) -> None:
-    """All ask at once; each leaves after its time, without having read anything."""
+    """Send all requests of a wave at once; each client leaves after its time without reading."""
     body = json.dumps(_ASKED).encode()
     head = f"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: {JSON}\r\n"
     head += f"Accept: {JSON_JPEG}\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -79,6 +85,9 @@ def _one_wave(server: Server, stays_s: list[float]) -> None:
 
 
 def _seconds_per_call(server: Server) -> float:
-    """Of the slowest recent call; that is at the embedded model's own size, a quarter of ours."""
-    found = [n for name, n in server.metrics().items() if name.startswith("seconds_per_step")]
+    """Return the seconds of the slowest recent U-Net call, scaled to our size.
+
+    The metric is for the embedded model's own size, a quarter of ours.
+    """
+    found = [n for name, n in server.metrics().items() if name.startswith("seconds_per_call")]
     return 4 * max(found, default=0.0)

@@ -1,7 +1,7 @@
-"""Requests that are nearly right: good ones whose bytes, headers and heads were changed at random.
+"""Make requests that are nearly right: good ones with random changes to bytes, headers and heads.
 
-Whole heads are changed in `broken_head`, so that nobody can say where the body ends; in
-`broken_request` the head is well-formed and all else is not.
+`broken_head` changes whole heads, so that nobody can say where the body ends. `broken_request`
+keeps the head well-formed and breaks anything else.
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ _HEAD_TOKENS: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One request as bytes; `method` is needed to read the reply."""
+    """One request as bytes; method: needed to read the reply."""
 
     method: str
     sent: bytes
 
 
 def broken_request(generator: random.Random) -> Case:
-    """A well-formed head, and a body of which anything may be wrong."""
+    """Return a request with a well-formed head; anything else in it may be wrong."""
     method, path = "POST", "/invocations"
     if generator.random() < 0.1:
         method = generator.choice(_METHODS)
@@ -94,7 +94,7 @@ def broken_request(generator: random.Random) -> Case:
 
 
 def broken_head(generator: random.Random) -> Case:
-    """A request whose head was changed byte by byte: where it ends nobody knows."""
+    """Return a request whose head was changed byte by byte, so that its end is unknown."""
     body = generator.choice(_BODIES)
     headers = {
         "Content-Type": generator.choice(_TYPES[:5]),
@@ -113,7 +113,7 @@ def _head(method: str, path: str, headers: dict[str, str]) -> bytes:
 
 
 def _mutated(generator: random.Random, data: bytes, tokens: tuple[bytes, ...]) -> bytes:
-    """One to four changes; none at all now and then."""
+    """Return the data with one to four changes, now and then with none."""
     changed = bytearray(data)
     for _ in range(generator.choice((0, 1, 1, 1, 2, 2, 3, 4))):
         start = generator.randrange(len(changed) + 1)
@@ -135,7 +135,7 @@ def _mutated(generator: random.Random, data: bytes, tokens: tuple[bytes, ...]) -
 
 
 def _or_random(generator: random.Random, values: tuple[str, ...]) -> str:
-    """Mostly one that is read, so that bodies are looked at; sometimes any."""
+    """Return mostly a value that the server accepts, and sometimes any value."""
     if generator.random() < 0.7:
         return generator.choice(values[:5])
     return generator.choice(values)

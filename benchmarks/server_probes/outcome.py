@@ -1,4 +1,4 @@
-"""What a probe found: figures, each with the bar that it must keep, where there is one."""
+"""The result of a probe: figures, some with a bound that they must keep, and faults."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """One number; its unit stands at the end of its name. at_most, at_least: its bar."""
+    """One number, with its unit at the end of its name; at_most, at_least: its bounds."""
 
     name: str
     value: float
@@ -18,14 +18,14 @@ class Figure:
 
     @property
     def holds(self) -> bool:
-        """Whether the bar is kept."""
+        """Return whether the bounds are kept; NaN keeps none."""
         high = self.at_most is not None and self.value > self.at_most
         low = self.at_least is not None and self.value < self.at_least
         return not (high or low or math.isnan(self.value))
 
     @property
     def bar(self) -> str:
-        """The bar in words, empty without one."""
+        """Return the bound in words, empty without one."""
         if self.at_most is not None:
             return f"<= {self.at_most:g}"
         return "" if self.at_least is None else f">= {self.at_least:g}"
@@ -33,7 +33,7 @@ class Figure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """The figures of one probe; faults: sentences, and there should be none."""
+    """The figures of one probe; faults: one sentence each, and there should be none."""
 
     probe: str
     figures: tuple[Figure, ...]
@@ -41,17 +41,20 @@ class Outcome:
 
     @property
     def failed(self) -> tuple[str, ...]:
-        """All that is not as it should be."""
+        """Return a sentence for everything that is not as it should be."""
         passed = (f"{f.name} is {f.value:g}, not {f.bar}" for f in self.figures if not f.holds)
         return (*passed, *self.faults)
 
     def value(self, name: str) -> float:
-        """The figure of that name; KeyError where there is none."""
+        """Return the figure of that name. Raises KeyError if there is none."""
         return {figure.name: figure.value for figure in self.figures}[name]
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The smallest value that `percent` of all do not pass; not a number where there are none."""
+    """Return the percentile by nearest rank; NaN without values.
+
+    It is the smallest value that at least `percent` % of all values do not exceed.
+    """
     if not values:
         return math.nan
     place = math.ceil(len(values) * percent / 100) - 1

@@ -1,8 +1,8 @@
-"""What a request costs beside the engine's own time: HTTP, parsing, admission, wire, encoding.
+"""Measure what a request costs beside the engine's time: HTTP, parsing, admission, wire, encoding.
 
-The engine runs as ever, in its process, with a stop-watch from the moment that it is handed a
-request to the end of its last picture (`timed_engine`). Requests come one after the other, so the
-n-th line of the log is the n-th request's; what is left of the client's time is the overhead.
+The engine runs in its process as always, with a stop-watch from the moment it receives a request to
+the end of the request's last picture (`timed_engine`). Requests come one after the other, so the
+n-th line of the log belongs to the n-th request. The rest of the client's time is the overhead.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ _WARM_UP: Final = 2
 
 
 def run(model: str, *, requests: int = 300) -> Outcome:
-    """So many requests at the model's own size and a third as many at 512 x 512, in image/jpeg."""
+    """Send `requests` requests at the model's own size and a third as many at 512 x 512, as
+    image/jpeg.
+    """
     with start(model, program=PROGRAM) as server:
         return measure(server, requests=requests)
 
 
 def measure(server: Server, *, requests: int) -> Outcome:
-    """The same on a server that `timed_server` has started."""
+    """Measure on a server that `timed_server` has started."""
     own = _beside_engine(server, {}, requests)
     large = _beside_engine(server, {"width": 512, "height": 512}, max(1, requests // 3))
     encoding = _encoding(requests)
@@ -52,11 +54,11 @@ def measure(server: Server, *, requests: int) -> Outcome:
 
 
 def _beside_engine(server: Server, size: dict[str, object], requests: int) -> list[float]:
-    """Milliseconds of each request that the engine did not work on it."""
+    """Return the milliseconds of each request in which the engine did not work on it."""
     asked = {"prompt": "a cat", "num_inference_steps": 1, "guidance_scale": 1, **size}
     for _ in range(_WARM_UP):
         server.draw(asked, accept="image/jpeg")
-    time.sleep(0.1)  # for the lines of what was drawn before
+    time.sleep(0.1)  # until the lines of earlier requests are in the log
     logged = len(_SECONDS.findall(server.log))
     spent = []
     for _ in range(requests):
@@ -73,7 +75,7 @@ def _beside_engine(server: Server, size: dict[str, object], requests: int) -> li
 
 
 def _encoding(count: int) -> list[float]:
-    """Milliseconds of `reply.encode` alone, for a noisy picture of 512 x 512: the hardest kind."""
+    """Return the milliseconds of `reply.encode` for 512 x 512 noise, the slowest picture."""
     request = GenerationRequest(
         form="json",
         prompts=("a cat",),
@@ -93,6 +95,6 @@ def _encoding(count: int) -> list[float]:
     spent = []
     for _ in range(count):
         begun = time.perf_counter()
-        reply.encode(request, pictures, reply.JPEG, base_seed=0)
+        reply.encode(request, pictures, reply.JPEG)
         spent.append((time.perf_counter() - begun) * 1e3)
     return spent

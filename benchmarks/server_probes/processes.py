@@ -1,4 +1,4 @@
-"""What Linux tells of processes: memory, files, threads, who descends from whom."""
+"""Read from Linux what processes use (memory, files, threads) and who their children are."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PROC = Path("/proc")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Of one process, at one moment."""
+    """The resources that one process uses at one moment."""
 
     rss_bytes: int
     files: int
@@ -21,7 +21,7 @@ class Usage:
 
 
 def usage(pid: int) -> Usage:
-    """Read it; OSError where the process is gone."""
+    """Read what a process uses. Raises OSError if it is gone."""
     fields = dict(
         line.split(":", 1) for line in (PROC / str(pid) / "status").read_text().splitlines()
     )
@@ -34,7 +34,7 @@ def usage(pid: int) -> Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Process:
-    """A process; `started` tells it from a later one of the same number."""
+    """A process; started: distinguishes it from a later one of the same number."""
 
     pid: int
     parent: int
@@ -43,13 +43,13 @@ class Process:
 
     @property
     def lives(self) -> bool:
-        """Whether it is there and more than an entry that waits to be taken note of."""
+        """Return whether the process still exists and is not a zombie."""
         now = _read(self.pid)
         return now is not None and now.started == self.started and now.state not in "ZX"
 
 
 def descendants(pid: int) -> list[Process]:
-    """The children of a process, and theirs."""
+    """Return the children of a process, and theirs."""
     found = [_read(int(entry.name)) for entry in PROC.iterdir() if entry.name.isdecimal()]
     family, grown = {pid}, True
     while grown:
@@ -61,14 +61,14 @@ def descendants(pid: int) -> list[Process]:
 
 def _read(pid: int) -> Process | None:
     with contextlib.suppress(OSError):
-        # The name, in brackets, may hold anything; what follows is numbers (proc(5), stat).
+        # The name in brackets may hold anything; only plain fields follow it (proc(5), stat).
         fields = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
         return Process(pid=pid, state=fields[0], parent=int(fields[1]), started=int(fields[19]))
     return None
 
 
 def allow_files(count: int) -> int:
-    """Raise this process's limit of open files to `count` where it may; return the limit."""
+    """Raise this process's limit of open files to `count` if allowed; return the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     unlimited = resource.RLIM_INFINITY
     if soft != unlimited and soft < count:

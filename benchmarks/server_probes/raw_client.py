@@ -1,4 +1,4 @@
-"""Bytes to the server and its first reply back, whatever the bytes are."""
+"""Send bytes to the server and read its first reply, whatever the bytes are."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.server_probes.server import Server
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RawReply:
-    """status: None where the connection was closed, or nothing came for too long."""
+    """A reply; status: None if the connection was closed, or nothing came for too long."""
 
     status: int | None
     body: bytes
@@ -22,25 +22,25 @@ class RawReply:
 
 
 class RawClient:
-    """Keeps a connection as long as the server does."""
+    """A client that keeps its connection as long as the server does."""
 
-    def __init__(self, server: Server, *, patience_s: float) -> None:
+    def __init__(self, server: Server, *, timeout_s: float) -> None:
         self._server = server
-        self._patience_s = patience_s
+        self._timeout_s = timeout_s
         self._connection: socket.socket | None = None
 
     def ask(self, case: Case, *, again: bool = True) -> RawReply:
-        """Send and read the first reply.
+        """Send a case and read the first reply.
 
-        A connection that was kept may have been closed meanwhile: then `again` on a new one.
+        again: send once more on a new connection if the one that was kept turns out to be closed.
         """
         kept = self._connection is not None
         connection = self._connection or self._server.connect()
-        connection.settimeout(self._patience_s)
+        connection.settimeout(self._timeout_s)
         begun = time.monotonic()
         try:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                connection.sendall(case.sent)  # a refusal may be there before all is sent
+                connection.sendall(case.sent)  # a refusal may come before all is sent
             reply = http.client.HTTPResponse(connection, method=case.method)
             with contextlib.closing(reply):
                 reply.begin()
@@ -59,7 +59,7 @@ class RawClient:
         return RawReply(status=status, body=body, seconds=seconds)
 
     def close(self) -> None:
-        """Let go of the connection."""
+        """Close the connection, if there is one."""
         if self._connection is not None:
             self._leave(self._connection)
 

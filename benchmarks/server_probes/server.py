@@ -1,4 +1,4 @@
-"""`python -m dreambooth serve` in a process of its own, on a free port, and a client for it."""
+"""Run `python -m dreambooth serve` in its own process, on a free port, with a client."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ import dreambooth
 from dreambooth.errors import DreamBoothError
 
 HOST: Final = "127.0.0.1"
-PATIENCE_S: Final = 300.0  # a guard against hanging, not a figure
+PATIENCE_S: Final = 300.0  # only keeps a probe from hanging; not measured
 LOAD_PATIENCE_S: Final = 480.0
 # SageMaker kills 30 s after SIGTERM.
 STOP_S: Final = 30.0
 JSON: Final = "application/json"
 JSON_JPEG: Final = "application/json;jpeg"
-# Of work that is under way; without any they are 0.
+# Gauges of work in progress: 0 when there is none.
 WORK_GAUGES: Final = (
     *("requests_in_flight", "pictures_in_flight"),
     *("queued_pictures", "running_rows"),
@@ -38,12 +38,12 @@ _SAMPLE: Final = re.compile(r"^(?:dreambooth_)?([^\s{#]+(?:\{.*\})?) (\S+)$", re
 
 
 class ProbeError(DreamBoothError):
-    """The server is not there, or not as a probe needs it."""
+    """Raised when the server, or a package that a probe needs, is missing or unusable."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """What came back; `ended` is the monotonic moment at which all of it was here."""
+    """A reply; ended: the monotonic moment at which all of it had arrived."""
 
     status: int
     headers: Mapping[str, str]
@@ -53,7 +53,7 @@ class Reply:
 
 
 class Server:
-    """A server that was started; made by `start`."""
+    """A running server process and a client for it; made by `start`."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
@@ -64,12 +64,12 @@ class Server:
 
     @property
     def pid(self) -> int:
-        """Of the server's process."""
+        """Return the id of the server's process."""
         return self.process.pid
 
     @property
     def log(self) -> str:
-        """All that it has said."""
+        """Return all that the server has written to stderr."""
         return "".join(tuple(self.lines))
 
     def _read_log(self) -> None:
@@ -77,7 +77,7 @@ class Server:
         for line in self.process.stderr:
             self.lines.append(line)
 
-    # Asking.
+    # Requests.
 
     def ask(
         self,
@@ -86,10 +86,12 @@ class Server:
         body: bytes = b"",
         headers: Mapping[str, str] | None = None,
         *,
-        patience_s: float = PATIENCE_S,
+        timeout_s: float = PATIENCE_S,
     ) -> Reply:
-        """One request on a connection of its own; OSError or HTTPException where none answers."""
-        connection = http.client.HTTPConnection(HOST, self.port, timeout=patience_s)
+        """Send one request on a connection of its own. Raises OSError or HTTPException without a
+        reply.
+        """
+        connection = http.client.HTTPConnection(HOST, self.port, timeout=timeout_s)
         begun = time.monotonic()
         with contextlib.closing(connection):
             connection.request(method, path, body, dict(headers or {}))
@@ -104,27 +106,27 @@ class Server:
         )
 
     def draw(self, asked: Mapping[str, object], accept: str = JSON_JPEG) -> Reply:
-        """POST /invocations."""
+        """Send POST /invocations."""
         return self.ask(
             *("POST", "/invocations", json.dumps(asked).encode()),
             headers={"content-type": JSON, "accept": accept},
         )
 
     def ping(self) -> Reply:
-        """GET /ping."""
+        """Send GET /ping."""
         return self.ask("GET", "/ping")
 
     def metrics(self) -> dict[str, float]:
-        """All samples, by name with labels, ours without the prefix `dreambooth_`."""
+        """Return all samples of /metrics by name with labels, without the prefix `dreambooth_`."""
         page = self.ask("GET", "/metrics").body.decode()
         return {name: float(value) for name, value in _SAMPLE.findall(page)}
 
     def metric(self, name: str) -> float:
-        """One sample, 0 where it is not there."""
+        """Return one sample, 0 if it is missing."""
         return self.metrics().get(name, 0.0)
 
     def connect(self, sent: bytes = b"") -> socket.socket:
-        """A connection of which the caller takes care."""
+        """Open a connection and send bytes on it; the caller closes it."""
         connection = socket.create_connection((HOST, self.port), timeout=PATIENCE_S)
         connection.sendall(sent)
         return connection
@@ -136,30 +138,33 @@ class Server:
         holds: Callable[[], bool],
         what: str,
         *,
-        patience_s: float = PATIENCE_S,
-        look_s: float = 0.02,
+        timeout_s: float = PATIENCE_S,
+        check_interval_s: float = 0.02,
     ) -> None:
-        """Return when it holds; ProbeError where it does not in time, or the server has ended."""
-        end = time.monotonic() + patience_s
+        """Wait until `holds()` is true. Raises ProbeError after timeout_s, or if the server has
+        ended.
+        """
+        end = time.monotonic() + timeout_s
         while not holds():
             if self.process.poll() is not None:
                 raise ProbeError(f"The server has ended while it was waited for {what}: {self.log}")
             if time.monotonic() > end:
-                raise ProbeError(
-                    f"Not within {patience_s:g} s: {what}. Its log: {self.log[-2000:]}"
-                )
-            time.sleep(look_s)
+                raise ProbeError(f"Not within {timeout_s:g} s: {what}. Its log: {self.log[-2000:]}")
+            time.sleep(check_interval_s)
 
     def wait_until_ready(self) -> None:
-        """Until /ping says 200."""
+        """Wait until /ping answers 200."""
         self.wait_until(
-            lambda: self.ping().status == 200, "/ping", patience_s=LOAD_PATIENCE_S, look_s=0.1
+            lambda: self.ping().status == 200,
+            "/ping",
+            timeout_s=LOAD_PATIENCE_S,
+            check_interval_s=0.1,
         )
 
-    def gauges_left(self, *, connections: int = 1, patience_s: float = 10.0) -> int:
-        """How many gauges of work are not back at 0, after so long at most.
+    def gauges_left(self, *, connections: int = 1, timeout_s: float = 10.0) -> int:
+        """Return how many gauges of work are not back at 0 after at most timeout_s.
 
-        connections: so many may be open besides; 1 is the one that asks.
+        connections: how many may be open; 1 is the one that asks.
         """
         left = -1
 
@@ -171,11 +176,11 @@ class Server:
             return left == 0
 
         with contextlib.suppress(ProbeError):
-            self.wait_until(none_left, "no work", patience_s=patience_s)
+            self.wait_until(none_left, "no work", timeout_s=timeout_s)
         return left
 
     def stop(self) -> None:
-        """SIGTERM, and SIGKILL where that does not end it."""
+        """Send SIGTERM, and SIGKILL if the server has not ended STOP_S later."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
@@ -192,9 +197,10 @@ class Server:
 def start(
     model: str, *options: str, program: str = "dreambooth", ready: bool = True
 ) -> Iterator[Server]:
-    """Run `python -m PROGRAM serve` with these options; stop it at the end.
+    """Run `python -m PROGRAM serve` with these options; stop it at the end of the block.
 
-    model: as `--model` takes it. ready: wait until /ping says so. ProbeError where it does not.
+    model: as `--model` takes it. ready: wait until /ping answers 200. Raises ProbeError if it does
+    not.
     """
     command = [sys.executable, "-m", program, "serve", "--model", model]
     command += ["--port", "0", "--host", HOST, *options]
@@ -211,7 +217,9 @@ def start(
 
 
 def _environment() -> dict[str, str]:
-    """Ours, and our package in front of the import path, whatever folder we are called in."""
+    """Return our environment with our package first on the import path, whatever the current
+    folder.
+    """
     root = str(Path(dreambooth.__file__).parents[1])
     others = os.environ.get("PYTHONPATH", "")
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in (root, others) if path)}

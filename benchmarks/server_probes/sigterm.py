@@ -1,4 +1,4 @@
-"""SIGTERM under load: what was accepted is drawn and sent, then all processes end."""
+"""Send SIGTERM under load: accepted requests are drawn and sent, then all processes end."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from benchmarks.server_probes.outcome import Figure, Outcome
 from benchmarks.server_probes.server import STOP_S, ProbeError, Reply, Server, start
 
 ACCEPTED: Final = 32
-NEWCOMERS: Final = 4  # clients that go on asking all the time
+NEWCOMERS: Final = 4  # clients that keep asking all the time
 MOST_STEPS: Final = 20
-WORK_S: Final = 8.0  # about so long would the accepted pictures take one by one; 25 s are allowed
+WORK_S: Final = 8.0  # about what the accepted pictures take one by one; 25 s are allowed
 
 
 @dataclass(slots=True, kw_only=True)
 class Seen:
-    """Over all rounds."""
+    """The observations of all rounds."""
 
     accepted: int = 0
     accepted_statuses: collections.Counter[int] = field(default_factory=collections.Counter)
@@ -39,7 +39,7 @@ class Seen:
 
 
 def run(model: str, *, rounds: int = 5, seed: int = 0) -> Outcome:
-    """Start a server and stop it under load, so many times."""
+    """Start a server and stop it under load, `rounds` times."""
     seen = Seen()
     for i in range(rounds):
         with start(model) as server:
@@ -48,7 +48,7 @@ def run(model: str, *, rounds: int = 5, seed: int = 0) -> Outcome:
 
 
 def outcome(seen: Seen, rounds: int) -> Outcome:
-    """The figures."""
+    """Return the figures with their bounds."""
     others = seen.accepted - seen.accepted_statuses[200]
     return Outcome(
         probe="sigterm",
@@ -81,7 +81,9 @@ def one_round(server: Server, generator: random.Random, seen: Seen) -> None:
     with ThreadPoolExecutor(ACCEPTED + NEWCOMERS) as clients:
         before = _taken(server)
         asked = [clients.submit(_draw, server, count) for count in steps]
-        server.wait_until(lambda: _taken(server) - before >= ACCEPTED, "requests", look_s=0.005)
+        server.wait_until(
+            lambda: _taken(server) - before >= ACCEPTED, "requests", check_interval_s=0.005
+        )
         coming = [clients.submit(_come, server, stop, newcomers) for _ in range(NEWCOMERS)]
         time.sleep(generator.uniform(0, 0.2))
         family = processes.descendants(server.pid)
@@ -107,12 +109,12 @@ def _affordable_steps(server: Server) -> int:
     alone = _draw(server, MOST_STEPS)
     if alone is None:
         raise ProbeError("The server did not answer before the signal.")
-    seconds_per_step = alone.seconds / MOST_STEPS
-    return max(2, min(MOST_STEPS, int(2 * WORK_S / ACCEPTED / seconds_per_step)))
+    seconds_per_call = alone.seconds / MOST_STEPS
+    return max(2, min(MOST_STEPS, int(2 * WORK_S / ACCEPTED / seconds_per_call)))
 
 
 def _taken(server: Server) -> float:
-    """How many requests the server has taken so far, answered or not."""
+    """Return how many requests the server has accepted: in progress, or answered with 200."""
     now = server.metrics()
     answered = now.get('requests_total{path="/invocations",status="200"}', 0.0)
     return now["requests_in_flight"] + answered
@@ -126,7 +128,7 @@ def _draw(server: Server, steps: int) -> Reply | None:
 
 
 def _come(server: Server, stop: threading.Event, newcomers: list[tuple[float, str]]) -> None:
-    """Ask again and again for one step, and note when each was sent and what came of it."""
+    """Send one-step requests again and again; note when each was sent and what came of it."""
     while not stop.wait(0.02):
         sent = time.monotonic()
         try:

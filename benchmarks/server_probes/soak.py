@@ -1,6 +1,6 @@
-"""Long work: memory must not grow with requests, files and threads not at all.
+"""Serve for a long time: memory must not grow with requests, nor files and threads at all.
 
-The same check is made of a server with a planted leak (`leaky_server`), and must catch it.
+The same check is made on a server with a planted leak (`leaky_server`), and must catch it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks.server_probes.server import JSON, JSON_JPEG, Server, start
 LEAKY: Final = "benchmarks.server_probes.leaky_server"
 SLOPE_MB: Final = 1.0  # per 1,000 requests
 CLIENTS: Final = 4
-# Samples before it are of a server whose caches, pools and threads still fill.
+# The share of samples that are left out, from a server whose caches, pools and threads still fill.
 WARM_UP_SHARE: Final = 0.3
 _KINDS: Final = (JSON, JSON_JPEG, "application/json;png", "image/webp")
 _SIDES: Final = (64, 32, 48)
@@ -29,7 +29,7 @@ _SIDES: Final = (64, 32, 48)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """How both processes stand while nothing is asked for."""
+    """The resources of both processes between requests, after `requests` requests in all."""
 
     requests: int
     server: Usage
@@ -38,7 +38,11 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Growth:
-    """What the samples after the warm-up say; files, threads: the most over the fewest."""
+    """The growth after the warm-up.
+
+    slope_mb: MB per 1,000 requests. files, threads: the fewest in the second half of the samples
+    less the most in the first, at least 0. otherwise: replies without status 200.
+    """
 
     requests: int
     slope_mb: float
@@ -48,12 +52,12 @@ class Growth:
 
     @property
     def leaks(self) -> bool:
-        """Whether anything grows."""
+        """Return whether memory grows faster than SLOPE_MB."""
         return self.slope_mb > SLOPE_MB
 
 
 def run(model: str, *, minutes: float) -> Outcome:
-    """So many minutes, and for the planted leak a tenth of them."""
+    """Soak a server for `minutes`, and one with a planted leak for a tenth of that."""
     with start(model) as server:
         sound = soak(server, seconds=60 * minutes)
         left = server.gauges_left()
@@ -63,7 +67,7 @@ def run(model: str, *, minutes: float) -> Outcome:
 
 
 def outcome(sound: Growth, leaky: Growth, gauges_left: int) -> Outcome:
-    """The figures."""
+    """Return the figures with their bounds."""
     return Outcome(
         probe="soak",
         figures=(
@@ -81,7 +85,7 @@ def outcome(sound: Growth, leaky: Growth, gauges_left: int) -> Outcome:
 
 
 def soak(server: Server, *, seconds: float, batch: int = 100) -> Growth:
-    """Ask for small pictures all the time, in 10 batches at least; look closely after each."""
+    """Request small pictures for `seconds`, in at least 10 batches, with a sample after each."""
     end, samples, otherwise = time.monotonic() + seconds, list[Sample](), 0
     numbers = itertools.count()
     with ThreadPoolExecutor(CLIENTS) as clients:
@@ -95,12 +99,14 @@ def soak(server: Server, *, seconds: float, batch: int = 100) -> Growth:
 
 
 def growth(samples: list[Sample], otherwise: int = 0) -> Growth:
-    """Least squares through the memory of both processes together, after the warm-up."""
+    """Return the growth after the warm-up; the slope is a least-squares fit to both processes'
+    memory.
+    """
     steady = samples[int(len(samples) * WARM_UP_SHARE) :]
     counts = np.array([sample.requests for sample in steady], np.float64)
     memory = [sample.server.rss_bytes + sample.engine.rss_bytes for sample in steady]
     slope = np.polyfit(counts, np.array(memory, np.float64), 1)[0]
-    # One reading may fall on a connection that is being closed: what lasts is the fewest.
+    # A single sample may count a connection that is being closed, so the fewest later ones count.
     half = len(steady) // 2
 
     def grown(field: str) -> int:

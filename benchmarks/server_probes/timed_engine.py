@@ -1,4 +1,4 @@
-"""The engine's process with a stop-watch around each request: one line per request on stderr."""
+"""Run the engine's process and time each request: one line per request on stderr."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ LINE: Final = "engine seconds"
 
 
 class _TimedEngine(Engine):
-    """From `submit` to the last picture, in the process itself; sending it counts no more."""
+    """An engine that logs the time from `submit` to a request's last picture."""
 
     def submit(self, *args: Any, **keywords: Any) -> DrawingJob:
-        """As the engine's own."""
+        """Submit as the engine does; log the time when the job is done."""
         begun = drawn = time.perf_counter()
         on_picture: OnPicture = keywords.pop("on_picture")
 

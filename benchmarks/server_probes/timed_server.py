@@ -1,4 +1,4 @@
-"""`dreambooth serve` with an engine that logs how long each request was in it (`timed_engine`)."""
+"""Run `dreambooth serve` with an engine that logs its time for each request (`timed_engine`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ENGINE = (sys.executable, "-P", "-m", "benchmarks.server_probes.timed_engine")
 
 
 class _TimedSupervisor(Supervisor):
-    """Starts the timed engine."""
+    """A supervisor that starts the timed engine."""
 
     def __init__(self, folder: Path, settings: ServeSettings) -> None:
         super().__init__(folder, settings, command=ENGINE)

@@ -1,1 +1,1 @@
-"""What `benchmark serving` is made of: traffic, ways to serve it, measuring and simulating."""
+"""The parts of `python -m benchmarks serving`: traffic, policies, measurements and a simulation."""

@@ -1,4 +1,4 @@
-"""Milliseconds of a U-Net call: plain, as a CUDA graph, with channels last, and both."""
+"""Time U-Net calls in four ways: plain, as a CUDA graph, with channels last, and with both."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Inputs = tuple[Tensor, Tensor, Tensor]  # latents, timesteps, encoder_hidden_sta
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
-    """One way to make the U-Net's calls: the options of `serve` that stand for it."""
+    """One way to make the U-Net's calls, given by the options of `serve` that select it."""
 
     name: str
     cuda_graphs: bool
@@ -33,7 +33,7 @@ EAGER: Final = Way(name="eager", cuda_graphs=False, channels_last=False)
 WAYS: Final = (
     EAGER,
     Way(name="graphs", cuda_graphs=True, channels_last=False),
-    # The networks stay so once they are: what comes before must be measured before.
+    # channels_last cannot be undone, so the ways without it are measured first.
     Way(name="channels_last", cuda_graphs=False, channels_last=True),
     Way(name="channels_last+graphs", cuda_graphs=True, channels_last=True),
 )
@@ -41,8 +41,10 @@ WAYS: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallFigure:
-    """ms: of one call of so many rows, the median of a few runs. largest_difference: of the
-    output from the eager way's, on inputs that were not timed; 0: the same bits.
+    """The time of a U-Net call of `rows` rows.
+
+    ms: the median of a few runs. largest_difference: of the output from the eager way's, on inputs
+    that were not timed; 0: the same bits.
     """
 
     rows: int
@@ -51,7 +53,9 @@ class CallFigure:
 
 
 def inputs(model: DiffusionModel, rows: int, *, seed: int) -> Inputs:
-    """Return a call's inputs at the model's own resolution, every row its own noise and step."""
+    """Return one call's inputs at the model's own resolution; every row has its own noise and
+    timestep.
+    """
     draw = torch.Generator("cpu").manual_seed(seed)
     cells = model.resolution // model.vae_scale_factor
     noise = torch.randn((rows, model.latent_channels, cells, cells), generator=draw)
@@ -65,7 +69,7 @@ def inputs(model: DiffusionModel, rows: int, *, seed: int) -> Inputs:
 
 @torch.inference_mode()
 def outputs(model: DiffusionModel) -> dict[int, Tensor]:
-    """Return what the U-Net makes of one set of inputs for each row count, float32 on the CPU."""
+    """Return the U-Net's outputs for one set of inputs per row count, float32 on the CPU."""
     return {rows: _call(model.unet, inputs(model, rows, seed=1)).float().cpu() for rows in ROWS}
 
 
@@ -73,7 +77,7 @@ def outputs(model: DiffusionModel) -> dict[int, Tensor]:
 def time_calls(
     model: DiffusionModel, eager: Mapping[int, Tensor], *, calls: int
 ) -> list[CallFigure]:
-    """Time runs of `calls` calls for each row count. eager: the eager way's `outputs`."""
+    """Time runs of `calls` calls for each row count; eager: the `outputs` of the eager way."""
     figures = []
     for rows in ROWS:
         given = inputs(model, rows, seed=0)
@@ -93,13 +97,13 @@ def time_calls(
 
 @torch.inference_mode()
 def record(model: DiffusionModel, most_rows: int) -> None:
-    """Make a call of every row count up to the most, so that each graph there will be is there."""
+    """Make a call of every row count up to most_rows, so that every CUDA graph is captured."""
     for rows in range(1, most_rows + 1):
         _call(model.unet, inputs(model, rows, seed=0))
 
 
 def wait(device: torch.device) -> None:
-    """Return when the device has finished everything."""
+    """Wait until the device has finished everything."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

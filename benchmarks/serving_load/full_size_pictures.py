@@ -1,4 +1,7 @@
-"""Pictures of the real engine, by each way to make its U-Net calls, and of diffusers' pipeline."""
+"""Time pictures of the real engine and of diffusers' pipeline.
+
+The engine is timed with each way of making its U-Net calls.
+"""
 
 from __future__ import annotations
 
@@ -33,16 +36,17 @@ _GUIDANCE_SCALE = 7.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effort:
-    """How much is measured.
+    """The size of a run.
 
-    calls: in each run of U-Net calls. steps: of a picture. alone: pictures drawn one after
-    another. crowd: pictures drawn 8 at once. redrawn: exact pictures, calls of batch_rows rows.
+    calls: in each run of U-Net calls. steps: of a picture. alone: pictures drawn one after another.
+    burst: pictures drawn 8 at once. redrawn: pictures compared in exact mode, in calls of
+    batch_rows rows.
     """
 
     calls: int
     steps: int
     alone: int
-    crowd: int
+    burst: int
     redrawn: int
     batch_rows: int
     warm_up_budget_s: float
@@ -50,7 +54,7 @@ class Effort:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peak:
-    """Bytes of the GPU: the most that torch held, and what all of it was in use at the end."""
+    """GPU memory in bytes: torch's peaks, and the whole GPU's use at the end (`in_use`)."""
 
     allocated: int
     reserved: int
@@ -59,17 +63,19 @@ class Peak:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WayFigures:
-    """One way. picture_s: one guided picture from request to pixels. rows: the most that the
-    engine's calls had. exact: pictures drawn again in traffic in exact mode. graphs: how many are
-    held at the end, those of every row count up to the most among them; where a way with graphs
-    holds none, it was given up, and the log says why. peak: None on a CPU.
+    """The figures of one way of making U-Net calls.
+
+    picture_s: one guided picture from request to pixels. rows: the most that the engine's calls
+    had. exact: pictures drawn again in traffic in exact mode. graphs: how many CUDA graphs exist at
+    the end, among them one for every row count up to the engine's max_rows; 0 for a way with graphs
+    means that they were given up, and the log says why. peak: None on a CPU.
     """
 
     way: str
     calls: list[CallFigure]
     picture_s: float
     alone_per_s: float
-    crowd_per_s: float
+    burst_per_s: float
     rows: int
     exact: Agreement
     graphs: int
@@ -78,7 +84,10 @@ class WayFigures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FullSize:
-    """peer_picture_s: of diffusers' StableDiffusionPipeline with the same networks, eager."""
+    """The figures of all ways.
+
+    peer_picture_s: of diffusers' StableDiffusionPipeline with the same networks, eager.
+    """
 
     dtype: str
     pixels: int
@@ -89,7 +98,7 @@ class FullSize:
 def measure(
     folder: Path, device: torch.device, effort: Effort, *, say: Callable[[str], None]
 ) -> FullSize:
-    """Measure every way that the device has; say(what) hears what is being measured."""
+    """Measure every way that the device supports; say(what): called with what is measured next."""
     model = models.load(folder, device=device, dtype=dtype_for("auto", device))
     say("diffusers' pipeline")
     peer_picture_s = _peer_picture_s(model, effort)
@@ -115,7 +124,7 @@ def _measure_way(
     device = model.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    model = dataclasses.replace(model)  # its U-Net may be replaced
+    model = dataclasses.replace(model)  # a copy, because its U-Net may be replaced
     served_unet.prepare(model, cuda_graphs=way.cuda_graphs, channels_last=way.channels_last)
     calls = full_size_calls.time_calls(model, eager, calls=effort.calls)
     settings = EngineSettings(warm_up_budget_s=effort.warm_up_budget_s)
@@ -125,7 +134,7 @@ def _measure_way(
         rows = engine.start().rows
         _pictures_s(engine, effort, pictures=1, at_once=1)
         times = [_pictures_s(engine, effort, pictures=1, at_once=1) for _ in range(effort.alone)]
-        crowd_s = _pictures_s(engine, effort, pictures=effort.crowd, at_once=AT_ONCE)
+        burst_s = _pictures_s(engine, effort, pictures=effort.burst, at_once=AT_ONCE)
     exact = EngineSettings(batch_rows=effort.batch_rows, warm_up_budget_s=0.0)
     with Engine(model, settings=exact) as engine:
         engine.start()
@@ -135,7 +144,7 @@ def _measure_way(
         calls=calls,
         picture_s=statistics.median(times),
         alone_per_s=effort.alone / sum(times),
-        crowd_per_s=effort.crowd / crowd_s,
+        burst_per_s=effort.burst / burst_s,
         rows=rows,
         exact=agreement,
         graphs=len(model.unet.graphs) if isinstance(model.unet, GraphedUNet) else 0,
@@ -144,7 +153,9 @@ def _measure_way(
 
 
 def _pictures_s(engine: Engine, effort: Effort, *, pictures: int, at_once: int) -> float:
-    """Seconds for so many pictures, each asked for by one of `at_once` clients in turn."""
+    """Return the seconds for `pictures` pictures, requested by `at_once` clients one at a time
+    each.
+    """
 
     def draw(seed: int) -> None:
         request = SamplingRequest(
@@ -183,7 +194,7 @@ def _peer_picture_s(model: DiffusionModel, effort: Effort) -> float:
             num_inference_steps=effort.steps,
             guidance_scale=_GUIDANCE_SCALE,
             generator=torch.Generator("cpu").manual_seed(seed),
-            output_type="np",  # on the CPU when it returns
+            output_type="np",  # the picture is on the CPU when it returns
         )
         times.append(time.perf_counter() - began)
     return statistics.median(times[1:])

@@ -1,7 +1,7 @@
-"""`benchmark serving --full_size`: what a GPU makes of full-size calls and pictures, in one run.
+"""Measure full-size U-Net calls and pictures: `python -m benchmarks serving --full_size`.
 
-On CUDA the configuration of Stable Diffusion 2.1 base with random weights, in half precision at
-512 x 512; without a GPU the same code on the embedded model, without graphs.
+On CUDA the model has the configuration of Stable Diffusion 2.1 base and random weights, in half
+precision at 512 x 512. Without a GPU the same code runs on the embedded model, without graphs.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from benchmarks.serving_load.full_size_pictures import AT_ONCE, Effort, FullSize
 from dreambooth import tiny
 
 _FULL = Effort(
-    calls=20, steps=20, alone=5, crowd=40, redrawn=40, batch_rows=8, warm_up_budget_s=10.0
+    calls=20, steps=20, alone=5, burst=40, redrawn=40, batch_rows=8, warm_up_budget_s=10.0
 )
-_QUICK = Effort(calls=2, steps=2, alone=2, crowd=8, redrawn=4, batch_rows=4, warm_up_budget_s=0.5)
+_QUICK = Effort(calls=2, steps=2, alone=2, burst=8, redrawn=4, batch_rows=4, warm_up_budget_s=0.5)
 _GIB = 2**30
 
 
 def run(model: str, *, quick: bool) -> int:
-    """Measure, print the tables and the JSON line; 1 where an exact picture or a graph is lost.
+    """Measure, print the tables and the JSON line; return the exit code.
 
-    model: a folder, or `tiny` for what the device is to be measured with.
+    1: an exact picture changed, or CUDA graphs were given up. model: a folder, or `tiny` for the
+    device's default model.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     effort = _QUICK if quick else _FULL
@@ -57,7 +58,7 @@ def run(model: str, *, quick: bool) -> int:
 
 
 def show(found: FullSize, effort: Effort, machine: Mapping[str, object]) -> None:
-    """Print the tables; ways that were not measured say why."""
+    """Print the tables; the cells of a way that was not measured say why."""
     ways = {each.way: each for each in found.ways}
     print(f"{provenance.in_words(machine)}; {found.dtype}, {found.pixels} x {found.pixels} pixels")
     print(f"\nmilliseconds of a U-Net call\n{'rows':>4}{_cells([way.name for way in WAYS])}")
@@ -99,14 +100,14 @@ def _picture_cells(figures: WayFigures | None, peer_picture_s: float) -> str:
     exact = f"{figures.exact.bytes_differing} in {figures.exact.pictures}"
     return (
         f"{figures.picture_s:>9.3f}{peer_picture_s / figures.picture_s:>13.2f}"
-        f"{figures.alone_per_s:>9.2f}{figures.crowd_per_s:>14.2f}"
-        f"{figures.crowd_per_s / figures.alone_per_s:>6.2f}{figures.rows:>6}{exact:>22}"
+        f"{figures.alone_per_s:>9.2f}{figures.burst_per_s:>14.2f}"
+        f"{figures.burst_per_s / figures.alone_per_s:>6.2f}{figures.rows:>6}{exact:>22}"
         f"{'given up' if _given_up(figures) else figures.graphs:>8}{memory:>18}"
     )
 
 
 def _given_up(figures: WayFigures) -> bool:
-    """Whether these are not the figures of CUDA graphs, though they were to be."""
+    """Return whether a way with CUDA graphs ended without any."""
     wanted = {way.name for way in WAYS if way.cuda_graphs}
     return figures.way in wanted and not figures.graphs
 

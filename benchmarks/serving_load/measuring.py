@@ -1,4 +1,4 @@
-"""Serving measured on the real engine, in one process: every policy, load and check in one run."""
+"""Measure serving on the real engine, in one process: every policy, load and check."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ from dreambooth.serving.engine.warm_up import WarmUp
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scale:
-    """How much is measured.
+    """The size of a run.
 
     seconds: of arrivals, per load and policy. steps: the numbers of steps that requests ask for.
-    redrawn: pictures in exact mode, whose calls have batch_rows rows. overhead_steps: calls.
+    redrawn: pictures drawn again in each mode (in bf16 a quarter of them); exact calls have
+    batch_rows rows. overhead_steps: U-Net calls for the engine's own time.
     """
 
     seconds: float
@@ -49,7 +50,10 @@ class Scale:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loads:
-    """The three policies under every load. serial_per_s: pictures, the load that is called 1."""
+    """The figures of the three policies under every load.
+
+    serial_per_s: pictures per second of the serial policy, which is load 1.
+    """
 
     warm_up: WarmUp
     serial_per_s: float
@@ -58,7 +62,10 @@ class Loads:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overhead:
-    """The engine's own milliseconds per step. pictures: all guided (two rows each), or none."""
+    """The engine's own milliseconds per step at `rows` rows.
+
+    guided_ms: all pictures guided, two rows each; None for one row. unguided_ms: none guided.
+    """
 
     rows: int
     guided_ms: float | None
@@ -73,9 +80,9 @@ def measure_loads(
     seed: int,
     say: Callable[[str], None],
 ) -> Loads:
-    """Measure serial capacity, then serve the same trace of arrivals by each policy.
+    """Measure the serial capacity, then serve the same trace of arrivals by each policy.
 
-    say(what) hears what is being measured.
+    say(what): called with what is measured next.
     """
     model = load_model(folder, device=device, dtype=dtype_for("auto", device))
     settings = EngineSettings(warm_up_budget_s=scale.warm_up_budget_s)
@@ -85,7 +92,7 @@ def measure_loads(
         alone = [
             Arrival(seconds=0.0, request=request) for request in traffic.every_kind(scale.steps)
         ]
-        for run in runs.values():  # what is built at first is built now
+        for run in runs.values():  # whatever the first calls build is built now
             run(alone[:2])
         serial_per_s = len(alone) / max(runs[SERIAL](alone))
         found: list[Figures] = []
@@ -100,7 +107,7 @@ def measure_loads(
 
 
 def measure_overhead(folder: Path, device: torch.device, scale: Scale) -> list[Overhead]:
-    """Measure the engine's own time per step for 1, 2, 4 and 8 rows."""
+    """Measure the engine's own time per step for calls of 1, 2, 4 and 8 rows."""
     model = load_model(folder, device=device, dtype=dtype_for("auto", device))
 
     def ms(rows: int, *, guided: bool) -> float:
@@ -119,9 +126,9 @@ def measure_overhead(folder: Path, device: torch.device, scale: Scale) -> list[O
 def measure_agreement(
     folder: Path, device: torch.device, scale: Scale, *, seed: int
 ) -> dict[str, Agreement]:
-    """Draw pictures alone and again in traffic: in exact mode, elastically, and in half precision.
+    """Draw pictures alone and again in traffic: exactly, elastically, and elastically in bf16.
 
-    Half precision is bf16; of it a quarter as many pictures.
+    In bf16 a quarter as many pictures are drawn.
     """
     found: dict[str, Agreement] = {}
     for mode, precision, batch_rows, pictures in (
@@ -140,9 +147,10 @@ def measure_agreement(
 def _policies(
     engine: Engine, model: DiffusionModel, rows: int
 ) -> dict[str, Callable[[Sequence[Arrival]], list[float]]]:
-    """The ways to serve arrivals, by name.
+    """Return the ways to serve arrivals, by name.
 
-    Whole requests go through `sampling.generate`; prompts are encoded once, as the engine does.
+    The request-level way draws with `sampling.generate`; its prompts are encoded once, as the
+    engine does.
     """
     strings = ("", *traffic.PROMPTS)
     text = {string: encode_text(model, tokenize(model, [string])) for string in strings}

@@ -1,4 +1,4 @@
-"""What the engine itself costs per step: the time between calls of a U-Net that takes none."""
+"""Measure the engine's own time per step: the time between calls of a U-Net that does nothing."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.diffusion.sampling_request import SamplingRequest
 from dreambooth.serving.engine.engine import Engine, EngineSettings
 
-CELLS = 64  # of a latent's side: Stable Diffusion at 512 x 512
+CELLS = 64  # per side of a latent: Stable Diffusion at 512 x 512
 ROWS = (1, 2, 4, 8)
 _STEPS = 900  # more than are measured
 
 
 class NoUNet(torch.nn.Module):
-    """Gives its input back, and remembers when it was called with how many rows."""
+    """A stand-in U-Net that returns its input and notes when it was called, with how many rows."""
 
     def __init__(self, like: Any) -> None:
-        """Be on the device and of the dtype of the U-Net `like`."""
+        """Take the device and the dtype of the U-Net `like`."""
         super().__init__()
         first = next(iter(like.parameters()))
         self.nothing = torch.nn.Parameter(first.new_zeros(1), requires_grad=False)
@@ -32,19 +32,20 @@ class NoUNet(torch.nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what comes in and goes out."""
+        """Return the dtype of inputs and outputs."""
         return self.nothing.dtype
 
     def forward(self, sample: Tensor, *_: Any, **__: Any) -> tuple[Tensor]:
-        """[R, C, h, w] in, the same out."""
+        """Return sample [R,C,h,w] unchanged."""
         self.calls.append((time.perf_counter(), len(sample)))
         return (sample,)
 
 
 def measure(model: DiffusionModel, *, rows: int, guided: bool, steps: int) -> float:
-    """Return the milliseconds from call to call, the median of `steps` of them.
+    """Return the milliseconds from one U-Net call to the next, the median of `steps` of them.
 
-    All `rows` run already: noise schedulers, guidance, gathering, locks; nobody joins or leaves.
+    All `rows` are running already, and no picture joins or leaves: what is timed is noise
+    schedulers, guidance, gathering and locks.
     """
     unet = NoUNet(model.unet)
     engine = Engine(

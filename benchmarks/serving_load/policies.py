@@ -1,7 +1,6 @@
-"""Three ways to serve a trace of arrivals: serially, by whole requests, step by step.
+"""Serve a trace of arrivals in three ways: serially, by whole requests, and step by step.
 
-What takes requests from a queue, whole batch after whole batch, is the same code for real and for
-simulated time.
+The code that takes whole batches from a queue is the same for real and for simulated time.
 """
 
 from __future__ import annotations
@@ -13,64 +12,65 @@ from typing import TYPE_CHECKING, Any, Protocol
 from benchmarks.serving_load.traffic import Arrival
 from dreambooth.diffusion.sampling_request import SamplingRequest
 
-if TYPE_CHECKING:  # torch comes with it, and a simulation needs none
+if TYPE_CHECKING:  # these load torch, and a simulation needs none
     from dreambooth.serving.engine.drawing_jobs import DrawingJob
     from dreambooth.serving.engine.engine import Engine
 
 SERIAL, REQUEST_LEVEL, STEP_LEVEL = "serial", "request-level", "step-level"
 
-# Which of the waiting requests (oldest first) are drawn next, by their places: the first at least.
+# Returns which of the waiting requests (oldest first) are drawn next, as indices, 0 among them.
 Choose = Callable[[Sequence[SamplingRequest]], list[int]]
-# Draws requests together; yields as each is done, in their order.
+# Draws requests together and yields in their order, each time one is done.
 Draw = Callable[[Sequence[SamplingRequest]], Iterable[Any]]
 
 
 class Clock(Protocol):
-    """Seconds since the start of a run."""
+    """A clock that counts seconds from the start of a run."""
 
     def now(self) -> float: ...  # noqa: D102
     def wait_until(self, moment: float) -> None: ...  # noqa: D102
 
 
 class WallClock:
-    """Real time."""
+    """A clock of real time."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
 
     def now(self) -> float:
-        """Seconds since this clock was made."""
+        """Return the seconds since this clock was made."""
         return time.perf_counter() - self._began
 
     def wait_until(self, moment: float) -> None:
-        """Sleep, unless the moment is over."""
+        """Sleep until `moment`, unless it has passed."""
         time.sleep(max(0.0, moment - self.now()))
 
 
 class VirtualClock:
-    """Time that passes when somebody says so."""
+    """A clock that moves only when it is set forward."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
     def now(self) -> float:
-        """Seconds since this clock was made."""
+        """Return the seconds since this clock was made."""
         return self.seconds
 
     def wait_until(self, moment: float) -> None:
-        """Jump ahead, unless the moment is over."""
+        """Jump ahead to `moment`, unless it has passed."""
         self.seconds = max(self.seconds, moment)
 
 
 def oldest(waiting: Sequence[SamplingRequest]) -> list[int]:
-    """One at a time, in order."""
+    """Choose the oldest request alone."""
     return [0]
 
 
 def alike(most_rows: int) -> Choose:
-    """The oldest request and all that wait with equal steps, guidance and size, as peers do.
+    """Choose the oldest request and those that wait with equal steps, guidance, eta and size.
 
-    As many as have `most_rows` U-Net rows. Nobody is waited for: a free device takes what is there.
+    Other servers do the same. At most `most_rows` U-Net rows are chosen, but at least one request.
+    A free device takes what is there and does not wait for more.
     """
 
     def key(request: SamplingRequest) -> tuple[object, ...]:
@@ -91,7 +91,7 @@ def alike(most_rows: int) -> Choose:
 def batch_by_batch(
     arrivals: Sequence[Arrival], choose: Choose, draw: Draw, clock: Clock
 ) -> list[float]:
-    """Draw whole batches, one after another; return when each arrival's picture was done."""
+    """Draw whole batches one after another; return when each arrival's picture was done."""
     finished = [0.0] * len(arrivals)
     waiting: list[int] = []
     come = 0
@@ -113,7 +113,7 @@ def batch_by_batch(
 
 
 def step_by_step(engine: Engine, arrivals: Sequence[Arrival]) -> list[float]:
-    """Hand every request to the engine as it comes; return when each picture was done."""
+    """Submit every request to the engine as it arrives; return when each picture was done."""
     finished = [0.0] * len(arrivals)
     clock = WallClock()
 

@@ -1,4 +1,4 @@
-"""Pictures drawn alone and once more in random traffic: what differs."""
+"""Compare pictures drawn alone with the same pictures drawn again in random traffic."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ MOST_STEPS = 6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreement:
-    """bytes_differing: of all pictures together. largest_difference: of one byte, 0..255.
+    """The differences between pictures drawn alone and in traffic.
 
-    not_exact: pictures whose reply would say that exactness was lifted.
+    bytes_differing: in all pictures together. largest_difference: of one byte, 0..255. not_exact:
+    pictures whose reply would say that exactness was lifted.
     """
 
     pictures: int
@@ -31,7 +32,7 @@ class Agreement:
 
 
 def compare(engine: Engine, *, pictures: int, seed: int) -> Agreement:
-    """Draw pictures one by one, then all again in another order, in company, at random moments."""
+    """Draw pictures one by one, then again in random order, several at once, at random moments."""
     draw = random.Random(seed)
     requests = [_request(draw, engine.facts.resolution, engine.facts.unit) for _ in range(pictures)]
     began = time.perf_counter()
@@ -51,7 +52,7 @@ def compare(engine: Engine, *, pictures: int, seed: int) -> Agreement:
 
 
 def _request(draw: random.Random, resolution: int, unit: int) -> SamplingRequest:
-    """A picture of the model's own size, or of a narrower one."""
+    """Return a random request for a picture of the model's own size or of a narrower one."""
     narrow = max(unit, resolution * 3 // 4 // unit * unit)
     return SamplingRequest(
         prompt=draw.choice(PROMPTS),
@@ -66,7 +67,10 @@ def _request(draw: random.Random, resolution: int, unit: int) -> SamplingRequest
 def _in_traffic(
     engine: Engine, requests: Sequence[SamplingRequest], draw: random.Random, pause_s: float
 ) -> list[Picture]:
-    """Submit one to three pictures at a time; pause_s: about what a picture takes alone."""
+    """Submit one to three pictures at a time; return them in the order of `requests`.
+
+    pause_s: about the time that one picture takes alone.
+    """
     order = draw.sample(range(len(requests)), len(requests))
     jobs = []
     while order:

@@ -1,8 +1,8 @@
-"""What step-level batching should gain on GPUs that nobody had at hand: a simulation without torch.
+"""Simulate, without torch, what step-level batching should gain on GPUs that were not available.
 
-Time is counted, not spent; who joins which call is decided by the engine's own lines
-(`serving.engine.batch_queue`), and how many rows pay by those of its warm-up
-(`serving.engine.warm_up`). A call takes what published figures of a card say.
+Time is counted, not spent. The engine's own code decides which picture joins which call
+(`serving.engine.batch_queue`) and how many rows pay (`serving.engine.warm_up`). The time of a call
+comes from published figures of a card.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ from dreambooth.diffusion.sampling_request import SamplingRequest
 from dreambooth.serving.engine import warm_up
 from dreambooth.serving.engine.batch_queue import DECODING_SHARE, BatchQueue
 
-MOST_ROWS = 16  # of a call, as EngineSettings has it
-# Operations of decoding a picture of 512 x 512 (2.515e12), in guided U-Net calls of one (1.608e12).
+MOST_ROWS = 16  # of a call, as in EngineSettings
+# Decoding a picture of 512 x 512 (2.515e12 operations) / a guided U-Net call of one (1.608e12).
 _DECODE_PICTURES = 1.56
-_DECODE_PARTS = 18  # layers of its decoder, taken as equal
+_DECODE_PARTS = 18  # the decoder's layers, taken to be equally long
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
-    """How long a device takes: fixed_ms + picture_ms for every guided picture (two rows) of a call.
+    """A GPU on which a call takes fixed_ms + picture_ms for every guided picture (two rows) in it.
 
-    source: where the two numbers are from. Decoding is as quick as the U-Net per operation.
+    source: where the two numbers are from. Decoding is taken to be as fast as the U-Net per
+    operation.
     """
 
     name: str
@@ -46,16 +47,16 @@ class Card:
     source: str
 
     def call_s(self, rows: int) -> float:
-        """Seconds of a U-Net call of so many rows, Stable Diffusion at 512 x 512."""
+        """Return the seconds of a U-Net call of `rows` rows, Stable Diffusion at 512 x 512."""
         return (self.fixed_ms + self.picture_ms * rows / 2) / 1000
 
     @property
     def decode_s(self) -> float:
-        """Seconds of decoding one picture."""
+        """Return the seconds of decoding one picture."""
         return (self.fixed_ms + _DECODE_PICTURES * self.picture_ms) / 1000
 
     def rows(self) -> int:
-        """How many rows the engine's warm-up would allow here."""
+        """Return how many rows per call the engine's warm-up would allow on this card."""
         clock = VirtualClock()
 
         def call(rows: int) -> None:
@@ -76,16 +77,17 @@ CARDS = (
 
 @dataclass(slots=True, eq=False)
 class Company:
-    """What `turns` asks of a job: no limit of its own."""
+    """The job of a picture as `BatchQueue` reads it; it sets no limit of its own."""
 
     most_pictures: int | None = None
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Seat:
-    """A picture as `serving.batch_queue` sees one.
+    """A picture as `serving.engine.batch_queue` sees it.
 
-    calls_left: U-Net calls to come. parts_left: of its decoding, thereafter.
+    calls_left: U-Net calls still to come. parts_left: parts of its decoding still to come after
+    them.
     """
 
     number: int
@@ -99,8 +101,10 @@ class Seat:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CardResult:
-    """A card's figures. gain: pictures per second of step-level batching under more load than it
-    can serve, by those of the serial way; request_level_gain likewise.
+    """The figures of one card.
+
+    gain: pictures per second of step-level batching / those of the serial way, under more load than
+    the card can serve. request_level_gain: likewise.
     """
 
     card: Card
@@ -121,10 +125,11 @@ def step_level(
     decode_parts: int = _DECODE_PARTS,
     on_call: Callable[[list[int]], None] | None = None,
 ) -> list[float]:
-    """Simulate the engine's turns; return when each arrival's picture was done.
+    """Simulate the engine's loop; return when each arrival's picture was done.
 
-    more_calls: what the noise scheduler walks besides num_inference_steps (PNDM: 1). decode_parts:
-    between which decoding may pause. on_call hears the arrivals' numbers of every U-Net call.
+    more_calls: U-Net calls that the noise scheduler makes besides num_inference_steps (PNDM: 1).
+    decode_parts: the parts between which decoding may pause. on_call: called with the arrivals'
+    numbers of every U-Net call.
     """
     batch_queue: BatchQueue[Seat] = BatchQueue(lambda _: most_rows)
     undecoded: deque[Seat] = deque()
@@ -185,7 +190,7 @@ def policies(arrivals: Sequence[Arrival], card: Card, rows: int) -> dict[str, li
 
 
 def simulate(card: Card, *, pictures: int, seed: int) -> CardResult:
-    """Serve so many pictures per load by every policy, and once more all at the same moment."""
+    """Serve `pictures` pictures per load by every policy, and once more all at the same moment."""
     rows = card.rows()
     alone = _at_once(traffic.every_kind(traffic.STEPS))
     serial_per_s = len(alone) / max(batches(alone, card, oldest))

@@ -1,4 +1,4 @@
-"""Seeded traffic for the serving benchmark, and the figures that it ends in."""
+"""Seeded traffic for the serving benchmark, and the figures that sum up a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROMPTS = ("a photo of a dog", "a cat on the beach", "a dog in the snow", "a ske
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arrival:
-    """A request for one picture, so many seconds after the start."""
+    """A request for one picture, `seconds` after the start."""
 
     seconds: float
     request: SamplingRequest
@@ -26,11 +26,11 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """What one policy made of one trace of arrivals.
+    """The figures of one policy for one trace of arrivals.
 
-    load: of serial capacity. pXX_s: percentiles (nearest rank) of the seconds from a picture's
-    arrival, whether or not anybody was free to take it, to its end. throughput_per_s: pictures by
-    the time when the last was done.
+    load: as a share of serial capacity. pXX_s: percentiles (nearest rank) of the seconds from a
+    picture's arrival to its end, the wait for a free device included. throughput_per_s: pictures
+    divided by the time when the last was done.
     """
 
     load: float
@@ -57,7 +57,7 @@ def every_kind(steps: Sequence[int]) -> list[SamplingRequest]:
 
 
 def poisson(per_s: float, count: int, *, steps: Sequence[int], seed: int) -> list[Arrival]:
-    """Return `count` requests that come at random, `per_s` in a second; one seed, one trace."""
+    """Return `count` requests at random times, `per_s` per second; the seed fixes them."""
     draw = random.Random(seed)
     seconds, arrivals = 0.0, []
     for _ in range(count):
@@ -96,7 +96,7 @@ def figures(
 
 
 def table(rows: Sequence[Figures]) -> str:
-    """Show figures, a line each."""
+    """Return the figures as a table, a line each."""
     lines = [
         f"{'load':>5} {'policy':<14}{'pictures':>9}{'per s':>9}{'p50 s':>9}{'p95 s':>9}{'p99 s':>9}"
     ]

@@ -1,1 +1,1 @@
-"""The parts of `dreambooth benchmark train`; `levers` holds what its fast step should gain."""
+"""The parts of `python -m benchmarks train`; `levers` states what the fast step should gain."""

@@ -1,7 +1,7 @@
-"""In the watched process: run a script as `python SCRIPT` does, then write what memory it took.
+"""Run a script as `python SCRIPT` does, inside the measured process, then write its memory figures.
 
-`python -m benchmarks.train_step.child MEMORY_FILE CONDITIONS SCRIPT [ARGUMENT ...]`;
-CONDITIONS: a JSON object, the fields of `conditions.Conditions`.
+The command is `python -m benchmarks.train_step.child MEMORY_FILE CONDITIONS SCRIPT [ARGUMENT ...]`.
+CONDITIONS is a JSON object with the fields of `conditions.Conditions`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks.train_step.conditions import Conditions
 
 
 def main(argv: Sequence[str]) -> None:
-    """Raises what the script raises."""
+    """Run the script that `argv` names. Raises what the script raises."""
     memory_file, given, script, *arguments = argv
     conditions = Conditions(**json.loads(given))
     if conditions != Conditions(stand_in=conditions.stand_in):
@@ -45,10 +45,12 @@ def _stand_in_for_torchvision() -> None:
 
     from benchmarks.train_step import transforms_stand_in
 
-    # transformers asks once and keeps the answer: it must not take the stand-in for the real one.
+    # transformers checks once and keeps the answer; it must not find the stand-in.
     is_torchvision_available()
     torchvision = ModuleType("torchvision")
-    torchvision.__spec__ = ModuleSpec("torchvision", None)  # libraries ask for it by `find_spec`
+    torchvision.__spec__ = ModuleSpec(
+        "torchvision", None
+    )  # read by libraries that call `find_spec`
     torchvision.transforms = transforms_stand_in  # type: ignore[attr-defined]
     sys.modules["torchvision"] = torchvision
     sys.modules["torchvision.transforms"] = transforms_stand_in

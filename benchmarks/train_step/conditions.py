@@ -1,4 +1,4 @@
-"""What a watched process is held to: a share of the GPU's memory, a T4's attention kernels."""
+"""Limit a measured process to a share of the GPU's memory and to a T4's attention kernels."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from dataclasses import dataclass
 from types import ModuleType
 
 GIB = 2**30
-T4_MEMORY_GIB = 13.0  # of its 14.6; CUDA's context and the libraries take the rest
+T4_MEMORY_GIB = 13.0  # of 14.6; the rest is for CUDA's context and the libraries
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conditions:
-    """memory_gib: all that torch may reserve on the GPU; the context and libraries come on top.
+    """The restrictions under which a script is measured.
 
-    as_t4: scaled dot product attention without its flash and cuDNN kernels, which a T4 has not;
-    that a T4 computes in fp16 is said to the script. stand_in: `torchvision.transforms` is ours.
+    memory_gib: all that torch may reserve on the GPU; the context and libraries come on top.
+    as_t4: scaled dot product attention without flash and cuDNN kernels, which a T4 does not have;
+    its fp16 is set by the script's own options. stand_in: replace `torchvision.transforms` by
+    transforms_stand_in.py.
     """
 
     memory_gib: float | None = None
@@ -22,9 +24,9 @@ class Conditions:
     stand_in: bool = False
 
     def impose(self, torch: ModuleType) -> None:
-        """Hold this process to them; call before anything is allocated.
+        """Apply memory_gib and as_t4 to this process; call it before anything is allocated.
 
-        Raises RuntimeError where memory is to be capped and there is no GPU.
+        Raises RuntimeError if memory is to be capped and there is no GPU.
         """
         if self.as_t4:
             torch.backends.cuda.enable_flash_sdp(False)

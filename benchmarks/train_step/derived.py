@@ -1,10 +1,11 @@
-"""What a step would take on cards that nobody has run it on: derived from counts, not measured.
+"""Derive from counts how long a step takes on cards on which nobody has measured it.
 
 Every operation of the full-size U-Net's forward and backward pass is counted (on tensors without
-memory): its FLOPs, the bytes that it reads and writes, and that it is one launch. An operation
-takes the longest of FLOPs / peak, bytes / bandwidth and one launch; the optimizer its bytes /
-bandwidth. Nothing overlaps, no kernel is fused and none is faster or slower than its card's figures
-(a T4 that is held at 70 W reaches about half of its peak: both are shown).
+memory): its FLOPs, the bytes that it reads and writes, and one kernel launch. An operation takes
+the longer of FLOPs / peak and bytes / bandwidth, the optimizer takes its bytes / bandwidth, and a
+step takes the longer of all these and all launches. Nothing else overlaps, no kernel is fused, and
+every kernel reaches its card's figures. A T4 limited to 70 W reaches about half of its peak, so
+times at the peak and at an estimated sustained rate are both shown.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from benchmarks.train_step.work import Peak
 from dreambooth.settings.hyperparameters import MEMORY_PLANS
 
 LAUNCH_S = 8e-6
-"""Of Python and torch, per operation, on a cloud machine's core."""
+"""The time that Python and torch need per operation on a cloud machine's core."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
-    """A card's figures; sustained_flop_per_s: what it is estimated to hold; goal_s: per step."""
+    """A card; sustained_flop_per_s: what it is estimated to sustain; goal_s: per step."""
 
     name: str
     peak: Peak
@@ -65,7 +66,7 @@ CARDS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operation:
-    """One launch: floating-point operations, bytes read and written."""
+    """One kernel launch: its floating-point operations, and the bytes read and written."""
 
     flops: int
     bytes: int
@@ -73,7 +74,7 @@ class Operation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """Of one forward and backward pass."""
+    """The totals of one forward and backward pass."""
 
     flops: int
     bytes: int
@@ -82,11 +83,11 @@ class Counts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Derived:
-    """Seconds of one step with prior preservation on a card, by nobody measured.
+    """The derived seconds of one step with prior preservation on a card.
 
-    weights: what the U-Net computes with: autocast of fp32 ones, or half. gpu_s, sustained_s: U-Net
-    and optimizer at the card's peak, and at what it is estimated to hold. launch_s: of launching
-    alone, below which a step cannot come without CUDA graphs.
+    weights: "autocast" (fp32 weights, cast when used) or "half". gpu_s, sustained_s: U-Net and
+    optimizer at the card's peak, and at the rate that it is estimated to sustain. launch_s: the
+    launches alone; without CUDA graphs no step is shorter.
     """
 
     card: str
@@ -99,12 +100,12 @@ class Derived:
 
     @property
     def step_s(self) -> float:
-        """The longer of computing and launching, at what the card is estimated to hold."""
+        """Return the longer of sustained_s and launch_s."""
         return max(self.sustained_s, self.launch_s)
 
 
 class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Writes down every operation that computes; views cost nothing."""
+    """Records every operation that computes; views cost nothing."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -130,7 +131,7 @@ _ATTENTION_BACKWARD = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
-    if func._overloadpacket is _ATTENTION:  # torch counts it on CUDA alone
+    if func._overloadpacket is _ATTENTION:  # torch has a formula for CUDA only
         return int(sdpa_flop_count(*(t.shape for t in args[:3])))  # type: ignore[no-untyped-call]
     if func._overloadpacket is _ATTENTION_BACKWARD:
         shapes = [t.shape for t in args[:4]]
@@ -141,7 +142,7 @@ def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
 
 @contextmanager
 def _autocast_as_on_cuda() -> Iterator[None]:
-    """CUDA's autocast normalises in fp32, the CPU's does not; otherwise they agree here."""
+    """Make the CPU's autocast normalise in fp32, as CUDA's does; nothing else differs here."""
     group, layer = functional.group_norm, functional.layer_norm
 
     def in_fp32(call: Any) -> Any:
@@ -160,9 +161,9 @@ def _autocast_as_on_cuda() -> Iterator[None]:
 
 
 def count(pictures: int, *, autocast: bool) -> list[Operation]:
-    """Of one forward and backward pass on 512 x 512 pictures, in half precision.
+    """Return the operations of a forward and backward pass on 512 x 512 pictures in half precision.
 
-    autocast: fp32 weights, cast when they are used; else half-precision weights throughout.
+    autocast: fp32 weights, cast when they are used; otherwise all weights are in half precision.
     """
     from diffusers import UNet2DConditionModel
 
@@ -183,7 +184,7 @@ def count(pictures: int, *, autocast: bool) -> list[Operation]:
 
 
 def total(operations: Sequence[Operation]) -> Counts:
-    """All operations together."""
+    """Add up the operations."""
     return Counts(
         flops=sum(operation.flops for operation in operations),
         bytes=sum(operation.bytes for operation in operations),
@@ -192,16 +193,17 @@ def total(operations: Sequence[Operation]) -> Counts:
 
 
 def gpu_seconds(operations: Sequence[Operation], flop_per_s: float, bytes_per_s: float) -> float:
-    """One after the other, each by what holds it up: computing or memory."""
+    """Return the seconds of the operations in sequence, each limited by computing or by memory."""
     return sum(
         max(operation.flops / flop_per_s, operation.bytes / bytes_per_s) for operation in operations
     )
 
 
 def bytes_after_backward(weights: str, memory_plan: str, mixed_precision: str) -> int:
-    """Per parameter: unscaling (fp16), norm, clipping and a fused AdamW, each a pass of its own.
+    """Return the bytes per parameter that are moved after the backward pass.
 
-    With half weights, where nothing is read twice, the two passes of `work.optimizer_bytes`.
+    With autocast, unscaling (fp16), norm, clipping and a fused AdamW are one pass each. Half
+    weights need only the two passes of `work.optimizer_bytes`.
     """
     if weights == "half":
         return work.optimizer_bytes(memory_plan, mixed_precision)
@@ -210,7 +212,7 @@ def bytes_after_backward(weights: str, memory_plan: str, mixed_precision: str) -
 
 
 def derive(pictures: int = 2) -> tuple[dict[str, Counts], list[Derived]]:
-    """Both ways of computing in half precision, on each card, in the two fastest memory plans."""
+    """Derive steps for autocast and half weights, on each card, in the two fastest memory plans."""
     counted = {
         "autocast": count(pictures, autocast=True),
         "half": count(pictures, autocast=False),
@@ -240,7 +242,7 @@ def derive(pictures: int = 2) -> tuple[dict[str, Counts], list[Derived]]:
 
 
 def show(counts: Mapping[str, Counts], rows: Sequence[Derived]) -> None:
-    """Print both, and that nobody has measured them."""
+    """Print the counts and the derived times, marked as not measured."""
     print("DERIVED, not measured: full size, 512 x 512, an instance and a class image a step")
     for name, counted in counts.items():
         print(
@@ -263,7 +265,7 @@ def show(counts: Mapping[str, Counts], rows: Sequence[Derived]) -> None:
 
 
 def document(counts: Mapping[str, Counts], rows: Sequence[Derived]) -> dict[str, Any]:
-    """The JSON document."""
+    """Return the JSON document."""
     return {
         "benchmark": "train",
         "derived": True,

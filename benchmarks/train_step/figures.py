@@ -1,4 +1,4 @@
-"""Milliseconds per step, from what a run tells: both sides of a comparison are timed alike."""
+"""Compute milliseconds per step in the same way for our runs and the peer's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTimes:
-    """Of the measured steps; mean_ms is their whole time, with what is reported in between."""
+    """The times of the measured steps; mean_ms includes the work between steps, such as reports."""
 
     median_ms: float
     p10_ms: float
@@ -21,9 +21,10 @@ class StepTimes:
 def step_times(
     ends: Sequence[float], *, warm_up: int, milliseconds: Sequence[float] | None = None
 ) -> StepTimes:
-    """From the moment in seconds at which each step ended; the first `warm_up` (>= 1) are not used.
+    """Return the step times without the first `warm_up` (>= 1) steps.
 
-    milliseconds: each step's own time, where the run tells it better than the moments do.
+    ends: the moment in seconds at which each step ended. milliseconds: each step's own time, used
+    for the median and the deciles if the run reports it.
     """
     measured = ends[warm_up - 1 :]
     if milliseconds is None:

@@ -1,4 +1,4 @@
-"""A model folder of the configuration of Stable Diffusion 2.1 base, with random weights.
+"""Write a model folder with the configuration of Stable Diffusion 2.1 base and random weights.
 
 Speed and memory do not depend on the weights' values. Source of the configuration: the JSON files
 of the published folder.
@@ -53,7 +53,7 @@ NOISE_SCHEDULER = {
     "skip_prk_steps": True,
     "steps_offset": 1,
 }
-# What stands in the headers of the published weights.
+# From the headers of the published weights.
 PARAMETERS = {"unet": 865_910_724, "text_encoder": 340_387_840, "vae": 83_653_863}
 
 
@@ -79,13 +79,13 @@ def write_model(folder: Path) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write one JSON object, making the folder first."""
+    """Write one JSON object; create the folder if necessary."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """A byte-level vocabulary as large as CLIP's; its merges are pairs of letters."""
+    """Write a byte-level vocabulary as large as CLIP's, whose merges are pairs of characters."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(byte) for byte in printable]
     letters += [chr(256 + number) for number in range(256 - len(printable))]

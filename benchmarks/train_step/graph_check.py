@@ -1,7 +1,7 @@
-"""Whether replays of the fast step's passes give the bits of eager calls: only a GPU can say.
+"""Check on a GPU that replays of the fast step's CUDA graph are bit-equal to eager calls.
 
-Losses and all gradients are compared, with deterministic kernels; where eager calls do not give
-their own bits twice, nothing follows from the comparison.
+Losses and all gradients are compared, with deterministic kernels. If eager calls themselves do not
+repeat bit for bit, nothing follows from the comparison.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphCheck:
-    """captured: whether there was a graph at all; the other two: over all batches, bit for bit.
+    """The result of the check, over all batches and bit for bit.
 
-    error: what broke the check off.
+    captured: whether a graph was captured at all. error: the exception that ended the check, if
+    any.
     """
 
     captured: bool = False
@@ -42,7 +43,7 @@ class GraphCheck:
 
     @property
     def in_words(self) -> str:
-        """One line for the reader."""
+        """Return the result as one line."""
         if self.fault is not None:
             return self.fault
         if not self.eager_repeats:
@@ -51,7 +52,7 @@ class GraphCheck:
 
     @property
     def fault(self) -> str | None:
-        """What it says against the fast step."""
+        """Return what is wrong with the fast step, None if nothing was found."""
         if self.error is not None:
             return self.error
         if not self.captured:
@@ -63,7 +64,7 @@ class GraphCheck:
 def check(
     model: Path, device: torch.device, *, mixed_precision: str, pictures: int, capture: Capture
 ) -> GraphCheck:
-    """With the U-Net that a model folder's configuration describes, weights and batches random."""
+    """Check the U-Net of a model folder's configuration, with random weights and batches."""
     captures: list[CapturedCall] = []
 
     def noted(call: Callable[[], Tensor], prepare: Callable[[], None]) -> CapturedCall:
@@ -98,7 +99,7 @@ def check(
             equals = equals and _equal(first, replayed)
             repeats = repeats and _equal(first, eager(given))
             for weight, gradient in zip(weights, held, strict=True):
-                weight.grad = gradient  # where a replay writes it
+                weight.grad = gradient  # the tensor that a replay writes to
     return GraphCheck(captured=bool(captures), eager_repeats=repeats, graph_equals_eager=equals)
 
 
@@ -140,7 +141,7 @@ def _equal(left: list[Tensor], right: list[Tensor]) -> bool:
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    # cuBLAS reads its variable when its first handle is made.
+    # cuBLAS reads this variable when its first handle is created.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,8 +1,8 @@
-"""What each lever on a training run's time should gain, and what it gained where it was measured.
+"""List what each measure that speeds up training should gain, and what it gained if measured.
 
-Predictions are counted operations and bytes on an H100 at 800 TFLOP/s and 3 TB/s, 1 picture a step
-and 2 with prior preservation; nobody has measured them on a GPU, as of 2026-11-23. CPU figures are
-of the embedded model on one thread of a machine with other work: indications.
+Predictions are counted operations and bytes on an H100 at 800 TFLOP/s and 3 TB/s, for 1 picture a
+step, or 2 with prior preservation. As of 2026-11-23 none has been measured on a GPU. CPU figures
+are rough: the embedded model on one thread of a machine that did other work too.
 """
 
 from __future__ import annotations
@@ -14,22 +14,26 @@ from dataclasses import asdict, dataclass
 
 NOT_MEASURED = "not measured: needs a GPU"
 
-# torch.compile's break-even. Cold, a U-Net takes so many seconds; of a step it takes so much off
-# (PyTorch's figures for a T4 and an A10, inference), on an H100 at this issue's goal per step.
+# The break-even of torch.compile: the seconds of a cold compile of the U-Net, the share of a step
+# that it saves (PyTorch's figures for inference on a T4 and an A10), and the goal per step on an
+# H100.
 COMPILE_S = (60, 180)
 COMPILE_GAIN = (0.02, 0.14)
 STEP_MS = 25
 
 
 def compile_break_even() -> tuple[int, int]:
-    """(fewest, most) steps after which even the shortest cold compile has paid."""
+    """Return (fewest, most) steps after which the shortest cold compile has paid off."""
     few, many = (1000 * COMPILE_S[0] / (gain * STEP_MS) for gain in reversed(COMPILE_GAIN))
     return int(round(few, -3)), int(round(many, -3))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lever:
-    """where: plain (always there), fast (with fast_step), a setting's name, or not built."""
+    """One measure that speeds up training.
+
+    where: plain (always on), fast (with fast_step), a setting, or not built.
+    """
 
     lever: str
     predicted: str

@@ -1,4 +1,4 @@
-"""One setting: a whole run of transfer_learning.py, and what its own files and log lines tell."""
+"""Run transfer_learning.py with one setting and collect figures from its files and log lines."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BATCH_SIZE = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scale:
-    """How much is measured: steps after the first `warm_up` (>= 1), class images sampled."""
+    """The size of a run: `steps` are measured after the first `warm_up` (>= 1)."""
 
     steps: int
     warm_up: int
@@ -35,13 +35,13 @@ class Scale:
 
     @property
     def all_steps(self) -> int:
-        """What a run makes."""
+        """Return the number of steps that a run makes."""
         return self.warm_up + self.steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """What is trained alike by everyone: model folder, pictures, on which device and how held."""
+    """What our runs and the peer's share: the model folder, pictures, device and conditions."""
 
     model: Path
     photos: Path
@@ -50,7 +50,7 @@ class Subject:
 
     @property
     def mixed_precision(self) -> str:
-        """The device's own, no, fp16 or bf16; as a T4 fp16, with loss scaling."""
+        """Return no, fp16 or bf16, as the device prefers; fp16, with loss scaling, for as_t4."""
         return "fp16" if self.conditions.as_t4 else self.device.mixed_precision
 
 
@@ -58,8 +58,8 @@ class Subject:
 class Setting:
     """One row of the table.
 
-    whole_job: with two checkpoints, two sample pictures (and the last), compute_fid, and a server
-    that is started on the trained model.
+    whole_job: with two checkpoints, sample pictures halfway and at the end, compute_fid, and a
+    server that is started on the trained model.
     """
 
     with_prior_preservation: bool
@@ -69,19 +69,20 @@ class Setting:
 
     @property
     def pictures(self) -> int:
-        """That the U-Net sees in a step: a class image beside each instance image."""
+        """Return the pictures per step; prior preservation adds a class image to each instance."""
         return BATCH_SIZE * (2 if self.with_prior_preservation else 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """Seconds of one run's parts; export: until the model folder is whole.
+    """The figures of one run; times are in seconds.
 
     first_step_s: from the start of the process to the end of its first step, class images
     included. without_class_images_s: the whole process without the phase that samples them.
-    memory_plan: with which the steps were made. expected_bytes: by that plan, at the peak of a
-    step; None where others failed before. checkpoint_s: of one. ready_s: until a server with the
-    trained model answers /ping.
+    export_s: until the model folder is complete. memory_plan: the one in which the steps were made.
+    expected_bytes: what that plan expected at the peak of a step; None if the job had to change its
+    plan. checkpoint_s: for one checkpoint. ready_s: until a server with the trained model answers
+    /ping.
     """
 
     times: StepTimes
@@ -98,7 +99,7 @@ class Figures:
 
     @property
     def of_expected(self) -> float | None:
-        """The most that torch allocated in training / what the plan expected; None on a CPU."""
+        """Return torch's peak in training / what the memory plan expected; None on a CPU."""
         training = self.memory.phases.get("training") if self.memory else None
         if training is None or training.allocated is None or not self.expected_bytes:
             return None
@@ -107,7 +108,7 @@ class Figures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """figures, or the fault; class_images: the folder of those that the run sampled."""
+    """The figures of a run, or its fault; class_images: the folder of those that it sampled."""
 
     setting: Setting
     figures: Figures | None
@@ -116,10 +117,11 @@ class Outcome:
 
 
 def settings(device: DeviceFacts, *, quick: bool, only: str | None = None) -> Iterator[Setting]:
-    """Both losses in each memory plan that is offered: on a CPU, and when quick, the first.
+    """Yield a setting with and one without prior preservation for each memory plan.
 
-    After the plans, those that the fast step goes with once more, by it; whole jobs are apart.
-    only: a memory plan, offered or not.
+    On a CPU, or when quick, only the first memory plan is used. Otherwise the plans that allow the
+    fast step follow a second time, with it. Whole jobs are not among these settings. only: the name
+    of one memory plan to use instead of all.
     """
     few = quick or device.kind == "cpu"
     names = [only] if only else list(MEMORY_PLANS)[: 1 if few else None]
@@ -136,7 +138,7 @@ def settings(device: DeviceFacts, *, quick: bool, only: str | None = None) -> It
 
 
 def run(setting: Setting, subject: Subject, scale: Scale, folder: Path) -> Outcome:
-    """Train in `folder` (empty); the trained model is left there."""
+    """Train in the empty `folder`, where the trained model is left."""
     output = folder / "output"
     arguments = [
         *("--pretrained-model", subject.model, "--train", subject.photos),
@@ -157,7 +159,7 @@ def run(setting: Setting, subject: Subject, scale: Scale, folder: Path) -> Outco
     class_images = output / "class_images"
     if fault is None:
         figures = _figures(ended, output, scale)
-        # A server is a process of its own, which nobody holds to the conditions.
+        # The conditions do not apply to a server, which is a process of its own.
         if setting.whole_job and subject.conditions == Conditions():
             figures = replace(figures, ready_s=_server_ready_s(folder / "model"))
     return Outcome(setting=setting, figures=figures, fault=fault, class_images=class_images)
@@ -202,11 +204,11 @@ def _all(sign: re.Pattern[str], lines: Sequence[Line]) -> list[re.Match[str]]:
 
 
 def _begins(lines: Sequence[Line]) -> dict[str, float]:
-    """Phase -> the moment at which the log says that it begins."""
+    """Return the moment at which each phase begins, from the log."""
     found = ((_BEGINS.search(line.text), line.seconds) for line in lines)
     return {match[1]: seconds for match, seconds in found if match}
 
 
 def _seconds_per_class_image(lines: Sequence[Line]) -> float | None:
-    """As the run says; loading the sampler does not count."""
+    """Return the seconds that the log states, without loading the sampler."""
     return next((float(match[2]) / int(match[1]) for match in _all(_SAMPLED, lines)), None)

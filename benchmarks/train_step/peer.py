@@ -1,7 +1,7 @@
-"""A peer's script on the same work: diffusers' `train_dreambooth.py`, a file that the user gives.
+"""Run a peer's script on the same work: diffusers' `train_dreambooth.py`, which the user provides.
 
-What is trained and for how long is said to it; all its other options keep their defaults. Options
-and progress bar ("Steps: ... 12/400 [") are those of the script published with diffusers 0.42.
+Its options set what is trained and for how long; all others keep their defaults. Options and
+progress bar ("Steps: ... 12/400 [") are those of the script published with diffusers 0.42.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerFigures:
-    """As `ours.Figures`; its run samples no class images."""
+    """The figures of the peer's run, as in `ours.Figures`; it samples no class images."""
 
     times: StepTimes
     memory: Memory | None
@@ -36,19 +36,19 @@ class PeerFigures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerOutcome:
-    """figures, or the fault."""
+    """The figures of the peer's run, or its fault."""
 
     figures: PeerFigures | None
     fault: str | None
 
 
 def needs_stand_in() -> bool:
-    """Whether torchvision, from which the script takes its transforms, is missing."""
+    """Return whether torchvision is missing, from which the script takes its transforms."""
     return importlib.util.find_spec("torchvision") is None
 
 
 def run(script: Path, ours: Outcome, subject: Subject, scale: Scale, folder: Path) -> PeerOutcome:
-    """Train in `folder` (empty) what `ours` trained, with the class images that it sampled."""
+    """Train in the empty `folder` what `ours` trained, with the class images that it sampled."""
     ended = processes.run(
         script,
         arguments(ours, subject, scale, folder),
@@ -71,7 +71,10 @@ def run(script: Path, ours: Outcome, subject: Subject, scale: Scale, folder: Pat
 
 
 def arguments(ours: Outcome, subject: Subject, scale: Scale, folder: Path) -> list[object]:
-    """The script's command line; the pictures are copied, for it opens every file of a folder."""
+    """Return the script's arguments.
+
+    The pictures are copied to folders of their own, because the script opens every file it finds.
+    """
     prompts = json.loads((subject.photos / "dataset_info.json").read_text("utf-8"))
     words: list[object] = [
         *("--pretrained_model_name_or_path", subject.model),
@@ -91,9 +94,9 @@ def arguments(ours: Outcome, subject: Subject, scale: Scale, folder: Path) -> li
 
 
 def step_ends(lines: Sequence[Line], steps: int) -> list[float]:
-    """The moment at which the bar of `steps` steps first showed each; one passed over is between.
+    """Return the moment at which the progress bar of `steps` steps first showed each step.
 
-    Empty where there was no such bar.
+    The moment of a step that the bar skipped is interpolated. Without such a bar the list is empty.
     """
     ends: list[float] = []
     for line in lines:

@@ -1,7 +1,8 @@
-"""In the watched process: what each phase of a job takes, seconds and memory at the peak.
+"""Measure the seconds and the peak memory of each phase of a job, inside the job's process.
 
-A phase is what `Recorder.phase` names, and a phase within another counts for itself alone. torch's
-peaks are set back at each: what the job itself says of its peak is not to be used here.
+The phases are those of `Timings.phase`; the time of a phase inside another counts only for the
+inner one. torch's peaks are reset at each phase, so the peak that the job itself reports must not
+be used here.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ _OUTSIDE = ""
 
 @dataclass(slots=True, kw_only=True)
 class Phase:
-    """Seconds in all its `times`; peaks in bytes, None where there is no GPU to read them from.
+    """The figures of one phase, which ran `times` times in `seconds` altogether.
 
-    allocated, reserved: torch's own. process: all that the driver counts for this process, CUDA's
-    context and the libraries with it, seen once a second.
+    allocated, reserved, process: peaks in bytes, None without a GPU. allocated, reserved: torch's
+    own. process: what the driver counts for this process, with CUDA's context and the libraries,
+    read once a second.
     """
 
     seconds: float = 0.0
@@ -38,7 +40,7 @@ class Phase:
 
 
 class Watch:
-    """Reads the peaks whenever a phase begins or ends, and sets them back."""
+    """Reads and resets the peaks whenever a phase begins or ends."""
 
     def __init__(
         self,
@@ -47,7 +49,7 @@ class Watch:
         process_memory: Callable[[], int | None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """peaks: (allocated, reserved) since it was last called, None while there is no GPU."""
+        """peaks: returns (allocated, reserved) since its last call, None without a GPU."""
         self._peaks, self._process_memory, self._clock = peaks, process_memory, clock
         self._phases = {_OUTSIDE: Phase(times=1)}
         self._running = [_OUTSIDE]
@@ -55,7 +57,7 @@ class Watch:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """What the `with` block takes is this phase's."""
+        """Count what the `with` block takes for this phase."""
         self._switch()
         self._running.append(name)
         self._phases.setdefault(name, Phase()).times += 1
@@ -67,7 +69,7 @@ class Watch:
 
     @contextmanager
     def polling(self) -> Iterator[None]:
-        """In the block a thread reads the process's memory once a second."""
+        """Read the process's memory once a second, in a thread, during the `with` block."""
         ended = threading.Event()
 
         def poll() -> None:
@@ -83,7 +85,7 @@ class Watch:
             thread.join()
 
     def found(self) -> dict[str, Any]:
-        """What `processes.Memory` holds, for JSON."""
+        """Return the fields of `processes.Memory`, for JSON."""
         self._switch()
         self._read_process_memory()
 
@@ -115,14 +117,14 @@ class Watch:
 
 
 def of_this_process() -> Watch:
-    """By torch, once the script has brought CUDA up, and by the driver's own tool."""
+    """Return a watch that reads torch's peaks, once CUDA is initialised, and the driver's tool."""
     return Watch(
         peaks=TorchPeaks(), process_memory=lambda: devices.process_memory_bytes(os.getpid())
     )
 
 
 def listen(watch: Watch) -> None:
-    """From here on the phases of a job in this process are this watch's as well."""
+    """From now on, also report the phases of a job in this process to the watch."""
     phase_of = Timings.phase
 
     @contextmanager
@@ -134,9 +136,9 @@ def listen(watch: Watch) -> None:
 
 
 class TorchPeaks:
-    """(allocated, reserved) since it was last called; None before the script has CUDA up.
+    """Returns torch's (allocated, reserved) since the last call; None until CUDA is initialised.
 
-    The job sets torch's peaks back too: what they were is kept for us.
+    The job resets torch's peaks too, so they are saved before each of its resets.
     """
 
     def __init__(self) -> None:
@@ -144,7 +146,7 @@ class TorchPeaks:
         self._set_back: Callable[..., None] | None = None
 
     def __call__(self) -> tuple[int, int] | None:
-        """Read them and set them back."""
+        """Read the peaks and reset them."""
         cuda = getattr(sys.modules.get("torch"), "cuda", None)
         if cuda is None or not cuda.is_initialized():
             return None

@@ -1,4 +1,4 @@
-"""A training script in a process of its own, watched from outside: each line with its moment."""
+"""Run a training script in a process of its own and note when it prints each line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ _NONE = Conditions()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """Text without its end (a carriage return ends one too); seconds since the process started."""
+    """A line of output, ended by a newline or a carriage return.
+
+    seconds: since the process started. text: without the end of the line.
+    """
 
     seconds: float
     text: str
@@ -31,7 +34,10 @@ class Line:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """Peaks in bytes: physical memory of the process; on the GPU as in `Phase`, over all phases."""
+    """Peaks in bytes over all phases.
+
+    resident: the physical memory of the process. allocated, reserved, process: as in `Phase`.
+    """
 
     resident: int
     allocated: int | None
@@ -41,14 +47,14 @@ class Memory:
 
     @classmethod
     def read(cls, document: dict[str, Any]) -> Memory:
-        """From what a watched process has written."""
+        """Read what a measured process has written."""
         phases = {name: Phase(**each) for name, each in document["phases"].items()}
         return cls(**{**document, "phases": phases})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
-    """A process that is over. started_at: seconds since 1970; memory: None where it was killed."""
+    """A process that has ended. started_at: seconds since 1970; memory: None if it was killed."""
 
     exit_code: int
     started_at: float
@@ -57,7 +63,7 @@ class Ended:
     memory: Memory | None
 
     def fault(self) -> str | None:
-        """What it said last, where it failed."""
+        """Return the exit code and the last line of a process that failed, None for others."""
         if self.exit_code == 0:
             return None
         said = [line.text for line in self.lines if line.text.strip()]
@@ -71,9 +77,9 @@ def run(
     folder: Path,
     conditions: Conditions = _NONE,
 ) -> Ended:
-    """Run `script` in `folder` (which is made) to its end, with the caller's environment.
+    """Run `script` to its end in `folder`, which is created, with the caller's environment.
 
-    The script sees no terminal.
+    Its input and output are no terminal.
     """
     folder.mkdir(parents=True, exist_ok=True)
     memory_file = folder / "memory.json"
@@ -106,7 +112,7 @@ def run(
 
 
 def _lines(descriptor: int, began: float) -> Iterator[Line]:
-    """A line's moment is that of its last piece, not of its end: progress bars end lines late."""
+    """Yield each line with the moment of its last text: progress bars end their lines late."""
     pending, at = b"", 0.0
     while chunk := os.read(descriptor, 1 << 16):
         now = time.monotonic() - began

@@ -1,4 +1,4 @@
-"""What `benchmark train` has measured, row by row, and what follows from it."""
+"""The rows that `python -m benchmarks train` has measured, and the rates and ratios of each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # it loads torch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One setting's outcome with what its step costs at the least; peer: the script's outcome."""
+    """The outcome of one setting, with the FLOPs and the shortest possible time of its step."""
 
     outcome: Outcome
     flops: int
@@ -24,13 +24,13 @@ class Row:
 
     @property
     def faults(self) -> list[str]:
-        """Ours and the peer's."""
+        """Return our fault and the peer's, if any."""
         both = (self.outcome, self.peer)
         return [each.fault for each in both if each is not None and each.fault is not None]
 
     @property
     def rates(self) -> dict[str, float]:
-        """Of a setting without a fault."""
+        """Return speeds and the share of the floor; empty for a setting with a fault."""
         figures = self.outcome.figures
         if figures is None:
             return {}
@@ -42,7 +42,7 @@ class Row:
 
     @property
     def ratios(self) -> dict[str, float]:
-        """The peer's time / ours, where both came to their end."""
+        """Return the peer's times / ours; empty unless both runs succeeded."""
         figures, theirs = self.outcome.figures, self.peer.figures if self.peer else None
         if figures is None or theirs is None:
             return {}
@@ -53,7 +53,7 @@ class Row:
         }
 
     def document(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the row for JSON."""
         figures, theirs = self.outcome.figures, self.peer.figures if self.peer else None
         plain: dict[str, Any] = {
             **asdict(self.outcome.setting),
@@ -63,7 +63,7 @@ class Row:
         }
         if figures is not None:
             plain |= {**asdict(figures), "of_expected": figures.of_expected, **self.rates}
-            # Of a whole job set by "auto", the plan that it took.
+            # A whole job with "auto" shows the memory plan that it took.
             plain["memory_plan"] = figures.memory_plan or self.outcome.setting.memory_plan
         if theirs is not None:
             plain["peer"] = asdict(theirs)
@@ -72,7 +72,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """All rows; stand_in: the peer ran without the real torchvision; graphs: only on CUDA."""
+    """All rows. stand_in: the peer ran without the real torchvision. graphs: only on CUDA."""
 
     rows: tuple[Row, ...]
     peak: Peak
@@ -81,6 +81,6 @@ class Result:
 
     @property
     def failed(self) -> bool:
-        """Whether anything did."""
+        """Return whether a run or the check of the CUDA graphs failed."""
         wrong = self.graphs is not None and self.graphs.fault is not None
         return wrong or any(row.faults for row in self.rows)

@@ -1,4 +1,4 @@
-"""The table of `benchmark train`: a line per setting, a table of phases for each whole job."""
+"""Print the table of `python -m benchmarks train`, and a table of phases for each whole job."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ checkpoints, sample pictures and compute_fid; run: seconds from its start to its
 
 
 def name(setting: Setting) -> str:
-    """Of a row."""
+    """Return the name of a row."""
     loss = "prior" if setting.with_prior_preservation else "plain"
     kind = "job " * setting.whole_job + "fast " * setting.fast_step
     return f"{loss} {kind}{setting.memory_plan}"
@@ -68,7 +68,7 @@ def _line(title: str, row: Row, figures: Figures) -> str:
 
 
 def _peer_line(theirs: PeerFigures) -> str:
-    blank = " " * 32  # pictures per second, TFLOP/s and share of the floor: see the ratio
+    blank = " " * 32  # no pictures/s, TFLOP/s and share of the floor: the ratio line compares
     return (
         f"{'  peer':<32}{_times(theirs)}{blank}{_memory(theirs):>18}{'':13}"
         f"{theirs.first_step_s:10.1f} s{'':22}{theirs.run_s:7.1f} s"
@@ -107,5 +107,5 @@ def _memory(figures: Figures | PeerFigures) -> str:
 
 
 def _sizes(*sizes: int | None) -> str:
-    """12.00/13.00/14.10, without what is not known; - without any."""
+    """Return the known sizes in GiB as in 12.00/13.00/14.10, or - if none is known."""
     return "/".join(f"{size / GIB:.2f}" for size in sizes if size is not None) or "-"

@@ -1,6 +1,6 @@
-"""What a DreamBooth script uses of `torchvision.transforms`, for where torchvision is missing.
+"""Replace the part of `torchvision.transforms` that a DreamBooth script uses, if it is missing.
 
-Pictures are PIL's until `ToTensor`; the same names, arguments and results, nothing more.
+Names, arguments and results are those of torchvision. Pictures are PIL's until `ToTensor`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from PIL import Image
 
 
 class InterpolationMode(Enum):
-    """How pixels are resampled."""
+    """The ways to resample pixels."""
 
     NEAREST = Image.Resampling.NEAREST
     BILINEAR = Image.Resampling.BILINEAR
@@ -23,20 +23,20 @@ class InterpolationMode(Enum):
 
 
 class Compose:
-    """One transform after the other."""
+    """Applies one transform after the other."""
 
     def __init__(self, transforms: Sequence[Callable[[Any], Any]]) -> None:
         self.transforms = transforms
 
     def __call__(self, picture: Any) -> Any:
-        """The picture after all of them."""
+        """Apply all transforms to the picture."""
         for transform in self.transforms:
             picture = transform(picture)
         return picture
 
 
 class Resize:
-    """The short side becomes `size` pixels, the aspect ratio stays."""
+    """Resizes the short side to `size` pixels and keeps the aspect ratio."""
 
     def __init__(
         self, size: int, interpolation: InterpolationMode = InterpolationMode.BILINEAR
@@ -45,32 +45,32 @@ class Resize:
         self.resample = interpolation.value
 
     def __call__(self, picture: Image.Image) -> Image.Image:
-        """The picture, larger or smaller."""
+        """Resize the picture."""
         short = min(picture.size)
         width, height = (self.size * side // short for side in picture.size)
         return picture.resize((width, height), self.resample)
 
 
 class CenterCrop:
-    """A square of `size` pixels from the middle."""
+    """Crops a square of `size` pixels from the middle."""
 
     def __init__(self, size: int) -> None:
         self.size = size
 
     def __call__(self, picture: Image.Image) -> Image.Image:
-        """The square."""
+        """Crop the picture."""
         left, top = ((side - self.size) // 2 for side in picture.size)
         return picture.crop((left, top, left + self.size, top + self.size))
 
 
 class RandomCrop:
-    """A square of `size` pixels from anywhere, drawn by torch's generator."""
+    """Crops a square of `size` pixels at a place that torch's generator chooses."""
 
     def __init__(self, size: int) -> None:
         self.size = size
 
     def __call__(self, picture: Image.Image) -> Image.Image:
-        """The square."""
+        """Crop the picture."""
         left, top = (
             int(torch.randint(0, side - self.size + 1, (1,)).item()) for side in picture.size
         )
@@ -78,21 +78,21 @@ class RandomCrop:
 
 
 class ToTensor:
-    """uint8 0..255 -> float32 [3,H,W] 0..1."""
+    """Converts uint8, 0..255, to float32 [3,H,W], 0..1."""
 
     def __call__(self, picture: Image.Image) -> torch.Tensor:
-        """Pixels as numbers."""
+        """Return the pixels as a tensor."""
         pixels = torch.from_numpy(np.array(picture.convert("RGB")))
         return pixels.permute(2, 0, 1).contiguous().float() / 255
 
 
 class Normalize:
-    """(x - mean) / std, per channel."""
+    """Computes (x - mean) / std for each channel."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         self.mean = torch.tensor(mean).view(-1, 1, 1)
         self.std = torch.tensor(std).view(-1, 1, 1)
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels around zero."""
+        """Return the normalised pixels."""
         return (pixels - self.mean) / self.std

@@ -1,6 +1,7 @@
-"""What a step costs at the least: the U-Net's counted FLOPs and the optimizer's bytes.
+"""Count what a step costs at least: the U-Net's FLOPs and the bytes that the optimizer moves.
 
-floor = FLOPs / peak + parameters x bytes / bandwidth: no overlap, no traffic of activations.
+floor = FLOPs / peak + parameters x bytes / bandwidth, without overlap and without the memory
+traffic of activations.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from dreambooth.training.mixed_precision import DTYPES
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peak:
-    """Of a device: FLOP per second of matrix products, bytes per second of its memory."""
+    """The peak rates of a device: FLOP/s of matrix products, bytes/s of its memory."""
 
     flop_per_s: float
     bytes_per_s: float
     source: str
 
 
-# Half precision. T4: data sheet. A10G: measured products (its data sheet says 125). H100: dense
-# products and memory as well-tuned kernels reach them.
+# Half precision. T4: data sheet. A10G: measured products (its data sheet states 125 TFLOP/s). H100:
+# dense products and memory rates that well-tuned kernels reach.
 CARDS = {
     "Tesla T4": Peak(flop_per_s=65e12, bytes_per_s=320e9, source="table"),
     "NVIDIA A10G": Peak(flop_per_s=70e12, bytes_per_s=600e9, source="table"),
@@ -40,7 +41,7 @@ CARDS = {
 
 
 def count_flops(model: Path, pictures: int) -> int:
-    """FLOPs of the U-Net of a model folder, forward and backward on so many pictures."""
+    """Return the FLOPs of a model folder's U-Net for a forward and backward pass on `pictures`."""
     facts = read_facts(model)
     return unet_flops(
         component_config(model, "unet"),
@@ -51,7 +52,7 @@ def count_flops(model: Path, pictures: int) -> int:
 
 
 def unet_flops(config: Mapping[str, Any], *, pictures: int, side: int, tokens: int) -> int:
-    """The same of a configuration, for `side` x `side` latents; nothing is computed."""
+    """Return the same for a configuration and `side` x `side` latents; nothing is computed."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
@@ -66,11 +67,11 @@ def unet_flops(config: Mapping[str, Any], *, pictures: int, side: int, tokens: i
 
 
 def optimizer_bytes(memory_plan: str, mixed_precision: str) -> int:
-    """Per parameter: one pass over the gradients for their norm, then one fused AdamW.
+    """Return the bytes per parameter: one pass for the gradient norm, then one fused AdamW.
 
-    AdamW reads weight, gradient and two states, writes weight and states (4 bytes each, states of 1
-    byte in 8 bits); in mixed precision gradients have 2 bytes and a half copy is written as well.
-    Weights that are rounded stochastically have 2 bytes, and no copy.
+    AdamW reads weight, gradient and two states, and writes weight and states. Each has 4 bytes, an
+    8-bit state 1. In mixed precision gradients have 2 bytes, and a half-precision copy of the
+    weight is written as well. Weights that are rounded stochastically have 2 bytes and no copy.
     """
     plan = MEMORY_PLANS[memory_plan]
     states = 4 if plan.use_8bit_adam else 16
@@ -80,7 +81,7 @@ def optimizer_bytes(memory_plan: str, mixed_precision: str) -> int:
 
 
 def peak(device: DeviceFacts) -> Peak:
-    """Of a card that is known, else measured here and now."""
+    """Return the rates of a known card; those of another device are measured now."""
     return CARDS.get(device.name) or _measure(device)
 
 

@@ -1,1 +1,1 @@
-"""The verbs of the command line that are more than a line."""
+"""The subcommands of `python -m dreambooth` that need a module of their own."""

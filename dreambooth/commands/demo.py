@@ -1,4 +1,4 @@
-"""`python -m dreambooth demo`: the main job on the embedded model, and a sheet of what it did."""
+"""`python -m dreambooth demo` fine-tunes the embedded model and draws a sheet of the result."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ PROMPTS = (
 )
 PICTURES_PER_ROW = 8
 SEED = 1000
-SAMPLE_STEPS = 100  # for report.html: four pictures, some 4 s of one thread
+SAMPLE_STEPS = 100  # for report.html: four pictures, about 4 s of one thread
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The demo has one option: where to write."""
+    """Add the demo's only option, where to write."""
     parser.add_argument("--out", default="out/demo", help="default: out/demo")
 
 
@@ -88,7 +88,7 @@ def _draw_sheet(dataset: Path, model_dir: Path, path: Path) -> None:
 
 
 def _draw(model: DiffusionModel, label: str) -> dict[str, list[np.ndarray]]:
-    """Pictures by prompt; base and fine-tuned model start from the same noise."""
+    """Return pictures by prompt; base and fine-tuned model start from the same noise."""
     from dreambooth.diffusion import sampling
     from dreambooth.diffusion.sampling_request import SamplingRequest
     from dreambooth.process.progress import Progress

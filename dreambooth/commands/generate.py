@@ -1,4 +1,4 @@
-"""`python -m dreambooth generate`: pictures for prompts, from a model folder or tarball."""
+"""`python -m dreambooth generate` draws pictures for prompts with a model folder or tarball."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 GRID_COLUMNS = 8
-GRID_PICTURES = 256  # the first ones; a longer sheet nobody reads
+GRID_PICTURES = 256  # the first ones; nobody reads a longer sheet
 GRID_CELL_PIXELS = 256
-# Of the words in a file's name; file systems take 255 bytes, encrypted ones 143.
+# Of the words of a file name; file systems allow 255 bytes in all, encrypted ones 143.
 MAX_NAME_BYTES = 80
 _ENDINGS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 _DESCRIPTION = 0x010E  # Exif's ImageDescription
 
 
 def main(args: argparse.Namespace) -> int:
-    """Draw, write and print the paths; return 1 if a picture came out not finite, else 0.
+    """Draw and write the pictures and print their paths; return 1 if one was not finite, else 0.
 
-    Raises DreamBoothError, in one message, for wrong options, models and full disks.
+    Raises DreamBoothError, with one message, for wrong options, faulty models and full disks.
     """
     settings = read(args)
     try:
@@ -100,7 +100,7 @@ def _check_steps(steps: int, folder: Path) -> None:
 
 
 def _requests(settings: GenerateSettings, seed: int) -> list[SamplingRequest]:
-    """One request per picture: prompts in order, then the pictures of each."""
+    """Return one request per picture: prompts in order, with all pictures of each."""
     from dreambooth.diffusion.sampling_request import SamplingRequest
 
     prompts = [prompt for prompt in settings.prompts for _ in range(settings.count)]
@@ -121,7 +121,10 @@ def _requests(settings: GenerateSettings, seed: int) -> list[SamplingRequest]:
 def _draw(
     model: DiffusionModel, requests: Sequence[SamplingRequest], settings: GenerateSettings
 ) -> tuple[list[Path], list[SamplingRequest]]:
-    """Write every picture as it comes out, then the grid; return the paths and what was lost."""
+    """Write every picture as it is drawn, then the grid.
+
+    Return the paths, and the requests whose pictures are not finite.
+    """
     from dreambooth.diffusion import sampling, sampling_request
     from dreambooth.process.progress import Progress
 
@@ -154,17 +157,17 @@ def _draw(
 
 
 def file_name(number: int, total: int, request: SamplingRequest, format: str = "png") -> str:
-    """Name a picture so that names sort in order: 003_a-photo-of-a-cat_seed42.png."""
+    """Return a file name that sorts in order, such as 003_a-photo-of-a-cat_seed42.png."""
     words = _words(request.prompt)
     parts = (str(number).zfill(max(3, len(str(total - 1)))), words, f"seed{request.seed}")
     return "_".join(part for part in parts if part) + _ENDINGS[format]
 
 
 def _words(prompt: str) -> str:
-    """The letters and digits of a prompt, of any script, with dashes between the words."""
+    """Return the letters and digits of a prompt, of any script, with dashes between the words."""
     text = ""
     for character in unicodedata.normalize("NFC", prompt).lower():
-        # A vowel sign, an accent: it belongs to the letter before it.
+        # A vowel sign or an accent belongs to the letter before it.
         mark = unicodedata.category(character).startswith("M") and text[-1:] not in ("", "-")
         if character.isalnum() or mark:
             text += character
@@ -180,9 +183,9 @@ def _words(prompt: str) -> str:
 def _write_picture(
     path: Path, picture: np.ndarray, request: SamplingRequest, model: str
 ) -> Image.Image:
-    """Write a picture that says how it was made; return it no larger than a cell of the grid.
+    """Write a picture with the settings it was drawn with; return it shrunk to a cell of the grid.
 
-    PNG holds the facts as texts, JPEG and WebP as JSON in Exif's ImageDescription.
+    PNG holds the settings as texts, JPEG and WebP as JSON in Exif's ImageDescription.
     """
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo

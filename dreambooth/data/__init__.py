@@ -1,1 +1,1 @@
-"""The training folder: reading it, its pictures, class images, pairs and what is cached of them."""
+"""The training data: the folder, its pictures, class images, samples and cached latents."""

@@ -1,7 +1,7 @@
-"""The latent posteriors of all pictures, encoded once: mean and std, so every step draws afresh.
+"""Cache the latent posteriors of all pictures as mean and std, from which each step draws afresh.
 
-Random crops stay random: a picture that is not square is encoded in several random crops, among
-which each sample chooses anew. Caching crops (instead of encoding on the fly) takes the VAE, nearly
+Random crops stay random: a picture that is not square is encoded in several random crops, of which
+each sample chooses one. Caching crops (instead of encoding them in each step) takes the VAE, nearly
 half of a full-size step's work, out of the loop and out of the GPU's memory.
 
 Legend: N cached crops of all pictures, B batch, C latent channels, h w latent cells, H W pixels.
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dreambooth.data import images, pairs
+from dreambooth.data import images, sample_draws
 from dreambooth.data.seeds import derive_seed
 
 _BLOCK_ROWS = 256  # 16 MiB of Stable Diffusion's latents
@@ -27,38 +27,42 @@ EncodeImage = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentPosteriors:
-    """mean, std: float32 [N,C,h,w], unscaled, one row per crop.
+    """The latent posteriors of all cached crops.
 
-    first: row of each picture's first crop. crops: how many it has.
+    mean, std: float32 [N,C,h,w], unscaled, one row per crop. first_rows: the row of each picture's
+    first crop. crop_counts: the number of crops of each picture.
     """
 
     mean: torch.Tensor
     std: torch.Tensor
-    first: tuple[int, ...]
-    crops: tuple[int, ...]
+    first_rows: tuple[int, ...]
+    crop_counts: tuple[int, ...]
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w)."""
+        """Return (C, h, w)."""
         _, channels, height, width = self.mean.shape
         return channels, height, width
 
-    def sample(self, samples: pairs.Samples) -> torch.Tensor:
-        """Latents [B,C,h,w], unscaled: mean + std * posterior_noise of the chosen crops."""
-        first = torch.tensor([self.first[int(image)] for image in samples.images])
-        rows = pairs.onto(self.mean.device, first + samples.crops)
-        noise = pairs.onto(self.mean.device, samples.posterior_noise)
+    def sample(self, draws: sample_draws.SampleDraws) -> torch.Tensor:
+        """Return latents [B,C,h,w], unscaled: mean + std * posterior_noise of the chosen crops."""
+        first_rows = torch.tensor([self.first_rows[int(image)] for image in draws.images])
+        rows = sample_draws.onto(self.mean.device, first_rows + draws.crop_indices)
+        noise = sample_draws.onto(self.mean.device, draws.posterior_noise)
         return self.mean[rows] + self.std[rows] * noise
 
     def to(self, device: torch.device) -> LatentPosteriors:
-        """The same posteriors on another device."""
+        """Return the same posteriors on another device."""
         return LatentPosteriors(
-            mean=self.mean.to(device), std=self.std.to(device), first=self.first, crops=self.crops
+            mean=self.mean.to(device),
+            std=self.std.to(device),
+            first_rows=self.first_rows,
+            crop_counts=self.crop_counts,
         )
 
 
 def to_pixels(picture: np.ndarray) -> torch.Tensor:
-    """uint8 0..255 [H,W,3] -> float32 -1..1 [3,H,W]."""
+    """Convert uint8 0..255 [H,W,3] to float32 -1..1 [3,H,W]."""
     return torch.from_numpy(picture.copy()).permute(2, 0, 1).float() / 127.5 - 1.0
 
 
@@ -67,20 +71,21 @@ def crop_boxes(
     *,
     resolution: int,
     center: bool,
-    crops: int,
+    crops_per_picture: int,
     seed: int,
     stream: str,
     key: str | int,
 ) -> list[tuple[int, int]]:
-    """(left, top) of each crop to cache of a picture of `size`: one where there is no choice.
+    """Return (left, top) of each crop to cache of a picture of `size`; one if there is no choice.
 
-    A function of (seed, stream, key) alone; key: the picture's number in its stream.
+    The random numbers depend on (seed, stream, key) alone. key: the picture's number in its stream.
     """
     if center or size == (resolution, resolution):
-        crops = 1
+        crops_per_picture = 1
     generator = random.Random(derive_seed(seed, stream, "crop", key))
     return [
-        images.crop_offsets(size, resolution, center=center, random=generator) for _ in range(crops)
+        images.crop_offsets(size, resolution, center=center, random=generator)
+        for _ in range(crops_per_picture)
     ]
 
 
@@ -89,31 +94,32 @@ def build(
     *,
     resolution: int,
     center_crop: bool,
-    crops: int,
+    crops_per_picture: int,
     seed: int,
     stream: str,
     encode_image: EncodeImage,
     known: Callable[[Path], torch.Tensor | None] = lambda path: None,
     on_image: Callable[[int], None] = lambda done: None,
 ) -> LatentPosteriors:
-    """Encode every picture; one picture is in memory at a time.
+    """Encode every picture, with one picture in memory at a time.
 
-    crops: how many random crops to cache of a picture that is not square. stream: "instance" or
-    "class", as in `pairs.draw`; each draws crops of its own. encode_image: float32 -1..1 [1,3,H,W]
-    -> (mean, std) [1,C,h,w]. known: the unscaled latents [C,h,w] of a picture that was decoded
-    from them, None for any other: they stand for its posterior, with std 0, and it is not opened.
-    (Encoding gives back the same but for the VAE's own error; its std is smaller than that.)
-    on_image is told the count of pictures done.
-    Raises DatasetError, naming the file, where a picture cannot be read.
+    crops_per_picture: random crops to cache of a picture that is not square. stream: "instance" or
+    "class", as in `sample_draws.draw`; each has its own random crops. encode_image: float32 -1..1
+    [1,3,H,W] -> (mean, std) [1,C,h,w]. known: returns the unscaled latents [C,h,w] that a picture
+    was decoded from, or None. Known latents replace the posterior, with std 0, and the picture is
+    not opened. (Encoding it would return the same up to the VAE's own error, and the std is smaller
+    than that error.)
+    on_image: called with the number of pictures done.
+    Raises DatasetError, which names the file, for a picture that cannot be read.
     """
     means, stds = _Rows(), _Rows()
-    first: list[int] = []
-    counts: list[int] = []
+    first_rows: list[int] = []
+    crop_counts: list[int] = []
     for number, path in enumerate(paths):
         latents = known(path)
         if latents is not None:
-            first.append(means.count)
-            counts.append(1)
+            first_rows.append(means.count)
+            crop_counts.append(1)
             means.append(latents)
             stds.append(torch.zeros_like(latents))
             on_image(number + 1)
@@ -123,13 +129,13 @@ def build(
             picture.size,
             resolution=resolution,
             center=center_crop,
-            crops=crops,
+            crops_per_picture=crops_per_picture,
             seed=seed,
             stream=stream,
             key=number,
         )
-        first.append(means.count)
-        counts.append(len(boxes))
+        first_rows.append(means.count)
+        crop_counts.append(len(boxes))
         for left, top in boxes:
             crop = picture.crop((left, top, left + resolution, top + resolution))
             mean, std = encode_image(to_pixels(images.to_array(crop))[None])
@@ -137,15 +143,18 @@ def build(
             stds.append(std[0])
         on_image(number + 1)
     return LatentPosteriors(
-        mean=means.joined(), std=stds.joined(), first=tuple(first), crops=tuple(counts)
+        mean=means.joined(),
+        std=stds.joined(),
+        first_rows=tuple(first_rows),
+        crop_counts=tuple(crop_counts),
     )
 
 
 class _Rows:
-    """Tensors of one shape on the CPU, in float32, kept in large blocks.
+    """Collects tensors of one shape on the CPU, in float32, in large blocks.
 
-    One small tensor kept after each picture's large, passing ones leaves the heap in pieces that
-    no next picture fits into: 2,000 pictures of 512 x 512 took 3.7 GiB so, and 0.5 in blocks.
+    Keeping one small tensor after the large temporary ones of each picture fragments the heap:
+    2,000 pictures of 512 x 512 took 3.7 GiB that way, and 0.5 GiB in blocks.
     """
 
     def __init__(self) -> None:
@@ -161,6 +170,6 @@ class _Rows:
         self.count += 1
 
     def joined(self) -> torch.Tensor:
-        """All of them, stacked."""
+        """Return all tensors, stacked."""
         last = self.count - _BLOCK_ROWS * (len(self._blocks) - 1)
         return torch.cat([*self._blocks[:-1], self._blocks[-1][:last]])

@@ -1,9 +1,9 @@
-"""Class images up to the count that is asked for: those given, then sampled ones that are kept.
+"""Sample the class images that are missing from the requested count, and save them.
 
 JumpStart's sampler drew all pictures from one random stream (so that the batch size changed them),
-saved JPEGs into the input channel and trained on black ones too. Here picture i has seeds of its
-own, is a PNG outside the channels, and is looked at before it counts; the latents that it was
-decoded from are kept with it. Torch-free: the sampler is passed in.
+saved JPEGs into the input channel and trained on black ones too. Here picture i has its own seeds,
+is saved as a PNG outside the channels, and is checked before it counts; the latents that it was
+decoded from are saved with it. This module needs no torch: the sampler is passed in.
 Legend: H W pixels, uint8 0..255; C latent channels, h w latent cells.
 """
 
@@ -22,7 +22,7 @@ from PIL import Image, PngImagePlugin
 
 from dreambooth.data import class_latents
 from dreambooth.data.images import check_image, read_note
-from dreambooth.data.picture_files import PictureError, shown
+from dreambooth.data.picture_files import PictureError, printable
 from dreambooth.data.seeds import derive_seed
 from dreambooth.errors import DatasetError, ResourceError
 
@@ -57,17 +57,17 @@ def ensure(
     fingerprint: str = "",
     on_image: Callable[[int], None] = lambda done: None,
 ) -> tuple[Path, ...]:
-    """Sample what the given class images lack of `count`, and return all paths, given ones first.
+    """Sample what the given class images lack of `count`; return all paths, the given ones first.
 
-    `sample` takes up to `batch_size` seeds and returns one picture per seed, None where it was not
-    finite. Picture i becomes `folder/class_0000i.png`, written whole or not at all, after its
+    `sample` takes up to `batch_size` seeds and returns one picture per seed, None for one that is
+    not finite. Picture i becomes `folder/class_0000i.png`, written whole or not at all, after its
     latents (`class_latents`); its seed is `derived_seed(seed, i, attempt)`, whatever the batch
-    size. Pictures of an earlier, stopped run are kept where they are readable and carry the same
-    `fingerprint` and seed. Refused pictures (None, black) get the next attempt's seed. `on_image`
-    is told the absolute count of sampled pictures that are there, the kept ones among them.
+    size. Pictures of an earlier, stopped run are kept if they are readable and carry the same
+    `fingerprint` and seed. Refused pictures (None, black) are sampled again with the next attempt's
+    seed. `on_image` is called with the number of sampled pictures in the folder, old ones included.
 
-    Raises DatasetError when a picture was refused ATTEMPTS times, ResourceError when the folder
-    cannot be written.
+    Raises DatasetError if a picture was refused ATTEMPTS times, ResourceError if the folder cannot
+    be written.
     """
     paths = [folder / f"class_{index:05d}.png" for index in range(max(0, count - len(given)))]
     missing = {
@@ -78,8 +78,8 @@ def ensure(
     done = len(paths) - len(missing)
     on_image(done)
     for start in range(0, len(paths), batch_size):
-        # Always the same batches, also after a stop within one: the last bits of a picture depend
-        # on what it is batched with, and one of them may be a level of a pixel.
+        # Keep the same batches even after a stop within one: the last bits of a picture depend on
+        # the others in its batch, and may change the level of a pixel.
         pending = list(range(start, min(start + batch_size, len(paths))))
         if missing.isdisjoint(pending):
             continue
@@ -104,12 +104,12 @@ def ensure(
 
 
 def derived_seed(seed: int, index: int, attempt: int = 0) -> int:
-    """The 63-bit seed of class image `index`: of the three numbers alone."""
+    """Return the 63-bit seed of class image `index`, which depends on these three numbers alone."""
     return derive_seed(seed, "class image", index, attempt)
 
 
 def _note(fingerprint: str, seed: int, index: int, attempt: int) -> str:
-    """What a sampled picture says of its origin, in a text chunk of its PNG."""
+    """Return the origin of a sampled picture, as its PNG carries it in a text chunk."""
     return f"{fingerprint} seed={derived_seed(seed, index, attempt)}"
 
 
@@ -127,7 +127,7 @@ def _is_black(picture: Pixels) -> bool:
 
 
 def _write(path: Path, sampled: Sampled, *, note: str, fingerprint: str) -> None:
-    """The latents first: where a picture is, they are, so a killed run goes on the same."""
+    """Write the latents, then the picture: even after a kill no picture lacks its latents."""
     text = PngImagePlugin.PngInfo()
     text.add_text(_NOTE_KEY, note)
     png = io.BytesIO()
@@ -140,13 +140,14 @@ def _write(path: Path, sampled: Sampled, *, note: str, fingerprint: str) -> None
     except OSError as error:
         cause = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
         raise ResourceError(
-            f"The class image {shown(path)} cannot be written ({cause}): free some space, lower "
-            "num_class_images, or give another folder with --output_data_dir or --checkpoint_dir."
+            f"The class image {printable(path)} cannot be written ({cause}): free some space, "
+            "lower num_class_images, or give another folder with --output_data_dir or "
+            "--checkpoint_dir."
         ) from error
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    """Write beside the place, then move it there: a killed run leaves no half file."""
+    """Write to a temporary name, then rename it: a killed run leaves no half-written file."""
     part = path.with_name(f".{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(part, "wb") as file:

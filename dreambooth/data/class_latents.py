@@ -1,7 +1,8 @@
-"""The latents that a sampled class image was decoded from, kept so that nobody encodes it again.
+"""Save the latents that a sampled class image was decoded from, so that it is not encoded again.
 
-One safetensors file per picture, in a folder beside the pictures; it names the picture's bytes and
-its origin, so that a file of another picture, model or seed is not taken. Torch-free.
+Each picture has one safetensors file, in a folder beside the pictures. The file holds the hash of
+the picture's bytes and its origin, so that the latents of another picture, model or seed are not
+used. This module needs no torch.
 Legend: C latent channels, h w latent cells.
 """
 
@@ -17,7 +18,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from dreambooth.data.picture_files import shown
+from dreambooth.data.picture_files import printable
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +32,12 @@ _HEADER_BYTES = 4096  # generous: a length, one tensor and two texts
 
 
 def place_of(picture: Path) -> Path:
-    """Where the latents of a picture lie."""
+    """Return the path of the file with a picture's latents."""
     return picture.parent / FOLDER / f"{picture.stem}.safetensors"
 
 
 def content(latents: Latents, *, picture: bytes, origin: str) -> bytes:
-    """The file of one picture: latents float32 [C,h,w]; picture: the whole file it belongs to."""
+    """Return the bytes of one file. latents: float32 [C,h,w]. picture: bytes of the whole PNG."""
     written: bytes = save(
         {_TENSOR: np.ascontiguousarray(latents, dtype=np.float32)},
         metadata={"picture": hashlib.sha256(picture).hexdigest(), "origin": origin},
@@ -45,14 +46,14 @@ def content(latents: Latents, *, picture: bytes, origin: str) -> bytes:
 
 
 def read(picture: Path, *, origin: str, shape: tuple[int, int, int]) -> Latents | None:
-    """The latents float32 [C,h,w] of a picture, as they were given to `content`.
+    """Return the latents float32 [C,h,w] of a picture, as they were given to `content`.
 
-    None where there are none, and (with a warning) where the file is damaged, of another shape or
+    Returns None if there are none, and (with a warning) if the file is damaged, of another shape or
     not finite, or belongs to another picture or origin.
     """
     path = place_of(picture)
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
+        if path.exists() and not path.is_file():  # reading a pipe would wait
             raise ValueError("it is no regular file")
         size = path.stat().st_size
         if size > 4 * int(np.prod(shape)) + _HEADER_BYTES:
@@ -74,8 +75,8 @@ def read(picture: Path, *, origin: str, shape: tuple[int, int, int]) -> Latents 
         name = os.path.join(FOLDER, path.name)
         log.warning(
             "%s is not used, and its class image encoded instead: %s",
-            shown(name),
-            shown(str(error)),
+            printable(name),
+            printable(str(error)),
         )
         return None
     return np.asarray(latents)

@@ -1,6 +1,6 @@
-"""Embedded colour profiles (ICC.1): colours of Display P3, Adobe RGB, print, ... -> those of sRGB.
+"""Convert pictures with embedded ICC.1 profiles (Display P3, Adobe RGB, print, ...) to sRGB.
 
-Models are trained on sRGB. Profiles come from strangers: one that is broken, too large, or made for
+Models are trained on sRGB. Profiles are untrusted: one that is broken, too large, or made for
 another kind of picture is ignored. Legend: H W pixels, uint8 0..255.
 """
 
@@ -20,15 +20,16 @@ _COLOUR_MODES = frozenset({"RGB", "RGBA", "RGBa", "RGBX", "P", "PA"})
 _GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N"})
 _PROBED = bytes(value for colour in product(range(0, 256, 51), repeat=3) for value in colour)
 
-# What Pillow raises for profiles that Little CMS does not take.
+# What Pillow raises for profiles that Little CMS does not accept.
 _FAULTS = (ImageCms.PyCMSError, OSError, ValueError, TypeError)
 
 
 def to_srgb(rgb: Image.Image, stored: Image.Image, *, limits: Limits = LIMITS) -> Image.Image:
-    """`rgb` [H,W,3] with the colours that the profile of the `stored` picture means.
+    """Return `rgb` [H,W,3] with its colours converted to sRGB by the profile in `stored`.
 
-    stored: the decoded picture that `rgb` was made of, in the mode of its file. Without a profile,
-    with one that is sRGB or cannot be used, `rgb` comes back bit for bit; else it may be reused.
+    stored: the decoded picture that `rgb` was made from, in the mode of its file. Without a
+    profile, or with one that is sRGB or unusable, `rgb` is returned unchanged; otherwise it may be
+    converted in place.
     """
     data = stored.info.get("icc_profile")
     if not isinstance(data, bytes) or not 0 < len(data) <= limits.max_colour_profile_bytes:
@@ -49,27 +50,27 @@ def to_srgb(rgb: Image.Image, stored: Image.Image, *, limits: Limits = LIMITS) -
         if source is not rgb:
             return ImageCms.applyTransform(source, transform) or rgb
         if not _is_srgb(transform):
-            ImageCms.applyTransform(rgb, transform, inPlace=True)  # another copy may not fit
+            ImageCms.applyTransform(rgb, transform, inPlace=True)  # a copy may not fit into memory
         return rgb
     except _FAULTS:
         return rgb
 
 
 def _as_described(rgb: Image.Image, stored: Image.Image, space: str) -> Image.Image | None:
-    """The picture in the mode that a profile of this colour space speaks of; None: not its kind."""
+    """Return the picture in the mode that a profile of this colour space expects, or None."""
     if space == "RGB" and stored.mode in _COLOUR_MODES:
         return rgb
     if space == "GRAY" and stored.mode in _GREY_MODES:
-        return rgb.getchannel(0)  # all three are the same, and lie on white by now
+        return rgb.getchannel(0)  # all three are equal, with transparency on white
     if space == "CMYK" and stored.mode == "CMYK":
         return stored
     return None
 
 
 def _is_srgb(transform: ImageCms.ImageCmsTransform) -> bool:
-    """Whether colours stay where they are: names lie, and the same profile has many of them."""
+    """Return whether colours stay the same; names prove nothing, as sRGB profiles have many."""
     probe = Image.frombytes("RGB", (len(_PROBED) // 3, 1), _PROBED)
     moved = ImageCms.applyTransform(probe, transform)
-    if moved is None:  # only where it is asked to work in place
+    if moved is None:  # only when working in place
         return False
     return max(ImageChops.difference(probe, moved).tobytes()) <= SAME_WITHIN

@@ -1,8 +1,8 @@
-"""The training folder -> `DatasetInfo`: prompts, instance images, class images, what was skipped.
+"""Read a training folder: prompts, instance images, class images and what was skipped.
 
 The layout is JumpStart's: pictures and `dataset_info.json` side by side, class images in an
 optional sub-folder. JumpStart took every file there for a picture; here everything else is
-skipped with one warning line. Nothing is ever written into the folder.
+skipped with a warning. Nothing is ever written into the folder.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dreambooth.data.folder import Pictures, read_pictures, skipped
 from dreambooth.data.images import ImageFacts, warnings_for
-from dreambooth.data.picture_files import FORMATS_TEXT, listed, shown, why
+from dreambooth.data.picture_files import FORMATS_TEXT, listed, printable, why
 from dreambooth.data.prompts import INFO_NAME
 from dreambooth.data.prompts import read as read_prompts
 from dreambooth.errors import DatasetError
@@ -24,10 +24,10 @@ from dreambooth.process import addresses
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetInfo:
-    """What a training folder holds; all pictures listed are proven to decode.
+    """The content of a training folder; all listed pictures have been decoded once as a check.
 
     Paths are sorted; `instance_facts[i]` is the upright size of `instance_images[i]`.
-    `class_prompt` is None where the folder gives none; `warnings` are whole sentences.
+    `class_prompt` is None if the folder gives none; `warnings` are whole sentences.
     """
 
     folder: Path
@@ -49,9 +49,10 @@ def read(
 ) -> DatasetInfo:
     """Read a training folder (layout: facts of the JumpStart notebook, "Dataset layout").
 
-    `class_data_dir` is relative to the folder (an absolute path is taken as it is) and read only
-    with prior preservation and where class images are needed at all; it may be missing.
-    Raises DatasetError, one clear sentence, for the first fault that cannot be skipped.
+    `class_data_dir` is relative to the folder (an absolute path is taken as it is). It may be
+    missing, and is read only with prior preservation and if class images are needed at all.
+    Raises DatasetError, one clear sentence, for the first fault that cannot be skipped, and
+    UserError for a `class_data_dir` that is no local path.
     """
     _require_folder(folder)
     prompts = read_prompts(folder, with_prior_preservation=with_prior_preservation, limits=limits)
@@ -78,12 +79,12 @@ def read(
 
 
 def size_warnings(info: DatasetInfo, resolution: int) -> tuple[str, ...]:
-    """One sentence per instance image that is small or strangely shaped for this resolution."""
+    """Return one sentence per instance image that is too small or narrow for this resolution."""
     sentences = []
     for path, facts in zip(info.instance_images, info.instance_facts, strict=True):
         fault = warnings_for(facts.width, facts.height, resolution)
         if fault is not None:
-            sentences.append(f"{shown(path.name)} {fault}.")
+            sentences.append(f"{printable(path.name)} {fault}.")
     return tuple(sentences)
 
 
@@ -92,12 +93,12 @@ def _require_folder(folder: Path) -> None:
         mode = os.stat(folder).st_mode
     except (OSError, ValueError) as error:
         raise DatasetError(
-            f"The training folder {shown(folder)} cannot be opened ({why(error)}): "
+            f"The training folder {printable(folder)} cannot be opened ({why(error)}): "
             f"give a folder with pictures and {INFO_NAME} (--train FOLDER)."
         ) from error
     if not stat.S_ISDIR(mode):
         raise DatasetError(
-            f"{shown(folder)} is a file, not a folder: "
+            f"{printable(folder)} is a file, not a folder: "
             f"give the folder that holds the pictures and {INFO_NAME} (--train FOLDER)."
         )
 
@@ -109,16 +110,16 @@ def _class_images(
         return (), []
     if not class_folder.is_dir():
         raise DatasetError(
-            f"class_data_dir points at {shown(class_folder)}, which is not a folder: "
+            f"class_data_dir points at {printable(class_folder)}, which is not a folder: "
             "name a folder of class images, or leave it out to have them sampled."
         )
     if class_folder.samefile(folder):
         raise DatasetError(
-            f"class_data_dir points at the training folder itself, {shown(folder)}: "
+            f"class_data_dir points at the training folder itself, {printable(folder)}: "
             "put the class images into a folder of their own."
         )
     found = read_pictures(class_folder, most=limits.max_class_images, limits=limits)
-    return found.paths, skipped(found, f"the class images' folder {shown(class_folder)}")
+    return found.paths, skipped(found, f"the class images' folder {printable(class_folder)}")
 
 
 def _no_pictures(folder: Path, found: Pictures) -> str:
@@ -129,6 +130,6 @@ def _no_pictures(folder: Path, found: Pictures) -> str:
         reasons.append(f"no pictures: {listed(found.others)}; sub-folders are not searched")
     seen = f" ({'; '.join(reasons)})" if reasons else ""
     return (
-        f"The folder {shown(folder)} holds no picture to train on{seen}: put 4 to 20 pictures "
+        f"The folder {printable(folder)} holds no picture to train on{seen}: put 4 to 20 pictures "
         f"of the subject beside {INFO_NAME}, as {FORMATS_TEXT}."
     )

@@ -1,4 +1,4 @@
-"""Short hashes that tell whether data or weights are the same as in an earlier run."""
+"""Compute short hashes that show whether data or weights are the same as in an earlier run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _STRIDE_BYTES = 1 << 24
 
 
 def of_dataset(dataset: DatasetInfo) -> str:
-    """Prompts, names and bytes of all pictures of a data set, as 16 hex digits."""
+    """Hash the prompts, and the names and bytes of all pictures, into 16 hex digits."""
     digest = hashlib.sha256()
     for text in (dataset.instance_prompt, dataset.class_prompt or ""):
         digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
@@ -25,7 +25,7 @@ def of_dataset(dataset: DatasetInfo) -> str:
 
 
 def of_texts(*parts: str) -> str:
-    """Any texts in their order, as 16 hex digits that change with each."""
+    """Hash texts, in their order, into 16 hex digits."""
     digest = hashlib.sha256()
     for part in parts:
         data = part.encode("utf-8", "surrogatepass")
@@ -34,9 +34,9 @@ def of_texts(*parts: str) -> str:
 
 
 def of_weights(files: Iterable[Path]) -> str:
-    """Names, sizes and a 64 KiB block of every 16 MiB of weight files, as 16 hex digits.
+    """Hash weight files by name, size and a 64 KiB block of every 16 MiB, into 16 hex digits.
 
-    Training moves every tensor, so blocks tell two models apart without reading gigabytes.
+    Training changes every tensor, so blocks tell two models apart without reading gigabytes.
     """
     digest = hashlib.sha256()
     for path in files:

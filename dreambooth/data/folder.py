@@ -1,4 +1,4 @@
-"""One folder of pictures -> the pictures that decode, and in few words what else lay there."""
+"""Find the pictures of one folder that decode, and describe briefly what else it holds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dreambooth.data.picture_files import (
     FORMATS_TEXT,
     PictureError,
     listed,
-    shown,
+    printable,
     sniff,
     why,
 )
@@ -21,7 +21,7 @@ from dreambooth.errors import DatasetError
 from dreambooth.limits import LIMITS, Limits
 
 _JUNK = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
-# Files of these names are meant to be pictures: one that holds none is a damaged picture.
+# A file with such a suffix is meant to be a picture; if it holds none, it is a damaged one.
 _PICTURE_SUFFIXES = frozenset(
     {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".bmp", ".dib"}
     | {".gif", ".tif", ".tiff", ".avif"}
@@ -30,7 +30,7 @@ _PICTURE_SUFFIXES = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pictures:
-    """The entries of one folder, told apart; names are ready to be shown."""
+    """The entries of one folder by kind; `unusable` and `others` hold texts for messages."""
 
     paths: tuple[Path, ...]
     facts: tuple[ImageFacts, ...]
@@ -41,10 +41,11 @@ class Pictures:
 def read_pictures(
     folder: Path, *, ignored: str = "", most: int, limits: Limits = LIMITS
 ) -> Pictures:
-    """Sort the entries of a folder by what their first bytes say, then prove the pictures.
+    """Sort the entries of a folder by their first bytes, then check that the pictures decode.
 
-    `ignored` is the name of a sub-folder (the class images') that is not worth a mention.
-    Raises DatasetError for a folder that cannot be listed or holds more than `most` pictures.
+    `ignored` is the name of a sub-folder (the class images') that is not mentioned. Raises
+    DatasetError for a folder that cannot be listed, or that holds more than `most` pictures or too
+    many entries.
     """
     candidates: list[Path] = []
     unusable: list[str] = []
@@ -57,18 +58,18 @@ def read_pictures(
         if verdict == "picture":
             candidates.append(path)
         elif verdict == "":
-            others.append(shown(entry.name) + ("/" if _is_folder(entry) else ""))
+            others.append(printable(entry.name) + ("/" if _is_folder(entry) else ""))
         else:
-            unusable.append(f"{shown(entry.name)} ({verdict})")
+            unusable.append(f"{printable(entry.name)} ({verdict})")
     if len(candidates) > most:
         raise DatasetError(
-            f"The folder {shown(folder)} holds {len(candidates)} pictures, more than the {most} "
-            "allowed: DreamBooth wants 4 to 20 good pictures of one subject."
+            f"The folder {printable(folder)} holds {len(candidates)} pictures, more than the "
+            f"{most} allowed: DreamBooth wants 4 to 20 good pictures of one subject."
         )
     paths, facts = [], []
     for path, result in zip(candidates, check_images(candidates, limits=limits), strict=True):
         if isinstance(result, PictureError):
-            unusable.append(f"{shown(path.name)} ({result.reason})")
+            unusable.append(f"{printable(path.name)} ({result.reason})")
         else:
             paths.append(path)
             facts.append(result)
@@ -85,18 +86,19 @@ def _entries(folder: Path, limits: Limits) -> list[os.DirEntry[str]]:
                 found.append(entry)
                 if len(found) > limits.max_folder_entries:
                     raise DatasetError(
-                        f"The folder {shown(folder)} has more than {limits.max_folder_entries} "
+                        f"The folder {printable(folder)} has more than {limits.max_folder_entries} "
                         "entries: give a folder that holds the training pictures alone."
                     )
     except OSError as error:
         raise DatasetError(
-            f"The folder {shown(folder)} cannot be listed ({why(error)}): check its permissions."
+            f"The folder {printable(folder)} cannot be listed ({why(error)}): "
+            "check its permissions."
         ) from error
     return sorted(found, key=lambda entry: entry.name)
 
 
 def _verdict(entry: os.DirEntry[str], limits: Limits) -> str:
-    """ "picture", "" for an entry that is no picture, else why a picture cannot be used."""
+    """Return "picture", "" for an entry that is no picture, or why a picture cannot be used."""
     if entry.name.startswith(".") or entry.name.lower() in _JUNK or _is_folder(entry):
         return ""
     named_as_picture = Path(entry.name).suffix.lower() in _PICTURE_SUFFIXES
@@ -119,7 +121,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def skipped(found: Pictures, where: str) -> list[str]:
-    """What was left out, in at most two sentences: unusable pictures, and other entries."""
+    """Return at most two sentences on what was skipped: unusable pictures, and other entries."""
     notes = []
     if found.unusable:
         noun = "1 picture" if len(found.unusable) == 1 else f"{len(found.unusable)} pictures"

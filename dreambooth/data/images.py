@@ -1,8 +1,8 @@
-"""One picture file -> an upright RGB picture, safely; the resize and crop that training uses.
+"""Decode a picture file safely into upright RGB, and resize and crop it for training.
 
-Files come from strangers: only the decoder that the first bytes ask for is tried, oversized
-pictures are refused from their header, and every fault of a decoder becomes a `PictureError`
-that names the file. Legend: H W pixels, uint8 0..255.
+Files are untrusted: only the decoder that the first bytes call for is tried, oversized pictures
+are refused from their header, and every error of a decoder becomes a `PictureError` that names the
+file. Legend: H W pixels, uint8 0..255.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-# The last three are imported so that Pillow need not load all of its some 40 plugins for them.
+# The three plugins are imported so that Pillow need not load all of its some 40 plugins for them.
 from PIL import (
     AvifImagePlugin,  # noqa: F401
     Image,
@@ -48,7 +48,7 @@ T = TypeVar("T")
 MAX_SHAPE_RATIO = 32
 """Of a picture longer than this times its short side only the middle is resized (memory)."""
 
-_STRANGE_RATIO = 2.0  # from here on a square crop loses more than half of the picture
+_STRANGE_RATIO = 2.0  # above it a square crop loses more than half of the picture
 _CHECK_THREADS = 4  # Pillow's decoders release the interpreter lock
 
 # What Pillow's decoders are known to raise on damaged or hostile files.
@@ -67,7 +67,7 @@ _DECODER_FAULTS = (
     zlib.error,
 )
 
-# EXIF 2.3, tag 0x0112: how the stored picture must be turned to stand upright.
+# EXIF 2.3, tag 0x0112: how the stored picture must be turned to be upright.
 _ORIENTATION_TAG = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -82,7 +82,7 @@ _TURNS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageFacts:
-    """What the plan needs to know of a picture: its size in pixels once it stands upright."""
+    """The size of a picture in pixels, after it has been turned upright."""
 
     width: int
     height: int
@@ -92,18 +92,18 @@ def open_image(path: Path, *, limits: Limits = LIMITS) -> Image.Image:
     """Decode a picture: mode RGB, upright, transparency on white, first frame of animations.
 
     16-bit pictures are scaled (65535 -> 255), not clipped; an embedded colour profile other than
-    sRGB is converted. Raises PictureError (a DatasetError) that names the file: no picture,
-    damaged, truncated, too large.
+    sRGB is converted. Raises PictureError (a DatasetError), which names the file, if it is no
+    picture, damaged, truncated or too large.
     """
     with _quiet():
         return _decoded(path, limits, lambda image: _upright_rgb(image, limits))
 
 
 def check_image(path: Path, *, limits: Limits = LIMITS) -> ImageFacts:
-    """Size of a picture, after proving that it decodes.
+    """Return the size of a picture, after checking that it decodes.
 
-    JPEGs are decoded at an eighth of their size (30 ms for 12 megapixels), all others in full (a
-    PNG of 12 megapixels: 0.2 s): checksums may well be right around a broken stream.
+    JPEGs are decoded at an eighth of their size (30 ms for 12 megapixels), all others in full
+    (0.2 s for a PNG of 12 megapixels), because checksums may be right around a broken stream.
     Raises PictureError as `open_image` does.
     """
     with _quiet():
@@ -113,7 +113,7 @@ def check_image(path: Path, *, limits: Limits = LIMITS) -> ImageFacts:
 def check_images(
     paths: Sequence[Path], *, limits: Limits = LIMITS
 ) -> list[ImageFacts | PictureError]:
-    """`check_image` of many files at once; in the order given, faults returned, not raised."""
+    """Check many files in parallel; return sizes and errors in the order given, raising nothing."""
 
     def check(path: Path) -> ImageFacts | PictureError:
         try:
@@ -126,7 +126,7 @@ def check_images(
 
 
 def read_note(path: Path, key: str, *, limits: Limits = LIMITS) -> str | None:
-    """The text that a PNG carries under a key in front of its pixels, None where it has none.
+    """Return the text that a PNG carries under a key in front of its pixels, or None.
 
     Raises PictureError as `open_image` does.
     """
@@ -140,10 +140,10 @@ def read_note(path: Path, key: str, *, limits: Limits = LIMITS) -> str | None:
 
 
 def resized_size(width: int, height: int, resolution: int) -> tuple[int, int]:
-    """Size (width, height) with the short side at `resolution`, the long side cut down to int.
+    """Return (width, height) with the short side at `resolution`, the long side rounded down.
 
-    The rule of torchvision's `Resize(int)`, which the original scripts use. The long side ends
-    at MAX_SHAPE_RATIO times the short one.
+    This is the rule of torchvision's `Resize(int)`, which the original scripts use, but the long
+    side is at most MAX_SHAPE_RATIO times the short one.
     """
     short, long = min(width, height), max(width, height)
     long = min(int(resolution * long / short), resolution * MAX_SHAPE_RATIO)
@@ -151,7 +151,7 @@ def resized_size(width: int, height: int, resolution: int) -> tuple[int, int]:
 
 
 def resize(image: Image.Image, resolution: int) -> Image.Image:
-    """Resize to `resized_size`: bilinear, antialiased when shrinking, as the originals do."""
+    """Resize to `resized_size`: bilinear, antialiased when shrinking, like the original scripts."""
     width, height = image.size
     size = resized_size(width, height, resolution)
     if size == image.size:
@@ -165,10 +165,10 @@ def resize(image: Image.Image, resolution: int) -> Image.Image:
 def crop_offsets(
     size: tuple[int, int], resolution: int, *, center: bool, random: Random
 ) -> tuple[int, int]:
-    """(left, top) of a square of side `resolution` in a picture of size (width, height).
+    """Return (left, top) of a square of side `resolution` in a picture of size (width, height).
 
-    Centre or uniformly random, as torchvision's CenterCrop and RandomCrop choose; `random` is
-    left untouched for a centre crop.
+    It is central or uniformly random, as in torchvision's CenterCrop and RandomCrop; a centre crop
+    does not use `random`. Raises ValueError if the picture is smaller than the square.
     """
     spare_x, spare_y = size[0] - resolution, size[1] - resolution
     if spare_x < 0 or spare_y < 0:
@@ -180,12 +180,12 @@ def crop_offsets(
 
 
 def to_array(image: Image.Image) -> Pixels:
-    """The pixels of an RGB picture as uint8 [H,W,3], 0..255, in memory of their own."""
+    """Return a copy of a picture's pixels as RGB, uint8 [H,W,3], 0..255."""
     return np.array(image.convert("RGB"), dtype=np.uint8)
 
 
 def warnings_for(width: int, height: int, resolution: int) -> str | None:
-    """What speaks against training on a picture of this size, in words; None where nothing does.
+    """Return in words what makes this size bad for training, or None if nothing does.
 
     The text continues a sentence that begins with the picture's name: "is 300 x 200 pixels: ...".
     """
@@ -197,7 +197,7 @@ def warnings_for(width: int, height: int, resolution: int) -> str | None:
             "(use a larger picture)"
         )
     if long > _STRANGE_RATIO * short:
-        kept = 100 * short // long  # rounded down: the promise must not be larger than what is kept
+        kept = 100 * short // long  # rounded down, so as not to claim more than is kept
         faults.append(
             f"a square crop keeps {f'only {kept}' if kept else 'less than 1'} % of it "
             "(crop it around the subject yourself)"
@@ -207,14 +207,14 @@ def warnings_for(width: int, height: int, resolution: int) -> str | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence Pillow's warnings (odd EXIF, sizes): what matters of them becomes an error here."""
+    """Silence Pillow's warnings (odd EXIF, sizes); those that matter become errors here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def _decoded(path: Path, limits: Limits, finish: Callable[[ImageFile.ImageFile], T]) -> T:
-    """Open by content, check the size that the header promises, then let `finish` decode."""
+    """Open a file by its content, check the size in its header, then let `finish` decode it."""
     with opened(path, limits=limits) as file:
         kind = format_of(file)
         if kind is None:
@@ -246,20 +246,20 @@ def _refuse_bomb(path: Path, width: int, height: int, limits: Limits) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation 1..8 of a loaded picture; 1 where there is none or it makes no sense."""
+    """Return the EXIF orientation 1..8 of a loaded picture; 1 if it is missing or invalid."""
     try:
         value = image.getexif().get(_ORIENTATION_TAG, 1)
-    except _DECODER_FAULTS:  # a broken EXIF block does not make the pixels worse
+    except _DECODER_FAULTS:  # a broken EXIF block does not harm the pixels
         return 1
     return value if isinstance(value, int) and value in _TURNS else 1
 
 
 def _facts(image: ImageFile.ImageFile) -> ImageFacts:
     width, height = image.size
-    drafted = image.draft("RGB", (1, 1)) is not None  # only JPEG can be decoded small
+    drafted = image.draft("RGB", (1, 1)) is not None  # only JPEG can be decoded at reduced size
     image.load()
     if not drafted:
-        width, height = image.size  # TIFF turns itself upright while loading
+        width, height = image.size  # Pillow turns a TIFF upright while loading it
     if _orientation(image) >= 5:
         width, height = height, width
     return ImageFacts(width=width, height=height)
@@ -271,14 +271,14 @@ def _upright_rgb(image: ImageFile.ImageFile, limits: Limits) -> Image.Image:
     rgb = to_srgb(_rgb(image), image, limits=limits)
     if turn is not None:
         rgb = rgb.transpose(turn)
-    rgb.info.clear()  # nobody after us shall turn it again or save its profile
+    rgb.info.clear()  # so that nobody turns it again or saves its profile
     return rgb
 
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode in {"I", "F"} or image.mode.startswith("I;16"):
         return _deep_to_rgb(image)
-    if image.mode == "La":  # premultiplied alpha has one way out only
+    if image.mode == "La":  # premultiplied grey can be converted to LA only
         image = image.convert("LA")
     if not image.has_transparency_data:
         return image.convert("RGB")
@@ -289,7 +289,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _deep_to_rgb(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits -> RGB; one grey level may be declared transparent (PNG tRNS)."""
+    """Convert grey of more than 8 bits to RGB; one level may be declared transparent (PNG tRNS)."""
     values = np.asarray(image)
     grey = _eight_bits(values)
     level = image.info.get("transparency")
@@ -299,7 +299,12 @@ def _deep_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(values: npt.NDArray[np.generic]) -> Pixels:
-    """Scale to 0..255: 16 bits by 257, floats 0..1 by 255, others from minimum to maximum."""
+    """Scale grey levels to uint8 0..255.
+
+    Unsigned 16-bit levels are divided by 257. Of all others, NaN and infinity count as 0; levels
+    beyond 0..65535 are scaled from minimum to maximum, floats up to 1 multiplied by 255, levels up
+    to 255 kept, and the rest divided by 257.
+    """
     if values.dtype.kind == "u" and values.dtype.itemsize == 2:
         return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
     real: npt.NDArray[np.float32] = np.nan_to_num(

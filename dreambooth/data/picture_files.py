@@ -1,6 +1,6 @@
-"""A file from strangers -> an open handle on a regular file, and the picture format inside.
+"""Open an untrusted file safely, and detect the picture format inside.
 
-The format is told from the first bytes, never from the name; FIFOs, devices and oversized files
+The format is detected from the first bytes, never from the name; FIFOs, devices and oversized files
 are refused before anything is read.
 """
 
@@ -27,7 +27,7 @@ _SNIFF_BYTES = 64
 _NAMES_SHOWN = 5
 _OBJECTS = re.compile(r"\s*<[\w.]+ [^<>]*>")  # <_io.BufferedReader name=5>
 _BYTES = re.compile(r"\bb(['\"])(.*?)\1")  # b'IHDR'
-# What these say is meant for whoever wrote the decoder ("'NoneType' object has no attribute ...").
+# Messages of these are for the decoder's programmers ("'NoneType' object has no attribute ...").
 _PROGRAMMERS = (
     *(TypeError, AttributeError, LookupError, ArithmeticError, AssertionError),
     struct.error,
@@ -36,36 +36,36 @@ _BMP_HEADER_SIZES = frozenset({12, 40, 52, 56, 64, 108, 124})
 
 
 class PictureError(DatasetError):
-    """One picture file cannot be used; `reason` says why without the path, `path` which."""
+    """One picture file cannot be used; `path` names it, `reason` says why, without the path."""
 
     def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"The picture {shown(path)} {reason}: replace or remove it.")
+        super().__init__(f"The picture {printable(path)} {reason}: replace or remove it.")
         self.path = path
         self.reason = reason
 
     def __reduce__(self) -> tuple[type[PictureError], tuple[Path, str]]:
-        """Pickle by the two parts that the message is made of."""
+        """Pickle the two parts that the message is made of."""
         return type(self), (self.path, self.reason)
 
 
-def shown(path: Path | str) -> str:
-    """The path as it may stand in a message or a log line: printable, on one line."""
+def printable(path: Path | str) -> str:
+    """Return a path for a message or a log line: printable, on one line."""
     return one_line(os.fspath(path), 1_000)
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first five names and the count of the others."""
+    """Return the first five names and the count of the others."""
     rest = len(names) - _NAMES_SHOWN
     text = ", ".join(names[:_NAMES_SHOWN])
     return f"{text} and {rest} more" if rest > 0 else text
 
 
 def sniff(path: Path, *, limits: Limits = LIMITS) -> str | None:
-    """The format that the first bytes tell, or None where they tell no picture.
+    """Return the picture format that the first bytes show, or None if they show none.
 
-    Also names some formats that are no member of `FORMATS` ("HEIC", "JPEG XL", "JPEG 2000",
-    "Photoshop"), so that a message can say so. Raises PictureError where the file is no regular
-    file or cannot be read.
+    Also names some formats that are not in `FORMATS` ("HEIC", "JPEG XL", "JPEG 2000", "Photoshop"),
+    so that a message can mention them. Raises PictureError for a file that is not regular, too
+    large or cannot be read.
     """
     with opened(path, limits=limits) as file:
         return format_of(file)
@@ -73,9 +73,10 @@ def sniff(path: Path, *, limits: Limits = LIMITS) -> str | None:
 
 @contextmanager
 def opened(path: Path, *, limits: Limits = LIMITS) -> Iterator[BinaryIO]:
-    """Open a regular file for reading; never blocks on a FIFO and never touches a device.
+    """Open a regular file for reading; never block on a FIFO and never touch a device.
 
-    Raises PictureError, also for an OSError of reading inside the `with` block.
+    Raises PictureError for a file that is not regular, too large or cannot be opened, and for an
+    OSError inside the `with` block.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -84,7 +85,7 @@ def opened(path: Path, *, limits: Limits = LIMITS) -> Iterator[BinaryIO]:
     except (OSError, ValueError) as error:
         raise PictureError(path, f"cannot be opened ({why(error)})") from error
     with os.fdopen(descriptor, "rb") as file:
-        found = os.fstat(descriptor)  # again: the name may have changed hands in between
+        found = os.fstat(descriptor)  # again: the name may stand for another file by now
         if not stat.S_ISREG(found.st_mode):
             raise PictureError(path, "is not a regular file")
         if found.st_size > limits.max_image_file_bytes:
@@ -97,17 +98,17 @@ def opened(path: Path, *, limits: Limits = LIMITS) -> Iterator[BinaryIO]:
 
 
 def why(error: BaseException) -> str:
-    """The short reason that an exception gives, fit to be shown: words, no Python notation."""
+    """Return the short reason of an exception for a message, in words and no Python notation."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     said = _BYTES.sub(r"\2", _OBJECTS.sub("", str(error)))
     if isinstance(error, _PROGRAMMERS) or not said:
         return "its content makes no sense"
-    return shown(said)[:200]
+    return printable(said)[:200]
 
 
 def format_of(file: BinaryIO) -> str | None:
-    """`sniff` for a file that is open at its beginning."""
+    """Return what `sniff` returns, for a file that is open at its beginning."""
     start = file.read(_SNIFF_BYTES)
     for magic, name in (
         (b"\x89PNG\r\n\x1a\n", "PNG"),
@@ -128,7 +129,7 @@ def format_of(file: BinaryIO) -> str | None:
             return name
     if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
         return "WEBP"
-    # Two letters alone would take many a text for a BMP: ask for a known header size as well.
+    # "BM" alone also begins many texts, so a known size of the header is required as well.
     if start[:2] == b"BM" and int.from_bytes(start[14:18], "little") in _BMP_HEADER_SIZES:
         return "BMP"
     if start[4:8] == b"ftyp":
@@ -137,7 +138,7 @@ def format_of(file: BinaryIO) -> str | None:
 
 
 def _brand_of(start: bytes) -> str | None:
-    """AVIF or HEIC, by the brands of an ISO media file (ISO/IEC 14496-12, box `ftyp`)."""
+    """Return AVIF, HEIC or None by the brands of an ISO media file (ISO/IEC 14496-12, `ftyp`)."""
     end = min(int.from_bytes(start[:4], "big"), len(start))
     brands = {start[8:12], *(start[at : at + 4] for at in range(16, end, 4))}
     if brands & {b"avif", b"avis"}:

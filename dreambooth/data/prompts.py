@@ -1,4 +1,4 @@
-"""dataset_info.json -> the prompts, with one clear sentence for each way of getting it wrong."""
+"""Read the prompts in dataset_info.json, with one clear sentence for each mistake in it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dreambooth.data.picture_files import listed, shown, why
+from dreambooth.data.picture_files import listed, printable, why
 from dreambooth.errors import DatasetError
 from dreambooth.limits import LIMITS, Limits
 
 INFO_NAME = "dataset_info.json"
 
-_PYTHON_NOTATION_BYTES = 64 * 1024  # ast.literal_eval is not made for large strangers' texts
+_PYTHON_NOTATION_BYTES = 64 * 1024  # ast.literal_eval is not made for large untrusted texts
 _FOLDERS_TRIED = 5
 
 
@@ -31,9 +31,10 @@ class Prompts:
 
 
 def read(folder: Path, *, with_prior_preservation: bool, limits: Limits = LIMITS) -> Prompts:
-    """Read the prompts of a training folder; class_prompt is asked for with prior preservation.
+    """Read the prompts of a training folder; class_prompt is required with prior preservation.
 
-    Raises DatasetError: file missing, too large, no UTF-8, no JSON, wrong types, no prompt.
+    Raises DatasetError if the file is missing or too large, is not UTF-8, is neither JSON nor
+    Python's notation, or has values of wrong types or lacks a prompt.
     """
     path = folder / INFO_NAME
     example = '{"instance_prompt": "a photo of a riobugger cat"'
@@ -42,15 +43,18 @@ def read(folder: Path, *, with_prior_preservation: bool, limits: Limits = LIMITS
     instance_prompt = _prompt(path, info, "instance_prompt", limits)
     if instance_prompt is None:
         raise DatasetError(
-            f"{shown(path)} gives no instance_prompt{_instead(info)}: write for example {example}."
+            f"{printable(path)} gives no instance_prompt{_instead(info)}: "
+            f"write for example {example}."
         )
     class_prompt = _prompt(path, info, "class_prompt", limits)
     if with_prior_preservation and class_prompt is None:
         raise DatasetError(
-            f"{shown(path)} gives no class_prompt, which with_prior_preservation=True needs: "
+            f"{printable(path)} gives no class_prompt, which with_prior_preservation=True needs: "
             f"write for example {example}, or set with_prior_preservation=False."
         )
-    unknown = [shown(str(key)) for key in info if key not in ("instance_prompt", "class_prompt")]
+    unknown = [
+        printable(str(key)) for key in info if key not in ("instance_prompt", "class_prompt")
+    ]
     if unknown:
         notes.append(f"{INFO_NAME} has entries that mean nothing here: {listed(unknown)}.")
     return Prompts(
@@ -59,46 +63,46 @@ def read(folder: Path, *, with_prior_preservation: bool, limits: Limits = LIMITS
 
 
 def _info_text(path: Path, example: str, limits: Limits) -> str:
-    """The text of dataset_info.json, a regular file of UTF-8 (with or without a BOM)."""
+    """Return the text of dataset_info.json, a regular file of UTF-8 (with or without a BOM)."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise DatasetError(f"{shown(path)} is not a regular file: write {example} into it.")
+            raise DatasetError(f"{printable(path)} is not a regular file: write {example} into it.")
         with open(path, "rb") as file:
             data = file.read(limits.max_dataset_info_bytes + 1)
     except FileNotFoundError as error:
         raise DatasetError(
-            f"{INFO_NAME} is missing in {shown(path.parent)}{_lookalike(path.parent)}: "
+            f"{INFO_NAME} is missing in {printable(path.parent)}{_lookalike(path.parent)}: "
             f"write it with the subject's prompt, for example {example}."
         ) from error
     except OSError as error:
         raise DatasetError(
-            f"{shown(path)} cannot be read ({why(error)}): check its permissions."
+            f"{printable(path)} cannot be read ({why(error)}): check its permissions."
         ) from error
     if len(data) > limits.max_dataset_info_bytes:
         raise DatasetError(
-            f"{shown(path)} has more than {limits.max_dataset_info_bytes} bytes: "
+            f"{printable(path)} has more than {limits.max_dataset_info_bytes} bytes: "
             f"it should hold two prompts alone, for example {example}."
         )
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DatasetError(
-            f"{shown(path)} is not UTF-8 (at byte {error.start}): save it as UTF-8 text."
+            f"{printable(path)} is not UTF-8 (at byte {error.start}): save it as UTF-8 text."
         ) from error
 
 
 def _lookalike(folder: Path) -> str:
-    """Editors on Windows hide suffixes, and archives like to add one folder."""
+    """Return a hint at a similar file: Windows hides suffixes, and archives often add a folder."""
     try:
         names = sorted(os.listdir(folder))
     except OSError:
         return ""
     for name in names:
         if name.lower().startswith("dataset_info") and name != INFO_NAME:
-            return f" (there is {shown(name)}, which is another name)"
+            return f" (there is {printable(name)}, which is another name)"
     for name in names[:_FOLDERS_TRIED]:
         if os.path.isfile(folder / name / INFO_NAME):
-            return f" (there is one in its sub-folder {shown(name)}: give that folder instead?)"
+            return f" (there is one in its sub-folder {printable(name)}: give that folder instead?)"
     return ""
 
 
@@ -110,7 +114,7 @@ def _parse_info(path: Path, text: str, example: str) -> tuple[dict[object, objec
         value = _python_notation(text)
         if value is None:
             raise DatasetError(
-                f"{shown(path)} is not valid JSON ({_json_fault(text, error)}): "
+                f"{printable(path)} is not valid JSON ({_json_fault(text, error)}): "
                 f"write for example {example}."
             ) from error
         notes.append(
@@ -119,7 +123,7 @@ def _parse_info(path: Path, text: str, example: str) -> tuple[dict[object, objec
         )
     if not isinstance(value, dict):
         raise DatasetError(
-            f"{shown(path)} holds {_kind(value)} instead of an object with prompts: "
+            f"{printable(path)} holds {_kind(value)} instead of an object with prompts: "
             f"write for example {example}."
         )
     return value, notes
@@ -133,15 +137,15 @@ def _json_fault(text: str, error: BaseException) -> str:
     hint = "; typographic quotes do not count" if set("“”„‘’") & set(text) else ""
     if isinstance(error, json.JSONDecodeError):
         return f"line {error.lineno}, column {error.colno}: {error.msg}{hint}"
-    return shown(str(error))[:200]
+    return printable(str(error))[:200]
 
 
 def _python_notation(text: str) -> object | None:
-    """A dict as the published text shows it, {'instance_prompt': '...'}; None if it is none."""
+    """Read a dict as published, {'instance_prompt': '...'}; return None for any other text."""
     if len(text) > _PYTHON_NOTATION_BYTES:
         return None
     try:
-        with warnings.catch_warnings():  # stray backslashes warn
+        with warnings.catch_warnings():  # stray backslashes cause warnings
             warnings.simplefilter("ignore")
             value = ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -150,11 +154,11 @@ def _python_notation(text: str) -> object | None:
 
 
 def _prompt(path: Path, info: dict[object, object], key: str, limits: Limits) -> str | None:
-    """The prompt under a key without surrounding white space; None where missing or empty."""
+    """Return the prompt under a key, without surrounding white space; None if missing or empty."""
     value = info.get(key)
     if value is None:
         return None
-    where = f"{key} in {shown(path)}"
+    where = f"{key} in {printable(path)}"
     if not isinstance(value, str):
         raise DatasetError(f"{where} is {_kind(value)}: it must be one text in quotes.")
     if len(value) > limits.max_prompt_characters:
@@ -172,10 +176,10 @@ def _prompt(path: Path, info: dict[object, object], key: str, limits: Limits) ->
 
 
 def _instead(info: dict[object, object]) -> str:
-    """What stands in the place of the instance_prompt, in brackets."""
+    """Return in brackets what the file has in place of an instance_prompt."""
     if "instance_prompt" in info:
         return f" (it is {'empty' if info['instance_prompt'] is not None else 'null'})"
-    return f" (it has {listed([shown(str(key)) for key in info])})" if info else ""
+    return f" (it has {listed([printable(str(key)) for key in info])})" if info else ""
 
 
 def _kind(value: object) -> str:

@@ -1,4 +1,4 @@
-"""Seeds that follow from a base seed and a name, the same on every machine."""
+"""Derive seeds from a base seed and keys, the same on every machine."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import hashlib
 
 
 def derive_seed(seed: int, *keys: str | int) -> int:
-    """A 63-bit seed (BLAKE2b of seed and keys): neighbouring numbers share nothing."""
+    """Return a 63-bit seed (BLAKE2b of seed and keys); similar keys give unrelated seeds."""
     text = "\0".join(str(part) for part in (seed, *keys))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1

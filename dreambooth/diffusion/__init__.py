@@ -1,1 +1,1 @@
-"""Stable Diffusion itself: model folders in and out, sampling, and the loss as pure functions."""
+"""Stable Diffusion in memory: loading a model folder, sampling, and the DreamBooth loss."""

@@ -1,8 +1,8 @@
-"""Decoding in parts: the VAE's decoder layer by layer, with room for other work in between.
+"""Decodes latents layer by layer, so that the caller can do other work between the layers.
 
-Each layer is called as `AutoencoderKL.decode` calls it, so no bit of a picture changes (tiles would
-change many). Of Stable Diffusion's decoder at 512 x 512 no layer takes more than 0.31e12
-operations of 2.5e12, where the U-Net takes 0.80e12 for a single row.
+Each layer is called as `AutoencoderKL.decode` calls it, so pictures are bit-identical to its own
+(decoding in tiles would change many bits). In Stable Diffusion's decoder at 512 x 512 no layer
+takes more than 0.31e12 of the 2.5e12 operations; the U-Net takes 0.80e12 for a single row.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ logger = logging.getLogger(__name__)
 def decode_in_parts(
     model: DiffusionModel, latents: Tensor
 ) -> Generator[None, None, np.ndarray | None]:
-    """Do what `decode` does, and return what it returns; yield between the layers.
+    """Decode as `decode` does, but yield between the layers; return what `decode` returns.
 
-    Gradients should be off whenever it goes on. While it waits it holds one layer's output: at most
-    128 MiB per picture of 512 x 512 in half precision.
+    The caller must switch gradients off whenever it resumes this generator. A suspended generator
+    holds one layer's output: at most 128 MiB per picture of 512 x 512 in half precision.
     """
     if not bool(torch.isfinite(latents).all()):
         return None
@@ -46,10 +46,10 @@ def decode_in_parts(
 
 @torch.no_grad()
 def decode(model: DiffusionModel, latents: Tensor) -> np.ndarray | None:
-    """Latents as the U-Net sees them (scaled) [B, C, h, w] -> pictures uint8 0..255 [B, H, W, 3].
+    """Decode scaled latents [B, C, h, w], as the U-Net sees them, to uint8 0..255 [B, H, W, 3].
 
-    None where latents or pixels are not finite. A VAE whose activations pass what its half
-    precision can hold is asked once more in float32.
+    Return None if latents or pixels are not finite. If the activations overflow the VAE's half
+    precision, decode once more in float32.
     """
     parts = decode_in_parts(model, latents)
     while True:
@@ -61,7 +61,7 @@ def decode(model: DiffusionModel, latents: Tensor) -> np.ndarray | None:
 
 
 def _pixels(vae: Any, latents: Tensor) -> Generator[None, None, Tensor]:
-    """Latents [B, C, h, w] -> pixels float32 [B, 3, H, W], -1..1 but for overshoots."""
+    """Decode latents [B, C, h, w] to pixels float32 [B, 3, H, W], -1..1 except for overshoots."""
     hidden = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
     if vae.post_quant_conv is not None:
         hidden = vae.post_quant_conv(hidden)
@@ -74,7 +74,7 @@ def _pixels(vae: Any, latents: Tensor) -> Generator[None, None, Tensor]:
 
 
 def _layers(decoder: Any) -> Iterator[Callable[[Tensor], Tensor]]:
-    """What a decoder consists of, in order; blocks of another kind than usual in one piece."""
+    """Yield the decoder's layers in order; a block of an unusual class is yielded whole."""
     yield decoder.conv_in
     yield decoder.mid_block
     for block in decoder.up_blocks:

@@ -1,10 +1,10 @@
-"""The denoising step: any pictures, wherever each stands, one U-Net call further.
+"""The denoising step: one U-Net call advances pictures that may be at different positions.
 
-Pictures (`trajectories`) of one call may differ in prompts, guidance, number of steps and position;
-only the latent size must match. The U-Net runs in its own dtype, guidance in float32.
+Pictures (`trajectories`) of one call may also differ in prompts, guidance and number of steps; only
+their latent sizes must match. The U-Net runs in its own dtype, guidance in float32.
 
-Legend: B pictures of a call, G of them guided, C latent channels, h w latent cells, L tokens,
-D text width.
+Legend: B pictures of a call, G of them guided, R rows of a call, C latent channels, h w latent
+cells, L tokens, D text width.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from dreambooth.diffusion.trajectories import Trajectory
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Placement:
-    """Where the G + B rows of a call lie among its R, for calls of a fixed number of rows.
+    """The arrangement of G + B rows in a call that has a fixed number of rows, R.
 
-    places: int64 [G + B], the row of each. sources: int64 [R], which of the G + B each row shows
-    (padding repeats the first).
+    places: int64 [G + B], the row of the call that holds each of them. sources: int64 [R], which of
+    the G + B each row of the call holds (padding repeats the first).
     """
 
     places: Tensor
@@ -34,11 +34,11 @@ class Placement:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TextRows:
-    """What a U-Net call is told about its B pictures; rebuilt only when the pictures change.
+    """The text inputs of a U-Net call on B pictures; rebuilt only when the pictures change.
 
     encoder_hidden_states: [G + B, L, D], the negative prompts of the guided pictures, then the
-    prompts of all; with a placement [R, L, D] as that says. guided: int64 [G], their places among
-    the B. guidance_scale: float32 [G, 1, 1, 1].
+    prompts of all pictures; with a placement, [R, L, D] in the order of its sources. guided: int64
+    [G], the indices of the guided pictures among the B. guidance_scale: float32 [G, 1, 1, 1].
     """
 
     encoder_hidden_states: Tensor
@@ -48,16 +48,16 @@ class TextRows:
 
 
 def advance(unet: Any, pictures: Sequence[Trajectory], text: TextRows) -> None:
-    """Take every picture one step further in one U-Net call; `text` is in the same order."""
+    """Advance every picture by one step with one U-Net call; `text` is in the pictures' order."""
     trajectories.step(pictures, predictions(unet, pictures, text))
 
 
 def predictions(
     unet: Any, pictures: Sequence[Trajectory], text: TextRows, *, most_rows: int | None = None
 ) -> Tensor:
-    """Return what `trajectories.step` needs, float32 [B, C, h, w]; no picture moves.
+    """Return the input of `trajectories.step`, float32 [B, C, h, w]; no picture advances.
 
-    One U-Net call, or several of at most `most_rows` rows each, where memory is short.
+    most_rows: rows per U-Net call, at most; None: one call. Several calls take less memory.
     """
     model_input = trajectories.model_input(pictures)
     timesteps = trajectories.timesteps(pictures).to(model_input.device, non_blocking=True)
@@ -72,10 +72,11 @@ def predict(
     *,
     most_rows: int | None = None,
 ) -> Tensor:
-    """Return the guided prediction float32 [B, C, h, w] of ONE U-Net call of G + B rows.
+    """Return the guided predictions, float32 [B, C, h, w], of one U-Net call of G + B rows.
 
-    model_input: [B, C, h, w], already scaled for the noise scheduler. timesteps: [B], each
-    picture's own. What is predicted (noise or v) is the noise scheduler's to know.
+    model_input: [B, C, h, w], already scaled for the noise scheduler. timesteps: [B], one per
+    picture. most_rows: as in `predictions`. Whether the predictions are noise or velocity matters
+    to the noise scheduler only.
     """
     rows, row_timesteps = _twice(model_input, text).to(unet.dtype), _twice(timesteps, text)
     placement = text.placement
@@ -98,7 +99,7 @@ def predict(
 
 
 def _twice(of_pictures: Tensor, text: TextRows) -> Tensor:
-    """[B, ...] -> [G + B, ...]: the guided pictures, then all of them."""
+    """Return [B, ...] as [G + B, ...]: the guided pictures, then all pictures."""
     if not len(text.guided):
         return of_pictures
     if len(text.guided) == len(of_pictures):
@@ -109,7 +110,7 @@ def _twice(of_pictures: Tensor, text: TextRows) -> Tensor:
 def _call(
     unet: Any, rows: Tensor, timesteps: Tensor, text: Tensor, *, most_rows: int | None
 ) -> Tensor:
-    """The U-Net's own prediction for every row, [R, C, h, w]."""
+    """Return the U-Net's own prediction for every row, [R, C, h, w]."""
     if most_rows is None or len(rows) <= most_rows:
         output: Tensor = unet(rows, timesteps, encoder_hidden_states=text, return_dict=False)[0]
         return output
@@ -118,5 +119,5 @@ def _call(
 
 
 def guide(conditional: Tensor, unconditional: Tensor, guidance_scale: Tensor) -> Tensor:
-    """Classifier-free guidance, equation (6) of arXiv 2207.12598 with w + 1 = guidance_scale."""
+    """Apply classifier-free guidance: arXiv 2207.12598, equation (6), w + 1 = guidance_scale."""
     return (conditional - unconditional).mul_(guidance_scale).add_(unconditional)

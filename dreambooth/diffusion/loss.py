@@ -1,6 +1,6 @@
 """The DreamBooth loss as pure functions.
 
-Legend: B batch (instance half), C latent channels, h w latent cells, L tokens, D text width.
+Legend: I instance rows, K class rows, C latent channels, h w latent cells.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dreambooth.errors import ModelArtifactError, quoted
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Losses:
-    """Scalars, float32: total = instance + prior_loss_weight * class_.
+    """The losses as float32 scalars: total = instance + prior_loss_weight * class_.
 
     class_ is None without prior preservation.
     """
@@ -29,7 +29,7 @@ class Losses:
 def noise_target(
     noise_scheduler: Any, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
 ) -> torch.Tensor:
-    """What the U-Net should predict, [B,C,h,w]: the noise, or the velocity of a v-prediction model.
+    """Return what the U-Net should predict: the noise, or the velocity (v-prediction), [B,C,h,w].
 
     Epsilon: Ho et al. 2020, eq. 14. Velocity: Salimans and Ho 2022, section 4 and appendix D.
     Raises ModelArtifactError for a prediction type that Stable Diffusion does not use.
@@ -53,10 +53,12 @@ def dreambooth_loss(
     instances: int,
     prior_loss_weight: float,
 ) -> Losses:
-    """Ruiz et al. 2022, section 3.2: squared error on the subject plus lambda times the class's.
+    """Return the squared error on the subject plus lambda times that on the class.
 
-    model_pred, target: [B,C,h,w], or [B+K,C,h,w] with prior preservation: the first `instances`
-    rows are the instance half, the rest the class half. Each half is a mean over its elements.
+    Source: Ruiz et al. 2022 (arXiv 2208.12242v2), section 3.3, equation 2.
+
+    model_pred, target: [I+K,C,h,w], where K is 0 without prior preservation. instances: I; these
+    rows come first. Each half's loss is a mean over its elements.
     """
     squared_error = F.mse_loss(model_pred.float(), target.float(), reduction="none")
     instance = squared_error[:instances].mean()

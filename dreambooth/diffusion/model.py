@@ -1,11 +1,11 @@
-"""A Stable Diffusion model in memory: loaded from a folder, and its encode and decode steps.
+"""A Stable Diffusion model in memory: loads it from a folder, encodes prompts and pictures.
 
 Legend of shapes: B batch, C channels, H W pixels, h w latent cells, L tokens, D text width.
 
-The folder is data: configurations are checked against fixed lists (`layout`), the classes are
-ours to choose, and weights are matched name by name (`weights`). The libraries' own
-`from_pretrained` is used for the tokenizer alone: it would take unknown weights, missing weights
-and unknown files with a mere warning.
+The folder is untrusted data: configurations are checked against fixed lists (`layout`), our code
+chooses the classes, and weights are matched by name (`weights`). The libraries' own
+`from_pretrained` is used for the tokenizer only, because it merely warns of unknown weights,
+missing weights and unknown files.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from dreambooth.model_folder.facts import ModelFacts, read_facts
 
 logger = logging.getLogger(__name__)
 
-# Characters of a prompt in the log: it is a stranger's, and may have thousands.
+# Characters of a prompt that are logged; prompts are untrusted and may have thousands.
 _LOGGED = 80
-_MOST_REPORTED = 64  # prompts whose cut is not told again
+_MOST_REPORTED = 64  # truncated prompts that are remembered as reported
 
-# What diffusers up to 0.17 called the layers of the VAE's attention; Stable Diffusion 1.x and 2.x
-# were published so.
+# Names of the VAE's attention layers in diffusers up to 0.17; Stable Diffusion 1.x and 2.x were
+# published with them.
 _OLD_VAE_NAMES = {
     ".query.": ".to_q.",
     ".key.": ".to_k.",
@@ -49,9 +49,9 @@ _OLD_VAE_NAMES = {
 class DiffusionModel:
     """The parts of one model folder; each can be moved, cast or replaced on its own.
 
-    `unet`, `vae` and `text_encoder` are in eval mode and need no gradients until the caller says
-    so. `resolution` is the side in pixels that the model was trained on; `reported_prompts`
-    are those that `tokenize` has warned of.
+    `load` leaves `unet`, `vae` and `text_encoder` in eval mode and without gradients. `resolution`:
+    the side in pixels that the model was trained on. `reported_prompts`: the prompts that
+    `tokenize` has warned of.
     """
 
     folder: Path
@@ -69,22 +69,22 @@ class DiffusionModel:
 
     @property
     def latent_channels(self) -> int:
-        """C of the latents: 4 for Stable Diffusion."""
+        """Return C, the channels of the latents: 4 for Stable Diffusion."""
         return self.facts.latent_channels
 
     @property
     def vae_scale_factor(self) -> int:
-        """Pixels per latent cell and side: 8 for Stable Diffusion."""
+        """Return how many pixels one side of a latent cell spans: 8 for Stable Diffusion."""
         return self.facts.vae_scale_factor
 
     @property
     def prediction_type(self) -> str:
-        """What the U-Net predicts: "epsilon", "v_prediction" or "sample"."""
+        """Return what the U-Net predicts: "epsilon", "v_prediction" or "sample"."""
         return str(self.scheduler_config.get("prediction_type", "epsilon"))
 
     @property
     def device(self) -> torch.device:
-        """Where the U-Net is."""
+        """Return the device of the U-Net."""
         device: torch.device = next(iter(self.unet.parameters())).device
         return device
 
@@ -95,7 +95,7 @@ class DiffusionModel:
         *,
         parts: Sequence[str] = layout.TRAINED_PARTS,
     ) -> DiffusionModel:
-        """Move and cast the named parts (all three by default) in place; returns the model."""
+        """Move and cast the named parts (by default all three) in place; return the model."""
         for part in parts:
             getattr(self, part).to(device=device, dtype=dtype)
         return self
@@ -108,10 +108,10 @@ def load(
     dtype: torch.dtype = torch.float32,
     limits: Limits = LIMITS,
 ) -> DiffusionModel:
-    """Load a diffusers folder; no network is asked and no code of the folder runs.
+    """Load a diffusers folder without using the network or running code from the folder.
 
-    Weights of any float type come out as `dtype` on `device`, in eval mode, without gradients.
-    Raises ModelArtifactError, naming the file, for anything that is not a whole, well-formed
+    Weights of any float type are loaded as `dtype` onto `device`, in eval mode, without gradients.
+    Raises ModelArtifactError, naming the file, unless the folder is a complete and well-formed
     Stable Diffusion model.
     """
     layout.validate_folder(folder, limits=limits)
@@ -147,20 +147,20 @@ def load(
 
 
 def training_noise_scheduler(model: DiffusionModel) -> Any:
-    """A diffusers DDPMScheduler with the model's own betas and prediction type."""
+    """Return a diffusers DDPMScheduler with the model's own betas and prediction type."""
     return _scheduler(model, "DDPMScheduler")
 
 
 def sampling_scheduler(model: DiffusionModel) -> Any:
-    """A fresh scheduler of the class and settings that the folder names."""
+    """Return a new noise scheduler of the class and settings that the folder names."""
     return _scheduler(model, model.scheduler_class)
 
 
 def tokenize(model: DiffusionModel, prompts: Sequence[str]) -> torch.Tensor:
-    """Prompts -> token ids, int64 [B, L], padded to the length of the text encoder.
+    """Return the token ids of prompts, int64 [B, L], padded to the text encoder's length.
 
-    What is beyond L tokens (77 for Stable Diffusion) is cut off, with one warning in the log,
-    however often the prompt comes.
+    Prompts of more than L tokens (77 for Stable Diffusion) are truncated. The log warns of each
+    such prompt once, however often it comes.
     """
     length = text_encoders.prompt_length(model.tokenizer, model.text_encoder)
     rows = model.tokenizer(
@@ -171,9 +171,9 @@ def tokenize(model: DiffusionModel, prompts: Sequence[str]) -> torch.Tensor:
         return_tensors="pt",
     )
     for i, prompt in enumerate(prompts):
-        if rows.encodings:  # what was cut off is known
+        if rows.encodings:  # a tokenizer in Rust, which returns what it cut off
             cut = bool(rows.encodings[i].overflowing)
-        else:  # a tokenizer in Python; a row with padding in it is whole
+        else:  # a tokenizer in Python; a row that has padding was not cut
             full = bool(rows.attention_mask[i].all())
             cut = full and len(model.tokenizer(prompt).input_ids) > length
         if cut and prompt not in model.reported_prompts:
@@ -189,12 +189,12 @@ def tokenize(model: DiffusionModel, prompts: Sequence[str]) -> torch.Tensor:
 
 @torch.no_grad()
 def encode_text(model: DiffusionModel, input_ids: torch.Tensor) -> torch.Tensor:
-    """Token ids int64 [B, L] -> encoder_hidden_states [B, L, D] (what the U-Net is given)."""
+    """Return encoder_hidden_states [B, L, D] of token ids int64 [B, L], without gradients."""
     return text_features(model, input_ids)
 
 
 def text_features(model: DiffusionModel, input_ids: torch.Tensor) -> torch.Tensor:
-    """As `encode_text`, but gradients flow: for training the text encoder."""
+    """Return what `encode_text` returns, with gradients, for training the text encoder."""
     input_ids = input_ids.to(next(iter(model.text_encoder.parameters())).device)
     mask = text_encoders.attention_mask(model.tokenizer, model.text_encoder, input_ids)
     features: torch.Tensor = model.text_encoder(input_ids, attention_mask=mask)[0]
@@ -205,17 +205,16 @@ def text_features(model: DiffusionModel, input_ids: torch.Tensor) -> torch.Tenso
 def encode_posterior(
     model: DiffusionModel, pixels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixels float32 [B, 3, H, W] -1..1 -> the latent posterior: mean and std [B, C, h, w].
+    """Return the latent posterior, mean and std [B, C, h, w], of float32 [B, 3, H, W] pixels -1..1.
 
-    Latents for the U-Net are `(mean + std * noise) * vae.config.scaling_factor`: the two returned
-    here are not scaled yet.
+    Both are unscaled: latents for the U-Net are `(mean + std * noise) * vae.config.scaling_factor`.
     """
     posterior = model.vae.encode(pixels.to(model.vae.device, model.vae.dtype)).latent_dist
     return posterior.mean, posterior.std
 
 
 def current_vae_name(key: str) -> str:
-    """The name of a VAE weight in today's diffusers, also from the names of 0.17 and before."""
+    """Return today's diffusers name of a VAE weight, given that name or one of 0.17 or before."""
     if ".attentions." in key:
         for old, new in _OLD_VAE_NAMES.items():
             key = key.replace(old, new)
@@ -227,7 +226,7 @@ def _build(
 ) -> Any:
     config = layout.component_config(folder, part, limits=limits)
     try:
-        # No memory and no random numbers are spent on weights that are replaced at once.
+        # Neither allocate nor initialise weights that are replaced at once.
         with init_empty_weights(include_buffers=False):
             return construct(config)
     except BUILD_ERRORS as error:
@@ -248,7 +247,7 @@ def _scheduler(model: DiffusionModel, name: str) -> Any:
 
 
 def _check_fit(model: DiffusionModel) -> None:
-    # Parts that load one by one may still not belong together.
+    # Parts that load one by one may still not fit together.
     tokens = max(model.tokenizer.get_vocab().values()) + 1
     known = model.text_encoder.config.vocab_size
     if tokens > known:

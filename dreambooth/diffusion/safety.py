@@ -1,7 +1,7 @@
-"""The model folder's safety checker: StableDiffusionSafetyChecker with CLIP's picture input.
+"""The model folder's safety checker: StableDiffusionSafetyChecker with CLIP's preprocessing.
 
-As everywhere, the folder is data: the class is ours, weights are matched name by name, and the
-input is prepared here (Pillow and the numbers of preprocessor_config.json), by no code of it.
+As everywhere, the folder is untrusted data: our code chooses the class, weights are matched by
+name, and pictures are prepared here, with Pillow and the numbers of preprocessor_config.json.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dreambooth.model_folder.component_classes import COMPONENTS
 
 logger = logging.getLogger(__name__)
 
-# CLIP's own numbers, which a preprocessor_config.json may leave out.
+# CLIP's own numbers, used where a preprocessor_config.json leaves them out.
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 _SIDE = 224
@@ -43,11 +43,11 @@ _BUILD_ERRORS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipInput:
-    """What a preprocessor_config.json asks for.
+    """The preprocessing that a preprocessor_config.json asks for.
 
-    shortest_edge: pixels after resizing, None: not resized. crop: (height, width) in pixels, None:
-    not cropped. rescale: factor on 0..255. mean, std: of the three colours after it; (0, 0, 0)
-    and (1, 1, 1) where it does not normalise.
+    shortest_edge: pixels after resizing; None: not resized. crop: (height, width) in pixels; None:
+    not cropped. rescale: factor on 0..255. mean, std: of the three colours after rescaling; (0, 0,
+    0) and (1, 1, 1) without normalisation.
     """
 
     shortest_edge: int | None = _SIDE
@@ -58,7 +58,7 @@ class ClipInput:
     std: tuple[float, ...] = _STD
 
     def prepare(self, pixels: np.ndarray) -> torch.Tensor:
-        """uint8 [H, W, 3], 0..255 -> float32 [1, 3, h, w], CLIP's range."""
+        """Turn a picture uint8 [H, W, 3], 0..255, into CLIP's input, float32 [1, 3, h, w]."""
         image = Image.fromarray(pixels)
         if self.shortest_edge is not None:
             short, long = sorted(image.size)
@@ -68,7 +68,7 @@ class ClipInput:
             image = image.resize(size, Image.Resampling(self.resample))
         if self.crop is not None:
             height, width = self.crop
-            # Beyond its edges Pillow's crop is black, as is CLIP's.
+            # A crop that exceeds the picture is filled with black, by Pillow as by CLIP.
             left, top = (image.width - width) // 2, (image.height - height) // 2
             image = image.crop((left, top, left + width, top + height))
         values = np.asarray(image, dtype=np.float32) * np.float32(self.rescale)
@@ -78,13 +78,13 @@ class ClipInput:
 
 
 class SafetyChecker:
-    """Says of a picture whether it must be hidden."""
+    """Decides whether a picture must be hidden."""
 
     def __init__(self, network: Any, clip_input: ClipInput) -> None:
-        """`network`: a StableDiffusionSafetyChecker in eval mode, wherever it shall run."""
+        """Take a StableDiffusionSafetyChecker in eval mode, on the device where it runs."""
         self._network = network
         self._clip_input = clip_input
-        self._seen: torch.Tensor | None = None  # what the network made of the last picture
+        self._seen: torch.Tensor | None = None  # the network's embedding of the last picture
         network.visual_projection.register_forward_hook(self._see)
 
     def _see(self, _: object, __: object, embedding: torch.Tensor) -> None:
@@ -92,13 +92,13 @@ class SafetyChecker:
 
     @torch.no_grad()
     def hides(self, pixels: np.ndarray) -> bool:
-        """Whether the checker finds one of its concepts in a picture, uint8 [H, W, 3].
+        """Return whether the checker finds one of its concepts in a picture, uint8 [H, W, 3].
 
-        A result that is not finite says nothing about the picture, which is then hidden.
+        A picture whose embedding is not finite is hidden, because the answer then means nothing.
         """
         weight = self._network.visual_projection.weight
         clip_input = self._clip_input.prepare(pixels).to(weight.device, weight.dtype)
-        blanked = [np.zeros(1)]  # the network wants pictures that it may blank: these are not seen
+        blanked = [np.zeros(1)]  # a dummy: the network blacks out the pictures it is given
         found = bool(self._network(clip_input=clip_input, images=blanked)[1][0])
         if self._seen is None or not bool(torch.isfinite(self._seen).all()):
             logger.warning("The safety checker's numbers are not finite: the picture is hidden.")
@@ -109,10 +109,10 @@ class SafetyChecker:
 def load(
     folder: Path, *, device: torch.device, dtype: torch.dtype, limits: Limits = LIMITS
 ) -> SafetyChecker | None:
-    """Load a model folder's safety checker; None where its model_index.json names none.
+    """Load a model folder's safety checker; return None if its model_index.json names none.
 
-    Raises ModelArtifactError for one that is not whole: a checker that is asked for and cannot
-    run must not be passed over.
+    Raises ModelArtifactError for an incomplete or malformed one: a checker that the model asks for
+    must not be skipped.
     """
     index = layout.read_index(folder, limits=limits)
     if not _named(index, "safety_checker"):
@@ -141,7 +141,7 @@ def load(
 
 
 def read_clip_input(folder: Path, *, limits: Limits = LIMITS) -> ClipInput:
-    """Read preprocessor_config.json of a feature extractor, in its old and its new forms."""
+    """Read a feature extractor's preprocessor_config.json, in its old or its new format."""
     path = folder / "preprocessor_config.json"
     config = layout.read_json(path, limits=limits)
     for key in ("feature_extractor_type", "image_processor_type"):
@@ -214,7 +214,7 @@ def _build(config: dict[str, Any], path: Path) -> Any:
         layers, side = nested.get("num_hidden_layers", 0), nested.get("image_size", _SIDE)
         if type(layers) is not int or layers > _MOST_LAYERS:
             raise ModelArtifactError(f"{path} asks for {part} with {quoted(layers)} layers.")
-        if type(side) is not int or side > _MOST_SIDE:  # tables grow with it before any weight
+        if type(side) is not int or side > _MOST_SIDE:  # buffers grow with it before any weight
             raise ModelArtifactError(
                 f"{path} asks for {part} of pictures of {quoted(side)} pixels."
             )

@@ -1,11 +1,11 @@
-"""Sampling: from requests to pictures, one random generator per picture.
+"""Sampling: turns requests into pictures, with one random generator per picture.
 
-Our own denoising loop (the step itself is in `denoising`). Pictures are those of
+The denoising loop is our own (its step is in `denoising`). Pictures are those of
 ``StableDiffusionPipeline`` with a list of CPU generators: same initial noise, same order of the
 guidance halves, same noise-scheduler mathematics; in float32 on a CPU within 1/255.
 
-Legend: B pictures of a batch, G of them guided, C latent channels, h w latent cells, L tokens,
-D text width, H W pixels.
+Legend: B pictures of a batch, G of them guided, C latent channels, h w latent cells, L tokens, D
+text width, H W pixels.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ def generate(
 ) -> Iterator[np.ndarray | None]:
     """Sample every request; yield uint8 [H, W, 3] pictures (0..255) in the order of the requests.
 
-    None stands for a picture that did not stay finite. Consecutive requests with equal steps and
-    size share U-Net calls, at most `batch_size` pictures at a time; guidance, eta and prompts may
-    differ among them. A picture depends on its own request alone: company changes it
-    by rounding only (at most 2/255 in float32). on_step(done, total) is called after each U-Net
-    call, counted over all batches (`count_steps`). `text` gives ready encoder_hidden_states
-    ([L, D] or [1, L, D]) of prompts; the text encoder is needed only for those it lacks.
+    None is yielded for a picture that did not stay finite. Consecutive requests with equal steps
+    and size share U-Net calls, at most `batch_size` pictures at a time; their guidance, eta and
+    prompts may differ. A picture depends on its own request alone: those that share its calls
+    change it by rounding only (at most 2/255 in float32). on_step(done, total) is called after each
+    U-Net call, counted over all batches (`count_steps`). text: ready encoder_hidden_states ([L, D]
+    or [1, L, D]) by prompt; the text encoder is needed only for prompts that it lacks.
 
-    The model is left as it was found (train or eval mode, gradients) and the global random
-    generators are not touched, so that a preview may run in the middle of training.
+    The model is left as it was (train or eval mode, gradients) and the global random generators are
+    not used, so a preview may run in the middle of training.
 
     Raises RequestError at once, before any work, for a request that the model cannot serve, and
-    ResourceError when the device runs out of memory.
+    ResourceError if the device runs out of memory.
     """
     facts = sampling_facts(model)
     for request in requests:
@@ -88,14 +88,14 @@ def _generate(
     schedules = schedules_of(model)
     for batch in _batches(model, requests, batch_size):
         for latents in _denoise(model, batch, schedules, text, stepped):
-            # One picture at a time: decoding one takes more memory than a step of several.
+            # Decode one picture at a time: that takes more memory than a step of several.
             yield _decode(model, latents)
 
 
 def count_steps(
     model: DiffusionModel, requests: Sequence[SamplingRequest], *, batch_size: int = 4
 ) -> int:
-    """Return how many U-Net calls `generate` will make: the `total` that on_step hears."""
+    """Return how many U-Net calls `generate` will make: the `total` passed to on_step."""
     calls: dict[int, int] = {}
     total = 0
     for batch in _batches(model, requests, batch_size):
@@ -107,7 +107,7 @@ def count_steps(
 
 
 def sampling_facts(model: DiffusionModel) -> SamplingFacts:
-    """Return what `check` and `picture_size` need to know of a model in memory."""
+    """Return the facts of a model in memory that `check` and `picture_size` need."""
     return facts_from(
         resolution=model.resolution,
         vae_scale_factor=model.vae_scale_factor,
@@ -119,13 +119,13 @@ def sampling_facts(model: DiffusionModel) -> SamplingFacts:
 def text_rows(
     model: DiffusionModel, requests: Sequence[SamplingRequest], text: dict[str, Tensor]
 ) -> TextRows:
-    """Gather the text of a batch; strings that `text` lacks are encoded and added to it."""
+    """Gather the text of a batch; encode strings that `text` lacks, and add them to it."""
     guided = [i for i, request in enumerate(requests) if request.guided]
     strings = [requests[i].negative_prompt for i in guided]
     strings += [request.prompt for request in requests]
     for string in strings:
         if string not in text:
-            # Alone, not as a batch: a prompt's encoding must not depend on its neighbours.
+            # Encode it alone: a prompt's encoding must not depend on the others of a batch.
             text[string] = encode_text(model, tokenize(model, [string]))
     hidden = [text[string].to(device=model.device, dtype=model.unet.dtype) for string in strings]
     scales = [requests[i].guidance_scale for i in guided]
@@ -137,12 +137,12 @@ def text_rows(
 
 
 def schedules_of(model: DiffusionModel) -> Schedules:
-    """Return the schedules of a model's own noise scheduler, to `start` pictures with."""
+    """Return the schedules of a model's own noise scheduler, for `start`."""
     return Schedules(lambda: sampling_scheduler(model))
 
 
 def start(model: DiffusionModel, request: SamplingRequest, schedules: Schedules) -> Trajectory:
-    """Return a picture at its first step, with its own noise."""
+    """Return a picture at its first step, with initial noise from its own seed."""
     width, height = picture_size(sampling_facts(model), request)
     cells = height // model.vae_scale_factor, width // model.vae_scale_factor
     schedule = schedules.take(request.num_inference_steps, eta=request.eta)
@@ -159,7 +159,7 @@ def start(model: DiffusionModel, request: SamplingRequest, schedules: Schedules)
 def _batches(
     model: DiffusionModel, requests: Sequence[SamplingRequest], batch_size: int
 ) -> Iterator[list[SamplingRequest]]:
-    """Cut the requests, in order, into batches of pictures that take their steps together."""
+    """Split the requests, in order, into batches of pictures that take their steps together."""
 
     facts = sampling_facts(model)
 
@@ -204,7 +204,7 @@ def _denoise(
 
 @torch.no_grad()
 def _decode(model: DiffusionModel, latents: Tensor) -> np.ndarray | None:
-    """Return the picture of latents [1, C, h, w], or None if they or it are not finite."""
+    """Return the picture of latents [1, C, h, w]; None if latents or pixels are not finite."""
     try:
         with _evaluating(model.vae):
             pictures = decode(model, latents)
@@ -217,7 +217,7 @@ def _decode(model: DiffusionModel, latents: Tensor) -> np.ndarray | None:
 
 @contextmanager
 def _evaluating(*modules: torch.nn.Module | None) -> Iterator[None]:
-    """Hold the modules in eval mode (no dropout draws), then give each part its own mode back."""
+    """Hold the modules in eval mode (no dropout), then restore the mode of every submodule."""
     present = [module for module in modules if module is not None]
     training = [part for module in present for part in module.modules() if part.training]
     try:

@@ -1,4 +1,4 @@
-"""A picture to sample, and what a model allows of it (standard library only)."""
+"""The request for a picture, and the check of what a model allows (standard library only)."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from dreambooth.model_folder import facts as model_facts
 from dreambooth.model_folder.component_classes import TWO_CALLS_PER_STEP
 from dreambooth.model_folder.layout import component_config, read_index
 
-# Sides divide into latent cells of so many pixels; coarser where the VAE's own cells are larger.
+# Every side is a multiple of this many pixels, or of the VAE's own latent cell if that is larger.
 SMALLEST_UNIT = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingRequest:
-    """One picture to sample.
+    """A request for one picture.
 
-    width, height: pixels, multiples of 8; None: the model's resolution.
-    guidance_scale: w of equation (2) of Imagen (arXiv 2205.11487); 1 and below: no guidance, and
-    half the work. seed: 0..2**64-1, of this picture alone. eta: 0..1, the eta of DDIM (arXiv
-    2010.02502), read by the noise schedulers that know it.
+    width, height: pixels, multiples of 8; None: the model's resolution. guidance_scale: w of
+    equation (2) of Imagen (arXiv 2205.11487); 1 and below: no guidance and half the work. seed:
+    0..2**64-1, of this picture alone. eta: 0..1, the eta of DDIM (arXiv 2010.02502); noise
+    schedulers that have none ignore it.
     """
 
     prompt: str
@@ -38,17 +38,17 @@ class SamplingRequest:
 
     @property
     def guided(self) -> bool:
-        """Whether classifier-free guidance acts, so that the picture costs two U-Net rows."""
+        """Return whether classifier-free guidance applies, which takes two U-Net rows."""
         return self.guidance_scale > 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingFacts:
-    """What a model says about the pictures it draws.
+    """The sizes and step counts that a model allows.
 
-    resolution: pixels of a side where the request names none. unit: every side is a multiple of
-    it, in pixels. max_steps: the most num_inference_steps that its noise schedule has room for.
-    calls_per_step: U-Net calls of a step, 2 with noise schedulers of second order.
+    resolution: side in pixels if the request names none. unit: every side is a multiple of this
+    many pixels. max_steps: the largest num_inference_steps that the noise schedule has room for.
+    calls_per_step: U-Net calls per step; 2 with noise schedulers of second order.
     """
 
     resolution: int
@@ -66,7 +66,7 @@ def facts_from(
 ) -> SamplingFacts:
     """Derive the facts from a model's resolution (pixels), VAE and noise schedule.
 
-    A resolution between two multiples of the unit counts as the lower one.
+    A resolution that is no multiple of the unit is rounded down to one.
     """
     unit = max(SMALLEST_UNIT, vae_scale_factor)
     return SamplingFacts(
@@ -78,7 +78,7 @@ def facts_from(
 
 
 def read_facts(folder: Path, *, limits: Limits = LIMITS) -> SamplingFacts:
-    """Read the facts of a model folder in milliseconds: its JSON files and weights' headers.
+    """Read the facts of a model folder from its JSON files and weight headers, in milliseconds.
 
     Raises ModelArtifactError for a folder that is no Stable Diffusion model.
     """
@@ -110,7 +110,7 @@ def check(facts: SamplingFacts, request: SamplingRequest, *, limits: Limits = LI
             f"num_inference_steps must lie between 1 and {facts.max_steps}, "
             f"not {request.num_inference_steps}."
         )
-    if not abs(request.guidance_scale) <= limits.max_guidance_scale:  # so written for NaN
+    if not abs(request.guidance_scale) <= limits.max_guidance_scale:  # `not` catches NaN
         raise RequestError(
             f"guidance_scale must lie between -{limits.max_guidance_scale:.0f} and "
             f"{limits.max_guidance_scale:.0f}, not {request.guidance_scale}."
@@ -124,8 +124,8 @@ def check(facts: SamplingFacts, request: SamplingRequest, *, limits: Limits = LI
 def max_steps(scheduler_config: Mapping[str, Any]) -> int:
     """Return the largest num_inference_steps of a noise schedule.
 
-    Beyond it steps_offset pushes the first timestep over the end of the schedule. Raises
-    ModelArtifactError for a configuration without whole numbers, or without room for a step.
+    With more steps, steps_offset would push the first timestep past the end of the schedule. Raises
+    ModelArtifactError for a configuration whose numbers are not whole or leave no room for a step.
     """
     timesteps = scheduler_config.get("num_train_timesteps", 1000)
     offset = scheduler_config.get("steps_offset", 0)
@@ -143,7 +143,7 @@ def max_steps(scheduler_config: Mapping[str, Any]) -> int:
 
 
 def picture_size(facts: SamplingFacts, request: SamplingRequest) -> tuple[int, int]:
-    """Return (width, height) in pixels: as requested, else the model's resolution."""
+    """Return (width, height) in pixels: as requested, or else the model's resolution."""
     width = facts.resolution if request.width is None else request.width
     height = facts.resolution if request.height is None else request.height
     return width, height

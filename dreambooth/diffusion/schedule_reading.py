@@ -1,4 +1,4 @@
-"""Reading the table of a schedule (`step_tables`) off diffusers' own noise scheduler.
+"""Reads the table of a schedule (`step_tables`) off diffusers' own noise scheduler.
 
 The noise scheduler is driven through all its steps once, in float64. What it is given as latents
 and predictions are vectors with three kinds of entries:
@@ -175,7 +175,7 @@ class Reader:
         None if the step needs inputs of more than DEPTH steps.
 
         UniPC works on latents that it corrects and never returns, so its steps seem to need every
-        input since the first. They do not: the step before said that its returned latents equal a
+        input since the first. They do not: the step before showed that its returned latents equal a
         weighted sum of older inputs. Their difference is 0, and any multiple of it may be added to
         this step. The multiple that cancels the weights of distant inputs is taken.
         """
@@ -201,7 +201,7 @@ class Reader:
         return tuple(newest_first + [0.0] * (2 * DEPTH - len(newest_first)))
 
     def _reproduces_the_random_entries(self) -> bool:
-        """Return whether the rows make of the random entries what the noise scheduler made."""
+        """Return whether the rows reproduce the noise scheduler's results in the random entries."""
         rows, latents = self._rows, torch.stack(self._latents)
         noise = torch.stack(self._noise)
         weights = torch.tensor([row.weights for row in rows], dtype=torch.float64)

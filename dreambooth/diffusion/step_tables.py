@@ -1,14 +1,14 @@
-"""Noise schedules as tables: what every step of a noise scheduler makes of what it is given.
+"""Noise schedules as tables: the weights with which every step combines its inputs.
 
 Nearly all noise schedulers are linear. With x_k the latents and e_k the predictions k steps ago
-(x_0 and e_0 are today's), and fresh noise z where one draws it,
+(x_0 and e_0 are those of the current step), and fresh noise z if the scheduler draws it,
 
     next latents = sum over k < DEPTH of a_k * x_k + b_k * e_k,  + c * z
 
-and a, b, c depend on nothing but configuration, number of steps and position. So pictures at any
-position share one expression (`trajectories`). Nothing is written down twice: the numbers are read
-off diffusers' own code (`schedule_reading`). What is not linear (clipped, thresholded) or remembers
-more has no table, and is asked step by step.
+and a, b, c depend only on configuration, number of steps and position. So pictures at any positions
+share one expression (`trajectories`). The numbers are not written down here but read off diffusers'
+own code (`schedule_reading`). A noise scheduler that is not linear (clipped, thresholded) or
+remembers more steps has no table; its steps are taken by diffusers' own code.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DEPTH = 4  # today's latents and prediction and those of so many steps less one
+DEPTH = 4  # latents and predictions of the current step and of DEPTH - 1 steps before it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRow:
-    """One step. weights: a_0, b_0, a_1, b_1, ..., of 2 * DEPTH numbers.
+    """The weights of one step.
 
-    used: its bit k says that weights[k] is not 0. input_scale: of the latents, as the U-Net wants
-    to see them. noise: c, None where no noise is drawn (0: it is drawn for nothing).
+    weights: a_0, b_0, a_1, b_1, ..., 2 * DEPTH numbers. used: bit k is set if weights[k] is not 0.
+    input_scale: the factor on the latents that the U-Net gets. noise: c; None if no noise is drawn
+    (0: noise is drawn and not used).
     """
 
     weights: tuple[float, ...]
@@ -41,10 +42,10 @@ class StepRow:
 class Schedule:
     """A noise scheduler set to a number of steps.
 
-    template: diffusers' noise scheduler at its first step; copies of it walk. timesteps: on the
-    CPU, [steps]. timestep_values: the same as numbers. rows: its table, a row per step, None if it
-    has none. depth: how many past steps the table reaches back to. options: what its `step` takes
-    besides (eta), a generator not included. takes_generator: whether it takes one.
+    template: diffusers' noise scheduler at its first step; only copies of it take steps. timesteps:
+    on the CPU, [steps]. timestep_values: the same as numbers. rows: its table, one row per step;
+    None if it has none. depth: how many past steps the table uses. options: the further arguments
+    of its `step` (eta), without the generator. takes_generator: whether `step` takes one.
     """
 
     template: Any
@@ -56,10 +57,10 @@ class Schedule:
     takes_generator: bool
 
     def noise_scheduler(self) -> Any:
-        """Return a noise scheduler at its first step, with a history (lists) of its own.
+        """Return a noise scheduler at its first step, with its own history (lists).
 
-        It shares the tables of its template, which no noise scheduler of diffusers writes to:
-        20 µs instead of milliseconds.
+        It shares the template's tables, which no noise scheduler of diffusers writes to; so this
+        takes 20 µs instead of milliseconds.
         """
         scheduler = copy.copy(self.template)
         for name, value in vars(self.template).items():
@@ -68,14 +69,14 @@ class Schedule:
         return scheduler
 
     def step_options(self, generator: torch.Generator) -> dict[str, Any]:
-        """Return what `step` of this noise scheduler takes besides, for one picture."""
+        """Return the further arguments of this noise scheduler's `step` for one picture."""
         return self.options | ({"generator": [generator]} if self.takes_generator else {})
 
 
 def timesteps_of(noise_scheduler: Any, num_inference_steps: int) -> Tensor:
-    """Set a noise scheduler to num_inference_steps; return the timesteps it will walk, [steps].
+    """Set a noise scheduler to num_inference_steps; return its timesteps, [steps].
 
-    It may walk more than were asked for (PNDM one more, Heun nearly twice).
+    There may be more of them than were asked for (PNDM has one more, Heun nearly twice as many).
     """
     # They stay on the CPU: noise schedulers read them as numbers, which would stall a GPU.
     noise_scheduler.set_timesteps(num_inference_steps, device="cpu")

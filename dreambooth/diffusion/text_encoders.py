@@ -2,9 +2,10 @@
 
 Legend of shapes: B batch, L tokens, D text width.
 
-Each is built from a checked configuration, or from checked tables, and gives what its diffusers
-pipeline gives to the U-Net. Weights that no output depends on (BERT's pooler, what lies behind the
-layer that AltDiffusion reads) are not loaded: whatever is trained here takes part in the loss.
+Text encoders are built from a checked configuration, tokenizers from checked tables. A text encoder
+returns what its diffusers pipeline passes to the U-Net. Weights that no output depends on (BERT's
+pooler, the layer after the one that AltDiffusion reads) are not loaded, so that the loss depends on
+every trained weight.
 """
 
 from __future__ import annotations
@@ -36,22 +37,22 @@ from dreambooth.model_folder.layout import CODE_SETTINGS, read_json
 from dreambooth.model_folder.sentencepiece_model import SentencePieceModel
 from dreambooth.model_folder.weight_names import CLIP_PREFIX, bert_name
 
-# What a library raises over a configuration that it cannot build.
+# What the libraries raise for a configuration that they cannot build.
 BUILD_ERRORS = (
     *(TypeError, ValueError, KeyError, AttributeError, IndexError),
     *(NotImplementedError, RuntimeError, AssertionError, ZeroDivisionError, OverflowError),
     *(StrictDataclassError, ImportError),
 )
-# Tables of positions take memory before any weight is looked at; the longest honest one has 514.
+# Position tables take memory before any weight is read; the longest in real models has 514.
 _MAX_POSITIONS = 16_384
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 
 
 class RobertaSeries(torch.nn.Module):
-    """AltDiffusion's text encoder: XLM-RoBERTa, a layer norm and a linear map (arXiv 2308.09991).
+    """AltDiffusion's text encoder: XLM-RoBERTa and a linear map (arXiv 2308.09991).
 
-    Where its configuration says `has_pre_transformation` the output is taken from before the last
-    layer, which is then not built.
+    If its configuration sets `has_pre_transformation`, the last layer is not built: the output of
+    the layer before it goes through a layer norm and the linear map.
     """
 
     def __init__(self, config: XLMRobertaConfig) -> None:
@@ -72,19 +73,19 @@ class RobertaSeries(torch.nn.Module):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor]:
-        """Token ids int64 [B, L] -> one entry, the text for the U-Net [B, L, D]."""
+        """Encode token ids int64 [B, L]; return a tuple of one entry [B, L, D], for the U-Net."""
         hidden = self.roberta(input_ids, attention_mask=attention_mask)[0]
         if self.before_last:
             return (self.transformation_pre(self.pre_LN(hidden)),)
         return (self.transformation(hidden),)
 
     def gradient_checkpointing_enable(self) -> None:
-        """As the other text encoders have it: activations are recomputed to save memory."""
+        """Recompute activations to save memory; the other text encoders have this method too."""
         self.roberta.gradient_checkpointing_enable()
 
 
 def build(family: TextFamily, config: dict[str, Any]) -> Any:
-    """Make the network of a configuration; its weights are random. Raises any of BUILD_ERRORS."""
+    """Build the network of a configuration, untrained. Raises any of BUILD_ERRORS."""
     config = {key: v for key, v in config.items() if key.lstrip("_") not in CODE_SETTINGS}
     positions = config.get("max_position_embeddings", 1)
     if type(positions) is not int or not 0 < positions <= _MAX_POSITIONS:
@@ -98,9 +99,12 @@ def build(family: TextFamily, config: dict[str, Any]) -> Any:
 
 
 def renamer(text_encoder: Any) -> Callable[[str], str | None]:
-    """Names in a file -> names in the network; None for weights that no output depends on."""
+    """Return a function from a weight's name in a file to its name in the network.
+
+    It returns None for a weight that no output depends on.
+    """
     if isinstance(text_encoder, RobertaSeries):
-        # The layer behind the last one that is read, where that is not the last.
+        # The last layer, which is not built if `before_last` is set.
         behind = f"roberta.encoder.layer.{text_encoder.config.num_hidden_layers}."
         unread = ("roberta.pooler.", "logit_scale", "transformation.", behind)
         if not text_encoder.before_last:
@@ -115,7 +119,7 @@ def renamer(text_encoder: Any) -> Callable[[str], str | None]:
 
 
 def width(text_encoder: Any) -> int:
-    """D: what the U-Net's cross_attention_dim must be."""
+    """Return D, which the U-Net's cross_attention_dim must equal."""
     config = text_encoder.config
     return int(
         config.project_dim if isinstance(text_encoder, RobertaSeries) else config.hidden_size
@@ -123,48 +127,48 @@ def width(text_encoder: Any) -> int:
 
 
 def prompt_length(tokenizer: Any, text_encoder: Any) -> int:
-    """L: the tokens of a padded prompt."""
+    """Return L, the number of tokens of a padded prompt."""
     config = text_encoder.config
     positions = int(config.max_position_embeddings)
     if isinstance(text_encoder, RobertaSeries):
-        positions -= int(config.pad_token_id) + 1  # it counts positions from behind the padding's
-    # A tokenizer without a stated length reports a number beyond all bounds.
+        positions -= int(config.pad_token_id) + 1  # positions start after the padding's
+    # A tokenizer without a configured length reports a huge number.
     return min(int(tokenizer.model_max_length), positions)
 
 
 def attention_mask(
     tokenizer: Any, text_encoder: Any, input_ids: torch.Tensor
 ) -> torch.Tensor | None:
-    """The tokenizer's mask of padded ids int64 [B, L]; None where the text encoder takes none."""
+    """Return the mask of padded ids, int64 [B, L]; None if the text encoder takes none."""
     if not getattr(text_encoder.config, "use_attention_mask", False):
         return None
     end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     ends = input_ids.eq(end).long()
-    if tokenizer.pad_token_id == end:  # everything up to the first of them
+    if tokenizer.pad_token_id == end:  # up to the first of them
         return (ends.cumsum(dim=1) - ends).eq(0).long()
-    return ends.flip(1).cumsum(dim=1).flip(1).gt(0).long()  # everything up to the last
+    return ends.flip(1).cumsum(dim=1).flip(1).gt(0).long()  # up to the last
 
 
 def load_tokenizer(family: TextFamily, folder: Path, limits: Limits = LIMITS) -> Any:
-    """Read a tokenizer folder: its tables are checked first. Raises ModelArtifactError."""
+    """Load a tokenizer folder after checking its tables. Raises ModelArtifactError."""
     tables = {BERT: vocabulary.read_wordpiece, XLM_ROBERTA: vocabulary.read_unigram}
     table = tables.get(family, vocabulary.read)(folder, limits=limits)
-    with _faults_named(family, folder):
+    with _library_errors_translated(family, folder):
         if isinstance(table, SentencePieceModel):
             tokenizer = _xlm_roberta_tokenizer(folder, table, limits)
         else:
             class_ = BertTokenizer if family is BERT else CLIPTokenizer
             tokenizer = class_.from_pretrained(folder, local_files_only=True)
-        if tokenizer.model_max_length < 3:  # begin, one word, end; a TypeError where it is text
+        if tokenizer.model_max_length < 3:  # begin, one word, end; TypeError for a string
             raise ValueError(f"model_max_length is {tokenizer.model_max_length}")
-        tokenizer("☃ a", padding="max_length", max_length=3, truncation=True)  # unknown and known
+        tokenizer("☃ a", padding="max_length", max_length=3, truncation=True)  # unknown, known word
     return tokenizer
 
 
 def _xlm_roberta_tokenizer(folder: Path, table: SentencePieceModel, limits: Limits) -> Any:
     if (folder / vocabulary.SINGLE).is_file():
         return XLMRobertaTokenizer.from_pretrained(folder, local_files_only=True)
-    # The library would ask for sentencepiece, a package of its own, to read the same table.
+    # The library would need the package sentencepiece to read the same table.
     settings: dict[str, Any] = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
@@ -183,12 +187,12 @@ def _text_of(token: object) -> object:
 
 
 @contextlib.contextmanager
-def _faults_named(family: TextFamily, folder: Path) -> Iterator[None]:
-    """Turn what the library raises over a folder into one sentence."""
+def _library_errors_translated(family: TextFamily, folder: Path) -> Iterator[None]:
+    """Raise what the library raises for a folder as a ModelArtifactError of one sentence."""
     try:
         yield
     except BaseException as error:
-        # Its Rust part raises bare Exceptions, and panics by a class that it does not publish.
+        # The Rust part raises plain Exceptions, and panics with a class that it does not export.
         panic = type(error) is Exception or type(error).__name__ == "PanicException"
         if not panic and not isinstance(error, (OSError, UnicodeError, *BUILD_ERRORS)):
             raise

@@ -1,9 +1,9 @@
-"""Pictures on their way from noise: where each stands, and how any of them take a step at once.
+"""Pictures that are being denoised: their positions, and steps of several of them at once.
 
-Pictures whose schedules have tables travel as a group, stacked: one short expression moves all of
-them, wherever each stands. It is made of multiplications and additions of equal places, so that no
-bit of a picture depends on who else is there. The others are moved one by one, by a noise scheduler
-of diffusers each. All of it is in float32.
+Pictures whose schedules have tables are stacked into a group: one short expression advances all of
+them, whatever their positions. It consists of elementwise multiplications and additions, so no bit
+of a picture depends on which others are in the group. Pictures without tables are advanced one by
+one, each by its own noise scheduler of diffusers. All of this is in float32.
 
 Legend: B pictures, C latent channels, h w latent cells.
 """
@@ -21,17 +21,17 @@ from torch import Tensor
 
 from dreambooth.diffusion.step_tables import Schedule, StepRow
 
-Past = list[tuple[Tensor, Tensor]]  # latents and predictions of the steps before, newest first
+Past = list[tuple[Tensor, Tensor]]  # latents and predictions of past steps, newest first
 
 
 class Trajectory:
-    """One picture on its way through its schedule.
+    """One picture and its position in its schedule.
 
-    position: steps taken. generator: of the noise that its noise scheduler may draw on the way.
+    position: steps taken. generator: for the noise that its noise scheduler may draw.
     """
 
     def __init__(self, schedule: Schedule, latents: Tensor, generator: torch.Generator) -> None:
-        """Stand at the first step with latents float32 [1, C, h, w]."""
+        """Start at the first step with latents float32 [1, C, h, w]."""
         self.schedule = schedule
         self.generator = generator
         self.position = 0
@@ -44,7 +44,7 @@ class Trajectory:
 
     @property
     def latents(self) -> Tensor:
-        """Noisy but for the end: float32 [1, C, h, w]."""
+        """Return the latents, float32 [1, C, h, w]; they are noisy until the last step is taken."""
         if self._latents is not None:
             return self._latents
         assert self._group is not None
@@ -52,26 +52,26 @@ class Trajectory:
 
     @property
     def finished(self) -> bool:
-        """Whether every step has been taken."""
+        """Return whether every step has been taken."""
         return self.position >= len(self.schedule.timestep_values)
 
     def past(self) -> Past:
-        """Return what the steps to come may need: [1, C, h, w] each."""
+        """Return what later steps may need of past ones, [1, C, h, w] each."""
         if self._group is None:
             return []
         mine = slice(self._place, self._place + 1)
         return [(latents[mine], preds[mine]) for latents, preds in self._group.past]
 
     def join(self, group: _Group, place: int) -> None:
-        """Let a group keep the latents from now on."""
+        """Keep the latents in a group from now on, at index `place`."""
         self._group, self._place, self._latents = group, place, None
 
     def leave(self) -> None:
-        """Keep the latents alone: a group may be larger than what is left of it."""
+        """Copy the latents out of the group, so that they do not keep all of it in memory."""
         self._latents, self._group = self.latents.clone(), None
 
     def group_of(self, trajectories: Sequence[Trajectory]) -> _Group | None:
-        """Return the group of exactly these, in this order, if this is one of its members."""
+        """Return this picture's group if it holds exactly these, in this order, else None."""
         group = self._group
         if group is None or len(group.latents) != len(trajectories):
             return None
@@ -81,14 +81,14 @@ class Trajectory:
         return group
 
     def model_input_alone(self) -> Tensor:
-        """Return what the U-Net wants to see of a picture without a table: as `latents`."""
+        """Return the U-Net's input for a picture without a table, shaped as `latents`."""
         timestep = self.schedule.timesteps[self.position]
         scaled: Tensor = self._noise_scheduler.scale_model_input(self.latents, timestep)
         return scaled
 
     def step_alone(self, pred: Tensor) -> None:
-        """Move a picture without a table; half of a step that fails cannot be taken back."""
-        # A caller's autocast would round parts of the mathematics (einsum in UniPC) to half.
+        """Advance a picture without a table; a step that fails halfway cannot be undone."""
+        # A caller's autocast would run parts of the step (einsum in UniPC) in half precision.
         kind = pred.device.type
         rounding = torch.is_autocast_enabled(kind)
         with torch.autocast(kind, enabled=False) if rounding else contextlib.nullcontext():
@@ -103,13 +103,13 @@ class Trajectory:
 
 
 class _Group:
-    """Pictures that have tables: their latents, float32 [B, C, h, w], and their past, stacked.
+    """Pictures with tables: their latents, float32 [B, C, h, w], and past, stacked.
 
-    It does not know its members, who know it: nothing then outlives them.
+    The members refer to the group and not the other way round, so the last of them frees it.
     """
 
     def __init__(self, members: Sequence[Trajectory]) -> None:
-        """Stack what they bring along; zeros stand where one has less of a past."""
+        """Stack latents and pasts of the members; zeros fill in where a member has less past."""
         self.latents = torch.cat([each.latents for each in members])
         self._depth = max(each.schedule.depth for each in members)
         pasts = [each.past() for each in members]
@@ -125,7 +125,7 @@ class _Group:
             each.join(self, place)
 
     def model_input(self, rows: Sequence[StepRow]) -> Tensor:
-        """Return what the U-Net wants to see, [B, C, h, w]."""
+        """Return the U-Net's input, [B, C, h, w]."""
         scales = [row.input_scale for row in rows]
         if all(scale == 1.0 for scale in scales):
             return self.latents
@@ -133,7 +133,7 @@ class _Group:
         return self.latents * scale
 
     def step(self, rows: Sequence[StepRow], preds: Tensor, noise: Tensor | None) -> None:
-        """Move all; nothing has changed where this raises. noise: [B, C, h, w] if any is drawn."""
+        """Advance all; if this raises, nothing has changed. noise: [B, C, h, w] if any is drawn."""
         inputs = [self.latents, preds, *(each for pair in self.past for each in pair)]
         used = functools.reduce(operator.or_, (row.used for row in rows))
         terms = [k for k in range(len(inputs)) if used >> k & 1]
@@ -144,7 +144,7 @@ class _Group:
             given.append(noise)
         weights = self._columns(numbers)
         latents = given[0] * weights[0]
-        # Not addcmul: whether it rounds once or twice may depend on where in a vector a place is.
+        # Not addcmul: whether it rounds once or twice may depend on an element's place in memory.
         term = torch.empty_like(latents)
         for each, weight in zip(given[1:], weights[1:], strict=True):
             latents += torch.mul(each, weight, out=term)
@@ -152,34 +152,34 @@ class _Group:
         self.latents = latents
 
     def _columns(self, numbers: list[float]) -> tuple[Tensor, ...]:
-        """One number per picture and column, column by column, as float32 [B, 1, 1, 1]."""
+        """Return one float32 [B, 1, 1, 1] per column; `numbers` has B numbers per column."""
         count = len(self.latents)
         columns = torch.tensor(numbers, dtype=torch.float32).reshape(-1, count, 1, 1, 1)
         return columns.to(self.latents.device, non_blocking=True).unbind()
 
 
 def can_step_together(trajectories: Sequence[Trajectory]) -> bool:
-    """Whether `step` moves all of them at once, so that all have moved or none has."""
+    """Return whether `step` advances all at once, so that either all or none have advanced."""
     return all(each.schedule.rows is not None for each in trajectories)
 
 
 def model_input(trajectories: Sequence[Trajectory]) -> Tensor:
-    """Return the latents as the U-Net wants to see them: float32 [B, C, h, w], to be read only."""
+    """Return the U-Net's input, float32 [B, C, h, w]; it must not be written to."""
     if not can_step_together(trajectories):
         return torch.cat([_alone(each) for each in trajectories])
     return _group(trajectories).model_input(_rows(trajectories))
 
 
 def timesteps(trajectories: Sequence[Trajectory]) -> Tensor:
-    """Return the training timesteps at which pictures of one model stand, [B], on the CPU."""
+    """Return the current timesteps of pictures of one model, [B], on the CPU."""
     values = [each.schedule.timestep_values[each.position] for each in trajectories]
     return torch.tensor(values, dtype=trajectories[0].schedule.timesteps.dtype)
 
 
 def step(trajectories: Sequence[Trajectory], preds: Tensor) -> None:
-    """Move every picture one step, given the guided predictions float32 [B, C, h, w].
+    """Advance every picture by one step, given the guided predictions float32 [B, C, h, w].
 
-    Predictions are remembered and must not be written to afterwards.
+    Predictions are kept for later steps and must not be written to afterwards.
     """
     if not can_step_together(trajectories):
         for each, pred in zip(trajectories, torch.split(preds, 1), strict=True):
@@ -211,7 +211,7 @@ def _rows(trajectories: Sequence[Trajectory]) -> list[StepRow]:
 
 
 def _group(trajectories: Sequence[Trajectory]) -> _Group:
-    """The group that these have been in, or a new one."""
+    """Return the group that these pictures already form, or a new one."""
     return trajectories[0].group_of(trajectories) or _Group(trajectories)
 
 
@@ -219,7 +219,10 @@ def _group(trajectories: Sequence[Trajectory]) -> _Group:
 def _noise(
     trajectories: Sequence[Trajectory], rows: Sequence[StepRow], like: Tensor
 ) -> Iterator[Tensor | None]:
-    """Noise for those whose step draws some, as diffusers draws it; taken back on an exception."""
+    """Yield the noise for pictures whose step draws some, drawn as diffusers draws it.
+
+    An exception in the block sets their generators back.
+    """
     drawing = [place for place, row in enumerate(rows) if row.noise is not None]
     if not drawing:
         yield None

@@ -1,1 +1,1 @@
-"""Scores of a fine-tuned model: how near its pictures come to the instance images."""
+"""Scores a fine-tuned model by how close its pictures come to the instance images."""

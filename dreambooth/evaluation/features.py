@@ -1,4 +1,4 @@
-"""Features of pictures for the Fréchet distance: which network, and how it is fed.
+"""Computes features of pictures for the Fréchet distance, with one of several networks.
 
 Legend: N pictures, H W pixels, D width of a feature. Nothing is ever downloaded.
 """
@@ -24,28 +24,31 @@ from dreambooth.tiny import judge_network
 
 Picture = npt.NDArray[np.uint8]
 
-# By the kind of a folder: the classes of its configuration and of its network, and what the latter
-# is built with. A ViT's pooler is not read: many folders, such as DINO's, come without its weights.
+# By the kind of a folder: the classes of its configuration and of its network, and the network's
+# options. A ViT's pooler is not used: many folders, such as DINO's, come without its weights.
 _CLASSES: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     **dict.fromkeys(CLIP, ("CLIPVisionConfig", "CLIPVisionModelWithProjection", {})),
     "dinov2": ("Dinov2Config", "Dinov2Model", {}),
     "vit": ("ViTConfig", "ViTModel", {"add_pooling_layer": False}),
 }
-# Weights that no feature depends on, and tables that are no weights.
+# Endings of names: a weight that no feature depends on, and a table that is no weight.
 _UNREAD = ("mask_token", "position_ids")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureNetwork:
-    """name: what the log says. one: a picture uint8 0..255 [H,W,3] -> a feature [D] on the CPU."""
+    """A network that turns pictures into features. name: for the log.
+
+    one: maps a picture uint8 0..255 [H,W,3] to a feature [D] on the CPU.
+    """
 
     name: str
     one: Callable[[Picture], torch.Tensor]
 
     def __call__(self, pictures: Sequence[Picture]) -> npt.NDArray[np.float64]:
-        """Features float64 [N,D]; one picture is in the network at a time.
+        """Return features float64 [N,D]; one picture is in the network at a time.
 
-        Raises ModelArtifactError where one is not finite.
+        Raises ModelArtifactError where a feature is not finite.
         """
         with torch.no_grad():
             rows = [self.one(picture).double() for picture in pictures]
@@ -56,7 +59,7 @@ class FeatureNetwork:
 
 
 def of_vae(model: DiffusionModel) -> FeatureNetwork:
-    """What is at hand without a download: the VAE encoder's last hidden layer, mean over space."""
+    """Return the VAE encoder's last hidden layer, averaged over space; it needs no download."""
     vae = model.vae
 
     def one(picture: Picture) -> torch.Tensor:
@@ -71,7 +74,7 @@ def of_vae(model: DiffusionModel) -> FeatureNetwork:
 
 
 def of_judge() -> FeatureNetwork:
-    """The embedded world's own classifier; pictures [64,64,3]."""
+    """Return the hidden layer of the embedded world's own classifier; pictures are [64,64,3]."""
     network = judge_network.load()
 
     def one(picture: Picture) -> torch.Tensor:
@@ -81,10 +84,10 @@ def of_judge() -> FeatureNetwork:
 
 
 def of_vision_model(model: VisionModel, device: torch.device) -> FeatureNetwork:
-    """A vision model in transformers' layout: CLIP, DINOv2 or ViT (DINO's own too).
+    """Return a vision model in transformers' layout: CLIP, DINOv2 or ViT (also DINO's own).
 
-    The feature is CLIP's image embedding, else the CLS token behind the last layer norm: what
-    DINO's authors compare pictures by, and what a folder without a pooler's weights has too.
+    The feature is CLIP's image embedding, else the CLS token after the last layer norm. DINO's
+    authors compare pictures by the latter, and it needs no pooler, whose weights may be missing.
     Raises ModelArtifactError where weights are missing, of another shape or not finite.
     """
     network = _load(model)
@@ -107,8 +110,10 @@ def of_vision_model(model: VisionModel, device: torch.device) -> FeatureNetwork:
 
 
 def _load(model: VisionModel) -> Any:
-    """The network on the CPU; what the library only warns of, and fills up with random numbers,
-    is refused.
+    """Return the network on the CPU.
+
+    Missing and misshapen weights, which the library only warns of and fills with random numbers,
+    raise ModelArtifactError here.
     """
     import transformers
 
@@ -121,7 +126,7 @@ def _load(model: VisionModel) -> Any:
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # told below
+                ignore_mismatched_sizes=True,  # refused below
                 **options,
             )
     except (OSError, SafetensorError, *BUILD_ERRORS) as error:
@@ -152,7 +157,7 @@ def _load(model: VisionModel) -> Any:
 
 @contextlib.contextmanager
 def _without_words(library: Any) -> Iterator[None]:
-    """transformers shows a bar and a report of what it loads; what matters of it is told by us."""
+    """Silence transformers' progress bar and loading report; our own messages say what matters."""
     verbosity, bars = library.get_verbosity(), library.is_progress_bar_enabled()
     library.set_verbosity_error()
     library.disable_progress_bar()

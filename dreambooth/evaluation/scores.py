@@ -1,4 +1,7 @@
-"""Scores over picture features, as pure functions. Legend: N pictures, D width of a feature."""
+"""Computes scores over picture features, with pure functions.
+
+Legend: N pictures, D width of a feature.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ Features = npt.NDArray[np.float64]
 
 
 def frechet_distance(first: Features, second: Features) -> float:
-    """The Fréchet distance of two sets of features [N,D] and [M,D], each taken for a Gaussian.
+    """Return the Fréchet distance of features [N,D] and [M,D], each set taken as a Gaussian.
 
     |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)): Heusel et al. 2017, section 2 (after Dowson and
     Landau 1982). With fewer pictures than D the covariances are singular; nothing is inverted

@@ -1,7 +1,7 @@
-"""The folder of a vision model whose features compute_fid uses, checked before anything is loaded.
+"""Checks the folder of a vision model for compute_fid before anything is loaded.
 
-Standard library only. The folder is data, in transformers' layout and safetensors alone: the
-classes are ours to choose, and nothing in it names code that we would import or download.
+Standard library only. The folder is only data, in transformers' layout and with safetensors only:
+we choose the classes, and nothing in it names code that we would import or download.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ from dreambooth.process import addresses
 CLIP = ("clip", "clip_vision_model")
 KINDS = (*CLIP, "dinov2", "vit")
 
-# What all of these libraries' configurations mean where they do not say it.
+# The default of all these configurations, in pixels.
 _IMAGE_SIZE = 224
-# What OpenAI's CLIP and most vision models after it were fed; a folder's own values go first.
+# The normalization of OpenAI's CLIP, also used by most later vision models; a folder's own values
+# take precedence.
 _MEAN, _STD = (0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)
-# Of a mean (up to 255 where pixels are not taken as 0..1) and of what is divided by.
+# Bounds: _MOST of a mean or std (up to 255 where pixels are not 0..1), _LEAST of a std.
 _MOST, _LEAST = 1e4, 1e-4
-# By these the library would load weights in another float type than they are kept in.
+# Settings that would make the library load weights in another float type than the file's.
 _FLOAT_TYPES = ("dtype", "torch_dtype")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VisionModel:
-    """A folder that can be tried: kind is one of KINDS, config the vision part's settings.
+    """A checked folder. kind: one of KINDS. config: the settings of the vision part.
 
-    Pictures are fed as RGB 0..1 of `height` x `width` pixels, less `mean`, divided by `std`.
+    The network takes RGB 0..1 of `height` x `width` pixels, minus `mean`, divided by `std`.
     """
 
     folder: Path
@@ -45,7 +46,7 @@ class VisionModel:
 
 
 def read(fid_features: Path | str) -> VisionModel:
-    """Read the configurations and the weights' headers of the folder that fid_features names.
+    """Read the configurations and weight headers of the folder that fid_features names.
 
     Raises ModelArtifactError, in one sentence that names the setting and the file, and UserError
     for an address.
@@ -97,7 +98,7 @@ def _read(folder: Path) -> VisionModel:
 
 
 def _vision_settings(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """The half of a whole CLIP model that sees."""
+    """Return the vision settings of a whole CLIP model."""
     vision = config.get("vision_config")
     if not isinstance(vision, dict):
         raise ModelArtifactError(
@@ -108,13 +109,13 @@ def _vision_settings(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _harmless(config: dict[str, Any]) -> dict[str, Any]:
-    """Without what would have a kernel downloaded, or the weights changed while they are read."""
+    """Drop settings that would download a kernel, or change the weights as they are read."""
     unwanted = (*layout.CODE_SETTINGS, *_FLOAT_TYPES, "quantization_config")
     return {key: value for key, value in config.items() if key.lstrip("_") not in unwanted}
 
 
 def _image_size(path: Path, config: dict[str, Any]) -> tuple[int, int]:
-    """(height, width): the library takes one side or both."""
+    """Return (height, width); a configuration may give one side or both."""
     given = config.get("image_size", _IMAGE_SIZE)
     sides = given if isinstance(given, list) else [given, given]
     if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):

@@ -1,1 +1,1 @@
-"""Half-precision weights and CUDA graphs; off by default, until a GPU has measured them."""
+"""Half-precision weights and CUDA graphs; off by default until they are measured on a GPU."""

@@ -1,4 +1,4 @@
-"""The fast step's loop: half weights, passes replayed as a CUDA graph, metrics read rarely."""
+"""The fast step's training loop: half weights, replayed CUDA graphs, metrics read rarely."""
 
 from __future__ import annotations
 
@@ -40,10 +40,11 @@ def train(
     accelerator: Accelerator,
     capture: Capture = without_capture,
 ) -> Iterator[StepMetrics]:
-    """Train as `training.loop.train` does, whose arguments and errors these are.
+    """Train as `training.loop.train` does, with the same arguments and errors.
 
-    The metrics of several steps come one after the other once all of them are made: sample and save
-    where metrics.step is state.step. capture: of the passes, as a CUDA graph.
+    The metrics of several steps are yielded one after the other when the last of them is done, so
+    sample and save only if metrics.step equals state.step. capture: captures the passes as a CUDA
+    graph.
     """
     masters = MasterWeights(state, hyperparameters.max_grad_norm)
     networks = accelerator.prepare(TrainedNetworks(masters.unet, None, encode_text))
@@ -85,7 +86,7 @@ def train(
             with_class = data.class_text is not None
             metrics = read_together(unread, state, plan, with_class=with_class)
             unread.clear()
-        if not masters.update(passes):  # fp16, whose metrics are read at every step
+        if not masters.update(passes):  # fp16 overflow; fp16 reads metrics at every step
             skipped_in_a_row = count_skipped(state, metrics[-1], skipped_in_a_row)
             continue
         skipped_in_a_row = 0
@@ -98,11 +99,11 @@ def train(
 def reading_steps(
     state: TrainingState, plan: TrainingPlan, hyperparameters: Hyperparameters
 ) -> Callable[[int], bool]:
-    """Return a function that says whether metrics are read as soon as a step is made.
+    """Return a function from a step's number to whether metrics are read right after it.
 
-    They are at the first step and the last, before each checkpoint and sample picture, and at every
-    tenth step. fp16 reads them at every step: only so is a step whose gradients overflow tried
-    again before the next.
+    They are read at the first and the last step, before each checkpoint and sample picture, and at
+    every tenth step. fp16 reads them at every step, because a step whose gradients overflow must be
+    repeated before the next one.
     """
     every = 1 if state.precision.scaler.is_enabled() else READ_EVERY
     rhythms = (every, plan.checkpointing_steps, hyperparameters.sample_steps)

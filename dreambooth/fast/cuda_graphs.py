@@ -1,6 +1,6 @@
-"""Calls captured as CUDA graphs, to be replayed in one launch each: all that needs a GPU for it.
+"""Captures calls as CUDA graphs that are replayed in one launch; only this module needs a GPU.
 
-As of 2026-11-23 nobody has measured it on one.
+As of 2026-11-23 it has not been measured on one.
 """
 
 from __future__ import annotations
@@ -12,43 +12,43 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-_WARM_UP_CALLS = 2  # libraries build their handles and choose their kernels in the first
+_WARM_UP_CALLS = 2  # libraries create handles and choose kernels in the first call
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CapturedCall:
-    """replay() does the captured work once more; then `output` holds its result."""
+    """A captured call: replay() does its work once more, then `output` holds the result."""
 
     replay: Callable[[], None]
     output: Tensor
 
 
 class GraphCapturer(Protocol):
-    """Records calls on tensors that stay where they are."""
+    """Captures calls on tensors that keep their addresses."""
 
     def capture(
         self, call: Callable[[], Tensor], prepare: Callable[[], None] | None = None
     ) -> CapturedCall:
-        """Capture what call() does. Its inputs must live on, and keep their addresses.
+        """Capture what call() does. Its inputs must stay alive and keep their addresses.
 
-        prepare: lets go of what an earlier call left behind; made before each call, never captured.
+        prepare: frees what an earlier call left behind; runs before each call, never captured.
         """
 
     def pool_bytes(self) -> int:
-        """What the captures hold."""
+        """Return the bytes that the captures hold."""
 
     def free_bytes(self) -> int:
-        """What other work could still allocate."""
+        """Return the bytes that other work could still allocate."""
 
     def forget(self) -> None:
-        """Start a new pool: the caller has let go of every captured."""
+        """Start a new pool; the caller must have dropped every captured call."""
 
 
 class CudaGraphCapturer:
-    """Records CUDA graphs that share one memory pool; to be replayed one after another."""
+    """Captures CUDA graphs that share one memory pool; replay only one of them at a time."""
 
     def __init__(self, device: torch.device) -> None:
-        """Take a stream of its own on a CUDA device."""
+        """Create a stream for captures on a CUDA device."""
         self._device = device
         self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
@@ -57,19 +57,19 @@ class CudaGraphCapturer:
     def capture(
         self, call: Callable[[], Tensor], prepare: Callable[[], None] | None = None
     ) -> CapturedCall:
-        """See GraphCapturer; whatever torch raises in captured comes out of here."""
+        """See GraphCapturer. Errors that torch raises during a capture are not caught."""
         prepare = prepare or _nothing
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
-        # This block restores the current stream even where ending a failed capture raises.
+        # This block restores the current stream even if ending a failed capture raises.
         with torch.cuda.stream(self._stream):
             for _ in range(_WARM_UP_CALLS):
                 prepare()
                 call()
             torch.cuda.synchronize(self._device)
             prepare()
-            torch.cuda.empty_cache()  # what the calls left is of use to this stream alone
+            torch.cuda.empty_cache()  # other streams cannot use what this one has cached
             before = torch.cuda.memory_reserved(self._device)
             with torch.cuda.graph(
                 graph,
@@ -87,9 +87,9 @@ class CudaGraphCapturer:
         return self._pool_bytes
 
     def free_bytes(self) -> int:
-        """See GraphCapturer: the device's free memory, and the allocator's outside of the pool.
+        """See GraphCapturer. Adds the device's free memory and the allocator's outside the pool.
 
-        Of the device's no more than the fraction that torch may take for this process.
+        The device's free memory is limited by the fraction that this process may allocate.
         """
         free, total = torch.cuda.mem_get_info(self._device)
         reserved = torch.cuda.memory_reserved(self._device)

@@ -1,8 +1,8 @@
 """A micro-batch's forward and backward pass as one captured call: one launch instead of thousands.
 
-Everything that the call reads is copied to where the captured one read it; gradients and losses
-arrive where they arrived then. A GPU is needed by `cuda_graphs.CudaGraphCapturer` alone, and nobody
-has measured it on one.
+Before a replay the inputs are copied into the tensors that the captured call read; gradients and
+losses appear in the tensors that it wrote. Only `cuda_graphs.CudaGraphCapturer` needs a GPU, and it
+has not been measured on one.
 
 Legend: B pictures of a micro-batch, C latent channels, h w latent cells, L tokens, D text width.
 """
@@ -19,15 +19,15 @@ from dreambooth.training import out_of_memory
 
 log = logging.getLogger(__name__)
 
-# (noisy_latents [B,C,h,w], timesteps [B], text [B,L,D], target [B,C,h,w]) -> losses [3]; leaves
-# gradients with the weights.
+# (noisy_latents [B,C,h,w], timesteps [B], text [B,L,D], target [B,C,h,w]) -> losses [3]; sets
+# the gradients of the weights.
 OnePass = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-# As CudaGraphCapturer.capture: (call, what is done before each call) -> the captured call.
+# CudaGraphCapturer.capture or the like: (call, function to run before each call) -> captured call.
 Capture = Callable[[Callable[[], Tensor], Callable[[], None]], CapturedCall]
 
 
 def without_capture(call: Callable[[], Tensor], prepare: Callable[[], None]) -> CapturedCall:
-    """Return a captured call for any device: a replay is the call once more."""
+    """Return a CapturedCall for any device; its replay simply calls the function again."""
     prepare()
     output = call().clone()
 
@@ -39,15 +39,15 @@ def without_capture(call: Callable[[], Tensor], prepare: Callable[[], None]) -> 
 
 
 class GraphedPasses:
-    """A OnePass that is captured in its first call and replayed in all; shapes never change.
+    """A OnePass that is captured at its first call and replayed at every call.
 
-    Its gradients are those of the last call alone: they stay where they are, nothing adds up.
+    Shapes must not change. Gradients keep their addresses and are not accumulated over calls.
     """
 
     def __init__(
         self, one_pass: OnePass, weights: Sequence[nn.Parameter], capture: Capture
     ) -> None:
-        """weights: all that get gradients."""
+        """Take a pass to capture. weights: all that get gradients."""
         self._one_pass, self._weights, self._capture = one_pass, weights, capture
         self._inputs: tuple[Tensor, ...] = ()
         self._captured: CapturedCall | None = None
@@ -55,7 +55,7 @@ class GraphedPasses:
     def __call__(
         self, noisy_latents: Tensor, timesteps: Tensor, text: Tensor, target: Tensor
     ) -> Tensor:
-        """As OnePass; the losses are the caller's to keep."""
+        """Run the pass as OnePass does; return a copy of its losses."""
         given = (noisy_latents, timesteps, text, target)
         if self._captured is None:
             self._inputs = tuple(tensor.clone() for tensor in given)
@@ -66,11 +66,11 @@ class GraphedPasses:
         return self._captured.output.clone()
 
     def _make_capture(self) -> CapturedCall:
-        """Capture the call, or keep calling it where that fails; lack of memory is raised."""
+        """Capture the call, or fall back to plain calls; errors for lack of memory are raised."""
         try:
             return self._capture(self._call, self._drop_gradients)
         except RuntimeError as error:
-            if out_of_memory.is_meant_by(error):
+            if out_of_memory.ran_out(error):
                 raise
             log.warning(
                 "The passes of a step cannot be captured as a CUDA graph (%s: %s): they are "
@@ -86,6 +86,6 @@ class GraphedPasses:
         return self._one_pass(noisy_latents, timesteps, text, target)
 
     def _drop_gradients(self) -> None:
-        """Let go of all gradients, so that the call writes some instead of adding to them."""
+        """Drop all gradients, so that the call writes new ones instead of adding to them."""
         for weight in self._weights:
             weight.grad = None

@@ -1,14 +1,14 @@
 """A U-Net whose calls are CUDA graphs: captured once per shape, then replayed in one launch.
 
 A call of Stable Diffusion's U-Net launches over a thousand kernels, which takes a host longer than
-a fast GPU takes to run them. Options switch this on, in serving and in sampling class images, and
-nothing else needs it: as of 2026-11-22 nobody has measured it on a GPU.
+a fast GPU takes to run them. Options switch it on in serving and in sampling class images. As of
+2026-11-22 it has not been measured on a GPU.
 
 Memory: all captures share one pool of scratch memory, not much larger than the largest call
 needs. Counted tensor by tensor, a call of Stable Diffusion 2.1 at 512 x 512 in half precision
-needs 65 MiB per row, decoding a picture 0.4 GiB, and the weights 2.4 GiB; libraries need some work
-space besides. `GraphBounds` holds the pool below 3 GiB and one call more, so that all of it stays
-inside 13 GiB. What is not captured, or cannot be, is called as ever.
+needs 65 MiB per row, decoding a picture 0.4 GiB, and the weights 2.4 GiB; libraries need some
+workspace besides. `GraphBounds` limits the pool to 3 GiB plus the need of one call, so that
+everything fits into 13 GiB. Calls that are not or cannot be captured run without a graph.
 
 Legend: R rows of a call, C latent channels, h w latent cells, L tokens, D text width.
 """
@@ -37,13 +37,13 @@ Inputs = tuple[Tensor, Tensor, Tensor]  # latents, timesteps, encoder_hidden_sta
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphBounds:
-    """When a call is captured.
+    """The limits within which calls are captured.
 
-    most_graphs: held at once. calls_to_replace: when that many are held, a shape is captured, in
-    the place of the one unused for longest, only after so many calls; a capture takes as long
-    as a few calls. most_cells: R * h * w of a captured call. pool_bytes: nothing is captured once
-    the pool has so many, so that it ends at most the largest call's need above. spare_bytes: must
-    be free besides, for decoding pictures.
+    most_graphs: held at once, at most. calls_to_replace: once that many graphs are held, a new
+    shape replaces the least recently used one only at this many calls, because a capture takes as
+    long as a few calls. most_cells: R * h * w of a captured call, at most. pool_bytes: nothing is
+    captured once the pool holds this many, so it exceeds them by the largest call's need at most.
+    spare_bytes: must be free besides, for decoding pictures.
     """
 
     most_graphs: int = 32
@@ -53,17 +53,17 @@ class GraphBounds:
     spare_bytes: int = 2 * _GIB
 
 
-class _Held:
+class _GraphedCall:
     """One captured call and the inputs that it reads."""
 
     def __init__(self, unet: Any, capturer: GraphCapturer, inputs: Inputs) -> None:
         latents, timesteps, text = inputs
-        # U-Nets embed timesteps as float32: one capture serves whole and broken ones.
+        # U-Nets embed timesteps as float32, so one capture serves integers and fractions.
         self._inputs = (latents.clone(), timesteps.float().clone(), text.clone())
         self._captured = capturer.capture(lambda: _call(unet, self._inputs))
 
     def __call__(self, inputs: Inputs) -> Tensor:
-        """The U-Net's prediction for inputs of this shape, [R, C, h, w], the caller's to keep."""
+        """Return a copy of the U-Net's prediction [R, C, h, w] for inputs of this shape."""
         for static, given in zip(self._inputs, inputs, strict=True):
             static.copy_(given)
         self._captured.replay()
@@ -71,38 +71,38 @@ class _Held:
 
 
 class GraphedUNet(torch.nn.Module):
-    """A U-Net for one thread's inference; same calls, same numbers, fewer launches.
+    """A U-Net for inference in one thread: the same calls and numbers with fewer launches.
 
-    Its weights must stay where they are. What it returns are inference tensors.
+    Its weights must keep their addresses. It returns inference tensors.
     """
 
     def __init__(
         self, unet: Any, capturer: GraphCapturer, bounds: GraphBounds | None = None
     ) -> None:
-        """Capture calls of `unet`, which is on its device and has its dtype, with `capturer`."""
+        """Take a U-Net with its final device and dtype, and what captures its calls."""
         super().__init__()
         self.unet = unet
         self._capturer = capturer
         self._bounds = bounds or GraphBounds()
-        self._held: OrderedDict[Key, _Held] = OrderedDict()
-        self._calls: Counter[Key] = Counter()  # of shapes that wait for a place
+        self._held: OrderedDict[Key, _GraphedCall] = OrderedDict()
+        self._calls: Counter[Key] = Counter()  # of shapes that may replace a graph
         self._stopped = False
         self._warned_of_memory = False
 
     @property
     def dtype(self) -> torch.dtype:
-        """The U-Net's."""
+        """Return the dtype of the U-Net."""
         dtype: torch.dtype = self.unet.dtype
         return dtype
 
     @property
     def config(self) -> Any:
-        """The U-Net's."""
+        """Return the configuration of the U-Net."""
         return self.unet.config
 
     @property
     def graphs(self) -> tuple[Key, ...]:
-        """The captured shapes (R, h, w, L), the one unused for longest first."""
+        """Return the captured shapes (R, h, w, L), the least recently used first."""
         return tuple(self._held)
 
     @torch.inference_mode()
@@ -114,7 +114,7 @@ class GraphedUNet(torch.nn.Module):
         return_dict: bool = True,
         **others: Any,
     ) -> Any:
-        """As the U-Net's own; captured are calls with timesteps [R] and return_dict=False."""
+        """Call the U-Net; only calls with timesteps [R] and return_dict=False are captured."""
         inputs = (sample, timestep, encoder_hidden_states)
         if not (return_dict or others or self._stopped) and self._capturable(*inputs):
             output = self._by_graph(inputs)
@@ -130,7 +130,7 @@ class GraphedUNet(torch.nn.Module):
         return self.unet(*inputs, return_dict=return_dict, **others)
 
     def release(self, why: str) -> None:
-        """Give back the memory of all graphs; from now on the U-Net is called as ever."""
+        """Free the memory of all graphs; from now on the U-Net is called without them."""
         if self._stopped:
             return
         logger.warning("The U-Net is called without CUDA graphs from now on: %s.", why)
@@ -148,7 +148,7 @@ class GraphedUNet(torch.nn.Module):
         )
 
     def _by_graph(self, inputs: Inputs) -> Tensor | None:
-        """The output by a replay; None where there is no graph for it."""
+        """Return the output of a replay; None if there is no graph for these inputs."""
         sample, _, text = inputs
         key = (len(sample), sample.shape[2], sample.shape[3], text.shape[1])
         try:
@@ -156,18 +156,18 @@ class GraphedUNet(torch.nn.Module):
             if held is None:
                 if not self._room_for(key):
                     return None
-                held = self._held[key] = _Held(self.unet, self._capturer, inputs)
+                held = self._held[key] = _GraphedCall(self.unet, self._capturer, inputs)
                 if len(self._held) > self._bounds.most_graphs:
                     self._held.popitem(last=False)
             self._held.move_to_end(key)
             return held(inputs)
         except Exception as error:
-            # A device that is lost says so again in the call that follows.
+            # If the device is lost, the plain call that follows raises the error again.
             if _any_out_of_memory(error):
                 why = f"memory ran out with {len(self._held)} of them"
             else:
                 why = f"a call of {key[0]} row(s) failed ({type(error).__name__}: {error})"
-        # Outside of `except`, which holds the tensors of the frames that failed.
+        # Outside of `except`, because the error keeps the failed frames' tensors alive.
         del held
         self.release(why)
         return None
@@ -201,7 +201,10 @@ def _call(unet: Any, inputs: Inputs) -> Tensor:
 
 
 def _any_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or what it came out of, says so: ending a failed capture fails as well."""
+    """Return whether an error, or an earlier one in its chain, means that memory ran out.
+
+    The chain matters because ending a failed capture raises another error.
+    """
     while error is not None:
         if is_out_of_memory(error):
             return True

@@ -1,8 +1,8 @@
-"""Half-precision weights that passes compute with; the fp32 masters of the state are what learns.
+"""Half-precision weights for the passes; the optimizer updates the fp32 master weights.
 
 Without autocast's casts a pass has about half the launches and half the traffic of activations
-(NVIDIA's MLPerf submission trains Stable Diffusion so). Outside of a step there are the masters
-alone: checkpoints, sample pictures and the exported model never see a half weight.
+(NVIDIA's MLPerf submission trains Stable Diffusion this way). Half weights are used inside a step
+only; checkpoints, sample pictures and the exported model are made from the masters.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from dreambooth.training.freed_gradients import Passes
 from dreambooth.training.optimizer import clip_factor, part_by_part
 from dreambooth.training.state import TrainingState
 
-# Weights whose gradients stand beside each other in fp32: 256 MiB.
+# Weights that have fp32 gradients at the same time: 256 MiB.
 PART_ELEMENTS = 2**26
 
 Pair = tuple[nn.Parameter, nn.Parameter]  # a master and its half weight
 
 
 class MasterWeights:
-    """The gradients of a U-Net in half precision, and what they do to its masters.
+    """A half-precision copy of the U-Net, whose gradients update the fp32 masters.
 
-    In each step: collect, norm, update. None of them waits for the device, but for update where
-    fp16 scales the loss.
+    Each step calls collect, norm, update. Only update waits for the device, and only if fp16 scales
+    the loss.
     """
 
     def __init__(
         self, state: TrainingState, max_grad_norm: float, *, part_elements: int = PART_ELEMENTS
     ) -> None:
-        """unet: the half copy, its convolutions in the layout that GPUs compute in."""
+        """Make the half copy, `self.unet`; its convolutions are channels_last, as GPUs prefer."""
         self._state, self._precision = state, state.precision
         self._max_norm = max_grad_norm
         self._norm = torch.zeros(())
@@ -45,12 +45,12 @@ class MasterWeights:
         self._halves = [half for part in self._parts for _, half in part]
 
     def collect(self, passes: Passes) -> torch.Tensor:
-        """Run the passes of a step for the half weights' gradients; returns what they return."""
+        """Run the passes of a step, which set the half weights' gradients; return their losses."""
         return passes()
 
     @torch.no_grad()
     def norm(self) -> torch.Tensor:
-        """L2 norm of all gradients together, before clipping: fp32 sums of half gradients."""
+        """Return the L2 norm of all half gradients together, before clipping, summed in fp32."""
         gradients = [_gradient(half) for half in self._halves]
         norms = torch._foreach_norm(gradients, 2.0, dtype=torch.float32)
         self._norm = torch.linalg.vector_norm(torch.stack(norms)) / self._precision.loss_scale
@@ -58,13 +58,13 @@ class MasterWeights:
 
     @torch.no_grad()
     def update(self, passes: Passes) -> bool:
-        """Update the masters by clipped gradients, then the half weights by the masters.
+        """Update the masters with clipped gradients, then the half weights from the masters.
 
-        False, and no update, where fp16 gradients overflowed.
+        Return False, without an update, if fp16 gradients overflowed.
         """
         scaled = self._precision.scaler.is_enabled()
         if not scaled or bool(torch.isfinite(self._norm)):
-            # Unscaling and clipping in one; of one dimension, so that the product is in fp32.
+            # Unscales and clips at once; it has one dimension, so that the product is in fp32.
             factor = clip_factor(self._norm, self._max_norm).div(self._precision.loss_scale)[None]
             with part_by_part(self._state.optimizer) as step:
                 for part in self._parts:
@@ -83,7 +83,7 @@ class MasterWeights:
 def _parts(
     optimizer: torch.optim.Optimizer, half_of: dict[nn.Parameter, nn.Parameter], elements: int
 ) -> Iterator[list[Pair]]:
-    """All weights in the optimizer's order, so many elements or one weight at a time."""
+    """Yield all weights in the optimizer's order, in parts of `elements` at most, or one weight."""
     for group in optimizer.param_groups:
         part: list[Pair] = []
         for master in group["params"]:

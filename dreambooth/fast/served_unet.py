@@ -1,4 +1,4 @@
-"""CUDA graphs (`diffusion.graphed_unet`) and channels_last for a served model, by its options."""
+"""Applies the options for CUDA graphs (`graphed_unet`) and channels_last to a loaded model."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ logger = logging.getLogger(__name__)
 
 
 def prepare(model: DiffusionModel, *, cuda_graphs: bool, channels_last: bool) -> None:
-    """Make a loaded model's networks as fast as the options say; no option, no change.
+    """Speed up a loaded model's networks as the options say; without options nothing changes.
 
-    channels_last: convolutions of U-Net and VAE keep their channels last, which changes pictures
-    by rounding. cuda_graphs: on a GPU the U-Net becomes a GraphedUNet; elsewhere the log says why
-    not.
+    channels_last: convolutions of U-Net and VAE use this layout, which changes pictures by
+    rounding. cuda_graphs: on a GPU the U-Net becomes a GraphedUNet; elsewhere the log warns that
+    the option has no effect.
     """
     if channels_last:
         for part in (model.unet, model.vae):
@@ -35,6 +35,6 @@ def prepare(model: DiffusionModel, *, cuda_graphs: bool, channels_last: bool) ->
 
 
 def release(unet: Any) -> None:
-    """Give back the memory of a U-Net's graphs, if it has any: other work ran out of memory."""
+    """Free the memory of a U-Net's graphs, if it has any, after other work ran out of memory."""
     if isinstance(unet, GraphedUNet):
         unet.release("other work ran out of memory")

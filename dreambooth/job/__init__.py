@@ -1,1 +1,1 @@
-"""A training job, in its order of work."""
+"""Run one training job, from its settings to the trained model."""

@@ -1,4 +1,4 @@
-"""When a job writes its checkpoints, and how it goes on from them."""
+"""Decide when a job writes checkpoints, and resume a job from them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 class Checkpoints:
     """The checkpoints of one job, in `folder`; without a folder there are none.
 
-    mode: "auto" or "fresh" (the hyperparameter `resume`). identity: what a run that goes on must
-    share. keep: how many stay. bytes_per_second: how fast the last one was written.
+    mode: "auto" or "fresh" (the hyperparameter `resume`). identity: what a resumed run must share.
+    keep: how many checkpoints are kept. bytes_per_second: how fast the last one was written.
     """
 
     folder: Path | None
@@ -32,30 +32,33 @@ class Checkpoints:
     _saved_at: float = field(default_factory=time.monotonic)
 
     def check(self) -> None:
-        """Refuse a changed job before an hour of class images or an earlier model is lost to it."""
+        """Refuse to resume a changed job before it samples class images or removes an old model.
+
+        Raises HyperparameterError.
+        """
         if self.folder is not None and self.mode != "fresh":
             states.refuse_another_job(self.folder, identity=self.identity)
 
-    def resume(self, state: TrainingState, *, tidies: bool) -> None:
-        """Bring the state to the newest whole checkpoint; the first time, `fresh` removes them all
-        instead.
+    def resume(self, state: TrainingState, *, may_remove: bool) -> None:
+        """Load the newest whole checkpoint into the state.
 
-        tidies: whether this process may remove what killed runs left.
+        In mode "fresh" the first call removes all checkpoints instead. may_remove: whether this
+        process may remove old and half-written checkpoints.
         """
         if self.folder is None:
             return
         if self.mode == "fresh":
-            self.mode = "auto"  # what lies there from now on is of this run
-            if tidies:
+            self.mode = "auto"  # from now on the checkpoints there are this run's
+            if may_remove:
                 states.clear(self.folder)
             return
         if states.load_newest(state, self.folder, identity=self.identity):
             log.info("resumed at step %d from %s", state.step, self.folder)
-        if tidies:
+        if may_remove:
             states.tidy(state, self.folder, keep=self.keep)
 
     def due(self, step: int) -> bool:
-        """Whether the plan wants one after this step."""
+        """Return whether a checkpoint is due after this step."""
         if self.folder is None:
             return False
         every, minutes = self.plan.checkpointing_steps, self.plan.checkpointing_minutes
@@ -64,7 +67,7 @@ class Checkpoints:
         return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
     def save(self, state: TrainingState) -> None:
-        """Write one of the state as it is."""
+        """Write a checkpoint of the state, and measure how fast."""
         assert self.folder is not None
         began = time.monotonic()
         path = states.save(state, self.folder, identity=self.identity, keep=self.keep)
@@ -73,6 +76,6 @@ class Checkpoints:
         self.bytes_per_second = written / max(self._saved_at - began, 1e-6)
 
     def holds(self, state: TrainingState) -> bool:
-        """Whether the state's own step has one already."""
+        """Return whether the state's step has a checkpoint already."""
         mine = states.folder_name(state.step)
         return state.checkpoint is not None and state.checkpoint.name == mine

@@ -1,4 +1,4 @@
-"""Samples the class images that are missing, with the base model, which is gone afterwards."""
+"""Sample the missing class images with the base model, and unload it afterwards."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ from dreambooth.training.mixed_precision import DTYPES
 log = logging.getLogger(__name__)
 
 NUM_INFERENCE_STEPS = 25
-GUIDANCE_SCALE = 7.5  # the pipeline's own default, as the originals use it
+GUIDANCE_SCALE = 7.5  # the pipeline's default, which the originals use too
 
 # DPM-Solver++ (arXiv 2211.01095), second-order multistep, over the base model's own noise schedule:
-# its betas, timesteps and prediction type. What other noise schedulers say of their solvers goes.
+# its betas, timesteps and prediction type. The settings of the model's own solver are overridden.
 SOLVER = "DPMSolverMultistepScheduler"
 _SOLVER_SETTINGS = {
     "algorithm_type": "dpmsolver++",
@@ -48,18 +48,19 @@ _SOLVER_SETTINGS = {
     "lower_order_final": True,
     "final_sigmas_type": "zero",
 }
-_STEPS_OF_ITS_OWN = 50  # of a model whose noise schedule the solver does not know
+_FALLBACK_STEPS = 50  # for a model whose noise schedule DPM-Solver++ refuses
 
 
 def class_image_paths(
     task: Task, capture_on: Callable[[torch.device], GraphCapturer] = CudaGraphCapturer
 ) -> Sequence[Path]:
-    """Class images given and sampled; none without prior preservation.
+    """Return the paths of the class images: those given, then those sampled.
 
-    The sampler is loaded only where pictures are missing and has left the memory on return.
-    capture_on: what captures the U-Net's calls on a device where the plan has the fast step.
+    There are none where the run does not train on class images. The base model is loaded only
+    where pictures are missing, and is unloaded again. capture_on: device -> what captures the
+    U-Net's calls there, used where the training plan has the fast step.
     """
-    if not task.samples_class_images:
+    if not task.trains_on_class_images:
         return ()
     missing = task.plan.class_images_to_sample
     if missing <= 0:
@@ -73,7 +74,7 @@ def class_image_paths(
             batch_size=batch_size(task),
             seed=task.hyperparameters.seed,
             sample=sampler,
-            fingerprint=_origin(task),
+            fingerprint=_sampling_fingerprint(task),
             on_image=progress.update,
         )
     sampler.unload()
@@ -81,13 +82,13 @@ def class_image_paths(
 
 
 def known_latents(task: Task, model: DiffusionModel) -> Callable[[Path], torch.Tensor | None]:
-    """Path of a class image -> its latents float32 [C,h,w], unscaled, where this job sampled it.
+    """Return a function: path of a class image -> its latents float32 [C,h,w], unscaled.
 
-    None for pictures that were given, and where the latents are gone.
+    It returns None for pictures that were given, and where no usable latents are stored.
     """
     if task.plan.class_images_to_sample <= 0:
         return lambda path: None
-    origin, folder = _origin(task), _folder(task)
+    origin, folder = _sampling_fingerprint(task), _folder(task)
     cells = task.resolution // model.vae_scale_factor
     shape = (model.latent_channels, cells, cells)
     scale = float(model.vae.config.scaling_factor)
@@ -102,23 +103,25 @@ def known_latents(task: Task, model: DiffusionModel) -> Callable[[Path], torch.T
 
 
 def batch_size(task: Task) -> int:
-    """How many class images make a batch: what fits beside the weights, at least one.
+    """Return how many class images make a batch: as many as fit beside the weights, at least one.
 
-    A function of the device, the model and the settings alone, so that a job that goes on samples
-    in the batches that it began with. On a CPU memory is no question.
+    The number depends on the device, the model and the settings alone, so that a resumed job
+    samples in the batches that it began with. On a CPU memory sets no limit.
     """
-    # What is free differs from start to start.
-    return _that_fit(task, replace(task.plan.device, free_bytes=None))
+    # Free memory differs from start to start, so it is left out here.
+    return _images_that_fit(task, replace(task.plan.device, free_bytes=None))
 
 
-def most_at_once(task: Task) -> int:
-    """How many pictures of a batch share a U-Net call: what fits into the memory that is free, or
-    that this process may take (`torch.cuda.set_per_process_memory_fraction`).
+def pictures_per_call(task: Task) -> int:
+    """Return how many pictures of a batch share a U-Net call: as many as fit in free memory.
+
+    Memory that this process may not take (`torch.cuda.set_per_process_memory_fraction`) does not
+    count as free.
     """
-    return _that_fit(task, task.plan.device)
+    return _images_that_fit(task, task.plan.device)
 
 
-def _that_fit(task: Task, device: DeviceFacts) -> int:
+def _images_that_fit(task: Task, device: DeviceFacts) -> int:
     return expected_memory.class_batch(
         task.hyperparameters,
         read_facts(task.model_folder),
@@ -127,8 +130,8 @@ def _that_fit(task: Task, device: DeviceFacts) -> int:
     )
 
 
-def _origin(task: Task) -> str:
-    """What a sampled picture depends on, its seed apart."""
+def _sampling_fingerprint(task: Task) -> str:
+    """Return a hash of all that a sampled picture depends on, except its own seed."""
     return fingerprint.of_texts(
         task.dataset.class_prompt or "",
         task.model_fingerprint(),
@@ -143,13 +146,18 @@ def _origin(task: Task) -> str:
 
 def _folder(task: Task) -> Path:
     folder = outputs.class_image_folder(task.environment)
-    return folder / _origin(task) if task.environment.checkpoint_dir is not None else folder
+    return (
+        folder / _sampling_fingerprint(task)
+        if task.environment.checkpoint_dir is not None
+        else folder
+    )
 
 
 def with_fast_solver(model: DiffusionModel) -> tuple[DiffusionModel, int]:
-    """The same model with DPM-Solver++ as its noise scheduler, and the steps that suit it.
+    """Return the model with DPM-Solver++ as its noise scheduler, and its num_inference_steps.
 
-    As it was, with the pipeline's 50 steps, where diffusers' solver refuses its noise schedule.
+    Where diffusers' DPM-Solver++ refuses the noise schedule, the model is returned as it is, with
+    the pipeline's 50 steps. The steps are capped at what the noise schedule allows.
     """
     steps = sampling.sampling_facts(model).max_steps
     fast = replace(
@@ -160,13 +168,15 @@ def with_fast_solver(model: DiffusionModel) -> tuple[DiffusionModel, int]:
     try:
         models.sampling_scheduler(fast)
     except (ModelArtifactError, NotImplementedError):
-        return model, min(_STEPS_OF_ITS_OWN, steps)
+        return model, min(_FALLBACK_STEPS, steps)
     return fast, min(NUM_INFERENCE_STEPS, steps)
 
 
 def _speed_up(model: DiffusionModel, capturer: GraphCapturer) -> None:
-    """What the fast step adds: channels last, which changes pictures by rounding, and the U-Net's
-    calls replayed as a CUDA graph, which changes none. Nobody has measured either on a GPU.
+    """Convert the U-Net and the VAE to channels last, and replay U-Net calls as CUDA graphs.
+
+    Channels last changes pictures by rounding; CUDA graphs change none. Neither speed-up has been
+    measured on a GPU.
     """
     for part in (model.unet, model.vae):
         part.to(memory_format=torch.channels_last)
@@ -174,7 +184,7 @@ def _speed_up(model: DiffusionModel, capturer: GraphCapturer) -> None:
 
 
 class _Sampler:
-    """seeds -> pictures with the class prompt; loads the model at its first call."""
+    """Samples pictures of the class prompt, one per seed; loads the model at its first call."""
 
     def __init__(self, task: Task, capture_on: Callable[[torch.device], GraphCapturer]) -> None:
         self._task, self._capture_on = task, capture_on
@@ -182,7 +192,7 @@ class _Sampler:
         self._schedules: Schedules | None = None
         self._steps = NUM_INFERENCE_STEPS
         self._text: dict[str, torch.Tensor] = {}
-        self._most = most_at_once(task)
+        self._most = pictures_per_call(task)
         self._pictures, self._seconds = 0, 0.0
 
     def __call__(self, seeds: Sequence[int]) -> Sequence[Sampled | None]:
@@ -230,7 +240,7 @@ class _Sampler:
             )
             for seed in seeds
         ]
-        check(sampling.sampling_facts(model), requests[0])  # they differ in their seeds alone
+        check(sampling.sampling_facts(model), requests[0])  # the others differ only in their seeds
         text = sampling.text_rows(model, requests, self._text)
         pictures = [sampling.start(model, request, schedules) for request in requests]
         while not pictures[0].finished:
@@ -255,7 +265,7 @@ class _Sampler:
         return Sampled(picture=pictures[0], latents=latents[0].float().cpu().numpy())
 
     def unload(self) -> None:
-        """Give the memory back before training begins, and say what sampling took."""
+        """Free the model's memory before training begins, and log how long sampling took."""
         if self._pictures:
             log.info("%d class images sampled in %.2f s", self._pictures, self._seconds)
         self._model = self._schedules = None

@@ -1,4 +1,4 @@
-"""What training reads instead of pictures and prompts: each encoded once, before the first step."""
+"""Encode each picture and prompt once, before the first step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ Text = dict[str, torch.Tensor]
 def encode(
     task: Task, model: DiffusionModel, class_paths: Sequence[Path]
 ) -> tuple[loop.TrainingData, Text]:
-    """Encode all pictures and prompts once; the second value is the text of sample pictures."""
+    """Encode pictures and prompts; return the training data and the text of sample pictures.
+
+    The latter is prompt -> encoder_hidden_states, empty where the text encoder is trained.
+    """
     settings, dataset = task.hyperparameters, task.dataset
     total = len(dataset.instance_images) + len(class_paths)
     known_latents = class_sampling.known_latents(task, model)
@@ -32,7 +35,7 @@ def encode(
             paths,
             resolution=task.resolution,
             center_crop=settings.center_crop,
-            crops=task.plan.cached_crops,
+            crops_per_picture=task.plan.cached_crops,
             seed=settings.seed,
             stream=stream,
             encode_image=lambda pixels: models.encode_posterior(model, pixels),
@@ -67,5 +70,5 @@ def encode(
 
 
 def _sampled_prompts(task: Task) -> tuple[str, ...]:
-    """What pictures are drawn with, and the empty negative prompt."""
+    """Return the prompts that pictures are drawn with, and the empty negative prompt."""
     return (task.sample_prompt, task.dataset.instance_prompt, "")

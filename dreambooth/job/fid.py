@@ -1,4 +1,4 @@
-"""compute_fid: how far pictures drawn with the instance prompt are from the instance images."""
+"""Measure how far pictures of the instance prompt are from the instance images (compute_fid)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dreambooth.data.seeds import derive_seed
 from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.errors import DatasetError
 from dreambooth.evaluation import features, scores, vision_model
-from dreambooth.job.previews import Previews, why_not
+from dreambooth.job.previews import Previews, failure_reason
 from dreambooth.job.task import Task
 from dreambooth.process import logs
 from dreambooth.process.progress import Progress
@@ -25,11 +25,11 @@ log = logging.getLogger(__name__)
 
 Picture = npt.NDArray[np.uint8]
 
-MIN_PICTURES, MAX_PICTURES = 8, 32  # drawn: as many as instance images within these bounds
+MIN_PICTURES, MAX_PICTURES = 8, 32  # drawn: one per instance image, within these bounds
 
 
 def check_features(task: Task) -> None:
-    """Load the folder of fid_features once, while a fault in it costs nothing but a sentence.
+    """Load the folder of fid_features before training, so that a fault in it ends the job early.
 
     Raises ModelArtifactError.
     """
@@ -40,15 +40,15 @@ def check_features(task: Task) -> None:
 
 
 def print_score(task: Task, model: DiffusionModel, previews: Previews) -> float | None:
-    """Print `fid_score=<plain decimal>`, log its count, regularisation and features; return it.
+    """Print `fid_score=<plain decimal>`, log what it was computed from, and return it.
 
-    None, with a warning, where a score cannot be had: a tuner then sees none, not a false one.
-    Whatever is at fault with the scoring (a stop signal is none) must not cost the trained model.
+    Return None, with a warning, where there is no score, so that a tuner sees none and not a false
+    one. No error in scoring may cost the trained model; a stop signal still ends the job.
     """
     try:
         return _print_score(task, model, previews)
     except Exception as error:
-        log.warning("no fid_score: %s", why_not(error))
+        log.warning("no fid_score: %s", failure_reason(error))
         return None
 
 
@@ -84,7 +84,11 @@ def _print_score(task: Task, model: DiffusionModel, previews: Previews) -> float
 
 
 def choose_network(task: Task, model: DiffusionModel) -> features.FeatureNetwork:
-    """fid_features where it is given, the judge for the embedded world, else the VAE encoder."""
+    """Return the network whose features are compared.
+
+    It is the one of fid_features where that is set, the judge for models of the embedded world,
+    else the model's own VAE encoder.
+    """
     if task.hyperparameters.fid_features:
         folder = vision_model.read(task.hyperparameters.fid_features)
         return features.of_vision_model(folder, task.device)
@@ -94,11 +98,11 @@ def choose_network(task: Task, model: DiffusionModel) -> features.FeatureNetwork
 
 
 def _instance_images(task: Task) -> Iterator[Picture]:
-    """The instance images as the model sees them: resized, the centre cropped."""
+    """Yield the instance images uint8 [H,W,3], resized and centre-cropped to the resolution."""
     for path in task.dataset.instance_images:
         try:
             picture = images.resize(images.open_image(path), task.resolution)
-        except DatasetError as error:  # it was read a moment ago: a flaky mount
+        except DatasetError as error:  # it was readable before training: a flaky mount
             log.warning("left out of fid_score: %s", error)
             continue
         left = (picture.width - task.resolution) // 2

@@ -1,7 +1,7 @@
-"""The heavy half of a job, in its order of work: class images, caches, training, export, pictures.
+"""Run the heavy half of a job: class images, encoding, training, export, last pictures.
 
-The order keeps memory low: the class-image sampler is gone before the training model is loaded, and
-the VAE and the text encoder have left the device before the first step.
+The order keeps memory low: the class-image sampler is unloaded before the training model is loaded,
+and the VAE and a frozen text encoder leave the device before the first step.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ log = logging.getLogger(__name__)
 
 
 def run(task: Task, accelerator: Accelerator, stop: StopSignals) -> None:
-    """Train, write the model folder and the report of the run.
+    """Train, and write the model folder and the report of the run.
 
     Raises DreamBoothError; running out of GPU memory in the smallest memory plan is a
-    ResourceError. Raises Stopped after a stop signal, once what `stopping.after_stop` writes is
-    written.
+    ResourceError. Raises Stopped after a stop signal; in training, after `stopping.after_stop` has
+    written its files.
     """
     if accelerator.is_main_process:
         fid.check_features(task)
-    torch.manual_seed(task.hyperparameters.seed)  # for what libraries draw; our own draws are keyed
+    torch.manual_seed(task.hyperparameters.seed)  # libraries draw from it; we derive our own seeds
     if task.hyperparameters.deterministic:
         _ask_for_determinism()
     checkpoints = _checkpoints(task)
@@ -64,34 +64,35 @@ def run(task: Task, accelerator: Accelerator, stop: StopSignals) -> None:
     try:
         with RunReport(task=task, writes=accelerator.is_main_process) as run_report:
             with accelerator.main_process_first(), run_report.phase("class images"):
-                # The main process samples, the others find all there.
+                # The main process samples; the others then find all class images on the disk.
                 run_report.class_paths = class_sampling.class_image_paths(task)
             stop.check()
-            _fine_tune_in_what_is_free(task, run_report, accelerator, stop, checkpoints)
+            _fine_tune_with_smaller_memory_plans(task, run_report, accelerator, stop, checkpoints)
     except torch.OutOfMemoryError as error:
         raise ResourceError(out_of_memory.advice(task.plan)) from error
 
 
-def _fine_tune_in_what_is_free(
+def _fine_tune_with_smaller_memory_plans(
     task: Task,
     run_report: RunReport,
     accelerator: Accelerator,
     stop: StopSignals,
     checkpoints: Checkpoints,
 ) -> None:
-    """Fine-tune; out of memory in training, again by the next smaller memory plan.
+    """Fine-tune; when memory runs out, start again with the next smaller memory plan.
 
-    A step that broke off may have updated some weights and not others: all is loaded anew, and goes
-    on from the last checkpoint or the start. One of several processes cannot go back alone.
+    A step that failed may have updated some weights and not others, so everything is loaded anew,
+    and training goes on from the last checkpoint or from the start. One of several processes cannot
+    restart alone: there, running out of memory raises ResourceError.
     """
     while True:
         try:
             return _fine_tune(task, run_report, accelerator, stop, checkpoints)
         except (RuntimeError, ResourceError) as error:
-            if not out_of_memory.is_meant_by(error):
+            if not out_of_memory.ran_out(error):
                 raise
             trained = run_report.step is not None and run_report.step >= task.plan.steps
-            plan = task.plan.in_less_memory()
+            plan = task.plan.with_smaller_memory_plan()
             if plan is None or trained or accelerator.num_processes > 1:
                 raise ResourceError(out_of_memory.advice(task.plan)) from error
         log.warning(
@@ -99,7 +100,7 @@ def _fine_tune_in_what_is_free(
             "from the start",
             task.plan.memory_plan,
             plan.memory_plan,
-            " without fast_step" * (task.plan.fast_step and not plan.fast_step),
+            " without fast_step" if task.plan.fast_step and not plan.fast_step else "",
         )
         task = replace(task, plan=plan)
         run_report.task, run_report.step = task, None
@@ -108,7 +109,7 @@ def _fine_tune_in_what_is_free(
 
 
 def _ask_for_determinism() -> None:
-    # cuBLAS reads its variable when its first handle is made; nothing has run on the device yet.
+    # cuBLAS reads this variable when its first handle is made; nothing has run on the device yet.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
@@ -121,30 +122,30 @@ def _fine_tune(
     stop: StopSignals,
     checkpoints: Checkpoints,
 ) -> None:
-    """Load, cache, train, export; then what may fail without a loss: pictures and scores."""
+    """Load, encode, train and export; then draw and score, where a failure is only logged."""
     settings, plan, phase = task.hyperparameters, task.plan, run_report.phase
     with phase("loading the model"):
         model = models.load(task.model_folder, device=task.device)
     noise_scheduler = models.training_noise_scheduler(model)
     with phase("encoding"):
         data, text = encoding.encode(task, model, run_report.class_paths)
-    _leave_the_device(model, text_encoder=not settings.train_text_encoder)
+    _move_to_cpu(model, text_encoder=not settings.train_text_encoder)
     state = _training_state(task, model)
     prior_unet = None
-    if settings.with_prior_preservation and not task.samples_class_images:
+    if settings.with_prior_preservation and not task.trains_on_class_images:
         prior_unet = state.precision.frozen_copy(model.unet)
     with phase("resuming"):
-        checkpoints.resume(state, tidies=accelerator.is_main_process)
+        checkpoints.resume(state, may_remove=accelerator.is_main_process)
     previews = Previews(task=task, model=model, precision=state.precision, text=text)
 
     def draw_sample() -> Image.Image | None:
         with phase("sample pictures"):
-            if accelerator.num_processes > 1:  # the others wait for this one
+            if accelerator.num_processes > 1:  # the others wait for it, so a stop waits too
                 return previews.sample()
             with stop.released():
                 return previews.sample()
 
-    steps = _train(task)(
+    steps = _training_loop(task)(
         state,
         data,
         plan,
@@ -156,13 +157,13 @@ def _fine_tune(
     )
     with stop.held():  # from here on a stop signal waits for the end of a step, or of the export
         steps = _until_stopped(steps, state, stop, accelerator)
-        if not accelerator.is_main_process:  # `accelerate launch`: one process reports and writes
+        if not accelerator.is_main_process:  # with several processes, one reports and writes
             for _ in steps:
                 pass
             return
         run_log = _run_log(task, state, draw_sample)
         try:
-            _follow(task, run_report, state, steps, run_log, checkpoints)
+            _run_loop(task, run_report, state, steps, run_log, checkpoints)
         except Stopped:
             with phase("stopping"):
                 run_report.stopped = stopping.after_stop(task, state, checkpoints, stop)
@@ -170,20 +171,20 @@ def _fine_tune(
         with phase("export"):
             stopping.write_model(task, state)
         if checkpoints.due(state.step) and not (checkpoints.holds(state) or stop.asked):
-            with _the_model_is_written(), phase("checkpoints"):
+            with _errors_only_logged(), phase("checkpoints"):
                 checkpoints.save(state)
-        state.optimizer.state.clear()  # its memory is free for the last pictures,
-        accelerator.free_memory()  # and that of half weights and graphs
+        state.optimizer.state.clear()  # frees its memory for the last pictures,
+        accelerator.free_memory()  # and that of half-precision weights and graphs
         try:
-            run_report.final = draw_sample()
-            with _the_model_is_written():
-                run_log.add_last_sample(run_report.final)
-                stopping.add_sample(task, state, run_report.final)
+            run_report.last_sample = draw_sample()
+            with _errors_only_logged():
+                run_log.add_last_sample(run_report.last_sample)
+                stopping.add_sample(task, state, run_report.last_sample)
             if settings.compute_fid:
                 with phase("fid_score"), stop.released():
                     run_report.fid_score = fid.print_score(task, model, previews)
         except Stopped:
-            missing = "no sample picture" if run_report.final is None else "no fid_score"
+            missing = "no sample picture" if run_report.last_sample is None else "no fid_score"
             run_report.stopped = (
                 f"The {state.step} steps were made and the model is whole; it has {missing}."
             )
@@ -191,8 +192,8 @@ def _fine_tune(
 
 
 @contextlib.contextmanager
-def _the_model_is_written() -> Iterator[None]:
-    """Let nothing in the block end the job, whatever it is: it has what it was started for."""
+def _errors_only_logged() -> Iterator[None]:
+    """Log an error in the block instead of raising it, because the model is already written."""
     try:
         yield
     except Exception as error:
@@ -200,8 +201,8 @@ def _the_model_is_written() -> Iterator[None]:
         log.debug("what went wrong after the export", exc_info=True)
 
 
-def _train(task: Task) -> Callable[..., Iterator[StepMetrics]]:
-    """Choose the training loop that the plan asks for."""
+def _training_loop(task: Task) -> Callable[..., Iterator[StepMetrics]]:
+    """Return the training loop that the training plan asks for."""
     if task.plan.fast_step:
         on_cuda = task.device.type == "cuda"
         capture = CudaGraphCapturer(task.device).capture if on_cuda else without_capture
@@ -225,10 +226,10 @@ def _until_stopped(
     stop: StopSignals,
     accelerator: Accelerator,
 ) -> Iterator[StepMetrics]:
-    """The steps; after one in which a stop signal came, Stopped is raised on all processes."""
+    """Yield the step metrics; raise Stopped on all processes after a step with a stop signal."""
     for metrics in steps:
         yield metrics
-        if metrics.step < state.step:  # made already: its report is still to come
+        if metrics.step < state.step:  # `captured_loop` yields up to ten steps' metrics at once
             continue
         if accelerator.num_processes > 1:
             asked = torch.tensor(float(stop.asked), device=accelerator.device)
@@ -250,7 +251,7 @@ def _run_log(
     )
 
 
-def _follow(
+def _run_loop(
     task: Task,
     run_report: RunReport,
     state: states.TrainingState,
@@ -258,9 +259,10 @@ def _follow(
     run_log: RunLog,
     checkpoints: Checkpoints,
 ) -> None:
-    """Run the loop to its end, reporting each step and saving checkpoints when they are due.
+    """Run the loop to its end, report each step, and save checkpoints when they are due.
 
-    That of the last step is left for after the export: a full disk must not cost the model.
+    The checkpoint of the last step is left for after the export, because a full disk must not cost
+    the model.
     """
     try:
         with run_log, run_report.phase("training"):
@@ -268,11 +270,12 @@ def _follow(
             for metrics in steps:
                 run_report.step = metrics.step
                 run_log.step(metrics)
+                # Of steps that `captured_loop` yields at once, only the newest has these weights.
                 is_newest = metrics.step == state.step < task.plan.steps
                 if is_newest and checkpoints.due(state.step):
                     with run_report.phase("checkpoints"):
                         checkpoints.save(state)
-    except Exception as error:  # all steps are made: whatever it is, the model comes first
+    except Exception as error:  # after the last step the model comes first
         if state.step < task.plan.steps:
             raise
         log.warning("all steps are made, but not all of their report: %s", error)
@@ -284,7 +287,10 @@ def _follow(
 
 
 def _log_memory(task: Task, peaks: GpuPeaks) -> None:
-    """The measured peak of training beside what the plan expected, and that of all so far."""
+    """Log the peak memory that the training plan expected beside the measured one.
+
+    On a GPU the peaks of training and of all phases so far are measured, on a CPU only the latter.
+    """
     expected = f"{task.plan.memory_bytes / 2**30:.2f} GiB"
     measured = f"{peak_memory_bytes() / 2**30:.2f} GiB of this process"
     if task.device.type == "cuda":
@@ -292,8 +298,8 @@ def _log_memory(task: Task, peaks: GpuPeaks) -> None:
     log.info("memory: %s expected by the plan, at the peak %s", expected, measured)
 
 
-def _leave_the_device(model: DiffusionModel, *, text_encoder: bool) -> None:
-    """From here on only what is trained stays there."""
+def _move_to_cpu(model: DiffusionModel, *, text_encoder: bool) -> None:
+    """Move the VAE to the CPU, and the text encoder where `text_encoder` is set."""
     model.vae.to("cpu")
     if text_encoder:
         model.text_encoder.to("cpu")
@@ -301,21 +307,21 @@ def _leave_the_device(model: DiffusionModel, *, text_encoder: bool) -> None:
 
 
 def _empty_the_cache() -> None:
-    """What nothing refers to goes back to the GPU."""
+    """Free the GPU memory that nothing refers to any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def _training_state(task: Task, model: DiffusionModel) -> states.TrainingState:
-    """The parts that are trained, in training mode, with their optimizer."""
+    """Return the parts that are trained, in training mode, with their optimizer."""
     settings, plan = task.hyperparameters, task.plan
     trained: list[nn.Module] = [model.unet]
     if settings.train_text_encoder:
         trained.append(model.text_encoder)
     for module in trained:
         if plan.rounds_stochastically:
-            nn.Module.to(module, torch.bfloat16)  # diffusers' own `to` warns of what it is not for
+            nn.Module.to(module, torch.bfloat16)  # diffusers' own `to` may warn about this cast
         module.requires_grad_(True)
         module.train()
     if plan.gradient_checkpointing:
@@ -332,5 +338,5 @@ def _training_state(task: Task, model: DiffusionModel) -> states.TrainingState:
             rounds_stochastically=plan.rounds_stochastically,
             fast_step=plan.fast_step,
         ),
-        precision=Precision.of(plan, task.device),
+        precision=Precision.for_plan(plan, task.device),
     )

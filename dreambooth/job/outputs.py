@@ -1,4 +1,4 @@
-"""Output folders: none may destroy what the job reads; each must be writable and have room."""
+"""Check that output folders are writable, have room and do not overwrite what the job reads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _GIB = 2**30
 
 
 def check(environment: Environment, model: Path | None) -> None:
-    """No output folder may lie in the training folder or the model, nor in the model folder to be.
+    """Refuse output folders inside the training folder, the pretrained model or the trained one.
 
     model: the folder or archive of the pretrained model, None where it comes from a hub. Nothing is
     written. Raises HyperparameterError with a sentence per fault.
@@ -56,7 +56,7 @@ def check(environment: Environment, model: Path | None) -> None:
 
 
 def make(environment: Environment) -> None:
-    """Make the folders for output data and checkpoints and write into them, before hours are spent.
+    """Make the folders for output data and checkpoints, and try writing to them before training.
 
     Raises ResourceError, naming the option, where one cannot be written.
     """
@@ -78,7 +78,10 @@ def make(environment: Environment) -> None:
 
 
 def checkpoint_folder(environment: Environment, plan: TrainingPlan) -> Path | None:
-    """The folder given for checkpoints; where only an interval is set, one beside the metrics."""
+    """Return the folder for checkpoints, None where neither a folder nor an interval is set.
+
+    Where only an interval is set, it lies beside the metrics.
+    """
     if environment.checkpoint_dir is not None:
         return environment.checkpoint_dir
     if plan.checkpointing_steps or plan.checkpointing_minutes:
@@ -87,20 +90,29 @@ def checkpoint_folder(environment: Environment, plan: TrainingPlan) -> Path | No
 
 
 def class_image_folder(environment: Environment) -> Path:
-    """Where sampled class images lie: beside the checkpoints, so that a spot job keeps them."""
+    """Return the folder for sampled class images.
+
+    It lies in the checkpoint folder, where one is given, so that a spot job keeps them.
+    """
     return (environment.checkpoint_dir or environment.output_data_dir) / "class_images"
 
 
 def check_room(environment: Environment, plan: TrainingPlan) -> None:
-    """Refuse at once what the disks cannot hold; what is there of an earlier run counts as room.
+    """Refuse a run whose files do not fit on the disks.
 
-    Nothing is written. Raises ResourceError with the needs of the disk that is too small.
+    Files of an earlier run count as free space. Nothing is written. Raises ResourceError, which
+    lists what the run needs on the disk that is too small.
     """
     checkpoints, budget = checkpoint_folder(environment, plan), plan.disk
     samples = class_image_folder(environment)
     output = environment.output_data_dir
     needs = [
-        _Need("the model", environment.model_dir, budget.model, _earlier(environment.model_dir)),
+        _Need(
+            "the model",
+            environment.model_dir,
+            budget.model,
+            _earlier_model_files(environment.model_dir),
+        ),
         _Need("class images", samples, budget.class_images, (samples,)),
         _Need("the report", output, budget.rest, (output / "report.html",)),
     ]
@@ -110,14 +122,14 @@ def check_room(environment: Environment, plan: TrainingPlan) -> None:
         needs.append(_Need(many, checkpoints, budget.all_checkpoints, there))
     by_disk: dict[int, list[_Need]] = {}
     for need in needs:
-        with contextlib.suppress(OSError):  # a disk that cannot be asked shows when it is full
+        with contextlib.suppress(OSError):  # where stat fails, writing will show a full disk
             by_disk.setdefault(os.stat(_existing(need.folder)).st_dev, []).append(need)
     for together in by_disk.values():
         _check_disk(together)
 
 
 def check_room_to_unpack(archive: Path, workspace: Path) -> None:
-    """Refuse a tarball that is larger than the disk it would be unpacked on; weights hardly pack.
+    """Refuse a tarball larger than the free space to unpack it in, because weights hardly compress.
 
     Raises ResourceError.
     """
@@ -131,7 +143,7 @@ def check_room_to_unpack(archive: Path, workspace: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Need:
-    """Bytes to come into a folder, and what is there of them (it goes, or is used again)."""
+    """Bytes that the run writes into a folder, and the files there that it replaces or reuses."""
 
     what: str
     folder: Path
@@ -153,13 +165,13 @@ def _check_disk(needs: list[_Need]) -> None:
     )
 
 
-def _earlier(model_dir: Path) -> Iterable[Path]:
-    """The earlier model, which is removed before training."""
+def _earlier_model_files(model_dir: Path) -> Iterable[Path]:
+    """Return the files of an earlier model, which are removed before training."""
     return [*(model_dir / name for name in ENTRIES), *model_dir.glob(PARTIAL + "*")]
 
 
 def size(paths: Iterable[Path]) -> int:
-    """Bytes of files, and of folders with all that is in them; what vanishes meanwhile is none."""
+    """Return the bytes of files, and of all files in folders; what vanishes meanwhile counts 0."""
     total = 0
     for path in paths:
         inside = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
@@ -171,7 +183,7 @@ def size(paths: Iterable[Path]) -> int:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
+    """Return the folder, or the nearest one above it that exists."""
     folder = Path(os.path.abspath(folder))
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
@@ -183,5 +195,5 @@ def _gib(count: int) -> str:
 
 
 def _lies_in(folder: Path, place: Path) -> bool:
-    real = Path(os.path.realpath(folder))  # unlike Path.resolve, it bears loops of links
+    real = Path(os.path.realpath(folder))  # unlike Path.resolve, it accepts loops of links
     return real.is_relative_to(os.path.realpath(place))

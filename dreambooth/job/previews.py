@@ -1,4 +1,4 @@
-"""Pictures of the weights as they are now: previews, the last sample, the pictures of fid_score."""
+"""Draw sample pictures, and those of fid_score, with the model in training."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ NUM_INFERENCE_STEPS = 25
 GUIDANCE_SCALE = 7.5
 
 
-def why_not(error: Exception) -> str:
-    """Return why something could not be drawn, in one line, for a warning."""
-    if out_of_memory.is_meant_by(error):
+def failure_reason(error: Exception) -> str:
+    """Return in one line why something could not be drawn, for a warning."""
+    if out_of_memory.ran_out(error):
         return "memory ran out while it was drawn"
     known = failure.for_the_user(error)
     if known is not None:
@@ -41,9 +41,9 @@ def why_not(error: Exception) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Previews:
-    """Draws with the model in training; its noise comes from generators of its own.
+    """Draws pictures with the model in training, with noise from random generators of its own.
 
-    text: encoder_hidden_states of prompts, where the text encoder has left the device.
+    text: prompt -> encoder_hidden_states, empty where the text encoder is trained.
     """
 
     task: Task
@@ -52,14 +52,16 @@ class Previews:
     text: Mapping[str, torch.Tensor]
 
     def sample(self) -> Image.Image | None:
-        """The sample picture: fixed prompt and seed; None, with a warning, where it is not finite
-        or cannot be drawn: that costs a picture, never the training.
+        """Return the sample picture, drawn with a fixed prompt and seed.
+
+        Return None, with a warning, where it is not finite or cannot be drawn: a failed picture
+        must not end the training.
         """
         seed = derive_seed(self.task.hyperparameters.seed, "sample picture")
         try:
             picture = next(self.draw(self.task.sample_prompt, [seed]))
-        except Exception as error:  # whatever a model's own noise scheduler is at fault with
-            log.warning("no sample picture: %s", why_not(error))
+        except Exception as error:  # a model's own noise scheduler may raise anything
+            log.warning("no sample picture: %s", failure_reason(error))
             return None
         if picture is None:
             log.warning("no sample picture: it is not finite")
@@ -67,7 +69,10 @@ class Previews:
         return Image.fromarray(picture)
 
     def draw(self, prompt: str, seeds: Sequence[int]) -> Iterator[npt.NDArray[np.uint8] | None]:
-        """One picture uint8 [H,W,3] per seed; the VAE is on the device only meanwhile."""
+        """Yield one picture uint8 [H,W,3] per seed, None where it is not finite.
+
+        The VAE is on the device only while pictures are drawn.
+        """
         requests = [
             SamplingRequest(
                 prompt=prompt,

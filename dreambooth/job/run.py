@@ -1,6 +1,7 @@
-"""The composition root of training: environment in, exit code out.
+"""Run one training job, from its arguments and environment to its exit code.
 
-Builds the objects and hands them down; the heavy half is `fine_tune`, imported when it is due.
+This is the composition root: it builds the objects and passes them on. The heavy half, `fine_tune`,
+is imported only once it is needed.
 """
 
 from __future__ import annotations
@@ -33,16 +34,16 @@ from dreambooth.training.plan import TrainingPlan
 
 log = logging.getLogger(__name__)
 
-# What torchrun and accelerate launch tell each of several processes beside WORLD_SIZE.
-_OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# Where launchers say how many there are: torchrun and accelerate launch, then those of MPI.
-_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+# Variables that torchrun and accelerate launch set for each process, beside WORLD_SIZE.
+_LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# Variables with the number of processes: of torchrun and accelerate launch, then of MPI.
+_PROCESS_COUNT_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _LAUNCH = "start the job with torchrun or accelerate launch, or unset {} to train in one process"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """Everything that is known before anything heavy is loaded."""
+    """Everything that is known about a job before anything heavy is loaded."""
 
     environment: container.Environment
     environ: Mapping[str, str]
@@ -52,16 +53,16 @@ class Job:
     warnings: tuple[str, ...]
     processes: int
     is_main_process: bool
-    started: float  # of time.monotonic
+    started: float  # by time.monotonic
 
 
 def run_job(argv: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Run one training job; returns its exit code.
+    """Run one training job and return its exit code.
 
-    0 done, 1 error (its sentence on stderr and in the failure file), 143 and 130 where SIGTERM or
-    SIGINT stopped it.
+    0: done. 1: an error, whose message is on stderr and in the failure file. 143, 130: stopped by
+    SIGTERM, SIGINT.
     """
-    with logs.lasting_streams():
+    with logs.fault_tolerant_streams():
         return _run(argv, environ)
 
 
@@ -69,7 +70,8 @@ def _run(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     started = time.monotonic()
     failure_file = container.failure_file(environ)
     stop = StopSignals()
-    threads_say, threading.excepthook = threading.excepthook, _say_in_one_line
+    previous_excepthook = threading.excepthook
+    threading.excepthook = _log_thread_failure
     try:
         with stop.listening():
             environment = container.read(argv, environ)
@@ -90,17 +92,20 @@ def _run(argv: Sequence[str], environ: Mapping[str, str]) -> int:
             print(f"error: {known}", file=sys.stderr)
         return 1
     finally:
-        threading.excepthook = threads_say
+        threading.excepthook = previous_excepthook
     return 0
 
 
-def _say_in_one_line(failed: threading.ExceptHookArgs) -> None:
-    """Of a library's thread, such as the one that writes TensorBoard events to a full disk."""
+def _log_thread_failure(failed: threading.ExceptHookArgs) -> None:
+    """Log in one line that a library's thread has failed.
+
+    One example is the thread that writes TensorBoard events, when the disk is full.
+    """
     log.warning("a background thread ended: %s", failed.exc_value)
 
 
 def _prepare(environment: container.Environment, environ: Mapping[str, str], started: float) -> Job:
-    """Read settings and data and find the model; all wrong settings are told at once."""
+    """Read settings and data, and find the model; one error lists all wrong settings."""
     parsed = hyperparameters.parse(environment.settings)
     warnings = (*environment.warnings, *parsed.warnings)
     for warning in warnings:
@@ -134,14 +139,14 @@ def _prepare(environment: container.Environment, environ: Mapping[str, str], sta
     )
 
 
-def _counted_by(environ: Mapping[str, str]) -> str | None:
-    """Return the variable by which a launcher says how many processes train together."""
-    return next((name for name in _COUNTS if environ.get(name)), None)
+def _process_count_variable(environ: Mapping[str, str]) -> str | None:
+    """Return the variable in which a launcher gives the number of processes, None without one."""
+    return next((name for name in _PROCESS_COUNT_VARIABLES if environ.get(name)), None)
 
 
 def _processes(environ: Mapping[str, str]) -> int:
     """Return how many processes train together. Raises UserError."""
-    name = _counted_by(environ)
+    name = _process_count_variable(environ)
     text = environ[name] if name else "1"
     if not re.fullmatch("[0-9]{1,6}", text) or int(text) < 1:
         raise UserError(
@@ -152,22 +157,25 @@ def _processes(environ: Mapping[str, str]) -> int:
 
 
 def _refuse_a_lone_process(job: Job) -> None:
-    """Raise UserError where others should train along, and nothing says where they are."""
-    missing = [name for name in _OF_A_LAUNCHER if not job.environ.get(name)]
+    """Raise UserError where several processes should train but cannot find each other."""
+    missing = [name for name in _LAUNCHER_VARIABLES if not job.environ.get(name)]
     if job.processes > 1 and missing:
-        name = _counted_by(job.environ)
+        name = _process_count_variable(job.environ)
         raise UserError(
             f"{name} says that {job.processes} processes train together, and {missing[0]} is not "
             f"set: {_LAUNCH.format(name)}."
         )
 
 
-def _refuse_a_smaller_group(job: Job, processes: int) -> None:
-    """Raise UserError where each would train for itself, all of them in the same folder."""
+def _refuse_other_group_size(job: Job, processes: int) -> None:
+    """Raise UserError where the group's size differs from what the launcher announced.
+
+    Otherwise each process would train on its own and write to the same folders as the others.
+    """
     if processes != job.processes:
         raise UserError(
             f"{job.processes} process(es) should train together, and this one is in a group of "
-            f"{processes}: {_LAUNCH.format(_counted_by(job.environ) or 'WORLD_SIZE')}."
+            f"{processes}: {_LAUNCH.format(_process_count_variable(job.environ) or 'WORLD_SIZE')}."
         )
 
 
@@ -180,15 +188,15 @@ def _print_plan(job: Job, plan: TrainingPlan) -> None:
         log.warning(warning)
 
 
-def _plan(
+def _make_training_plan(
     job: Job,
     facts: model_facts.ModelFacts | None,
     device: devices.DeviceFacts,
     folder: Path | None = None,
 ) -> TrainingPlan:
-    """folder: the model's, where it is there by now."""
+    """Make the training plan. folder: the model's folder, None if it is not there yet."""
     unpacked = folder if job.source.kind == "archive" else None
-    carried = [folder / part for part in layout.OPTIONAL_PARTS] if folder else []
+    copied_parts = [folder / part for part in layout.OPTIONAL_PARTS] if folder else []
     return plans.make(
         job.hyperparameters,
         job.dataset,
@@ -197,7 +205,7 @@ def _plan(
         has_checkpoint_dir=job.environment.checkpoint_dir is not None,
         processes=job.processes,
         base_bytes=outputs.size([unpacked]) if unpacked else 0,
-        copied_bytes=outputs.size(carried),
+        copied_bytes=outputs.size(copied_parts),
     )
 
 
@@ -208,7 +216,7 @@ def _dry_run(job: Job) -> None:
             job.source.location,
         )
     folder = job.source.path if job.source.kind == "folder" else None
-    plan = _plan(job, model_source.peek(job.source), devices.from_driver(), folder)
+    plan = _make_training_plan(job, model_source.peek(job.source), devices.from_driver(), folder)
     _print_plan(job, plan)
     try:
         outputs.check_room(job.environment, plan)
@@ -231,11 +239,11 @@ def _train(job: Job, stop: StopSignals) -> None:
             host_allocator.keep_freed_memory()
             gpu_driver.refuse_cpu(
                 job.environ,
-                gpu_driver.look(),
+                gpu_driver.inspect_machine(),
                 torch_version=torch.__version__,
                 cuda_version=torch.version.cuda,
             )
-        plan = _plan(job, model_facts.read_facts(folder), device, folder)
+        plan = _make_training_plan(job, model_facts.read_facts(folder), device, folder)
         _print_plan(job, plan)
         outputs.check_room(job.environment, plan)
         from accelerate import Accelerator
@@ -243,10 +251,10 @@ def _train(job: Job, stop: StopSignals) -> None:
         from dreambooth.job import fine_tune
         from dreambooth.job.task import Task
 
-        stop.check()  # importing swallows a signal now and then
-        # Precision is the loop's business, whatever an accelerate configuration says.
+        stop.check()  # an import may have swallowed the exception of a stop signal
+        # The training loop sets the precision, whatever an accelerate configuration says.
         accelerator = Accelerator(mixed_precision="no", cpu=device.kind == "cpu")
-        _refuse_a_smaller_group(job, accelerator.num_processes)
+        _refuse_other_group_size(job, accelerator.num_processes)
         task = Task(
             environment=job.environment,
             hyperparameters=job.hyperparameters,

@@ -1,4 +1,4 @@
-"""Listens to a training job and writes its report.html in the end."""
+"""Collect what a training job does, and write its report.html at the end."""
 
 from __future__ import annotations
 
@@ -32,17 +32,19 @@ from dreambooth.training.gpu_peaks import GpuPeaks
 log = logging.getLogger(__name__)
 
 REPORT_NAME = "report.html"
-_SHORTEST_S = 0.001  # what was skipped, such as class images of a run without them, is no phase
+_SHORTEST_S = 0.001  # shorter phases were skipped, such as class images in a run without them
 _GIB = 2**30
 
 
 @dataclass(slots=True, kw_only=True)
 class RunReport:
-    """Collects what only the running job knows: times, class images, the last picture, warnings.
+    """Collects what is known only while the job runs: times, pictures, memory, warnings.
 
-    A context manager around the job; the report is written when the job is done, has diverged or
-    was `stopped` (a sentence) after steps were made, by the process that `writes`. Meanwhile every
-    log line begins with the phase and the `step`.
+    It is a context manager around the job. At its end the report is written if the job is done, has
+    diverged or was stopped after a step. Inside it every log line begins with the phase and `step`.
+
+    writes: whether this process writes the report. stopped: a sentence on why the run ended early,
+    None where it did not.
     """
 
     task: Task
@@ -50,25 +52,25 @@ class RunReport:
     timings: Timings = field(default_factory=Timings)
     gpu_peaks: GpuPeaks = field(default_factory=GpuPeaks)
     class_paths: Sequence[Path] = ()
-    final: Image.Image | None = None
+    last_sample: Image.Image | None = None
     fid_score: float | None = None
     stopped: str | None = None
     step: int | None = None
     _warnings: list[str] = field(default_factory=list)
-    _listener: _Listener | None = None
-    _where: _Where | None = None
+    _warning_collector: _WarningCollector | None = None
+    _phase_filter: _PhaseFilter | None = None
     _phases: list[str] = field(default_factory=list)
     _failed: bool = False
 
     def __enter__(self) -> RunReport:
-        if self.writes:  # what lies there is of an earlier run
+        if self.writes:  # remove the report of an earlier run
             with contextlib.suppress(OSError):
                 (self.task.environment.output_data_dir / REPORT_NAME).unlink()
-        self._where = _Where(self)
+        self._phase_filter = _PhaseFilter(self)
         for handler in logging.getLogger().handlers:
-            handler.addFilter(self._where)
-        self._listener = _Listener(self._warnings)
-        logging.getLogger("dreambooth").addHandler(self._listener)
+            handler.addFilter(self._phase_filter)
+        self._warning_collector = _WarningCollector(self._warnings)
+        logging.getLogger("dreambooth").addHandler(self._warning_collector)
         return self
 
     def __exit__(
@@ -77,26 +79,26 @@ class RunReport:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._listener is not None:
-            logging.getLogger("dreambooth").removeHandler(self._listener)
+        if self._warning_collector is not None:
+            logging.getLogger("dreambooth").removeHandler(self._warning_collector)
         if isinstance(error, TrainingDivergedError):
             self.step, self.stopped = error.step, str(error)
         if self.writes and (error is None or self.stopped is not None):
             self._write()
-        if self._where is not None:
+        if self._phase_filter is not None:
             for handler in logging.getLogger().handlers:
-                handler.removeFilter(self._where)
+                handler.removeFilter(self._phase_filter)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the time of the `with` block to this phase, and say so in the log."""
+        """Count the time of the `with` block to this phase, and log that it begins."""
         self._phases.append(name)
         log.log(logging.INFO if len(self._phases) == 1 else logging.DEBUG, "begins")
         try:
             with self.timings.phase(name):
                 yield
         except Exception as error:
-            # Out of memory may still go on by a smaller plan; its own line says so.
+            # Out of memory need not end the job: a smaller memory plan may follow, and is logged.
             if not self._failed and not isinstance(error, torch.OutOfMemoryError):
                 self._failed = True
                 log.info("the job fails here")
@@ -105,18 +107,18 @@ class RunReport:
             self._phases.pop()
 
     @property
-    def where(self) -> str:
-        """The phase, and the step where there is one, as log lines begin with them."""
+    def log_prefix(self) -> str:
+        """Return the phase, and the step where there is one, for the beginning of a log line."""
         phase = self._phases[-1] if self._phases else "job"
         return phase + (f", step {self.step}" if self.step is not None else "")
 
     def _write(self) -> None:
-        """Write the report as well as it can be: it must not cost the job a trained model."""
+        """Write the report; a failure is only logged, because the trained model counts more."""
         folder = self.task.environment.output_data_dir
         try:
             folder.mkdir(parents=True, exist_ok=True)
             page.write(folder / REPORT_NAME, self._report_data(folder))
-        except Exception as error:  # a page is not worth a job
+        except Exception as error:  # a report is not worth failing the job
             log.warning("%s could not be written: %s", REPORT_NAME, error)
             log.debug("what went wrong with the report", exc_info=True)
             return
@@ -137,7 +139,7 @@ class RunReport:
             stopped=(self.step or 0, self.stopped) if self.stopped is not None else None,
             resolution=task.resolution,
             metrics=metrics,
-            final=self.final,
+            last_sample=self.last_sample,
             fid_score=self.fid_score,
             step_pictures=_step_pictures(folder / "samples"),
             instance_pictures=_instance_pictures(task),
@@ -159,20 +161,20 @@ class RunReport:
         )
 
 
-class _Where(logging.Filter):
-    """Tells the log's formatter where the job is."""
+class _PhaseFilter(logging.Filter):
+    """Adds the phase and the step of the job to each log line."""
 
     def __init__(self, run_report: RunReport) -> None:
         super().__init__()
         self._run_report = run_report
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.where = f"[{self._run_report.where}] "
+        record.where = f"[{self._run_report.log_prefix}] "
         return True
 
 
-class _Listener(logging.Handler):
-    """Keeps each warning of the job's own modules once."""
+class _WarningCollector(logging.Handler):
+    """Collects the warnings of our own modules, each one once."""
 
     def __init__(self, warnings: list[str]) -> None:
         super().__init__(logging.WARNING)
@@ -185,7 +187,7 @@ class _Listener(logging.Handler):
 
 
 def versions() -> Rows:
-    """(name, version) of what the result depends on."""
+    """Return (name, version) of the software that the result depends on."""
     return (
         ("dreambooth", dreambooth.__version__),
         ("python", platform.python_version()),
@@ -198,7 +200,10 @@ def versions() -> Rows:
 
 
 def _instance_pictures(task: Task) -> tuple[InstancePicture, ...]:
-    """The crops as `cache.build` chose them: a function of the seed and the picture's number."""
+    """Return the instance images with the crops that `cache.build` has chosen.
+
+    Crops are a function of the seed and the picture's number, so they are computed again here.
+    """
     settings, found = task.hyperparameters, []
     pairs = zip(task.dataset.instance_images, task.dataset.instance_facts, strict=True)
     for number, (path, facts) in enumerate(pairs):
@@ -207,7 +212,7 @@ def _instance_pictures(task: Task) -> tuple[InstancePicture, ...]:
             size,
             resolution=task.resolution,
             center=settings.center_crop,
-            crops=task.plan.cached_crops,
+            crops_per_picture=task.plan.cached_crops,
             seed=settings.seed,
             stream="instance",
             key=number,
@@ -217,7 +222,7 @@ def _instance_pictures(task: Task) -> tuple[InstancePicture, ...]:
 
 
 def _step_pictures(folder: Path) -> tuple[tuple[int, Path], ...]:
-    """(step, file) of samples/step-000123.png, ascending."""
+    """Return (step, file) of the pictures samples/step-000123.png, sorted by step."""
     found = [
         (int(path.stem.removeprefix("step-")), path)
         for path in folder.glob("step-*.png")

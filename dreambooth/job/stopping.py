@@ -1,12 +1,13 @@
-"""What a job hands over: the model of its last step, or what a stop in training leaves.
+"""Write what a job leaves: the model of its last step, or what is left of a stopped training.
 
-SageMaker kills 120 s after SIGTERM, and a disk may write no more than 125 MB/s: at full size a
-checkpoint (10.4 GB) takes 83 s and a model (5.2 GB) 41 s, which is too much for both. The rule:
+SageMaker sends SIGKILL 120 s after SIGTERM, and a disk may write no more than 125 MB/s. At full
+size a checkpoint (10.4 GB) then takes 83 s and a model (5.2 GB) 41 s, so there may be no time for
+both. What is written after a stop:
 
-* all steps made: the model, whole (a stop during the export lets it finish);
-* a checkpoint folder: the checkpoint, for the next start goes on from it; then the model of the
-  steps so far as well, where it fits into the time that is left at the speed just seen;
-* none: the model of the steps so far, marked as partial in its card.
+* after the last step: the whole model (a stop during the export lets it finish);
+* with a checkpoint folder: the checkpoint, from which the next start resumes; then also the model
+  of the steps so far, if the remaining time is enough at the last measured speed;
+* without one: the model of the steps so far, marked as partial in its card.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ from dreambooth.training.state import TrainingState
 log = logging.getLogger(__name__)
 
 ASSUMED_BYTES_PER_SECOND = 125e6  # of a disk that has not been measured yet
-MARGIN = 1.5  # a model is read, cast and written; a checkpoint was only written
+MARGIN = 1.5  # an export also reads and casts; a checkpoint is only written
 
 
 def after_stop(
     task: Task, state: TrainingState, checkpoints: Checkpoints, stop: StopSignals
 ) -> str | None:
-    """Write what the rule asks for; returns a sentence on it, None where no step was made.
+    """Write what the module's docstring says for a stop, and return a sentence about it.
 
-    Raises ResourceError where it cannot be written.
+    Return None where no step was made. Raises ResourceError where a file cannot be written.
     """
     if state.step == 0:
         return None
@@ -55,7 +56,7 @@ def after_stop(
 
 
 def write_model(task: Task, state: TrainingState) -> None:
-    """Write the model folder of the steps so far."""
+    """Write the model of the steps so far into the model folder."""
     export.write(
         task.environment.model_dir,
         base_folder=task.model_folder,
@@ -74,7 +75,7 @@ def write_model(task: Task, state: TrainingState) -> None:
 
 
 def add_sample(task: Task, state: TrainingState, sample: Image.Image | None) -> None:
-    """Add the sample picture, where there is one, to the model folder. Raises ResourceError."""
+    """Add the sample picture, if there is one, to the model folder. Raises ResourceError."""
     if sample is None:
         return
     export.add_samples(

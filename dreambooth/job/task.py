@@ -1,4 +1,4 @@
-"""What every heavy phase of a training job reads."""
+"""Define Task, which every heavy phase of a training job reads."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from dreambooth.settings.container import Environment
 from dreambooth.settings.hyperparameters import Hyperparameters
 from dreambooth.training.plan import TrainingPlan
 
-# Settings that do not change what is learned: a resumed run may differ in them. The model and the
-# pictures are compared by their content, not by where they lie.
+# Settings that do not change what is learned, so a resumed run may differ in them. The model and
+# the pictures are compared by content, not by path.
 _NOT_IDENTITY = frozenset(
     (
         *("checkpointing_steps", "checkpointing_minutes", "checkpoints_total_limit", "resume"),
@@ -28,10 +28,10 @@ _NOT_IDENTITY = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One job, ready to run.
+    """A job that is ready to run.
 
-    model_folder is a diffusers folder, base_name what the user called it; warnings are those of
-    the settings. started: when the job began, by time.monotonic.
+    model_folder: the base model, a diffusers folder. base_name: what the user called it.
+    warnings: those about the settings. started: when the job began, by time.monotonic.
     """
 
     environment: Environment
@@ -46,23 +46,23 @@ class Task:
 
     @property
     def resolution(self) -> int:
-        """Side of the training pictures in pixels; known, as the model is unpacked by now."""
+        """Return the side of the training pictures in pixels, known once the model is unpacked."""
         assert self.plan.resolution is not None
         return self.plan.resolution
 
     @property
     def sample_prompt(self) -> str:
-        """The prompt of sample pictures."""
+        """Return the prompt of sample pictures, by default the instance prompt."""
         return self.hyperparameters.sample_prompt or self.dataset.instance_prompt
 
     @property
-    def samples_class_images(self) -> bool:
-        """Whether the run trains on class images at all."""
+    def trains_on_class_images(self) -> bool:
+        """Return whether the run trains on class images."""
         settings = self.hyperparameters
         return settings.with_prior_preservation and settings.prior_preservation_mode == "images"
 
     def model_fingerprint(self) -> str:
-        """A hash of the base model's weights."""
+        """Return a hash of the weights of the base model's U-Net, VAE and text encoder."""
         files = [
             path
             for part in layout.TRAINED_PARTS
@@ -71,7 +71,7 @@ class Task:
         return fingerprint.of_weights(files)
 
     def identity(self) -> dict[str, str]:
-        """What a checkpoint must share with the job that goes on from it: settings, data, model."""
+        """Return the settings, data and model that a checkpoint shares with a job resuming it."""
         settings = {
             knob.name: str(getattr(self.hyperparameters, knob.name))
             for knob in fields(Hyperparameters)

@@ -1,1 +1,1 @@
-"""A model on the disk: found, checked, read, written, packed and described."""
+"""Finds, checks, reads, writes, packs and describes model folders on the disk."""

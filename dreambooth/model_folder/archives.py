@@ -1,9 +1,9 @@
-"""The safe extractor: regular files and folders out of a tarball, and nothing else.
+"""Unpacks tarballs safely: only regular files and folders, and only into the destination.
 
-``tarfile.extractall`` can be led outside its destination by nested links on common Python versions,
-also with ``filter="data"``. Here links, devices and sparse files are refused and names are checked
-piece by piece; `tar_stream` walks the archive and caps size, count and compression
-ratio. Standard library only.
+On common Python versions nested links can make ``tarfile.extractall`` write outside its
+destination, even with ``filter="data"``. Here links, devices and sparse files are refused and names
+are checked piece by piece; `tar_stream` reads the archive and caps size, number of members and
+compression ratio. Standard library only.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def extract(archive: Path, destination: Path, *, limits: Limits = LIMITS) -> Non
     """Unpack a ``.tar.gz`` or ``.tar`` into an empty or new folder.
 
     Files are made with mode 0644 and folders with 0755 (less the umask), whatever the archive says.
-    On any error everything that was written is removed again. Raises ModelArtifactError, naming
-    the archive and the member, for what is damaged or unsafe, and ResourceError where the
-    destination cannot be written.
+    On any error everything that was written is removed again. Raises ModelArtifactError for a
+    damaged or unsafe archive, naming it and the member, and for a folder that is not empty, and
+    ResourceError where the destination cannot be written.
     """
     made = not destination.exists()
     try:
@@ -57,9 +57,9 @@ def member_names(
     top_level_only: bool = False,
     stop_at: Collection[str] = (),
 ) -> list[str]:
-    """Names of the regular files in an archive, ``a/b`` without a leading ``./``, in its order.
+    """Return the names of the regular files in an archive, in its order, as ``a/b``, not ``./a/b``.
 
-    With ``top_level_only`` those in folders are left out. Reading ends as soon as one of
+    With ``top_level_only``, files in folders are left out. Reading ends as soon as one of
     ``stop_at`` has been listed (a compressed archive must be read up to there). Members that
     `extract` would refuse are not listed. Raises ModelArtifactError for a damaged archive.
     """
@@ -95,7 +95,7 @@ def _extract(archive: Path, destination: Path, limits: Limits) -> None:
 
 
 def _write(tar: Tar, destination: Path, parts: tuple[str, ...], is_folder: bool) -> None:
-    """Make one folder or file; ``parts`` has been checked, and links cannot have been made."""
+    """Make one folder or file; ``parts`` has been checked, and the destination has no links."""
     folder = destination
     for part in parts if is_folder else parts[:-1]:
         folder = folder / part
@@ -134,7 +134,7 @@ def _empty(folder: Path) -> None:
 
 
 class _Names:
-    """The names of an archive so far; no two may mean one file on any common file system."""
+    """The names read so far; no two may mean the same file on any common file system."""
 
     def __init__(self, archive: Path, limits: Limits) -> None:
         self.files = 0
@@ -144,7 +144,7 @@ class _Names:
         self._seen: dict[str, tuple[str, bool]] = {}
 
     def add(self, member: Member) -> tuple[str, ...]:
-        """The checked parts of a member's name, none for the archive's root."""
+        """Check a member's name and return its parts; the archive's root has none."""
         fault = _name_fault(member.name, self._limits)
         if fault is not None:
             raise ModelArtifactError(f"{self._archive}: {quoted(member.name)} {fault}.")
@@ -165,7 +165,7 @@ class _Names:
                 f"{self._archive}: {quoted(before[0])} and {quoted(name)} mean the same file where "
                 "case or accents are folded."
             )
-        # A folder may be named again, and is by every file in it.
+        # A folder may be named again: every file in it names it.
         if not new and not (is_folder and before[1]):
             raise ModelArtifactError(f"{self._archive}: {quoted(name)} is there twice.")
 
@@ -175,7 +175,7 @@ def _parts(name: str) -> tuple[str, ...]:
 
 
 def _name_fault(name: str, limits: Limits) -> str | None:
-    """What is wrong with a member's name, as the end of a sentence."""
+    """Return what is wrong with a member's name, as the end of a sentence, or None."""
     if any("\ud800" <= character <= "\udfff" for character in name):
         return "has a name that is not UTF-8"
     if any(character < " " or character == "\x7f" for character in name):
@@ -197,7 +197,7 @@ def _name_fault(name: str, limits: Limits) -> str | None:
 
 
 def _listed_name(member: Member, limits: Limits) -> str | None:
-    """A regular file's name as a caller writes it; None for all that is refused or a folder."""
+    """Return a regular file's name as callers write it; None for folders and refused members."""
     if member.is_folder or member.refused_kind or _name_fault(member.name, limits):
         return None
     return "/".join(_parts(member.name)) or None

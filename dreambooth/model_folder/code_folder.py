@@ -1,8 +1,8 @@
-"""The `code/` folder of a model archive: `inference.py`, every module of ours that it imports, and
-a requirements.txt.
+"""Lists the content of a model archive's `code/` folder.
 
-The modules are found by walking the imports with `ast`, also those inside of functions, so the
-folder needs nothing of ours besides.
+It consists of `inference.py`, every module of this package that it imports, and a requirements.txt.
+The modules are found by following imports with `ast`, also those inside functions, so the folder
+runs where this package is not installed.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ ROOT: Final = Path(__file__).parents[2]
 ENTRY_POINT: Final = "inference.py"
 _PACKAGE: Final = "dreambooth"
 
-# Lower bounds only, and as few as are known: containers that serve models bring their own torch,
-# and without a network pip must find everything in place already. The oldest versions named here
-# are those that tests/test_toolkits.py runs with.
+# Only lower bounds, and few of them: serving containers bring their own torch, and without a
+# network pip must find every requirement installed already. The bounds are the oldest versions
+# that tests/test_toolkits.py runs with.
 REQUIREMENTS: Final = """\
 torch>=2.11
 diffusers>=0.35.2
@@ -35,7 +35,7 @@ scipy
 
 
 def sources(root: Path = ROOT) -> list[Path]:
-    """The files of `code/`, sorted, relative to `root`: the entry point and what it imports.
+    """Return the files of `code/` relative to `root`, sorted: the entry point and its imports.
 
     Raises UserError where the entry point does not lie beside the package.
     """
@@ -54,7 +54,7 @@ def sources(root: Path = ROOT) -> list[Path]:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Every module that a file may import, with its dotted name; `from a import b` gives `a.b`."""
+    """Yield the dotted names of all that a file may import; `from a import b` gives `a.b`."""
     for node in ast.walk(ast.parse(path.read_bytes(), filename=str(path))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -63,7 +63,7 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def _files(root: Path, name: str) -> Iterator[Path]:
-    """The files that importing a module of ours runs: each package on the way, and itself."""
+    """Yield the files that importing a module of this package runs: its packages' and its own."""
     parts = name.split(".")
     if parts[0] != _PACKAGE:
         return

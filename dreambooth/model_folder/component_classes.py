@@ -1,6 +1,6 @@
-"""The only classes that a model folder may ask for (standard library only).
+"""Lists the only classes that a model folder may ask for (standard library only).
 
-Nothing is imported by the names that stand in a folder: they choose among those written here.
+A name in a folder is never imported; it only chooses among the classes listed here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SCHEDULERS = frozenset(
     )
 )
 
-# Second-order ones, which ask the U-Net twice for a step.
+# Second-order noise schedulers, which need two U-Net calls per step.
 TWO_CALLS_PER_STEP = frozenset(
     ("HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler")
 )
@@ -25,7 +25,7 @@ TWO_CALLS_PER_STEP = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextFamily:
-    """A text encoder's class, as (library, class), and the tokenizers that belong to it."""
+    """A kind of text encoder with its tokenizers and pipelines; classes are (library, class)."""
 
     name: str
     pipelines: frozenset[str]
@@ -50,7 +50,7 @@ BERT = TextFamily(
     text_encoder=_transformers("BertModel"),
     tokenizer=_transformers("BertTokenizer", "BertTokenizerFast"),
 )
-# AltDiffusion, in nine and eighteen languages; diffusers has moved its class about.
+# AltDiffusion, in nine or eighteen languages; its class has moved within diffusers.
 XLM_ROBERTA = TextFamily(
     name="XLM-RoBERTa",
     pipelines=frozenset({"AltDiffusionPipeline"}),
@@ -62,7 +62,7 @@ XLM_ROBERTA = TextFamily(
 )
 TEXT_FAMILIES = (CLIP, BERT, XLM_ROBERTA)
 
-# The only classes that a folder may ask for: (library, class) by component.
+# (library, class) by component.
 COMPONENTS: Mapping[str, frozenset[tuple[str, str]]] = {
     "unet": frozenset({("diffusers", "UNet2DConditionModel")}),
     "vae": frozenset({("diffusers", "AutoencoderKL")}),
@@ -76,7 +76,7 @@ COMPONENTS: Mapping[str, frozenset[tuple[str, str]]] = {
     ),
 }
 PIPELINES: frozenset[str] = frozenset().union(*(family.pipelines for family in TEXT_FAMILIES))
-# The end of a sentence that refuses others.
+# The end of messages that refuse other classes.
 FAMILIES_LISTED = "; text encoders and tokenizers of the families {} can be used".format(
     ", ".join(
         f"{family.name} ({min(name for _, name in family.text_encoder)} with "

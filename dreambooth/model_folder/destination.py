@@ -1,8 +1,8 @@
-"""The folder that a model is written into: whose it is, whether it can be written, what is wrong.
+"""Prepares the folder that a model is written into, and moves the model there.
 
 `__model_info__.json` carries our mark. It is the first entry to be moved into place and the last to
-be removed, so that at any moment, also after a crash, entries beside the mark are ours and entries
-without it are somebody's, and are left alone.
+be removed, so at any moment, also after a crash, entries beside the mark are ours. Entries without
+the mark are someone else's and are left alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dreambooth.process.files import fsync
 
 logger = logging.getLogger(__name__)
 
-# What the mark is: this key and value in __model_info__.json.
+# The mark is this key and value in __model_info__.json.
 MARK = {"written_by": "dreambooth"}
 # In the order in which they are moved into place; removed in the reverse order.
 ENTRIES = (
@@ -41,11 +41,11 @@ _NO_FOLDER = (errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ELOOP, errno.ENAM
 
 
 def clear(model_dir: Path, *, base_folder: Path | None = None) -> None:
-    """Make `model_dir` ready: there, writable, and free of what an earlier run of ours left.
+    """Create `model_dir`, remove what an earlier run of ours left there, and test writing.
 
-    Only leftovers (`.partial-*`) and the names of ENTRIES go, and those only beside our mark; all
-    other files stay. Raises UserError, with nothing removed, where a name of ENTRIES is somebody
-    else's or the base model is read from here, and ResourceError where nothing can be written.
+    Only leftovers (`.partial-*`) and, beside our mark, the names of ENTRIES are removed; all other
+    files stay. Raises UserError, with nothing removed, where a name of ENTRIES is someone else's or
+    the base model lies in here, and ResourceError where nothing can be written.
     """
     if base_folder is not None and _same_or_inside(base_folder, model_dir):
         raise UserError(
@@ -69,10 +69,10 @@ def clear(model_dir: Path, *, base_folder: Path | None = None) -> None:
 
 
 def move(stage: Path, model_dir: Path) -> None:
-    """Put the entries of a whole, flushed model into place, its index last.
+    """Move the entries of a complete, flushed model into place, its index last.
 
-    The old model ends with the first removal, the new one begins with the last move. What somebody
-    else has put there since `clear` is set aside: neither it nor the training is lost.
+    The old model ends with the first removal, and the new one begins with the last move. What
+    someone else has put there since `clear` is set aside, so neither it nor the training is lost.
     """
     strange = [] if _is_marked(model_dir) else _present(model_dir)
     if strange:
@@ -81,7 +81,7 @@ def move(stage: Path, model_dir: Path) -> None:
         for name in strange:
             os.replace(model_dir / name, aside / name)
     for name in reversed(ENTRIES):
-        if name != layout.MODEL_INFO:  # replaced in one step: the mark is never gone
+        if name != layout.MODEL_INFO:  # replaced atomically, to keep the mark
             remove(model_dir / name)
     for name in ENTRIES:
         if (stage / name).exists():
@@ -92,9 +92,9 @@ def move(stage: Path, model_dir: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a folder or a link (never what it leads to); nothing where nothing is.
+    """Remove a file, a folder or a link (never its target); do nothing where there is none.
 
-    A folder loses its name first: others, such as SageMaker's agent, may write into it meanwhile.
+    A folder is renamed first, because others, such as SageMaker's agent, may still write into it.
     """
     if path.is_dir() and not path.is_symlink():
         aside = tempfile.mkdtemp(prefix=PARTIAL, dir=path.parent)
@@ -106,7 +106,7 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def disk_faults_named(model_dir: Path) -> Iterator[None]:
-    """Turn the fault of a disk into a ResourceError: what is wrong with the folder, what to do."""
+    """Turn a disk error into a ResourceError that says what is wrong and what to do."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -133,7 +133,7 @@ def disk_faults_named(model_dir: Path) -> Iterator[None]:
 
 
 def _probe(model_dir: Path) -> None:
-    """Find out now what would otherwise show after hours of training."""
+    """Write a small file, to fail now and not after hours of training."""
     with tempfile.TemporaryDirectory(
         prefix=PARTIAL, dir=model_dir, ignore_cleanup_errors=True
     ) as stage:
@@ -162,7 +162,7 @@ def _is_marked(model_dir: Path) -> bool:
 
 
 def _same_or_inside(path: Path, folder: Path) -> bool:
-    # os.path.realpath bears loops of links, which Path.resolve does not.
+    # Path.resolve raises for loops of links; os.path.realpath does not.
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 

@@ -1,13 +1,13 @@
-"""Trained parts and the base model's files -> the model folder (what becomes model.tar.gz).
+"""Writes the model folder (which becomes model.tar.gz) of a finished training.
 
-The folder is written into `<model_dir>/.partial-*` on the same file system (model_dir may be a
-mount point, which cannot be renamed itself), flushed to the disk, and moved entry by entry,
+The folder is written into `<model_dir>/.partial-*`, on the same file system (model_dir itself may
+be a mount point, which cannot be renamed). It is flushed to the disk and then moved entry by entry,
 `model_index.json` last: a folder without that file is no model.
 
-Weights that were trained are written from memory, frozen parts from the base folder's files. The
-precision holds for every weight of the folder, for libraries cannot run parts of several float
-types together: "fp32" gives the trained weights bit for bit (and frozen ones exactly, for every
-half is a float), "fp16" casts them all.
+Trained weights are written from memory, frozen parts from the base folder's files. The precision
+holds for every weight of the folder, because libraries cannot run parts of several float types
+together. "fp32" keeps the trained weights bit for bit, and the frozen ones exactly, since fp32
+holds every fp16 number; "fp16" casts them all.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from dreambooth.model_folder.model_card import ModelCard, licence_of
 from dreambooth.model_folder.weight_names import exported_name
 from dreambooth.process.files import fsync
 
-__all__ = ["ENTRIES", "ModelCard", "TrainedParts", "clear", "licence_of", "write"]
+__all__ = ["ENTRIES", "ModelCard", "TrainedParts", "add_samples", "clear", "licence_of", "write"]
 
 _WEIGHTS = {
     "unet": "diffusion_pytorch_model.safetensors",
@@ -54,13 +54,13 @@ _SPECIAL_TOKENS = (
     *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token"),
     "mask_token",
 )
-# Wrappers that torch.compile leaves in the names of a module's weights.
+# torch.compile puts this prefix into the names of a module's weights.
 _COMPILED = "_orig_mod."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedParts:
-    """The modules that were trained; `text_encoder` is None where it stayed frozen."""
+    """The trained modules; `text_encoder` is None where it stayed frozen."""
 
     unet: torch.nn.Module
     text_encoder: torch.nn.Module | None = None
@@ -76,11 +76,13 @@ def write(
     hyperparameters_json: str,
     precision: Literal["fp32", "fp16"] = "fp32",
 ) -> None:
-    """Write the model folder: whole, or not at all.
+    """Write the model folder, wholly or not at all.
 
-    An earlier model in `model_dir` stays until the new one is complete on the disk. Raises
-    TrainingDivergedError where a trained weight is not finite, ResourceError where the disk is full
-    or model_dir cannot be written.
+    An earlier model in `model_dir` stays until the new one is complete on the disk (a training job
+    removes it at its start, with `clear`). Raises TrainingDivergedError where a trained weight is
+    not finite, UserError where a weight is too large for fp16, ModelArtifactError where a part of
+    the base model is gone, and ResourceError where the disk is full or model_dir cannot be
+    written.
     """
     with destination.disk_faults_named(model_dir):
         model_dir.mkdir(parents=True, exist_ok=True)
@@ -100,9 +102,9 @@ def write(
 
 
 def add_samples(model_dir: Path, *, card: ModelCard, samples: Mapping[str, Image.Image]) -> None:
-    """Add sample pictures, by caption (usually the prompt), to a model that `write` has written.
+    """Add sample pictures by caption (usually the prompt) to a model that `write` has written.
 
-    They come last, because drawing them may fail, and the model is whole without them. Raises
+    They come last, because drawing them may fail and the model is complete without them. Raises
     ResourceError where the disk is full or model_dir cannot be written.
     """
     with destination.disk_faults_named(model_dir):
@@ -137,7 +139,7 @@ def _write_parts(
             continue
         module = getattr(trained, part, None)
         state = {}
-        if module is None or part == "text_encoder":  # which may have weights that nothing reads
+        if module is None or part == "text_encoder":  # keep weights that the module lacks
             state = {
                 _name(part, family, key): tensor if part != "vae" else _vae_weight(key, tensor)
                 for _, key, tensor in weights.read_tensors(base / part)
@@ -159,7 +161,7 @@ def _vae_weight(key: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _trained_state(module: torch.nn.Module, part: str, steps: int) -> dict[str, torch.Tensor]:
-    """A trained module's weights on the CPU under their plain names."""
+    """Return a trained module's float weights on the CPU, without torch.compile's prefix."""
     state = {}
     for key, tensor in module.state_dict().items():
         if tensor.is_floating_point():
@@ -176,7 +178,7 @@ def _trained_state(module: torch.nn.Module, part: str, steps: int) -> dict[str, 
 def _cast(
     state: Mapping[str, torch.Tensor], dtype: torch.dtype, part: str
 ) -> dict[str, torch.Tensor]:
-    """Give the weights one float type; tables of integers stay, and so does the source."""
+    """Return the weights with floats cast to `dtype`; integer tables and `state` stay the same."""
     cast = {
         key: tensor.to(dtype) if tensor.is_floating_point() else tensor
         for key, tensor in state.items()
@@ -191,10 +193,10 @@ def _cast(
 
 
 def _write_config(origin: Path, target: Path, part: str) -> None:
-    """Copy a configuration, corrected, with float32 to compute in where it states a float type.
+    """Copy a configuration, corrected; those of transformers get torch_dtype float32.
 
-    transformers 5 otherwise computes in the type of the file, diffusers in float32: a pipeline of
-    halves would not run.
+    Otherwise transformers 5 would compute in the float type of the file and diffusers in float32,
+    and a pipeline of fp16 weights would not run.
     """
     config = layout.corrected(layout.read_json(origin), part)
     if "_class_name" not in config:  # transformers
@@ -204,9 +206,9 @@ def _write_config(origin: Path, target: Path, part: str) -> None:
 
 
 def _complete_tokenizer(base: Path, target: Path, family: TextFamily) -> None:
-    """Add what transformers 4.x needs where the base was written by transformers 5.
+    """Add the files that transformers 4.x needs and a base written by transformers 5 lacks.
 
-    SentencePiece's own file cannot be made of tokenizer.json; the fast tokenizer reads the latter.
+    SentencePiece's own file cannot be made from tokenizer.json, but the fast tokenizer reads that.
     """
     if family is CLIP and not all((target / n).exists() for n in ("vocab.json", "merges.txt")):
         vocabulary.write(target, vocabulary.read(base))
@@ -256,7 +258,7 @@ def _write_samples(stage: Path, samples: Mapping[str, Image.Image]) -> list[tupl
 def _flush(stage: Path) -> None:
     for folder, _, names in os.walk(stage, topdown=False):
         for name in names:
-            with contextlib.suppress(FileNotFoundError):  # no file of ours, which nobody removes
+            with contextlib.suppress(FileNotFoundError):  # it was not ours, and is gone
                 fsync(Path(folder, name))
         fsync(Path(folder))
 

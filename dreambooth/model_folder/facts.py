@@ -1,4 +1,4 @@
-"""What can be known of a model folder before torch is imported (standard library only)."""
+"""Reads the facts of a model folder that need no torch (standard library only)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dreambooth.model_folder.layout import (
     weight_files,
 )
 
-# What diffusion.loss has a target for.
+# The prediction types that diffusion.loss has a target for.
 TRAINABLE = ("epsilon", "v_prediction")
 # Far below the smallest U-Net distilled from Stable Diffusion, far above any miniature.
 _FULL_SIZE_PARAMETERS = 100_000_000
@@ -26,11 +26,11 @@ _FULL_SIZE_PARAMETERS = 100_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """What the JSON files and safetensors headers tell of a model, without reading weights.
+    """The facts of a model that its JSON files and safetensors headers state.
 
     unet_layer_elements: channels x latent cells, summed over the U-Net's layers, at the model's own
-    resolution: what its activations are proportional to. warnings: whole sentences about what the
-    folder may mean otherwise than it says.
+    resolution; the size of its activations is proportional to it. warnings: whole sentences about
+    settings of the folder that look wrong.
     """
 
     prediction_type: str
@@ -48,8 +48,8 @@ def read_facts(folder: Path, *, to_train: bool = True, limits: Limits = LIMITS) 
     """Read the facts of a model folder in milliseconds.
 
     Parameter counts come from safetensors headers; for old `.bin` files they are estimated from
-    the file size. Raises ModelArtifactError for a folder that is no Stable Diffusion model, and
-    for one that can draw but not be trained, unless `to_train` is False.
+    the file size. Raises ModelArtifactError for a folder that is no Stable Diffusion model and,
+    unless `to_train` is False, for one that can draw but not be trained.
     """
     validate_folder(folder, limits=limits)
     unet = component_config(folder, "unet", limits=limits)
@@ -92,9 +92,9 @@ def read_facts(folder: Path, *, to_train: bool = True, limits: Limits = LIMITS) 
 
 
 def check_trainable(facts: ModelFacts, origin: Path) -> None:
-    """Refuse a model whose U-Net predicts what the DreamBooth loss has no target for.
+    """Raise ModelArtifactError for a prediction type that the DreamBooth loss has no target for.
 
-    `origin` is the file that is named in the ModelArtifactError.
+    origin: the file that the message names.
     """
     if facts.prediction_type not in TRAINABLE:
         raise ModelArtifactError(
@@ -104,7 +104,7 @@ def check_trainable(facts: ModelFacts, origin: Path) -> None:
 
 
 def _count(component: Path, limits: Limits) -> int:
-    """The parameters of one component."""
+    """Return the number of parameters of one component."""
     chosen, files = weight_files(component, limits=limits)
     if chosen.pickled:
         size = sum(path.stat().st_size for path in files)
@@ -133,7 +133,10 @@ def _resolution(folder: Path, unet: dict[str, Any], scale: int, limits: Limits) 
 def _warnings(
     folder: Path, unet: dict[str, Any], resolution: int, unet_parameters: int, limits: Limits
 ) -> tuple[str, ...]:
-    """Warn of a full-size network that says a miniature's size, and says it by itself alone."""
+    """Warn of a full-size U-Net whose config.json states a miniature's sample_size.
+
+    There is no warning where __model_info__.json states the resolution.
+    """
     size = unet.get("sample_size")
     is_said_by_the_unet = type(size) is int and size < 64 and not _info_resolution(folder, limits)
     if not is_said_by_the_unet or unet_parameters < _FULL_SIZE_PARAMETERS:
@@ -146,7 +149,11 @@ def _warnings(
 
 
 def _layer_elements(unet: dict[str, Any], cells: int) -> int:
-    """Each level has `layers_per_block` layers on the way down and one more on the way up."""
+    """Return channels x latent cells, summed over the U-Net's layers; 0 where they are unknown.
+
+    Each level has `layers_per_block` layers on the way down and one more on the way up.
+    cells: the side of the latents.
+    """
     channels, layers = unet.get("block_out_channels"), unet.get("layers_per_block", 2)
     if not isinstance(channels, list) or any(type(n) is not int for n in (layers, *channels)):
         return 0

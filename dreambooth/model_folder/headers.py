@@ -1,8 +1,8 @@
-"""Safetensors headers, checked before any library maps the file (standard library only).
+"""Checks safetensors headers before any library maps the file (standard library only).
 
-Layout: 8 bytes little-endian header length, that many bytes of JSON
+A file holds the header's length (8 bytes, little-endian), the header as JSON
 `{"name": {"dtype": "F32", "shape": [..], "data_offsets": [begin, end]}, "__metadata__": {..}}`,
-then the tensors back to back. See https://github.com/huggingface/safetensors#format.
+and then the tensors back to back. See https://github.com/huggingface/safetensors#format.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import NoReturn
 from dreambooth.errors import ModelArtifactError, quoted
 from dreambooth.limits import LIMITS, Limits
 
-# Bytes per value. Weights of Stable Diffusion are floats; integers appear as position_ids alone.
+# Bytes per value. Stable Diffusion's weights are floats; only position_ids are integers.
 DTYPE_BYTES = {
     **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1},
     **{"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1},
 }
 
 
-# What no size, offset or count of values reaches: libraries hold them in 64 bits with a sign.
+# Sizes, offsets and counts of values must be smaller: libraries hold them as int64.
 _TOO_LARGE = 2**63
 _MOST_DIGITS = 19
 
@@ -40,19 +40,19 @@ class TensorEntry:
 
     @property
     def count(self) -> int:
-        """How many values the tensor holds."""
+        """Return how many values the tensor holds."""
         return math.prod(self.shape)
 
     @property
     def is_float(self) -> bool:
-        """Whether these are weights (and not position_ids or another table of integers)."""
+        """Return whether these are weights, not position_ids or another table of integers."""
         return "F" in self.dtype
 
 
 def int_of_at_most(digits: int) -> Callable[[str], int]:
-    """Return what reads the whole numbers of JSON: longer ones raise ValueError.
+    """Return a parser for the whole numbers of JSON that raises ValueError for longer ones.
 
-    They are refused before anything is computed with them, which could take for ever.
+    They are refused before anything is computed with them, which could take very long.
     """
 
     def read(text: str) -> int:
@@ -64,10 +64,10 @@ def int_of_at_most(digits: int) -> Callable[[str], int]:
 
 
 def read_header(path: Path, *, limits: Limits = LIMITS) -> tuple[TensorEntry, ...]:
-    """Read and check the header of a safetensors file, in the order of the data.
+    """Read and check the header of a safetensors file; return its entries in the order of the data.
 
-    Raises ModelArtifactError, naming the file, unless the header is whole, its tensors fill the
-    rest of the file exactly (no holes, no overlap, nothing behind) and every dtype is known.
+    Raises ModelArtifactError, naming the file, unless the header is complete, its tensors fill the
+    rest of the file exactly (no hole, no overlap, nothing after them) and every dtype is known.
     """
     if not path.is_file():
         _refuse(path, "it is not a regular file")
@@ -119,7 +119,7 @@ def _entry(path: Path, name: str, fields: object, limits: Limits) -> tuple[int, 
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [begin, end]} if (
             len(shape) <= limits.max_tensor_rank
             and all(type(n) is int and 0 <= n < _TOO_LARGE for n in (*shape, begin, end))
-            # Without its zeros: libraries multiply the others for the strides.
+            # Zeros are left out: libraries multiply the other sizes for the strides.
             and math.prod(n for n in shape if n) < _TOO_LARGE
         ):
             pass

@@ -1,6 +1,7 @@
-"""The one place that asks a model hub: quickly, once, and without the client's raw log lines.
+"""Downloads models from a hub; no other module contacts one.
 
-The client is no part of the standard library and slow to import: it is imported when it is due.
+It asks once, waits seconds at most for the answer, and hides the client's raw log lines. The client
+is not in the standard library and slow to import, so it is imported only when it is needed.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from dreambooth.model_folder.layout import (
     choose_weights,
 )
 
-# A hub that can be reached answers in a fraction of it.
+# A reachable hub answers in a fraction of this.
 _SECONDS = 6.0
 _LOGGERS = ("huggingface_hub", "httpx", "httpcore", "httpx2", "httpcore2", "urllib3")
 
 
 def download(name: str) -> Path:
-    """Fetch the model `owner/name`; its folder lies in the hub client's cache.
+    """Download the model `owner/name` into the hub client's cache and return its folder there.
 
-    Where the hub does not answer within seconds, an earlier download is taken. Raises
-    ModelArtifactError where the hub has no such model, ResourceError where it cannot be reached or
-    the disk is full.
+    Where the hub does not answer within seconds, an earlier download is used. Raises
+    ModelArtifactError where the hub has no such model, and ResourceError where it cannot be reached
+    or the disk is full.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -72,7 +73,7 @@ def download(name: str) -> Path:
 
 
 def needed_files(names: Iterable[str]) -> list[str]:
-    """Of a hub repository's files, those that a job needs: one copy of the weights, no others."""
+    """Return the files of a hub repository that a job needs, with only one copy of the weights."""
     names = sorted(names)
     needed = [name for name in names if name in (INDEX, MODEL_INFO, "README.md")]
     for part in (*TRAINED_PARTS, *OPTIONAL_PARTS, "tokenizer", "scheduler"):
@@ -95,7 +96,7 @@ def needed_files(names: Iterable[str]) -> list[str]:
 
 
 def _file_names(name: str) -> list[str]:
-    """The names of a repository's files: one attempt, with an end also where nothing answers."""
+    """Ask once for the names of a repository's files. Raises TimeoutError after `_SECONDS`."""
     from huggingface_hub import HfApi
 
     answers: queue.SimpleQueue[list[str] | Exception] = queue.SimpleQueue()
@@ -107,7 +108,7 @@ def _file_names(name: str) -> list[str]:
         except Exception as error:
             answers.put(error)
 
-    # The client's own timeout holds for each of the hub's addresses, and not for finding them.
+    # The client's own timeout starts anew for each address of the hub and leaves out name lookup.
     threading.Thread(target=ask, daemon=True).start()
     try:
         answer = answers.get(timeout=_SECONDS)
@@ -120,7 +121,7 @@ def _file_names(name: str) -> list[str]:
 
 @contextlib.contextmanager
 def _quiet(names: Iterable[str]) -> Iterator[None]:
-    """Let these loggers speak of errors alone; what fails is told in our own sentence."""
+    """Limit these loggers to errors; our own messages report what fails."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

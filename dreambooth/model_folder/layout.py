@@ -1,7 +1,7 @@
-"""The layout of a model folder: which files, which classes, which weights (standard library only).
+"""Checks the layout of a model folder: files, classes and weights (standard library only).
 
-A folder is data: its JSON is checked here against fixed lists, and nothing in it ever names code
-that we would import.
+A folder is only data: its JSON is checked here against fixed lists, and nothing in it ever names
+code that we would import.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LEADS_OUT = (
 )
 OTHER_FILES = ("hyperparameters.json", "README.md")
 OPTIONAL_PARTS = ("safety_checker", "feature_extractor")
-# Settings by which a configuration of transformers could have a kernel downloaded and run.
+# Settings by which a configuration could make transformers download and run a kernel.
 CODE_SETTINGS = ("attn_implementation", "experts_implementation")
 
 _STEM = r"(?P<stem>diffusion_pytorch_model|pytorch_model|model)"
@@ -45,7 +45,7 @@ _SHARD_INDEX = re.compile(
     _STEM + r"(?:\.(?P<early>[\w-]+))?\.(?P<suffix>safetensors|bin)\.index"
     r"(?:\.(?P<variant>[\w-]+))?\.json"
 )
-# Where a folder holds several copies: full precision first, the plain name before any variant.
+# The order of preference among copies: the plain name, then full precision, then half.
 _VARIANTS = ("", "fp32", "fp16", "bf16")
 # The deepest honest network of this family has 32 layers; a config that asks for a million would
 # keep the machine busy for hours.
@@ -63,7 +63,10 @@ class WeightFiles:
 
 
 def choose_weights(names: Iterable[str]) -> WeightFiles | None:
-    """Choose among a component's file names; safetensors before .bin, full precision first."""
+    """Choose the weights among a component's file names; None where there are none.
+
+    safetensors are preferred to .bin, then full precision to half.
+    """
     found = []
     for name in names:
         if match := _WEIGHTS.fullmatch(name):
@@ -86,10 +89,10 @@ def choose_weights(names: Iterable[str]) -> WeightFiles | None:
 
 
 def weight_files(component: Path, *, limits: Limits = LIMITS) -> tuple[WeightFiles, list[Path]]:
-    """Find the weights of a component folder: the choice, and the files that hold its tensors.
+    """Return the chosen weights of a component folder, and the files that hold their tensors.
 
     Raises ModelArtifactError where there are none, or where an index names a file that is missing
-    or lies outside of the folder.
+    or lies outside the folder.
     """
     names = [path.name for path in component.iterdir()] if component.is_dir() else []
     chosen = choose_weights(names)
@@ -127,9 +130,9 @@ def _present(files: list[Path]) -> list[Path]:
 
 
 def read_json(path: Path, *, limits: Limits = LIMITS) -> dict[str, Any]:
-    """Read one JSON object from a file of a model folder, capped in size.
+    """Read one JSON object from a file of a model folder.
 
-    Raises ModelArtifactError for a file that is missing, too large or none.
+    Raises ModelArtifactError for a file that is missing, too large or not a JSON object.
     """
     number = int_of_at_most(limits.max_json_number_characters)
     try:
@@ -148,7 +151,7 @@ def read_json(path: Path, *, limits: Limits = LIMITS) -> dict[str, Any]:
 
 
 def component_config(folder: Path, part: str, *, limits: Limits = LIMITS) -> dict[str, Any]:
-    """Read a component's configuration, `corrected`.
+    """Read and check a component's configuration; return it `corrected`.
 
     Raises ModelArtifactError for one that asks for foreign or remote code, or for a huge network.
     """
@@ -178,11 +181,11 @@ def component_config(folder: Path, part: str, *, limits: Limits = LIMITS) -> dic
 
 
 def corrected(config: Mapping[str, Any], part: str) -> dict[str, Any]:
-    """Return a configuration as StableDiffusionPipeline's constructor corrects it.
+    """Return a configuration with the corrections that StableDiffusionPipeline's constructor makes.
 
-    Folders of 2022 say other numbers than they were drawn with: steps_offset is 1 and clip_sample
-    False (DDIM and DDPM clip where nothing is said), and a U-Net written before diffusers 0.9 whose
-    sample_size is below 64 means 64 (diffusers 0.42, pipelines/stable_diffusion).
+    Folders of 2022 state other values than they were used with: steps_offset becomes 1 and
+    clip_sample False (DDIM and DDPM clip by default), and a sample_size below 64 becomes 64 in a
+    U-Net written before diffusers 0.9 (diffusers 0.42, pipelines/stable_diffusion).
     """
     changes: dict[str, Any] = {}
     if part == "scheduler":
@@ -196,13 +199,13 @@ def corrected(config: Mapping[str, Any], part: str) -> dict[str, Any]:
 
 
 def _is_before_0_9(config: Mapping[str, Any]) -> bool:
-    """Return whether a diffusers older than 0.9.0.dev0 wrote a configuration; False if none did."""
+    """Return whether a configuration states a diffusers version before 0.9.0.dev0."""
     release = re.match(r"v?(\d{1,6})(?:\.(\d{1,6}))?", str(config.get("_diffusers_version", "")))
     return release is not None and (int(release[1]), int(release[2] or 0)) < (0, 9)
 
 
 def read_index(folder: Path, *, limits: Limits = LIMITS) -> dict[str, Any]:
-    """Read model_index.json and refuse pipelines and classes outside of the fixed list."""
+    """Read model_index.json; refuse pipelines and classes outside the fixed lists."""
     path = folder / INDEX
     index = read_json(path, limits=limits)
     pipeline = index.get("_class_name")
@@ -229,9 +232,9 @@ def read_index(folder: Path, *, limits: Limits = LIMITS) -> dict[str, Any]:
 
 
 def text_family(folder: Path, *, limits: Limits = LIMITS) -> TextFamily:
-    """Which text encoder and tokenizer a folder has.
+    """Return the family that a folder's text encoder and tokenizer belong to.
 
-    Raises ModelArtifactError where the two, and the pipeline, do not belong together.
+    Raises ModelArtifactError where these two and the pipeline do not belong together.
     """
     index = read_index(folder, limits=limits)
     text_encoder, tokenizer = _entry(index, "text_encoder"), _entry(index, "tokenizer")
@@ -257,12 +260,12 @@ def _entry(index: Mapping[str, Any], part: str) -> tuple[str, str] | None:
 
 
 def validate_folder(folder: Path, *, linked_weights: bool = True, limits: Limits = LIMITS) -> None:
-    """Check that a folder is a Stable Diffusion model in the diffusers layout; open no weights.
+    """Check that a folder is a Stable Diffusion model in the diffusers layout, but open no weights.
 
     linked_weights: whether weights may lie behind links that lead out of the folder.
 
     Raises ModelArtifactError with one sentence for a single-file checkpoint, a missing part, a
-    class outside of the fixed list, configurations that ask for code, weights in any other pickle
+    class outside the fixed lists, configurations that ask for code, weights in any other pickle
     than an old .bin, text behind a link that leads out of the folder, and pipes and devices.
     """
     refuse_single_file(folder)
@@ -284,18 +287,20 @@ def validate_folder(folder: Path, *, linked_weights: bool = True, limits: Limits
 def refuse_foreign_files(
     folder: Path, files: Iterable[Path], *, linked_weights: bool = True
 ) -> None:
-    """Refuse files of a folder that bring a stranger's text, or that would be waited for.
+    """Raise ModelArtifactError for pipes, devices and links that lead out of the folder.
 
     A link in a downloaded folder may lead to any file of this machine, which would be copied into
-    what is made of the folder. Links within the folder are fine, and so are those of the hub
-    client's cache, whose snapshots are made of them. Raises ModelArtifactError.
+    whatever is made of the folder; reading a pipe would block. Links within the folder are allowed,
+    and so are those of the hub client's cache, whose snapshots consist of links.
+
+    linked_weights: whether weights may lie behind links that lead out of the folder.
     """
     home = home_of(folder)
     for path in files:
         try:
             mode = path.stat().st_mode
         except OSError:
-            continue  # a link to nothing: told where the file is needed
+            continue  # a link to nothing, reported where the file is needed
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             raise ModelArtifactError(f"{path} is no regular file: remove it.")
         may_lead_out = linked_weights and path.suffix in WEIGHT_SUFFIXES
@@ -304,7 +309,7 @@ def refuse_foreign_files(
 
 
 def home_of(folder: Path) -> str:
-    """Return what the links of a model folder may not lead out of: its real place, or its cache."""
+    """Return the folder that a model's links may not lead out of: its real path or hub cache."""
     real = os.path.realpath(folder)
     snapshots = os.path.dirname(real)
     cache = os.path.dirname(snapshots)
@@ -313,12 +318,12 @@ def home_of(folder: Path) -> str:
 
 
 def leads_out(path: Path, home: str) -> bool:
-    """Return whether a file lies elsewhere, by a link at its own name or at a folder's above it."""
+    """Return whether a file lies outside `home`, because it or a folder above it is a link."""
     return not Path(os.path.realpath(path)).is_relative_to(home)
 
 
 def _files_that_are_read(folder: Path) -> Iterator[Path]:
-    """Yield the files of a model folder that anything here opens, and all beside them."""
+    """Yield the files of a model folder that this package opens, and all files beside them."""
     yield from (folder / name for name in (INDEX, MODEL_INFO, *OTHER_FILES))
     for part in (*COMPONENTS, SAMPLES):
         try:
@@ -328,7 +333,7 @@ def _files_that_are_read(folder: Path) -> Iterator[Path]:
 
 
 def refuse_single_file(path: Path) -> None:
-    """Raise the sentence for a single-file checkpoint, which says how to convert it."""
+    """Raise ModelArtifactError for a single-file checkpoint, which says how to convert it."""
     if path.is_file() and path.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
         raise ModelArtifactError(
             f"{path} is a single-file checkpoint, and a diffusers folder is needed: convert it "

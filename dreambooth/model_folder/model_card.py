@@ -1,4 +1,4 @@
-"""The model card (README.md) of a fine-tuned model: what it is, of what, and what it cannot do."""
+"""Writes the model card (README.md) of a fine-tuned model: base model, training data, limits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Licence identifiers that model hubs know; anything else is "other" with a sentence.
+# Licence identifiers that model hubs know; any other is written as "other" with a license_name.
 _KNOWN_LICENCES = (
     *("creativeml-openrail-m", "openrail++", "openrail", "bigscience-openrail-m"),
     *("apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0"),
@@ -19,10 +19,11 @@ _FRONT_MATTER_BYTES = 64 * 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
-    """What the card tells; `licence` is the base model's identifier where its own card gives one.
+    """The facts that the card states.
 
-    `versions` are pairs such as ("torch", "2.13.0"); `data_fingerprint` names the pictures and
-    prompts that went in without showing them.
+    licence: the base model's identifier, where its own card gives one. versions: pairs such as
+    ("torch", "2.13.0"). data_fingerprint: identifies the pictures and prompts of the training
+    without showing them.
     """
 
     base: str
@@ -39,15 +40,15 @@ class ModelCard:
 
     @property
     def partial(self) -> bool:
-        """Whether the run was stopped before its last step."""
+        """Return whether the run was stopped before its last step."""
         return self.steps < self.planned_steps
 
 
 def licence_of(folder: Path) -> str | None:
-    """The licence that a model folder's own card (README.md) states in its front matter."""
+    """Return the licence in the front matter of a model folder's README.md, None without one."""
     path = folder / "README.md"
     try:
-        if not path.is_file():  # a pipe would be waited for
+        if not path.is_file():  # opening a pipe would block
             return None
         with path.open("rb") as file:
             text = file.read(_FRONT_MATTER_BYTES).decode("utf-8", errors="replace")
@@ -61,7 +62,10 @@ def licence_of(folder: Path) -> str | None:
 
 
 def render(card: ModelCard, *, samples: Sequence[tuple[str, str]] = ()) -> str:
-    """The card as Markdown with YAML front matter; `samples` are pairs (file name, caption)."""
+    """Return the card as Markdown with YAML front matter.
+
+    samples: pairs (file name, caption).
+    """
     return "\n".join(
         [
             *_front_matter(card),
@@ -75,7 +79,7 @@ def render(card: ModelCard, *, samples: Sequence[tuple[str, str]] = ()) -> str:
 
 
 def _front_matter(card: ModelCard) -> list[str]:
-    # JSON strings are YAML strings, whatever a prompt or a path holds.
+    # Every JSON string is also a YAML string, so any prompt or path is safe.
     licence = card.licence if card.licence in _KNOWN_LICENCES else "other"
     lines = ["---", f"license: {json.dumps(licence)}"]
     if licence == "other":
@@ -193,7 +197,7 @@ def _limits(card: ModelCard) -> list[str]:
 
 
 def _code(text: str) -> str:
-    """Text as inline code in a table cell: no backtick, bar or line break may end it early."""
+    """Return inline code for a table cell, which no backtick, bar or line break can end early."""
     return "`" + _plain(text).replace("`", "'").replace("|", "\\|") + "`"
 
 

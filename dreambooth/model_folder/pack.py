@@ -1,8 +1,8 @@
-"""`python -m dreambooth pack`: a model folder -> the model.tar.gz that an endpoint is made from.
+"""`python -m dreambooth pack` packs a model folder into the model.tar.gz of an endpoint.
 
-The archive holds the files of a model folder at its top and nothing else; `with_code` adds
-`code/`, with which SageMaker's inference toolkits run our four functions. The same folder gives the
-same bytes again: names are sorted, times and owners fixed.
+The archive holds the files of a model folder at its top level and nothing else; `with_code` adds
+`code/`, with which SageMaker's inference toolkits call our four functions. The same folder always
+gives the same bytes: names are sorted, times and owners are fixed.
 """
 
 from __future__ import annotations
@@ -31,19 +31,20 @@ logger = logging.getLogger(__name__)
 
 _SUFFIXES: Final = (".tar.gz", ".tgz")
 _WEIGHTED: Final = (*layout.TRAINED_PARTS, "safety_checker")
-# What else a part of a model, or `samples/`, is made of; a vocabulary may be a sentencepiece model.
+# The other files that are packed: _PLAIN of a component, _PICTURES of `samples/`. A vocabulary may
+# be a SentencePiece model (.model).
 _PLAIN: Final = (".json", ".txt", ".model")
 _PICTURES: Final = (".png", ".jpg", ".jpeg", ".webp")
-# gzip without compression: measured 2026-11-22 on one core, float weights shrink by 7 % at 22 MB/s
-# (level 1 or 6), which takes four minutes for Stable Diffusion; stored they pass at 240 MB/s.
+# gzip without compression. Measured 2026-11-22 on one core: levels 1 and 6 shrink float weights by
+# 7 % at 22 MB/s, which takes four minutes for Stable Diffusion; level 0 stores them at 240 MB/s.
 _LEVEL: Final = 0
-# 1980-01-01, the first day that every archive format knows.
+# 1980-01-01, the first day that every archive format can hold.
 _TIME: Final = 315_532_800
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Member:
-    """A file of the archive: its name there, and where it is read from (or its content)."""
+    """A file of the archive. origin: the file that it is read from, or its content."""
 
     name: str
     origin: Path | bytes
@@ -54,10 +55,11 @@ class _Member:
 
 
 def write(model: str, out: Path, *, with_code: bool = False, limits: Limits = LIMITS) -> None:
-    """Pack a model folder, tarball, hub id or `tiny` into the new archive `out`: whole or not.
+    """Pack a model folder, tarball, hub id or `tiny` into the new archive `out`.
 
-    Raises UserError where `out` is there already or named otherwise than .tar.gz,
-    ModelArtifactError for what is no whole model in safetensors, ResourceError for a full disk.
+    `out` appears only when it is complete. Raises UserError where `out` exists already or
+    ends in neither .tar.gz nor .tgz, ModelArtifactError for anything but a complete model in
+    safetensors, and ResourceError where the archive cannot be written.
     """
     if not out.name.lower().endswith(_SUFFIXES):
         raise UserError(f"{out} must end in .tar.gz, for a gzipped tar is what it will be.")
@@ -84,7 +86,7 @@ def write(model: str, out: Path, *, with_code: bool = False, limits: Limits = LI
 
 
 def _names(folder: Path, limits: Limits) -> list[str]:
-    """The files of a model folder, relative to it; what else lies there is said and left out."""
+    """Return a model folder's files, relative to it; warn of others, which are left out."""
     index = layout.read_index(folder, limits=limits)
     names: list[str] = []
     for entry in destination.ENTRIES:
@@ -111,20 +113,20 @@ def _names(folder: Path, limits: Limits) -> list[str]:
 
 
 def _weighted(component: Path, limits: Limits) -> list[Path]:
-    """The configuration of a component and the one copy of its weights that is read."""
+    """Return a component's configuration and the one copy of its weights that is read."""
     chosen, files = layout.weight_files(component, limits=limits)
     if chosen.pickled:
         raise ModelArtifactError(
             f"{component} holds old pickled weights (.bin), and archives are made of safetensors "
             "alone: run `python -m dreambooth convert IN OUT` first, and pack what comes out."
         )
-    for path in files:  # what is none might be any text behind a link
+    for path in files:  # else any text behind a link could be packed
         headers.read_header(path, limits=limits)
     return sorted({component / "config.json", component / chosen.name, *files})
 
 
 def _code() -> list[_Member]:
-    """`code/`: our modules and what they need."""
+    """Return the files of `code/`: our modules and their requirements."""
     members = [
         _Member(name=f"code/{path.as_posix()}", origin=code_folder.ROOT / path)
         for path in code_folder.sources()
@@ -134,7 +136,7 @@ def _code() -> list[_Member]:
 
 
 def _check_size(folder: Path, members: list[_Member], limits: Limits) -> None:
-    """Refuse now what our own extractor would not unpack, before minutes of compression."""
+    """Refuse what our own extractor would not unpack, before minutes are spent on writing it."""
     size = sum(member.size for member in members)
     if size > limits.archive_max_bytes:
         raise ModelArtifactError(
@@ -176,7 +178,7 @@ def _opened(member: _Member) -> BinaryIO:
 
 
 class _Counted:
-    """A file whose reading moves the progress bar."""
+    """A file that advances the progress bar as it is read."""
 
     def __init__(self, file: BinaryIO, before: int, progress: Progress) -> None:
         self._file = file

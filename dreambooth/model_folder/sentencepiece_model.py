@@ -1,8 +1,9 @@
-"""The table in a `sentencepiece.bpe.model` file (standard library only).
+"""Reads the pieces of a `sentencepiece.bpe.model` file (standard library only).
 
-The file is a protocol buffer (sentencepiece_model.proto of the SentencePiece project): field 1 of
-the message repeats the pieces (1 text, 2 score), field 2 describes the training (3 kind of model),
-field 3 the normalization (2 its table). Reading these four needs no library and runs no code.
+The file is a protocol buffer (sentencepiece_model.proto of the SentencePiece project). Field 1 of
+its message repeats the pieces (1 text, 2 score), field 2 describes the training (3 kind of model),
+and field 3 the normalization (2 its table). Reading these inner fields needs no library and runs no
+code.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ _MAX_VARINT_BYTES = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SentencePieceModel:
-    """Pieces with their log probabilities, in the order of their numbers.
+    """The pieces of a model with their log probabilities, in the order of their ids.
 
-    charsmap: the compiled table of what is replaced in a text first; empty where nothing is.
+    charsmap: the compiled table of replacements made in a text first; empty where there are none.
     """
 
     pieces: tuple[tuple[str, float], ...]
@@ -32,7 +33,7 @@ class SentencePieceModel:
 
 
 def parse(data: bytes) -> SentencePieceModel:
-    """Read a unigram model; ValueError, with the reason, for anything else."""
+    """Read a unigram model. Raises ValueError, with the reason, for anything else."""
     pieces: list[tuple[str, float]] = []
     charsmap = b""
     for number, value in _fields(data):
@@ -64,7 +65,7 @@ def _piece(data: bytes) -> tuple[str, float]:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Yield (field number, value) of one message; numbers of fixed width stay bytes."""
+    """Yield (field number, value) of each field; fixed-width numbers stay bytes."""
     position = 0
     while position < len(data):
         key, position = _varint(data, position)
@@ -86,7 +87,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def _varint(data: bytes, position: int) -> tuple[int, int]:
-    """Read a number of seven bits per byte, lowest first; return it and where it ends."""
+    """Read a number of seven bits per byte, lowest first; return it and the next position."""
     value = 0
     for index, byte in enumerate(data[position : position + _MAX_VARINT_BYTES]):
         value |= (byte & 0x7F) << (7 * index)

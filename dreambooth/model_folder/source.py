@@ -1,6 +1,6 @@
-"""Where the pretrained model comes from: finding it and making a folder of it.
+"""Finds the pretrained model and makes a model folder of it.
 
-Standard library only, and quick: the plan of a job looks here before torch is imported.
+Standard library only, and quick, because a dry run makes its training plan without importing torch.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ __all__ = [
 
 _ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-# How a training job is given its model.
+# How a user gives a training job its model.
 _TO_TRAIN = "with --pretrained-model or as the channel `model`"
-# An archive that is extracted in about a second, so that a plan may look into it.
+# The largest archive that `peek_facts` extracts, which takes about a second.
 _PEEK_BYTES = 64 * MIB
 _PEEK_EXTRACTED_BYTES = 512 * MIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSource:
-    """A pretrained model that was found: `path` is None for a hub id.
+    """A pretrained model that was found; `path` is None for a hub id.
 
-    linked_weights: whether weights may lie behind links that lead out of it: in a folder that a
-    user named, not in what a platform or an archive brought.
+    linked_weights: whether weights may lie behind links that lead out of the folder. This is
+    allowed in a folder that a user named, not in one that a platform or an archive brought.
     """
 
     kind: Literal["folder", "archive", "hub"]
@@ -62,11 +62,11 @@ def locate(
     given: str = _TO_TRAIN,
     limits: Limits = LIMITS,
 ) -> ModelSource:
-    """Find the model by the setting `pretrained_model`, else in the channel's folder.
+    """Find the model that `pretrained_model` names or, without it, that the channel's folder holds.
 
     Archives are listed only where several lie in a folder and none is called model.tar.gz.
-    Raises ModelArtifactError with one sentence that says how to give a model; `given`: how, in
-    this command ("with --model").
+    given: how this command takes a model ("with --model"), for the messages. Raises
+    ModelArtifactError with one sentence that says how to give a model.
     """
     how = (
         f"give one {given} (a diffusers folder, a tarball of one, a hub id such as owner/name, or "
@@ -92,7 +92,7 @@ def _by_name(name: str, how: str, limits: Limits) -> ModelSource:
         path = addresses.to_path(name, "The model")
         if path.exists():
             return replace(_at(path, how, limits), linked_weights=True)
-    except (OSError, ValueError) as error:  # of parents closed to us, too long, a null character
+    except (OSError, ValueError) as error:  # a closed parent folder, too long, a null character
         why = getattr(error, "strerror", None) or error
         raise ModelArtifactError(
             f"The model {one_line(name, 300)} cannot be read: {why}."
@@ -131,7 +131,7 @@ def _at(path: Path, how: str, limits: Limits) -> ModelSource:
 
 
 def _unpacked(path: Path, entries: Iterable[Path]) -> Path | None:
-    """The folder that holds model_index.json: this one, or the only one inside it that does."""
+    """Return the folder with model_index.json: `path` or the only such folder in it, else None."""
     if (path / INDEX).is_file():
         return path
     inner = [entry for entry in entries if entry.is_dir() and (entry / INDEX).is_file()]
@@ -169,16 +169,16 @@ def _holds_model(archive: Path, limits: Limits) -> bool:
 
 
 def open_source(source: ModelSource, workspace: Path, *, limits: Limits = LIMITS) -> Path:
-    """Make a diffusers folder of a source: as it is, extracted into `workspace`, or downloaded.
+    """Return a source as a diffusers folder: as it is, extracted into `workspace`, or downloaded.
 
     Raises ModelArtifactError for a folder or archive that holds no Stable Diffusion model, and
-    ResourceError where the hub cannot be reached.
+    ResourceError where the hub cannot be reached or the disk is full.
     """
     if source.path is None:
         folder = hub.download(source.location)
     elif source.kind == "archive":
         folder = workspace / "pretrained_model"
-        if folder.exists():  # of an earlier attempt
+        if folder.exists():  # left by an earlier attempt
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
         archives.extract(source.path, folder, limits=limits)
@@ -196,9 +196,9 @@ def open_source(source: ModelSource, workspace: Path, *, limits: Limits = LIMITS
 
 
 def peek(source: ModelSource, *, limits: Limits = LIMITS) -> ModelFacts | None:
-    """The facts of a source for a plan: of a folder or a small archive, None of all others.
+    """Return the facts of a folder or a small archive for a dry run, None for other sources.
 
-    Raises ModelArtifactError for a folder that is at fault, and for a model that cannot be trained.
+    Raises ModelArtifactError for a faulty folder and for a model that cannot be trained.
     """
     if source.path is None:
         return None
@@ -209,9 +209,9 @@ def peek(source: ModelSource, *, limits: Limits = LIMITS) -> ModelFacts | None:
 
 
 def peek_facts(archive: Path, *, limits: Limits = LIMITS) -> ModelFacts | None:
-    """Look at the facts of the model in a small archive; None where looking would take long.
+    """Return the facts of the model in a small archive; None where reading it would take long.
 
-    None also for an archive that is at fault: the job itself will say so when it opens it. Raises
+    Also None for a faulty archive, which the job itself reports when it opens it. Raises
     ModelArtifactError for a sound model that cannot be trained.
     """
     small = replace(limits, archive_max_bytes=min(limits.archive_max_bytes, _PEEK_EXTRACTED_BYTES))

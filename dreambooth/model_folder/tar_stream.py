@@ -1,9 +1,9 @@
-"""The members of a tarball, read once from front to back: headers, names, bytes, all capped.
+"""Reads the members of a tarball once, from front to back, with caps on everything.
 
-tarfile only decodes single 512-byte header blocks here (POSIX.1-2001 "pax Interchange Format"):
-its own walk reads headers of any size into memory. Whether a member may be unpacked is decided in
-`archives`; here size, count and compression ratio are capped, before anything is
-read into memory. Standard library only.
+tarfile only decodes single 512-byte header blocks here (POSIX.1-2001 "pax Interchange Format"),
+because its own loop reads headers of any size into memory. `archives` decides whether a member may
+be unpacked; this module caps size, number of members and compression ratio before anything is read
+into memory. Standard library only.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ _REFUSED_KINDS: Final = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """One entry of an archive, its name as it stands there."""
+    """One entry of an archive, with its name as spelled there.
+
+    refused_kind: what the entry is, for a message, unless it is a regular file or a folder.
+    """
 
     name: str
     size: int
@@ -52,7 +55,7 @@ class Member:
 
 
 class Tar:
-    """The members of an archive, read once from front to back."""
+    """An archive whose members are read once, from front to back."""
 
     def __init__(self, archive: Path, limits: Limits) -> None:
         self._archive = archive
@@ -68,7 +71,7 @@ class Tar:
         self._bytes.close()
 
     def members(self) -> Iterator[Member]:
-        """Every file, folder and refused entry; what of a content is not read is skipped."""
+        """Yield every file, folder and refused entry; content that is not read is skipped."""
         extended: dict[str, str] = {}
         members = headers = 0
         while (header := self._header()) is not None:
@@ -90,14 +93,14 @@ class Tar:
                 raise self._damaged(f"more than {self._limits.archive_max_members} members")
 
     def content(self) -> Iterator[bytes]:
-        """The current member's content, in chunks of at most a mebibyte."""
+        """Yield the current member's content, in chunks of at most 1 MiB."""
         while self._left:
             chunk = self._bytes.read(min(self._left, _CHUNK))
             self._left -= len(chunk)
             yield chunk
 
     def finish(self) -> None:
-        """Read to the end of the file, where gzip keeps its checksum."""
+        """Read to the end of the file, where gzip stores its checksum."""
         self._bytes.drain()
 
     def _header(self) -> tarfile.TarInfo | None:
@@ -113,7 +116,7 @@ class Tar:
         return header
 
     def _extension(self, header: tarfile.TarInfo) -> bytes:
-        """The content of a header that describes the next member."""
+        """Return the content of a header that describes the next member."""
         if header.size > self._limits.archive_max_header_bytes:
             raise self._damaged(f"a header of {header.size} bytes")
         self._begin(header.size)
@@ -122,7 +125,7 @@ class Tar:
         return content
 
     def _pax(self, content: bytes) -> dict[str, str]:
-        """The records ``<length> <key>=<value>\\n`` of an extended header."""
+        """Return the records ``<length> <key>=<value>\\n`` of an extended header."""
         records: dict[str, str] = {}
         position = 0
         while position < len(content):
@@ -174,7 +177,7 @@ class Tar:
 
 
 class _Bytes:
-    """The bytes of the tar inside an archive, counted on both sides of the decompressor."""
+    """The bytes of the tar inside an archive, counted before and after decompression."""
 
     def __init__(self, archive: Path, limits: Limits) -> None:
         self._archive = archive
@@ -195,14 +198,14 @@ class _Bytes:
         self._file.close()
 
     def announce(self, size: int) -> None:
-        """Refuse a content that would pass the cap, before any of it is written."""
+        """Refuse content that would pass the size cap, before any of it is written."""
         if self._given + size > self._limits.archive_max_bytes:
             raise ModelArtifactError(
                 f"{self._archive} unpacks to more than {self._limits.archive_max_bytes} bytes."
             )
 
     def read(self, size: int) -> bytes:
-        """Exactly ``size`` bytes."""
+        """Return exactly ``size`` bytes."""
         pieces = []
         while size:
             piece = self._some(min(size, _CHUNK))
@@ -213,9 +216,9 @@ class _Bytes:
         return b"".join(pieces)
 
     def skip(self, size: int) -> None:
-        """Pass over ``size`` bytes; in an archive that is not compressed without reading them."""
+        """Skip ``size`` bytes, without reading them where the archive is not compressed."""
         if self._inflate is None and size > _CHUNK:
-            # One byte is left to read, so that a cut is noticed.
+            # The last byte is read, so that a truncated file is noticed.
             self._given += size - 1
             self._taken += size - 1
             self._file.seek(size - 1, os.SEEK_CUR)
@@ -224,12 +227,12 @@ class _Bytes:
             size -= len(self.read(min(size, _CHUNK)))
 
     def drain(self) -> None:
-        """Read and drop the rest of a compressed archive, up to its checksum."""
+        """Read and drop the rest of a compressed archive, so that its checksum is verified."""
         while self._inflate is not None and self._some(_CHUNK):
             pass
 
     def _some(self, size: int) -> bytes:
-        """One to ``size`` bytes; none at the end."""
+        """Return 1 to ``size`` bytes; none at the end."""
         try:
             piece = self._read_file(size) if self._inflate is None else self._inflated(size)
         except OSError as error:
@@ -254,7 +257,7 @@ class _Bytes:
         return data
 
     def _inflated(self, size: int) -> bytes:
-        """The next decompressed bytes, over the borders of concatenated gzip streams."""
+        """Return the next decompressed bytes, across the borders of concatenated gzip streams."""
         assert self._inflate is not None
         while True:
             if self._inflate.eof:

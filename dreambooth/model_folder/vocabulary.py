@@ -1,8 +1,8 @@
-"""The tables of a tokenizer, checked before a library reads them (standard library only).
+"""Reads, checks and writes the tables of tokenizers (standard library only).
 
-Published folders hold vocab.json and merges.txt (CLIP), vocab.txt (BERT) or sentencepiece.bpe.model
-(XLM-RoBERTa); transformers 5 writes each into tokenizer.json alone, which the tokenizer classes of
-transformers 4.x cannot read.
+They are checked before a library reads them. Published folders hold vocab.json and merges.txt
+(CLIP), vocab.txt (BERT) or sentencepiece.bpe.model (XLM-RoBERTa). transformers 5 writes only
+tokenizer.json instead, which the tokenizer classes of transformers 4.x cannot read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dreambooth.model_folder import sentencepiece_model
 from dreambooth.model_folder.layout import read_json
 from dreambooth.model_folder.sentencepiece_model import SentencePieceModel
 
-# One file for every family, which the library reads where it is there.
+# One file for every family; where it exists, the library reads it instead of the others.
 SINGLE = "tokenizer.json"
 WORDPIECE = "vocab.txt"
 SENTENCEPIECE = "sentencepiece.bpe.model"
@@ -37,7 +37,8 @@ class Vocabulary:
 def read(folder: Path, *, limits: Limits = LIMITS) -> Vocabulary:
     """Read the tables of a CLIP tokenizer's folder, in either layout.
 
-    Raises ModelArtifactError, naming the file, where a table is missing or does not fit together.
+    Raises ModelArtifactError, naming the file, where a table is missing or malformed, or the tables
+    do not fit together.
     """
     model = _single_file(folder, limits)
     if model is not None:
@@ -50,7 +51,7 @@ def read(folder: Path, *, limits: Limits = LIMITS) -> Vocabulary:
 
 
 def read_wordpiece(folder: Path, *, limits: Limits = LIMITS) -> dict[str, int]:
-    """Read the tokens of a BERT tokenizer's folder, in either layout; errors as `read`."""
+    """Read the token ids of a BERT tokenizer's folder, in either layout. Raises as `read` does."""
     model = _single_file(folder, limits)
     if model is not None:
         return _numbered(folder / SINGLE, model.get("vocab"))
@@ -60,9 +61,9 @@ def read_wordpiece(folder: Path, *, limits: Limits = LIMITS) -> dict[str, int]:
 
 
 def read_unigram(folder: Path, *, limits: Limits = LIMITS) -> SentencePieceModel:
-    """Read the pieces of an XLM-RoBERTa tokenizer's folder, as its text encoder numbers them.
+    """Read an XLM-RoBERTa tokenizer's pieces, in the order of its text encoder's ids.
 
-    Errors as `read`. Where the folder holds a tokenizer.json, charsmap is left empty.
+    charsmap is left empty where the folder holds a tokenizer.json. Raises as `read` does.
     """
     model = _single_file(folder, limits)
     if model is not None:
@@ -74,14 +75,14 @@ def read_unigram(folder: Path, *, limits: Limits = LIMITS) -> SentencePieceModel
         raise ModelArtifactError(f"{path} is no SentencePiece model: {error}.") from error
     if [piece for piece, _ in found.pieces[:3]] != ["<unk>", "<s>", "</s>"]:
         raise ModelArtifactError(f"{path} does not begin with XLM-RoBERTa's special tokens.")
-    # The numbers that fairseq gave to them when XLM-RoBERTa was trained.
+    # fairseq numbered the special tokens in this order when XLM-RoBERTa was trained.
     first = (("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0))
     pieces = (*first, *found.pieces[3:], ("<mask>", 0.0))
     return SentencePieceModel(pieces=pieces, charsmap=found.charsmap)
 
 
 def write(folder: Path, vocabulary: Vocabulary) -> None:
-    """Write vocab.json and merges.txt, as every version of transformers reads them."""
+    """Write vocab.json and merges.txt, which every version of transformers reads."""
     text = json.dumps(vocabulary.ids, ensure_ascii=False)
     (folder / "vocab.json").write_text(text, encoding="utf-8")
     rows = ["#version: 0.2", *(" ".join(pair) for pair in vocabulary.merges)]
@@ -89,7 +90,7 @@ def write(folder: Path, vocabulary: Vocabulary) -> None:
 
 
 def write_wordpiece(folder: Path, ids: dict[str, int]) -> None:
-    """Write vocab.txt: one token per line, its number the line's."""
+    """Write vocab.txt, one token per line; a token's id is its line, counted from 0."""
     rows = [""] * (max(ids.values()) + 1)
     for token, number in ids.items():
         rows[number] = token
@@ -97,7 +98,10 @@ def write_wordpiece(folder: Path, ids: dict[str, int]) -> None:
 
 
 def _single_file(folder: Path, limits: Limits) -> dict[str, Any] | None:
-    """The `model` of a tokenizer.json; None where there is no such file, else it is what counts."""
+    """Return the `model` of tokenizer.json, which takes precedence; None without that file.
+
+    Raises ModelArtifactError where any JSON file of the folder asks for code.
+    """
     for path in sorted(folder.glob("*.json")):
         if read_json(path, limits=limits).get("auto_map"):
             raise ModelArtifactError(f"{path} asks for code of its own, which is never run.")
@@ -116,7 +120,7 @@ def _text(path: Path, limits: Limits) -> str:
 
 def _bytes(path: Path, limits: Limits) -> bytes:
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
+        if path.exists() and not path.is_file():  # opening a pipe would block
             raise ModelArtifactError(f"{path} is no regular file.")
         if path.stat().st_size > limits.max_config_bytes:
             raise ModelArtifactError(f"{path} is larger than {limits.max_config_bytes} bytes.")

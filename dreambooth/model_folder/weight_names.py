@@ -1,4 +1,4 @@
-"""The names of a text encoder's weights in files, as every version of transformers reads them.
+"""Renames a text encoder's weights as every version of transformers reads them.
 
 Standard library only.
 """
@@ -11,7 +11,7 @@ CLIP_PREFIX = "text_model."
 
 
 def exported_name(family: TextFamily, key: str) -> str:
-    """The name of a weight that every version of transformers reads."""
+    """Return the name of a weight that every version of transformers reads."""
     if family is BERT:
         return bert_name(key)
     if family is XLM_ROBERTA:
@@ -20,7 +20,7 @@ def exported_name(family: TextFamily, key: str) -> str:
 
 
 def bert_name(key: str) -> str:
-    """A weight of BERT as BertModel names it, also from its first checkpoints."""
+    """Return BertModel's name of a weight; the first BERT checkpoints use other names."""
     key = key.removeprefix("bert.")
     if key.endswith((".LayerNorm.gamma", ".LayerNorm.beta")):
         key = key.removesuffix(".gamma").removesuffix(".beta") + (

@@ -1,7 +1,8 @@
-"""Weights of one component: read from any published layout, written as safetensors.
+"""Reads the weights of a component in any published layout, and writes them as safetensors.
 
-Read: safetensors or the old pickled `.bin`, one file or shards, plain or an fp16 variant. A `.bin`
-goes through `torch.load(weights_only=True)` alone, which builds tensors and runs no code.
+Readable are safetensors and the old pickled `.bin`, in one file or in shards, plain or as a variant
+such as fp16. A `.bin` is opened only with `torch.load(weights_only=True)`, which builds tensors and
+runs no code.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ _DTYPES = frozenset(
         *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
     )
 )
-# Tied weights stand twice in a pickle and once in its data.
+# Bytes of tensors per byte of a pickle, at most: tied weights are tensors that share their data.
 _MOST_SHARED = 4
-# What libraries raise for files that are damaged or made to hurt.
+# What libraries raise for damaged or malicious files.
 _LIBRARY_FAULTS = (
     *(RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError),
     *(ArithmeticError, AssertionError, MemoryError, struct.error),
@@ -61,12 +62,12 @@ def load_into(
     rename: Callable[[str], str | None] = str,
     limits: Limits = LIMITS,
 ) -> None:
-    """Fill a module (its parameters may be on "meta") from a component folder.
+    """Load a module's weights from a component folder; its parameters may be on "meta".
 
-    The names in the files, after `rename` (None: a weight that the module has no use for), must be
-    exactly the module's, and every shape must fit:
-    what libraries only warn of (and then fill with random weights) raises ModelArtifactError here,
-    and so do numbers that are not finite.
+    The names in the files, after `rename`, must be exactly the module's, and every shape must fit.
+    Libraries only warn where they do not, and fill the gaps with random weights; here this raises
+    ModelArtifactError, and so do numbers that are not finite. rename: returns None for a weight
+    that the module does not need.
     """
     expected = module.state_dict()
     state: dict[str, torch.Tensor] = {}
@@ -101,9 +102,9 @@ def load_into(
 
 
 def as_linear(tensor: torch.Tensor) -> torch.Tensor:
-    """The weight of a 1 x 1 convolution [O, I, 1, 1] as a linear layer has it [O, I].
+    """Return the weight of a 1 x 1 convolution [O,I,1,1] as that of a linear layer [O,I].
 
-    The attention of the first VAEs was stored so. Other tensors are returned as they are.
+    The first VAEs store their attention as convolutions. Other tensors are returned as they are.
     """
     return tensor[:, :, 0, 0] if tensor.ndim == 4 and tensor.shape[2:] == (1, 1) else tensor
 
@@ -124,7 +125,7 @@ def read_tensors(
 
 @functools.cache
 def _warn_of_pickles(folder: Path) -> None:
-    """Once per model and process: a job reads the parts of its model several times."""
+    """Warn once per model and process, since a job reads the parts of its model several times."""
     logger.warning(
         "%s holds old pickled weights (.bin): only tensors are read from them, and any model that "
         "is written from them is safetensors (`python -m dreambooth convert` makes it so for good)",
@@ -143,7 +144,7 @@ def _read_safetensors(path: Path, limits: Limits) -> Iterator[tuple[Path, str, t
 
 
 def read_bin(path: Path) -> dict[str, torch.Tensor]:
-    """Read the tensors of an old `.bin` through `torch.load(weights_only=True)` alone.
+    """Read the tensors of an old `.bin`, only with `torch.load(weights_only=True)`.
 
     Raises ModelArtifactError for a pickle that holds anything but named tensors.
     """
@@ -175,8 +176,9 @@ def read_bin(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _refuse_compressed(path: Path) -> None:
-    """Raise ModelArtifactError for compressed records: torch stores its own as they are, and a
-    compressed one could only be a bomb.
+    """Raise ModelArtifactError for compressed records.
+
+    torch never compresses its records, so a compressed one could only be a decompression bomb.
     """
     with zipfile.ZipFile(path) as archive:
         if any(item.compress_type != zipfile.ZIP_STORED for item in archive.infolist()):
@@ -184,7 +186,7 @@ def _refuse_compressed(path: Path) -> None:
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor is a table of numbers that lies in memory as it is."""
+    """Return whether a tensor is a dense table of a known dtype, all of it in CPU memory."""
     if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
         return False
     if tensor.dtype not in _DTYPES or tensor.ndim > LIMITS.max_tensor_rank:
@@ -194,7 +196,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 def save(state: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write tensors as one safetensors file, with the metadata that transformers asks for."""
+    """Write tensors as one safetensors file, with the metadata that transformers requires."""
     path.touch()
     mode = path.stat().st_mode  # the library makes files that only their owner may read
     whole: dict[str, torch.Tensor] = {}
@@ -211,9 +213,10 @@ def save(state: Mapping[str, torch.Tensor], path: Path) -> None:
 def convert(origin: Path | str, destination: Path, *, limits: Limits = LIMITS) -> None:
     """Copy a model folder (or a tarball of one) with every old `.bin` turned into safetensors.
 
-    Nothing else is changed. `destination` must not exist or be empty; it appears only when whole.
-    Raises ModelArtifactError for anything that is no model here (nothing is downloaded), for links
-    to folders, and for pickles that hold more than weights or are no `.bin`.
+    Nothing else is changed. `destination` must be empty or absent; it appears only when complete.
+    Raises ModelArtifactError for anything but a model on this machine (nothing is downloaded), for
+    links to folders, and for pickles that hold more than weights or are not called `.bin`. Raises
+    ResourceError where the disk is full or `destination` cannot be written.
     """
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ModelArtifactError(f"{destination} exists already: give a new or an empty folder.")
@@ -252,14 +255,14 @@ def _disk_faults_named(destination: Path) -> Iterator[None]:
 
 
 def _convert_folder(folder: Path, target: Path, home: str, limits: Limits) -> None:
-    """Copy one folder and what is in it. home: what links may not lead out of."""
+    """Copy a folder with its content. home: the folder that links may not lead out of."""
     target.mkdir()
     for entry in sorted(folder.iterdir()):
         if entry.name.startswith("."):
-            continue  # .git, .cache and the like are no part of a model
+            continue  # .git, .cache and the like are not part of a model
         copy = target / _safetensors_name(entry.name)
         if entry.is_dir():
-            if entry.is_symlink():  # it may lead anywhere, and back to where we are
+            if entry.is_symlink():  # it may lead anywhere, even in a circle
                 raise ModelArtifactError(
                     f"{entry} is a link to a folder, which is not followed: put the folder itself "
                     "there, or remove the link."
@@ -288,7 +291,10 @@ def _convert_folder(folder: Path, target: Path, home: str, limits: Limits) -> No
 
 
 def _refuse_foreign(entry: Path, home: str, limits: Limits) -> None:
-    """Raise ModelArtifactError for what is no file, or might be any text of this machine."""
+    """Raise ModelArtifactError for what is not a file, and for links that lead out of the model.
+
+    Links to weights may lead out. Safetensors there are checked: they might be any text.
+    """
     if not entry.is_file():
         raise ModelArtifactError(f"{entry} is no regular file, or a link to nothing.")
     if layout.leads_out(entry, home):
@@ -299,10 +305,10 @@ def _refuse_foreign(entry: Path, home: str, limits: Limits) -> None:
 
 
 def _safetensors_name(name: str) -> str:
-    """The name of an old weight file (or index) once it is safetensors; other names unchanged."""
+    """Return the safetensors name of an old weight file or index; other names stay as they are."""
     if not (name.endswith(".bin") or ".bin.index" in name):
         return name
-    if name.startswith("pytorch_model"):  # transformers dropped the prefix with the pickle
+    if name.startswith("pytorch_model"):  # only pickles have the prefix
         name = name.removeprefix("pytorch_")
     return name.replace(".bin", ".safetensors")
 

@@ -1,1 +1,1 @@
-"""What any process of ours needs: stop signals, logs, progress, files, the failure file."""
+"""Tools that every process needs: stop signals, logs, progress, files and the failure file."""

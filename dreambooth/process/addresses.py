@@ -1,7 +1,8 @@
-"""Addresses (`scheme://...`) where a path of this machine is meant (standard library only).
+"""Turn what the user gives as a path into a path, and refuse addresses (`scheme://...`).
 
-Taken as a path, `s3://bucket/model` names a local folder `s3:`, and what is written there is lost
-when the machine goes. `file://` addresses are paths, as SageMaker's local mode writes them.
+Taken as a path, `s3://bucket/model` would name a local folder `s3:`, and what is written there
+would be lost with the machine. `file://` addresses are paths, as SageMaker's local mode writes
+them. Standard library only.
 """
 
 from __future__ import annotations
@@ -13,22 +14,22 @@ from urllib.parse import unquote
 
 from dreambooth.errors import UserError, quoted
 
-# One slash is enough: pathlib makes s3:/bucket of s3://bucket. C:/ is a drive.
+# One slash is enough, as pathlib shortens s3://bucket to s3:/bucket. One letter is a drive (C:/).
 _ADDRESS = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+):(/+)", re.ASCII)
 _FILE = "file"
 
 
 def is_remote(text: str) -> bool:
-    """Return whether a text is the address of something that is no file of this machine."""
+    """Return whether a text is an address of something outside this machine."""
     found = _ADDRESS.match(text)
     return found is not None and found[1].lower() != _FILE
 
 
 def to_path(text: str, what: str) -> Path:
-    """Return the path that a text names: `~` expanded, `file://` taken off and %20 decoded.
+    """Return the path that a text names: `~` expanded, `file://` removed and its %20 decoded.
 
-    what: the option that said it, for the sentence. Raises UserError for every other address, and
-    for what is no path at all.
+    what: the option that the text comes from, for the message. Raises UserError for every other
+    address, and for a text that cannot be a path.
     """
     if is_remote(text):
         raise UserError(

@@ -1,8 +1,8 @@
-"""Why a job failed, in the few words that SageMaker shows of its failure file.
+"""Write the failure file of a job, short enough for SageMaker to show all of it.
 
-SageMaker shows the first 1024 characters of ``<root>/output/failure`` as ``FailureReason``: the
-reason comes first, and long lists of faults are shortened so that each is still named. AWS, "How
-Amazon SageMaker AI Processes Training Output". Standard library only.
+SageMaker shows the first 1024 characters of ``<root>/output/failure`` as ``FailureReason``, so the
+reason comes first, and long lists of faults are shortened so that each is still named. Source:
+AWS, "How Amazon SageMaker AI Processes Training Output". Standard library only.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from dreambooth.errors import DreamBoothError, HyperparameterError, ResourceErro
 MAX_FAILURE_BYTES: Final = 1024
 
 
-# A disk, a quota, or the size that a file may have.
+# The disk is full, the quota used up, or the file larger than allowed.
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# What torch calls its own failure to get memory, a RuntimeError.
+# In the message of the RuntimeError that torch raises when the CPU has no memory left.
 _TORCH_WITHOUT_MEMORY: Final = "DefaultCPUAllocator"
 
 
 def for_the_user(error: Exception) -> DreamBoothError | None:
-    """The error that a user can do something about; None where the fault is ours.
+    """Return the error as one that the user can act on, or None if it is a bug of ours.
 
-    A full disk or a lack of memory may show anywhere, also in a library.
+    A full disk or a lack of memory may surface anywhere, also inside a library.
     """
     if isinstance(error, DreamBoothError):
         return error
@@ -48,16 +48,15 @@ def for_the_user(error: Exception) -> DreamBoothError | None:
 def write_failure(path: Path, error: BaseException) -> bool:
     """Write why the job failed, reason first, in at most 1024 bytes of UTF-8.
 
-    Best effort: never raises, and returns whether it was written. The folder of ``path`` is made
-    where its parent (the root) exists; where it does not, nothing is, so that a run outside a
-    container leaves no ``/opt/ml`` behind.
+    Never raises; returns whether the file was written. The folder of ``path`` is created only if
+    its parent (the root) exists, so that a run outside a container leaves no ``/opt/ml`` behind.
     """
     try:
         if not path.parent.parent.is_dir():
             return False
         text = describe_failure(error).encode("utf-8", errors="replace")
         path.parent.mkdir(exist_ok=True)
-        # Not to wait for a reader, should the path be a FIFO.
+        # O_NONBLOCK: if the path is a FIFO, do not wait for a reader.
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK | os.O_CLOEXEC
         with open(os.open(path, flags, 0o644), "wb") as file:
             file.write(text)
@@ -67,7 +66,7 @@ def write_failure(path: Path, error: BaseException) -> bool:
 
 
 def describe_failure(error: BaseException, *, max_bytes: int = MAX_FAILURE_BYTES) -> str:
-    """One line that says why the job failed, at most ``max_bytes`` of UTF-8, the reason first.
+    """Return why the job failed, reason first, on one line of at most ``max_bytes`` of UTF-8.
 
     Long lists of wrong settings are shortened sentence by sentence, so that each is still named.
     """
@@ -80,7 +79,7 @@ def describe_failure(error: BaseException, *, max_bytes: int = MAX_FAILURE_BYTES
 
 
 def _cut(text: str, max_bytes: int) -> str:
-    """The text on one line, cut to ``max_bytes`` of UTF-8 between two characters."""
+    """Return the text on one line, cut between characters to ``max_bytes`` of UTF-8."""
     whole = one_line(" ".join(text.split()), most=len(text) + 1)
     data = whole.encode("utf-8", errors="replace")
     if len(data) <= max_bytes:

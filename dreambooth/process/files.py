@@ -1,4 +1,4 @@
-"""Gets files and folders onto the disk itself, so that a later rename cannot outrun them."""
+"""Flush files and folders to the disk, so that a later rename is never stored before them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def fsync(path: Path) -> None:
-    """Flush one file's content, or one folder's list of names. Raises OSError."""
+    """Flush a file's content, or a folder's list of names, to the disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

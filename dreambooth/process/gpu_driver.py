@@ -1,7 +1,7 @@
-"""A GPU that was promised but cannot be used: said in one sentence, before hours go by on a CPU.
+"""Explain why an expected GPU cannot be used, before a job spends hours on a CPU.
 
-torch of the package index is built for one CUDA version and needs a driver at least as new; where
-the driver is older, `torch.cuda.is_available()` is merely False. Standard library only.
+torch from the package index is built for one CUDA version and needs a driver at least as new. With
+an older driver `torch.cuda.is_available()` is merely False. Standard library only.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ _OLDEST_DRIVERS = {11: "450", 12: "525", 13: "580"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """driver: the version of NVIDIA's kernel module, None without one. gpus: device files seen."""
+    """The NVIDIA driver and GPUs of this machine.
+
+    driver: version of NVIDIA's kernel module, None without one. gpus: number of device files.
+    """
 
     driver: str | None
     gpus: int
 
 
-def look(version_file: Path = _VERSION_FILE, devices: Path = _DEVICES) -> Machine:
-    """What the kernel says of its GPUs, whatever torch can do with them."""
+def inspect_machine(version_file: Path = _VERSION_FILE, devices: Path = _DEVICES) -> Machine:
+    """Return the driver and GPUs that the kernel shows, whether or not torch can use them."""
     try:
         found = re.search(r"Module\s+(?:\S+\s+)*?(\d+\.\d+(?:\.\d+)?)", version_file.read_text())
     except (OSError, UnicodeError):
@@ -39,10 +42,11 @@ def look(version_file: Path = _VERSION_FILE, devices: Path = _DEVICES) -> Machin
     return Machine(driver=found.group(1) if found else None, gpus=len(gpus))
 
 
-def promised(environ: Mapping[str, str], machine: Machine) -> str | None:
-    """Who promised a GPU: SM_NUM_GPUS, or the machine that shows one; None where nobody did.
+def gpu_promise(environ: Mapping[str, str], machine: Machine) -> str | None:
+    """Return the words that say what promises a GPU, or None if nothing does.
 
-    CUDA_VISIBLE_DEVICES set to nothing or to -1 asks for the CPU by name, and ends every promise.
+    SM_NUM_GPUS promises one, and so does a machine that shows one. CUDA_VISIBLE_DEVICES set to
+    nothing or to -1 asks for the CPU and overrides both.
     """
     if environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return None
@@ -57,9 +61,9 @@ def promised(environ: Mapping[str, str], machine: Machine) -> str | None:
 def refuse_cpu(
     environ: Mapping[str, str], machine: Machine, *, torch_version: str, cuda_version: str | None
 ) -> None:
-    """Raise ResourceError where a GPU was promised; for a job, which must not crawl along on a CPU.
+    """Raise ResourceError if a GPU was promised, because a job would take hours on a CPU.
 
-    To be called where torch sees no CUDA device, like `why_unused`.
+    Call it, like `why_unused`, only when torch sees no CUDA device.
     """
     reason = why_unused(environ, machine, torch_version=torch_version, cuda_version=cuda_version)
     if reason is not None:
@@ -69,11 +73,11 @@ def refuse_cpu(
 def why_unused(
     environ: Mapping[str, str], machine: Machine, *, torch_version: str, cuda_version: str | None
 ) -> str | None:
-    """Why torch cannot use the GPU that was promised, and what to do; None without a promise.
+    """Return why torch cannot use the promised GPU and what to do; None without a promise.
 
     torch_version: torch.__version__. cuda_version: torch.version.cuda, None for a CPU build.
     """
-    promise = promised(environ, machine)
+    promise = gpu_promise(environ, machine)
     if promise is None:
         return None
     cure = "Set CUDA_VISIBLE_DEVICES=-1 to use the CPU on purpose."

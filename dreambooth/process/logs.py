@@ -1,6 +1,4 @@
-"""What a command says besides its results: our log lines on stderr, without libraries' noise, and
-the metrics of a job on stdout.
-"""
+"""Write log lines to stderr, without libraries' noise, and a job's metrics to stdout."""
 
 from __future__ import annotations
 
@@ -18,25 +16,26 @@ from typing import Any, TextIO, cast
 
 from dreambooth.errors import one_line
 
-# They remark on what nobody asked for, such as optional packages that are not installed.
+# They log what no user needs, such as optional packages that are not installed.
 _NOISY = (
     *("httpx", "httpcore", "urllib3", "PIL", "bitsandbytes"),
     *("transformers", "diffusers", "accelerate", "huggingface_hub", "kernels"),
 )
 _MOST_MESSAGE_CHARACTERS = 8_000
 _WARNINGS = "py.warnings"  # the logger of logging.captureWarnings
-# Of lines that wait to be written: hours of a quiet server, seconds of a busy one.
+# Lines waiting to be written, at most: hours of a quiet server, seconds of a busy one.
 _MOST_CHARACTERS = 1_000_000
 _LAST_LINES_S = 1.0
-# These set the level of their loggers anew while they are imported, from variables of their own.
+# When these libraries are imported, they set their loggers' levels from these variables.
 _VERBOSITY = ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY")
 
 
 def to_stderr(level: str, *, phase: str | None = None) -> None:
-    """Send log lines from `level` on ("debug" .. "critical") to stderr, of libraries errors only.
+    """Send log lines from `level` on ("debug" .. "critical") to stderr.
 
-    phase: what the lines of a job name until its recorder does. On a terminal each line wipes the
-    progress bar that may stand there. May be called again.
+    Of the noisy libraries only errors are logged. phase: shown in a job's lines until its run
+    report sets one. On a terminal each line erases a progress bar on the same line. May be
+    called again.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
@@ -56,40 +55,40 @@ def to_stderr(level: str, *, phase: str | None = None) -> None:
 
 
 class _OneLineRecord(logging.LogRecord):
-    """A record whose message is one line: names of strangers' files stand in it.
+    """A log record whose message is one printable line, as it may quote untrusted files' names.
 
-    Cleaned here and not by our handler, because libraries bring handlers of their own.
+    The message is cleaned here and not by our handler, because libraries bring their own handlers.
     """
 
     def getMessage(self) -> str:
         message = super().getMessage()
-        if self.name == _WARNINGS:  # a library's, with the line of its code
+        if self.name == _WARNINGS:  # a library's warning, with its line of code
             message = " ".join(message.split())
         return one_line(message, _MOST_MESSAGE_CHARACTERS)
 
 
 class _OneLineTrace(logging.Formatter):
-    """Writes the trace of an error by `trace_of`."""
+    """A formatter that writes the trace of an error with `trace_of`."""
 
     def formatException(self, ei: Any) -> str:
         return trace_of(ei[1])
 
 
 def trace_of(error: BaseException) -> str:
-    """Return the trace of an error as Python prints it, each message in it on one line."""
+    """Return the trace of an error as Python prints it, but with each message on one line."""
     trace = traceback.TracebackException.from_exception(error)
     _clean_notes(trace)
     parts = []
     for part in trace.format():
         text = part.rstrip("\n")
-        # Where the code stands is indented and has lines of its own; the rest is one message.
+        # Indented parts show places in the code, a line each; any other part is one message.
         lines = text.split("\n") if text.startswith("  ") else [text]
         parts += [one_line(line, _MOST_MESSAGE_CHARACTERS) for line in lines]
     return "\n".join(parts)
 
 
 def _clean_notes(trace: traceback.TracebackException | None) -> None:
-    """Put what is printed beside a message on one line each: notes, and the place of a fault."""
+    """Put what is printed beside a message on one line each: notes, and a SyntaxError's place."""
     if trace is None:
         return
     notes: Any = getattr(trace, "__notes__", None)
@@ -102,23 +101,23 @@ def _clean_notes(trace: traceback.TracebackException | None) -> None:
 
 
 def metric(line: str) -> None:
-    """Print a line that SageMaker's metric definitions read: bare, at once, whatever the log level.
+    """Print a line that SageMaker's metric definitions match: bare, at once, at every log level.
 
-    A tuner without it has no objective, so it is a result on stdout and no remark.
+    A tuner without it has no objective, so it is a result on stdout and not a log line.
     """
     print(f"{_over_the_bar(sys.stdout)}{line}\n", end="", flush=True)
 
 
 def _over_the_bar(stream: TextIO) -> str:
-    """What wipes the progress bar that may stand in a terminal's last line."""
+    """Return the codes that erase a progress bar in a terminal's last line; no text elsewhere."""
     return "\r\033[K" if stream.isatty() else ""
 
 
 @contextlib.contextmanager
-def lasting_streams() -> Iterator[None]:
-    """In the block a stdout or stderr that is closed, or lies on a full disk, costs words only."""
+def fault_tolerant_streams() -> Iterator[None]:
+    """During the block, drop text instead of failing if stdout or stderr cannot be written."""
     before = _streams()
-    sys.stdout, sys.stderr = (cast(TextIO, _Lasting(stream)) for stream in before)
+    sys.stdout, sys.stderr = (cast(TextIO, _FaultTolerantStream(stream)) for stream in before)
     try:
         yield
     finally:
@@ -126,13 +125,13 @@ def lasting_streams() -> Iterator[None]:
         for stream in before:
             try:
                 stream.flush()
-            except (OSError, ValueError):  # Python's own flush at its exit would change the code
+            except (OSError, ValueError):  # Python's flush at exit would fail too
                 with contextlib.suppress(OSError, ValueError):
                     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _streams() -> tuple[TextIO, TextIO]:
-    """Return stdout and stderr, opened where the process was started with one that is closed."""
+    """Return stdout and stderr; one that was closed when the process started discards its text."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
@@ -140,14 +139,14 @@ def _streams() -> tuple[TextIO, TextIO]:
 
 
 @contextlib.contextmanager
-def without_waiting() -> Iterator[Callable[[], int]]:
-    """In the block stdout and stderr wait for no reader: what finds no room is dropped.
+def non_blocking_streams() -> Iterator[Callable[[], int]]:
+    """During the block, let stdout and stderr drop lines rather than wait for a reader.
 
-    A server writes lines for a pipe that somebody may have stopped to read, and must go on
-    answering. Yields a function that returns how many lines were dropped so far.
+    A server must go on answering even if nobody reads the pipe that its log lines go to. Yields a
+    function that returns how many lines have been dropped so far.
     """
     before = _streams()
-    streams = [_WithoutWaiting(stream) for stream in before]
+    streams = [_NonBlockingStream(stream) for stream in before]
     sys.stdout, sys.stderr = (cast(TextIO, stream) for stream in streams)
     try:
         yield lambda: sum(stream.dropped for stream in streams)
@@ -157,24 +156,24 @@ def without_waiting() -> Iterator[Callable[[], int]]:
 
 
 def write_last_lines() -> None:
-    """Wait a second at most until what was said is written, before a process ends by `os._exit`."""
+    """Wait, at most a second per stream, until all lines are written; call it before `os._exit`."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, _WithoutWaiting):
+        if isinstance(stream, _NonBlockingStream):
             stream.wait_until_written(_LAST_LINES_S)
 
 
-class _WithoutWaiting:
-    """A text stream that a thread of its own writes out.
+class _NonBlockingStream:
+    """A text stream whose writes never block, because its own thread writes the text out.
 
-    Not through the stream's buffer: a thread that waits in there would hold its lock, and Python
-    aborts where it cannot take that lock in the end.
+    The thread bypasses the stream's buffer: while it blocked there it would hold the buffer's lock,
+    and Python aborts if it cannot take that lock at exit.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._changed = threading.Condition()
         self._texts: list[str] = []
-        self._characters = 0  # that are not written yet
+        self._characters = 0  # not written yet
         self.dropped = 0
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
@@ -191,7 +190,7 @@ class _WithoutWaiting:
         return len(text)
 
     def flush(self) -> None:
-        """Nothing is waited for."""
+        """Do nothing, as waiting for the thread could block."""
 
     def wait_until_written(self, seconds: float) -> None:
         with self._changed:
@@ -214,26 +213,26 @@ class _WithoutWaiting:
             self._write_now(f"{now} WARNING {lost} lines were dropped: nobody read this log\n")
 
     def _write_now(self, text: str) -> None:
-        """Write however long it takes; a reader that is gone costs the words."""
+        """Write the text, however long it takes; drop it if the reader is gone."""
         data = memoryview(text.encode("utf-8", errors="backslashreplace"))
         with contextlib.suppress(OSError, ValueError):
             try:
                 descriptor = self._stream.fileno()
-            except io.UnsupportedOperation:  # it lies in memory
+            except io.UnsupportedOperation:  # a stream in memory
                 self._stream.write(text)
                 return
             while data:
                 try:
                     data = data[os.write(descriptor, data) :]
-                except BlockingIOError:  # whoever opened it wants nobody to wait in there
+                except BlockingIOError:  # the descriptor was opened as non-blocking
                     select.select([], [descriptor], [])
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
-class _Lasting:
-    """A text stream whose writes do not fail."""
+class _FaultTolerantStream:
+    """A text stream that drops text instead of raising OSError."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

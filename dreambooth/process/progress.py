@@ -1,4 +1,4 @@
-"""A progress bar on a terminal, a plain line every few seconds elsewhere."""
+"""Show progress as a bar on a terminal, and as a plain line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Final, Self, TextIO
 
-# The speed shown is that of the last so many seconds: a slow start is soon forgotten.
+# The speed shown is that of these last seconds, so that a slow start soon stops counting.
 _WINDOW_S: Final = 30.0
 _SAMPLE_S: Final = 0.25
-# A redraw costs a system call; the eye needs no more than ten in a second.
+# A redraw costs a system call, and the eye needs no more than ten per second.
 _REDRAW_S: Final = 0.1
 _MAX_BAR_CELLS: Final = 24
 
 
 class Progress:
-    """Shows how far a task of ``total`` units has come, how fast it goes and how long it will take.
+    """Shows how much of a task of ``total`` units is done, its speed and the time left.
 
     On a terminal one line is redrawn: label, bar, done/total, fields, units per second, time left.
-    Elsewhere (logs) a line, with the time, is written at the start, every ``interval_s`` seconds
-    and at the end. A context manager; ``initial`` units were done before this run and do not count
-    for the speed.
+    Elsewhere (logs) a line, with the time of day, is written at the start, every ``interval_s``
+    seconds and at the end. Use it as a context manager. ``initial`` units were done before this run
+    and do not count for the speed.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Progress:
         self.close()
 
     def update(self, done: int, **fields: float | str) -> None:
-        """Set how many units are done (an absolute count) and what stands beside the bar."""
+        """Set how many units are done (an absolute count) and the fields beside the bar."""
         self._now = now = self._clock()
         self._done = done
         self._fields = "".join(f"  {name} {_shown(value)}" for name, value in fields.items())
@@ -90,7 +90,7 @@ class Progress:
 
     def _show(self) -> None:
         if not self._terminal:
-            when = time.strftime("%H:%M:%S")  # as the log's lines begin
+            when = time.strftime("%H:%M:%S")  # log lines begin the same way
             self._stream.write(f"{when} {self._label}: {self._status()}\n")
             self._stream.flush()
             return
@@ -99,7 +99,7 @@ class Progress:
         cells = min(_MAX_BAR_CELLS, columns - len(self._label) - len(status) - 4)
         bar = f" |{self._bar(cells)}|" if cells >= 4 else ""
         line = f"{self._label}{bar} {status}"[: max(columns, 1)]
-        # Spaces wipe what a longer line left; \r works where escape codes do not.
+        # Spaces erase the rest of a longer line; \r works where escape codes do not.
         self._stream.write("\r" + line + " " * (self._width - len(line)))
         self._stream.flush()
         self._width = len(line)
@@ -121,7 +121,7 @@ class Progress:
         return text
 
     def _units_per_second(self) -> float:
-        """The speed over the recent window; over the whole run once closed."""
+        """Return the speed over the recent window, or over the whole run once closed."""
         then, before = (self._start, self._initial) if self._closed else self._seen[0]
         seconds = self._now - then
         return (self._done - before) / seconds if seconds > 0 else 0.0
@@ -136,7 +136,7 @@ def _encodes(stream: TextIO, text: str) -> bool:
 
 
 def _decimal(number: float) -> str:
-    """Three digits that count, never in powers of ten: ``0.0512``, ``4.21``, ``1234``."""
+    """Format with three significant digits: ``0.0512``, ``4.21``; from 100 on as a whole number."""
     return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
@@ -145,7 +145,7 @@ def _shown(value: float | str) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """``0:07``, ``12:30`` or ``1:02:03``; hours above a thousand days are not counted out."""
+    """Format as ``0:07``, ``12:30`` or ``1:02:03``; times above 1,000 days are shown as 1,000."""
     whole = round(min(seconds, 86_400_000.0))
     hours, minutes = whole // 3600, whole % 3600 // 60
     if hours:

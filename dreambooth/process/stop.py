@@ -1,8 +1,8 @@
-"""Stop signals: SIGTERM and SIGINT end a job at once, or where no work is lost by it.
+"""Handle SIGTERM and SIGINT: end a job at once, or at the next point where no work is lost.
 
 AWS, "How Amazon SageMaker AI Signals Algorithms": SIGTERM, then 120 s, then SIGKILL. A signal
-raises Stopped wherever the job is; inside `held()` it only leaves a note, which `check()` and the
-end of the block turn into Stopped. A second signal ends the process at once.
+raises Stopped wherever the job is. Inside `held()` it is only noted, and `check()` or the end of
+the block raises Stopped. A second signal ends the process at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(BaseException):
-    """A stop signal arrived; no Exception, so that nothing on the way takes it for a fault."""
+    """A stop signal arrived. It is no Exception, so that no `except Exception` catches it."""
 
     def __init__(self, number: signal.Signals) -> None:
         super().__init__(f"stopped by {number.name}")
@@ -30,12 +30,12 @@ class Stopped(BaseException):
 
     @property
     def exit_code(self) -> int:
-        """143 for SIGTERM, 130 for SIGINT, as a shell counts."""
+        """Return 143 for SIGTERM and 130 for SIGINT, as shells do."""
         return 128 + self.number
 
 
 class StopSignals:
-    """Listens to the stop signals of one job."""
+    """Handles the stop signals of one job."""
 
     def __init__(
         self,
@@ -50,21 +50,21 @@ class StopSignals:
 
     @property
     def asked(self) -> bool:
-        """Whether a signal has arrived."""
+        """Return whether a signal has arrived."""
         return self._number is not None
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Answer the signals during the block; outside of the main thread nothing can."""
+        """Handle the signals during the block; outside the main thread none can be handled."""
         previous = []
         try:
             for number in _SIGNALS:
                 before = signal.getsignal(number)
                 if number == signal.SIGINT and before is signal.SIG_IGN:
-                    continue  # a background job of a shell: Ctrl-C is meant for others
+                    continue  # a shell's background job: Ctrl-C is not meant for it
                 signal.signal(number, self._answer)
                 previous.append((number, before))
-        except ValueError:  # not the main thread: the caller's handlers stand
+        except ValueError:  # not the main thread: the caller's handlers stay
             yield
             return
         try:
@@ -76,10 +76,10 @@ class StopSignals:
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
-        """Leave at the second signal, whatever the main thread does.
+        """End the process at the second signal, whatever the main thread is doing.
 
-        `_answer` runs between its calls only: two signals during a long one (a step, a file) are
-        one to it.
+        `_answer` cannot do this: it runs only between the main thread's calls, and two signals
+        during one long call (a step, a file) reach it as one.
         """
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
@@ -103,21 +103,21 @@ class StopSignals:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Let a signal wait for the end of the block, or for `check()` inside it."""
+        """Delay a signal until the end of the block, or until a `check()` inside it."""
         yield from self._with(held=True)
 
     @contextlib.contextmanager
     def released(self) -> Iterator[None]:
-        """Inside a held block: work that may be broken off anywhere."""
+        """Inside a held block, let a signal interrupt this block anywhere."""
         yield from self._with(held=False)
 
     def check(self) -> None:
-        """Raise Stopped where a signal has arrived, also one that a library swallowed."""
+        """Raise Stopped if a signal has arrived, even if a library swallowed an earlier Stopped."""
         if self._number is not None:
             raise Stopped(self._number)
 
     def seconds_left(self) -> float:
-        """Of STOP_SECONDS since the signal; all of them before one."""
+        """Return what is left of STOP_SECONDS since the signal; all of them before a signal."""
         return STOP_SECONDS - (self._clock() - self._at if self.asked else 0.0)
 
     def _with(self, *, held: bool) -> Iterator[None]:

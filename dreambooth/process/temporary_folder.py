@@ -1,7 +1,7 @@
-"""The job's temporary folder; what killed jobs left of theirs is removed first.
+"""Make the job's temporary folder, after removing those that killed jobs left behind.
 
-A job that is killed cannot clean up, and an unpacked model takes gigabytes. Each folder is locked
-as long as its job lives, so a folder without a lock has lost its job.
+A killed job cannot clean up, and an unpacked model takes gigabytes. Each folder is locked as long
+as its job runs, so a folder without a lock belongs to no running job.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NEW, _JOB = "dreambooth-new-", "dreambooth-job-"  # renamed once it is locked
 
 @contextlib.contextmanager
 def temporary() -> Iterator[Path]:
-    """An empty folder, gone after the block. Raises ResourceError where none can be made."""
+    """Yield an empty folder, removed after the block. Raises ResourceError if none can be made."""
     try:
         root = Path(tempfile.gettempdir())
         _sweep(root)
@@ -54,7 +54,7 @@ def _sweep(root: Path) -> None:
 
 
 def _lock(descriptor: int) -> bool:
-    """Whether nobody else holds it; never waits."""
+    """Try to lock a folder without waiting; return False if another process holds the lock."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,1 +1,1 @@
-"""The page that a training run leaves behind: report.html, self-contained and without scripts."""
+"""Makes the report of a training run: report.html, self-contained and without scripts."""

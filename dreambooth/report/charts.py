@@ -1,8 +1,9 @@
-"""Numbers -> a line chart as one inline SVG string: pure functions, standard library only.
+"""Draws line charts as inline SVG strings, with pure functions (standard library only).
 
-A chart has no size of its own: it fills the width it is given, and its letters are large enough for
-a phone. Colours are CSS variables with a default (--series-1, --series-2, --mark, --grid), letters
-have the colour of the text around. Values that are not finite leave a gap.
+A chart has no size of its own: it fills the width that it is given, and its letters are large
+enough for a phone. Colours are CSS variables with defaults (--series-1, --series-2, --mark,
+--grid); letters have the colour of the text around the chart. Values that are not finite are left
+out.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 400, 232  # units of the view box
-MAX_POINTS = 600  # drawn of one series: the extremes of each stretch are kept
-LOG_RATIO = 100.0  # a maximum above so many medians asks for a logarithmic axis
-MIN_SMOOTHED = 20  # values; fewer are joined as they are
+MAX_POINTS = 600  # drawn per series, at most; the extremes of each stretch are kept
+LOG_RATIO = 100.0  # a maximum above this many medians makes the axis logarithmic
+MIN_SMOOTHED = 20  # values; a curve of fewer is not smoothed
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 10, 12, 32
-_DIGIT = 8  # units that a digit takes at most, in any browser's letters
+_DIGIT = 8  # units; the width of a digit in any browser's font, at most
 _COLOURS = ("var(--series-1,#2461c9)", "var(--series-2,#c2570c)")
 _MARK = "var(--mark,#b42318)"
 _GRID = "var(--grid,#d9d6cf)"
@@ -26,9 +27,9 @@ _GRID = "var(--grid,#d9d6cf)"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
-    """One curve; x ascends. smoothed: a line of moving means over faint points, else a plain line.
+    """One curve; x and y have the same length, and x ascends.
 
-    x and y are of one length.
+    smoothed: draw a line of moving means over faint points, not a plain line.
     """
 
     label: str
@@ -39,7 +40,7 @@ class Series:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Frame:
-    """From values to units of the view box."""
+    """The ranges of both axes, which map values to units of the view box."""
 
     x: tuple[float, float]
     y: tuple[float, float]
@@ -62,10 +63,11 @@ def line_chart(
     x_label: str = "step",
     marks: Sequence[tuple[float, str]] = (),
 ) -> str:
-    """The chart as an <svg> element; `label` is what a screen reader says.
+    """Return a chart as an <svg> element; `label` is its text for screen readers.
 
-    marks: (x, text) of vertical lines. The y axis begins at 0, or is logarithmic where all values
-    are positive and the largest is above LOG_RATIO medians. Says so where there is nothing to draw.
+    marks: (x, text) of vertical lines. The y axis includes 0, or is logarithmic where all values
+    are positive and the largest is above LOG_RATIO medians. Without values the chart reads
+    "no values".
     """
     shown = [(one, _finite(one)) for one in series]
     values = [y for _, points in shown for _, y in points]
@@ -87,12 +89,15 @@ def line_chart(
 
 
 def smoothing_window(count: int) -> int:
-    """Values in one moving mean of a curve of `count`: odd, about a tenth of them; 1: none."""
+    """Return how many of `count` values a moving mean takes: an odd number, about a tenth of them.
+
+    1 means that the curve is not smoothed.
+    """
     return 1 if count < MIN_SMOOTHED else (count // 10) | 1
 
 
 def moving_mean(values: Sequence[float]) -> list[float]:
-    """Centred means over `smoothing_window` values; at the ends over what there is of them."""
+    """Return centred means over `smoothing_window` values, over fewer at the ends."""
     half = smoothing_window(len(values)) // 2
     sums = [0.0]
     for value in values:
@@ -107,7 +112,7 @@ def moving_mean(values: Sequence[float]) -> list[float]:
 def thinned(
     points: Sequence[tuple[float, float]], most: int = MAX_POINTS
 ) -> list[tuple[float, float]]:
-    """At most `most` points (2 or more) in the same order: each stretch keeps its extremes."""
+    """Return at most `most` points (2 or more), in order; each stretch keeps its extremes."""
     if len(points) <= most:
         return list(points)
     stretches = most // 2
@@ -123,7 +128,7 @@ def thinned(
 
 
 def ticks(low: float, high: float, *, about: int = 4) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten apart) from `low` to `high`."""
+    """Return round numbers from `low` to `high`, 1, 2 or 5 times a power of ten apart."""
     raw = (high - low) / about
     if raw <= 0 or not math.isfinite(raw):
         return [low]
@@ -134,7 +139,7 @@ def ticks(low: float, high: float, *, about: int = 4) -> list[float]:
 
 
 def short(value: float) -> str:
-    """A number for an axis: 1200000 -> 1.2e6, 0.0001 -> 1e-4, 0.25 -> 0.25."""
+    """Return a number for an axis: 1200000 -> 1.2e6, 0.0001 -> 1e-4, 0.25 -> 0.25."""
     if value == 0 or 1e-3 <= abs(value) < 1e5:
         return f"{value:g}"
     mantissa, exponent = f"{value:.2e}".split("e")
@@ -161,7 +166,7 @@ def _frame(positions: Sequence[float], values: Sequence[float]) -> _Frame:
 
 
 def _grid(frame: _Frame, x_label: str) -> str:
-    """Horizontal lines with their values on the left, steps below."""
+    """Return the SVG of horizontal lines with their values on the left, and of the steps below."""
     low, high = frame.y
     if frame.logarithmic:
         first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high))
@@ -179,7 +184,7 @@ def _grid(frame: _Frame, x_label: str) -> str:
     for step in (tick for tick in ticks(*frame.x, about=4) if tick.is_integer()):
         label = f"{step:g}"
         x, _ = frame.at(step, frame.y[0])
-        x = min(x, WIDTH - 2 - len(label) * _DIGIT / 2)  # the last one stays whole
+        x = min(x, WIDTH - 2 - len(label) * _DIGIT / 2)  # keeps the last one inside
         parts.append(
             f'<text x="{x:.1f}" y="{HEIGHT - _BOTTOM + 15}" text-anchor="middle">{label}</text>'
         )
@@ -197,7 +202,7 @@ def _curve(frame: _Frame, one: Series, points: list[tuple[float, float]], colour
     line, dots = points, ""
     if one.smoothed:
         line = _smoothed(points, frame.logarithmic)
-        # Dots are lines without length: a tenth of what as many <circle> would take.
+        # Dots are lines of length 0: <circle> elements would take ten times as much text.
         path = "".join("M{:.1f} {:.1f}h0".format(*frame.at(*p)) for p in thinned(points))
         dots = (
             f'<path d="{path}" stroke="{colour}" stroke-width="3.5" '
@@ -213,7 +218,7 @@ def _curve(frame: _Frame, one: Series, points: list[tuple[float, float]], colour
 
 
 def _smoothed(points: list[tuple[float, float]], logarithmic: bool) -> list[tuple[float, float]]:
-    """Moving means of y, geometric ones on a logarithmic axis."""
+    """Return points with moving means of y, geometric means on a logarithmic axis."""
     xs = [x for x, _ in points]
     if logarithmic:
         means = [10.0**mean for mean in moving_mean([math.log10(y) for _, y in points])]
@@ -235,5 +240,5 @@ def _mark(frame: _Frame, x: float, text: str) -> str:
 
 
 def legend_colour(number: int) -> str:
-    """The CSS colour of series `number`, for a legend outside the chart."""
+    """Return the CSS colour of series `number`, for a legend outside the chart."""
     return _COLOURS[number % len(_COLOURS)]

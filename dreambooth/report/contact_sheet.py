@@ -1,4 +1,7 @@
-"""Pictures side by side on one sheet: labelled rows, or a plain grid. H W pixels, uint8 0..255."""
+"""Draws pictures side by side on one sheet, in rows with or without labels.
+
+Legend: H W pixels, uint8 0..255.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,17 @@ _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 _PAPER = (250, 249, 246)
 _EMPTY = (236, 234, 229)
 _INK = (34, 34, 38)
-_MAX_ROW_PICTURES = 64  # a wider sheet is no sheet
+_MAX_ROW_PICTURES = 64  # the first ones; a wider sheet is of no use
 
 
 def draw(
     rows: Sequence[tuple[str, Sequence[Picture]]], *, cell: int, title: str = ""
 ) -> Image.Image:
-    """An RGB sheet with one row of square cells per (label, pictures), the label above its row.
+    """Return an RGB sheet with one row of square cells per (label, pictures), labels above rows.
 
     Pictures (uint8 [H,W,3] or PIL) keep their shape: those smaller than `cell` pixels are enlarged
-    by a whole factor with hard edges, larger ones shrunk. Long labels wrap.
+    by a whole factor with hard edges, larger ones are shrunk. Long labels wrap. Raises ValueError
+    for a cell below 16 pixels.
     """
     if cell < 16:
         raise ValueError(f"a cell of {cell} pixels is too small for a sheet")
@@ -62,7 +66,7 @@ def _image(picture: Picture) -> Image.Image:
 
 
 def _place(sheet: Image.Image, picture: Picture, left: int, top: int, cell: int) -> None:
-    """Fit a picture into the middle of its cell without changing its shape."""
+    """Paste a picture into the middle of its cell, scaled without changing its shape."""
     image = _image(picture)
     longest = max(image.size)
     if longest > cell:
@@ -76,7 +80,7 @@ def _place(sheet: Image.Image, picture: Picture, left: int, top: int, cell: int)
 
 
 def _wrapped(text: str, font: _Font, width: int) -> list[str]:
-    """Lines of at most `width` pixels, broken between words and within words that are too long."""
+    """Break a text into lines of at most `width` pixels; only too long words are broken."""
     lines: list[str] = []
     for word in text.split():
         longer = f"{lines[-1]} {word}" if lines else word

@@ -1,6 +1,6 @@
-"""The smallest pieces of the report page: escaped text, sections, tables, durations, its style.
+"""Builds the smallest parts of the report page: escaped text, sections, tables, durations, style.
 
-Standard library only. Prompts, file names and settings come from strangers: each passes through
+Standard library only. Prompts, file names and settings come from strangers, so each passes through
 `text`.
 """
 
@@ -13,7 +13,10 @@ MAX_TEXT = 2_000  # characters of one prompt, name or setting
 
 
 def text(value: object) -> str:
-    """Any text of a stranger, printable and escaped for HTML and for quoted attributes."""
+    """Return an untrusted text, printable and escaped for HTML and for quoted attributes.
+
+    It is cut after MAX_TEXT characters.
+    """
     plain = str(value)
     if len(plain) > MAX_TEXT:
         plain = plain[:MAX_TEXT] + " …"
@@ -21,18 +24,21 @@ def text(value: object) -> str:
 
 
 def _spelled(letter: str) -> str:
-    """What must not reach a page as it is: controls, writing-direction marks, lone surrogates."""
+    """Return a space or the escape code for a character that must not reach a page as it is.
+
+    These are control characters, writing-direction marks and lone surrogates.
+    """
     return " " if letter.isspace() else letter.encode("unicode_escape").decode("ascii")
 
 
 def section(title: str, body: str, note: str = "") -> str:
-    """A part of the page under a heading; all three are HTML."""
+    """Return a part of the page under a heading; all three arguments are HTML."""
     paragraph = f'<p class="note">{note}</p>' if note else ""
     return f"<section><h2>{title}</h2>{paragraph}{body}</section>"
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:
-    """A table of (name, text); a row without a name is one wide cell."""
+    """Return a table of (name, text); a row without a name is one wide cell."""
     cells = "".join(
         f"<tr><th>{text(name)}</th><td>{text(value)}</td></tr>"
         if name
@@ -43,7 +49,7 @@ def table(rows: Sequence[tuple[str, str]]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """0.034 -> "34 ms", 8.25 -> "8.2 s", 150 -> "2 min 30 s", 7260 -> "2 h 1 min"."""
+    """Return a time with its unit: "34 ms", "8.2 s", "2 min 30 s" or "2 h 1 min"."""
     if seconds < 1:
         return f"{1000 * seconds:.0f} ms"
     if round(seconds, 1) < 60:

@@ -1,7 +1,7 @@
-"""A training run -> `report.html`: one page that shows what training did.
+"""Writes `report.html`, one page that shows what a training run did.
 
-It holds everything itself (style, SVG charts, pictures as data URIs), asks nothing of the network,
-needs no JavaScript, and is readable on a phone.
+The page contains everything itself (style, SVG charts, pictures as data URIs), loads nothing from
+the network, needs no JavaScript and is readable on a phone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MAX_WARNINGS = 40
 
 
 def write(path: Path, data: ReportData, *, max_picture_bytes: int = MAX_PICTURE_BYTES) -> None:
-    """Write the page, whole or not at all. Raises OSError where the folder takes no file."""
+    """Write the page, wholly or not at all. Raises OSError where it cannot be written."""
     page = render(data, max_picture_bytes=max_picture_bytes)
     part = path.with_name(path.name + ".part")
     try:
@@ -36,12 +36,13 @@ def write(path: Path, data: ReportData, *, max_picture_bytes: int = MAX_PICTURE_
 
 
 def render(data: ReportData, *, max_picture_bytes: int = MAX_PICTURE_BYTES) -> str:
-    """The page as HTML; pictures whose URIs would pass `max_picture_bytes` are left out, counted.
+    """Return the page as HTML.
 
-    A picture that cannot be read any more is left out too.
+    Pictures whose URIs would pass `max_picture_bytes` are left out and counted. Pictures that can
+    no longer be read are left out too.
     """
     thumbnails = Thumbnails(max_picture_bytes)
-    # Those that take least come first: what they leave of their share is for those that take most.
+    # The smallest sections come first: what they leave of their share goes to the larger ones.
     with thumbnails.share_of(3):
         class_images = pictures.class_images(data, thumbnails)
     with thumbnails.share_of(2):
@@ -70,7 +71,7 @@ def render(data: ReportData, *, max_picture_bytes: int = MAX_PICTURE_BYTES) -> s
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        # The browser itself holds the page to its promise.
+        # The browser enforces that the page loads nothing and runs no script.
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
         "img-src data:; style-src 'unsafe-inline'\">"
         f"<title>{text(data.instance_prompt)} – training report</title>"
@@ -156,7 +157,7 @@ def _curves(data: ReportData) -> str:
 
 
 def _summary(title: str, named: Sequence[tuple[str, Sequence[float]]]) -> str:
-    """What a chart shows, for those who cannot see it."""
+    """Return a description of a chart for those who cannot see it."""
     sentences = []
     for label, values in named:
         finite = [value for value in values if math.isfinite(value)]
@@ -217,7 +218,7 @@ def _hyperparameters(settings: Hyperparameters) -> str:
 
 
 def _breakable(value: object) -> str:
-    """A name or value whose lines may be broken after underscores, on a phone."""
+    """Return a name or value as HTML that a narrow screen may break after underscores."""
     return text(value).replace("_", "_<wbr>")
 
 
@@ -226,7 +227,7 @@ def _versions(data: ReportData) -> str:
 
 
 def _average_loss(data: ReportData) -> float | None:
-    """What the log calls train_avg_loss: the mean over all steps; None where some are not told."""
+    """Return the mean loss of all steps, the log's train_avg_loss; None where steps are missing."""
     losses = [row.loss for row in data.metrics]
     return statistics.fmean(losses) if losses and len(losses) == data.steps else None
 

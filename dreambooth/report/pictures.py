@@ -1,6 +1,7 @@
-"""The pictures of the report page: thumbnails as data URIs under a cap, and the sections of them.
+"""Makes the picture sections of the report page from thumbnails under a cap.
 
-One picture is in memory at a time. A picture that cannot be read any more is left out.
+Thumbnails are data URIs. One picture is in memory at a time. A picture that can no longer be read
+is left out.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ MAX_CLASS_IMAGES = 24
 MAX_STEP_PICTURES = 24
 # Longest sides in pixels.
 _FINAL, _WHOLE, _CROP, _CLASS, _STEP = 640, 480, 224, 192, 256
-_LOSSLESS_SIDE = 128  # up to here a PNG is small, and JPEG's blocks would show
+_LOSSLESS_SIDE = 128  # up to here a PNG is small and JPEG's blocks would show
 _JPEG_QUALITY = 82
 
 T = TypeVar("T")
@@ -34,7 +35,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Thumbnail:
-    """uri: `data:image/...;base64,...`; width, height in pixels."""
+    """A shrunk picture. uri: `data:image/...;base64,...`; width, height: in pixels."""
 
     uri: str
     width: int
@@ -46,20 +47,23 @@ class Thumbnails:
 
     def __init__(self, max_bytes: int) -> None:
         self._remaining_bytes = max_bytes
-        self._kept_bytes = 0  # for the sections to come
+        self._kept_bytes = 0  # reserved for later sections
         self._full = False
         self.left_out = 0
 
     @contextmanager
     def share_of(self, sections: int) -> Iterator[None]:
-        """In the block an equal share of what remains may be used; the rest of it goes on."""
+        """Let the block use an equal share of the remaining bytes; later blocks may use its rest.
+
+        sections: how many still share the bytes, this one included.
+        """
         self._kept_bytes = self._remaining_bytes - self._remaining_bytes // sections
         self._full = False
         yield
         self._kept_bytes = 0
 
     def make(self, image: Image.Image, *, side: int) -> Thumbnail | None:
-        """An RGB picture shrunk to at most `side` pixels, never enlarged; None above the cap."""
+        """Return an RGB picture of at most `side` pixels, never enlarged; None above the cap."""
         if self._full:
             self.left_out += 1
             return None
@@ -70,7 +74,7 @@ class Thumbnails:
         uri = _data_uri(image)
         if len(uri) > self._remaining_bytes - self._kept_bytes:
             self.left_out += 1
-            self._full = True  # all that follow are left out: no gaps in the middle
+            self._full = True  # all that follow are left out, so there are no gaps in the middle
             return None
         self._remaining_bytes -= len(uri)
         return Thumbnail(uri=uri, width=size[0], height=size[1])
@@ -88,11 +92,11 @@ def _data_uri(image: Image.Image) -> str:
 
 
 def drawn(data: ReportData, thumbnails: Thumbnails) -> str:
-    """What the model draws: the final sample picture, and those over the steps."""
+    """Return the section of the final sample picture and those over the steps, "" without any."""
     final, strip = "", []
     thumbnail = None
-    if data.final is not None:
-        thumbnail = thumbnails.make(data.final, side=_FINAL)
+    if data.last_sample is not None:
+        thumbnail = thumbnails.make(data.last_sample, side=_FINAL)
     if thumbnail is not None:
         figure = _figure(thumbnail, f"after the last step, {data.steps}", data.sample_prompt)
         final = f'<div class="final">{figure}</div>'
@@ -113,7 +117,7 @@ def drawn(data: ReportData, thumbnails: Thumbnails) -> str:
 
 
 def instance_images(data: ReportData, thumbnails: Thumbnails) -> str:
-    """Each instance image, upright and whole, beside its crops."""
+    """Return the section of the instance images, each upright and whole beside its crops."""
     cards = []
     for picture in data.instance_pictures[:MAX_INSTANCE_IMAGES]:
         try:
@@ -137,7 +141,7 @@ def instance_images(data: ReportData, thumbnails: Thumbnails) -> str:
 def _card(
     picture: InstancePicture, image: Image.Image, resolution: int, thumbnails: Thumbnails
 ) -> str:
-    """One instance image with its crops outlined, and some of them; "" above the cap."""
+    """Return one instance image with outlines of its crops, and some crops; "" above the cap."""
     whole = thumbnails.make(image, side=_WHOLE)
     if whole is None:
         return ""
@@ -162,9 +166,9 @@ def _card(
 
 
 def _outlines(picture: InstancePicture, size: tuple[int, int], resolution: int) -> str:
-    """The squares of all crops, to lie on the whole picture of `size`."""
+    """Return the squares of all crops as an overlay for the whole picture of `size`."""
     if max(size) > images.MAX_SHAPE_RATIO * min(size) or max(picture.size) == resolution:
-        return ""  # only a part of it was resized; or the crop is the whole picture
+        return ""  # only a part of it was resized, or the crop is the whole picture
     rectangles = []
     for number, (left, top) in reversed(list(enumerate(picture.offsets))):  # coloured ones on top
         kind = f' class="here c{number}"' if number < MAX_CROPS else ""
@@ -179,7 +183,7 @@ def _outlines(picture: InstancePicture, size: tuple[int, int], resolution: int) 
 
 
 def class_images(data: ReportData, thumbnails: Thumbnails) -> str:
-    """A sample of the class images; nothing for a run without them."""
+    """Return the section with a sample of the class images, "" for a run without them."""
     if not data.class_images:
         return ""
     pictures = []
@@ -210,7 +214,7 @@ def _image(thumbnail: Thumbnail, alt: str, *, kind: str = "") -> str:
 
 
 def _thumbnail_of(path: Path, thumbnails: Thumbnails, *, side: int) -> Thumbnail | None:
-    """None above the cap, and where the file cannot be read any more."""
+    """Return a file's thumbnail; None above the cap or where it can no longer be read."""
     try:
         return thumbnails.make(images.open_image(path), side=side)
     except PictureError:
@@ -218,7 +222,7 @@ def _thumbnail_of(path: Path, thumbnails: Thumbnails, *, side: int) -> Thumbnail
 
 
 def _spread(items: Sequence[T], most: int) -> list[T]:
-    """At most `most` items at even distances, the first and the last among them."""
+    """Return at most `most` items at even distances, including the first and the last."""
     if len(items) <= most:
         return list(items)
     return [items[number * (len(items) - 1) // (most - 1)] for number in range(most)]

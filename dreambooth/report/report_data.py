@@ -1,4 +1,4 @@
-"""Everything that a training run's report tells, as data; and metrics.jsonl read back."""
+"""Holds the data of a training run's report, and reads metrics.jsonl back."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ Rows = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetricsRow:
-    """One line of metrics.jsonl; loss is what was minimised: instance and class loss together.
+    """One line of metrics.jsonl.
 
-    seconds: the step alone. class_loss: None without class images.
+    loss: what was minimised, instance and class loss together. class_loss: None without prior
+    preservation. seconds: the time of this step, None if unknown.
     """
 
     step: int
@@ -32,7 +33,7 @@ class MetricsRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstancePicture:
-    """size: (width, height) after the resize, the short side at the resolution.
+    """An instance image. size: (width, height) after the resize, the short side at the resolution.
 
     offsets: (left, top) of each cached square crop in the resized picture.
     """
@@ -44,13 +45,13 @@ class InstancePicture:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportData:
-    """Everything that the page tells. Rows are (name, text), phases (name, seconds).
+    """Everything that the page shows. Rows are (name, text), phases (name, seconds).
 
-    final: the picture drawn after the last step. step_pictures: (step, file), ascending. stopped:
-    why the run ended early, with the step, or None. class_images: of all `class_count` those that
-    may be shown. metrics: ascending steps. settings: those of the run, compared with the defaults.
-    seconds: from the job's start on, also what lies outside of the phases. fid_score: None where
-    none was computed.
+    stopped: (step, reason) of a run that ended early, or None. metrics: in the order of steps.
+    last_sample: the picture drawn after the last step. fid_score: None where none was computed.
+    step_pictures: (step, file), in the order of steps. class_images: all files; the page shows
+    a sample of them. settings: those of the run; the page compares them with the defaults.
+    seconds: since the job's start, including time outside the phases.
     """
 
     instance_prompt: str
@@ -64,7 +65,7 @@ class ReportData:
     stopped: tuple[int, str] | None
     resolution: int
     metrics: Sequence[MetricsRow]
-    final: Image.Image | None
+    last_sample: Image.Image | None
     fid_score: float | None
     step_pictures: Sequence[tuple[int, Path]]
     instance_pictures: Sequence[InstancePicture]
@@ -80,7 +81,7 @@ class ReportData:
 
 
 def read_metrics(path: Path) -> list[MetricsRow]:
-    """The rows of a metrics.jsonl, those of a resumed run's earlier parts too; none without a file.
+    """Return the rows of a metrics.jsonl, also a resumed run's earlier ones; none without the file.
 
     A line that is no row (cut off when the machine died) is left out.
     """

@@ -1,4 +1,4 @@
-"""What a job takes, measured: seconds of each phase, peak memory. Standard library only."""
+"""Measures a job: the seconds of each phase, and the peak memory (standard library only)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 class Timings:
     """Seconds per named phase, in the order of their first start.
 
-    A phase within a phase stops the outer one's clock, so that all of them add up; one that comes
-    again adds to itself.
+    A phase within a phase stops the outer one's clock, so that no time is counted twice. A repeated
+    phase adds to its earlier time.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -24,7 +24,7 @@ class Timings:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the time of the `with` block to this phase."""
+        """Add the time of the `with` block to this phase."""
         self._switch()
         self._running.append(name)
         self._seconds.setdefault(name, 0.0)
@@ -35,12 +35,12 @@ class Timings:
             self._running.pop()
 
     def phases(self) -> tuple[tuple[str, float], ...]:
-        """(name, seconds) of each phase so far."""
+        """Return (name, seconds) of each phase so far."""
         self._switch()
         return tuple(self._seconds.items())
 
     def _switch(self) -> None:
-        """Count the time since the last switch to the innermost phase."""
+        """Add the time since the last switch to the innermost phase."""
         now = self._clock()
         if self._running:
             self._seconds[self._running[-1]] += now - self._since
@@ -48,9 +48,9 @@ class Timings:
 
 
 def peak_memory_bytes() -> int:
-    """The most physical memory that this process has held; 0 where the system does not tell.
+    """Return the most physical memory that this process has held; 0 where that is unknown.
 
-    Linux: VmHWM. getrusage's ru_maxrss would begin with that of the process that started us.
+    It is Linux's VmHWM, because getrusage's ru_maxrss starts at the parent process's value.
     """
     try:
         status = Path("/proc/self/status").read_text()

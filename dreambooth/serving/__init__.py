@@ -1,1 +1,1 @@
-"""Serving: requests in, pictures out; a server process without torch and an engine process."""
+"""Serve pictures with two processes, an HTTP server without torch and an engine that draws."""

@@ -1,1 +1,1 @@
-"""Settings: the tables of options, and where their values come from."""
+"""The tables of options, and the code that reads their values."""

@@ -1,4 +1,4 @@
-"""The parser of our command lines: options with `-` or `_`, and whatever begins like one alone."""
+"""Parse our command lines: options may be spelled with `-` or `_`, and abbreviated."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 class Parser(argparse.ArgumentParser):
     """An argparse parser whose options are declared with `_` and may be given with `-` as well.
 
-    Declared in both spellings, an abbreviation such as `--guidance` would fit two options of one
-    meaning, which argparse calls ambiguous.
+    If both spellings were declared, argparse would refuse an abbreviation such as `--guidance` as
+    ambiguous, because it fits both.
     """
 
     def parse_known_args(  # type: ignore[override]  # argparse declares overloads
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
-        """Parse as argparse does, after spelling the options' names with `_`."""
+        """Parse as argparse does, after rewriting the options' names with `_`."""
         given = args if args is None else [_with_underscores(word) for word in args]
         return super().parse_known_args(given, namespace)
 

@@ -1,11 +1,10 @@
-"""The contract with the world around a training job: paths, channels, raw settings.
+"""Find the paths, channels and raw settings of a training job.
 
 A job is started by a plain command line, in SageMaker's script mode (arguments and ``SM_*``
 variables) or in a SageMaker container (files under ``/opt/ml``). Precedence of every setting:
-argument > ``SM_*`` variable > file under the root > default (`sources`). Nothing
-is read but the arguments, the environment and the root's own files; hyperparameters stay raw,
-`hyperparameters` parses them. Paths: AWS, "How Amazon SageMaker AI provides
-training information".
+argument > ``SM_*`` variable > file under the root > default (`sources`). Only the arguments, the
+environment and the root's own files are read. Hyperparameters stay raw; `hyperparameters` parses
+them. Paths: AWS, "How Amazon SageMaker AI provides training information".
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ _OPTIONS: Final = (*_PATH_OPTIONS, LOG_LEVEL, DRY_RUN)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Environment:
-    """Where a job reads and writes, and its settings as they came; nothing is created by it.
+    """The paths of a job, none of which is created here, and its raw settings.
 
-    `settings` holds hyperparameters and unknown names; the options of this class are taken out.
-    `warnings` are whole sentences about what was read otherwise than it was said.
+    `settings` holds hyperparameters and unknown names, but not the options that have fields here.
+    `warnings` are whole sentences about addresses that are not used as they were given.
     """
 
     root: Path
@@ -59,11 +58,12 @@ class Environment:
 def read(
     argv: Sequence[str], environ: Mapping[str, str], *, limits: Limits = LIMITS
 ) -> Environment:
-    """The job's environment from its arguments (without the program's name) and variables.
+    """Read a job's environment from its arguments (without the program's name) and variables.
 
-    Options that nobody knows end up in ``settings``, so that parsing them warns. Raises
-    HyperparameterError, together with every wrong hyperparameter, for stray words and an
-    unreadable hyperparameters.json. ``--help`` prints the help and raises SystemExit(0).
+    Unknown options end up in ``settings``, so that parsing warns about them. Raises
+    HyperparameterError for stray words, unusable paths and an unreadable hyperparameters.json; it
+    then names every wrong hyperparameter as well. ``--help`` prints the help and raises
+    SystemExit(0).
     """
     if _asks_for_help(argv):
         parser().print_help()
@@ -79,7 +79,7 @@ def read(
         for name, value in {**file, **variables, **arguments}.items()
         if name not in _OPTIONS
     }
-    chosen = sources.Chosen(
+    chosen = sources.OptionValues(
         arguments, variables, environ, file, faults, in_container=_is_container(root)
     )
     dry_run = _dry_run(chosen.text(DRY_RUN), faults)
@@ -107,8 +107,8 @@ def read(
     return replace(environment, warnings=_set_aside(chosen, environment))
 
 
-def _set_aside(chosen: sources.Chosen, environment: Environment) -> tuple[str, ...]:
-    """Say which folder is written instead of each address."""
+def _set_aside(chosen: sources.OptionValues, environment: Environment) -> tuple[str, ...]:
+    """Return one warning per unused address, which names the folder that is written instead."""
     return tuple(
         f"{name} is the address {quoted(address)}: a container writes into the platform's folder, "
         "which SageMaker copies away, and it is "
@@ -122,12 +122,12 @@ def _is_container(root: Path) -> bool:
 
 
 def failure_file(environ: Mapping[str, str]) -> Path:
-    """Where SageMaker looks for the reason of a failure: ``<root>/output/failure``."""
+    """Return where SageMaker reads the reason of a failure: ``<root>/output/failure``."""
     return _root(environ) / "output" / "failure"
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line as ``--help`` shows it: paths, then every hyperparameter."""
+    """Return the parser that prints ``--help``: paths first, then every hyperparameter."""
     made = argparse.ArgumentParser(
         prog="transfer_learning.py",
         description="Fine-tune Stable Diffusion on a few pictures of one subject. Options may be "
@@ -146,7 +146,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _root(environ: Mapping[str, str]) -> Path:
-    """Return the root; the default one also where the variable is no path, which `read` says."""
+    """Return the root, or the default one if the variable is no path (see `_check_root`)."""
     try:
         return addresses.to_path(environ.get(_BASE, "").strip() or DEFAULT_ROOT, _BASE)
     except UserError:
@@ -160,11 +160,11 @@ def _check_root(environ: Mapping[str, str], faults: list[str]) -> None:
         faults.append(str(error))
 
 
-def _default_output(chosen: sources.Chosen, root: Path) -> Path:
-    """``<root>/output/data`` in a container and in script mode, else beside the model.
+def _default_output(chosen: sources.OptionValues, root: Path) -> Path:
+    """Return ``<root>/output/data`` in a container and in script mode, else beside the model.
 
-    A root without ``input`` is no container: there the user's own model_dir counts more than a
-    variable of the platform's.
+    A root without ``input`` is no container; there a model_dir given by the user outranks the
+    platform's variable.
     """
     model_dir = chosen.path("model_dir") or root / "model"
     by_user = chosen.named("model_dir") is not None
@@ -174,7 +174,7 @@ def _default_output(chosen: sources.Chosen, root: Path) -> Path:
 
 
 def _beside(model_dir: Path) -> Path:
-    """``model`` -> ``model-output``, also for a folder that is given as ``.`` or ``..``."""
+    """Turn ``model`` into ``model-output``; also accept a folder given as ``.`` or ``..``."""
     if model_dir.name in ("", ".."):
         model_dir = Path(os.path.abspath(model_dir))
     return model_dir.with_name(f"{model_dir.name}-output") if model_dir.name else Path("/output")

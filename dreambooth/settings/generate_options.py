@@ -1,4 +1,4 @@
-"""The options of `python -m dreambooth generate`: read, checked, all faults told at once."""
+"""Read and check the options of `python -m dreambooth generate`, and report all faults at once."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from dreambooth.process import addresses
 
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 FORMATS = ("png", "jpeg", "webp")
-# Every diffusion schedule of Stable Diffusion has 1,000 timesteps; most models take 999 steps.
+# Stable Diffusion's noise schedules have 1,000 timesteps; most models allow 999 steps.
 MAX_STEPS = 1_000
-# Beyond it somebody has mistyped: their names alone would fill a terminal for minutes.
+# A larger count is a typing error: printing the names alone would take minutes.
 MAX_PICTURES_PER_PROMPT = 10_000
 
 Number = TypeVar("Number", int, float)
@@ -25,7 +25,7 @@ Number = TypeVar("Number", int, float)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateSettings:
-    """The command line, read and checked; seed None: one is to be chosen."""
+    """The options, read and checked. seed: None if one is still to be chosen."""
 
     model: str
     prompts: tuple[str, ...]
@@ -43,7 +43,7 @@ class GenerateSettings:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options; values stay strings, `read` parses them all."""
+    """Add the options; their values stay strings until `read` parses them."""
 
     def option(
         name: str, metavar: str, help: str, default: str | None = None, *, alias: str | None = None
@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read(args: argparse.Namespace) -> GenerateSettings:
-    """Parse and check the options; raise UserError that tells all faults in one message."""
+    """Parse and check the options; raise one UserError that names all faults."""
     faults: list[str] = []
 
     def number(
@@ -137,7 +137,7 @@ def read(args: argparse.Namespace) -> GenerateSettings:
 
 
 def _area_faults(width: int | None, height: int | None) -> list[str]:
-    """What both sides together ask too much; a side left out is the model's, checked later."""
+    """Return the fault of too large an area; with a side left to the model, it is checked later."""
     most = LIMITS.max_generated_pixels
     if width is None or height is None or width * height <= most:
         return []

@@ -1,7 +1,7 @@
-"""The table of knobs as others read it: strings, JSON, a terminal's text, Markdown, ``--help``.
+"""Print the table of knobs as strings, JSON, text for a terminal, Markdown and ``--help``.
 
-Everything is printed from `Hyperparameters`, nothing is told
-twice. Standard library only.
+Everything is derived from `Hyperparameters`, so that nothing is written down twice. Standard
+library only.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from dreambooth.settings.knob import ACCEPTED, BARE_FLAG, OURS, PUBLISHED, Knob
 
 
 def as_strings(hyperparameters: Hyperparameters) -> dict[str, str]:
-    """Every setting as a string, the published names first: what SageMaker keeps."""
+    """Return every setting as a string, as SageMaker stores it; the published names come first."""
     return {knob.name: str(getattr(hyperparameters, knob.name)) for knob in KNOBS}
 
 
 def defaults() -> dict[str, str]:
-    """Every default as the string that the SDK's ``retrieve_default()`` gives."""
+    """Return every default as the string that the SDK's ``retrieve_default()`` returns."""
     return as_strings(Hyperparameters())
 
 
 def as_json(hyperparameters: Hyperparameters | None = None) -> str:
-    """One flat JSON object of strings: the defaults, or the given settings."""
+    """Return the given settings, or the defaults, as one flat JSON object of strings."""
     return json.dumps(as_strings(hyperparameters or Hyperparameters()), indent=2)
 
 
 def as_text() -> str:
-    """The table for a terminal, in the order of the class, under three headings."""
+    """Return the table for a terminal, in the order of the class, under three headings."""
     lines: list[str] = []
     for origin in (PUBLISHED, ACCEPTED, OURS):
         lines.append(f"{origin}:")
@@ -42,7 +42,7 @@ def as_text() -> str:
 
 
 def as_markdown() -> str:
-    """The README's table; a tick marks the published names."""
+    """Return the README's table; a tick marks the published names."""
     rows = ["| published | name | default | values | what it does |", "|:-:|---|---|---|---|"]
     for knob in KNOBS:
         tick = "✓" if knob.published else ""
@@ -55,7 +55,7 @@ def as_markdown() -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add one option per knob, spelled with ``_`` or ``-``; values stay raw.
 
-    A bare ``--flag`` arrives as BARE_FLAG; what is not given does not appear in the namespace.
+    A bare ``--flag`` becomes BARE_FLAG; options that are not given are absent from the namespace.
     """
     for origin in (PUBLISHED, ACCEPTED, OURS):
         group = parser.add_argument_group(f"hyperparameters, {origin}")

@@ -1,9 +1,9 @@
-"""THE table of knobs: every setting of a training job, declared once.
+"""Declare every setting of a training job, once, in the table of knobs.
 
-Name, type, default, bounds, choices and one sentence stand in `Hyperparameters`; from there
-come the parsing of SageMaker's strings, the command line, ``--help``, the README's table and the
-JSON of defaults. Published names and defaults are those of SageMaker JumpStart's Stable Diffusion
-fine-tuning. Standard library only.
+`Hyperparameters` holds name, type, default, bounds, choices and one sentence of each. The parsing
+of SageMaker's strings, the command line, ``--help``, the README's table and the JSON of defaults
+are derived from it. Published names and defaults are those of SageMaker JumpStart's Stable
+Diffusion fine-tuning. Standard library only.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ LR_SCHEDULERS: Final = (
 
 
 class MemoryPlan(NamedTuple):
-    """What a memory plan fixes.
+    """The switches that a memory plan fixes.
 
-    frees_gradients: each gradient is used and freed as it arrives, which takes every forward and
-    backward pass twice: the norm of all must be known before any is clipped. rounds_stochastically:
-    bf16 weights without fp32 ones beside them.
+    frees_gradients: each gradient is used and freed as it arrives. Every forward and backward pass
+    then runs twice, because the norm of all gradients must be known before any is clipped.
+    rounds_stochastically: bf16 weights without an fp32 copy.
     """
 
     use_8bit_adam: bool
@@ -42,19 +42,19 @@ class MemoryPlan(NamedTuple):
 
     @property
     def is_automatic(self) -> bool:
-        """Whether memory_plan=auto may take it: it learns what fp32 AdamW learns."""
+        """Return whether memory_plan=auto may choose it: its updates follow those of fp32 AdamW."""
         return not self.rounds_stochastically
 
     @property
     def can_step_fast(self) -> bool:
-        """Whether fast_step goes with it: nothing is computed twice, and gradients stand still."""
+        """Return whether fast_step works with it: no recomputation, and gradients stay in place."""
         return not (
             self.gradient_checkpointing or self.frees_gradients or self.rounds_stochastically
         )
 
 
-# Fastest first (of two that make the same passes, the one with fp32 states); after those that auto
-# takes, what is taken by name alone.
+# Fastest first; of two that run the same passes, fp32 states come first. Those that auto may choose
+# come before those that must be named.
 MEMORY_PLANS: Final[Mapping[str, MemoryPlan]] = {
     "fp32_adamw": MemoryPlan(False, False),
     "8bit_adamw": MemoryPlan(True, False),
@@ -67,7 +67,7 @@ MEMORY_PLANS: Final[Mapping[str, MemoryPlan]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hyperparameters:
-    """Every knob of a training job; see each field's sentence. A step is one optimizer update."""
+    """All knobs of a training job, each with its sentence. A step is one optimizer update."""
 
     with_prior_preservation: bool = published(
         False, "Adds class images and their loss term against forgetting the class; for faces."
@@ -214,18 +214,19 @@ _BY_NAME: Final = {knob.name: knob for knob in KNOBS}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParsedHyperparameters:
-    """The settings of a job, with what the user should hear about names that are none."""
+    """The settings of a job, with warnings about unknown names."""
 
     hyperparameters: Hyperparameters
     warnings: tuple[str, ...]
 
 
 def parse(raw: Mapping[str, object], *, limits: Limits = LIMITS) -> ParsedHyperparameters:
-    """Typed settings from raw ones, in any encoding that SageMaker's clients send.
+    """Parse raw settings in any encoding that SageMaker's clients send.
 
     A value may be a Python value, its ``str()``, its JSON, or JSON of its ``str()``; ``""``, None
     and null mean the default. Names may be spelled with ``-``. Unknown names are ignored with a
-    warning each, the SDK's own silently. Raises one HyperparameterError that tells every fault.
+    warning each, but the platform's own silently. Raises one HyperparameterError that names every
+    fault.
     """
     values: dict[str, Any] = {}
     faults: dict[str, str] = {}
@@ -254,7 +255,7 @@ def parse(raw: Mapping[str, object], *, limits: Limits = LIMITS) -> ParsedHyperp
 
 
 def normalised(name: str) -> str:
-    """A knob's name as the table spells it: ``--max-steps`` is ``max_steps``."""
+    """Return a knob's name as the table spells it: ``max_steps`` for ``--max-steps``."""
     return name.strip().lstrip("-").replace("-", "_")
 
 
@@ -269,7 +270,7 @@ def _unknown(name: str) -> str:
 
 
 def _contradictions(given: Hyperparameters) -> list[tuple[tuple[str, ...], str]]:
-    """Faults between settings that are fine each: (the names involved, the sentence)."""
+    """Return faults between settings that are valid alone, as (names involved, sentence)."""
     found: list[tuple[tuple[str, ...], str]] = []
     if given.prior_preservation_mode == "prediction" and not given.with_prior_preservation:
         found.append(
@@ -279,16 +280,16 @@ def _contradictions(given: Hyperparameters) -> list[tuple[tuple[str, ...], str]]
             )
         )
     if given.memory_plan in MEMORY_PLANS:
-        found += _against_the_plan(given, MEMORY_PLANS[given.memory_plan])
+        found += _memory_plan_conflicts(given, MEMORY_PLANS[given.memory_plan])
     if given.fast_step:
         found += _against_the_fast_step(given)
     return found
 
 
-def _against_the_plan(
+def _memory_plan_conflicts(
     given: Hyperparameters, plan: MemoryPlan
 ) -> list[tuple[tuple[str, ...], str]]:
-    """Faults between a memory plan that was named and other settings."""
+    """Return faults between a named memory plan and other settings."""
     fixed: list[tuple[str, object, object]] = [
         ("use_8bit_adam", plan.use_8bit_adam, given.use_8bit_adam),
         ("gradient_checkpointing", plan.gradient_checkpointing, given.gradient_checkpointing),
@@ -316,7 +317,7 @@ def _against_the_plan(
 
 
 def _against_the_fast_step(given: Hyperparameters) -> list[tuple[tuple[str, ...], str]]:
-    """Faults between fast_step and other settings."""
+    """Return faults between fast_step and other settings."""
     named = MEMORY_PLANS.get(given.memory_plan)
     wrong = {
         "train_text_encoder": given.train_text_encoder,

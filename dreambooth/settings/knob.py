@@ -1,9 +1,8 @@
-"""One setting of a job: what it may be, and its value read out of what a client sends.
+"""Describe one setting of a job, and parse its value from what a client sends.
 
 SageMaker's clients send a value as a Python value, its ``str()``, its JSON, or JSON of its
-``str()``; a `Knob` reads all of them. The table of all knobs is
-`Hyperparameters`, its fields made by `published`,
-`accepted` and `ours`. Standard library only.
+``str()``; a `Knob` reads all of them. The table of all knobs is `Hyperparameters`; `published`,
+`accepted` and `ours` declare its fields. Standard library only.
 """
 
 from __future__ import annotations
@@ -26,24 +25,24 @@ Value = bool | int | float | str | None
 
 
 class BareFlag:
-    """What a command-line option without a value stands for: True, for a boolean knob."""
+    """The value of a command-line option given without one; for a boolean knob it means True."""
 
 
 BARE_FLAG: Final = BareFlag()
 
 
 def published(default: Value, sentence: str, **rules: object) -> Any:
-    """A field of the table with a published name and default; ``rules`` are attributes of Knob."""
+    """Declare a knob with a published name and default; ``rules`` are attributes of Knob."""
     return _declared(default, sentence, PUBLISHED, rules)
 
 
 def accepted(default: Value, sentence: str, **rules: object) -> Any:
-    """A field of the table that JumpStart accepts without having published it."""
+    """Declare a knob that JumpStart accepts without having published it."""
     return _declared(default, sentence, ACCEPTED, rules)
 
 
 def ours(default: Value, sentence: str, **rules: object) -> Any:
-    """A field of the table that is our own."""
+    """Declare a knob of our own."""
     return _declared(default, sentence, OURS, rules)
 
 
@@ -53,7 +52,7 @@ def _declared(default: Value, sentence: str, origin: str, rules: dict[str, objec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Knob:
-    """One row of the table."""
+    """One row of the table of knobs."""
 
     name: str
     kind: str
@@ -69,7 +68,7 @@ class Knob:
 
     @classmethod
     def of(cls, entry: Field[Any]) -> Knob:
-        """The row that a field of the table declares."""
+        """Return the row that a field of the table declares."""
         return cls(
             name=entry.name,
             kind=str(entry.type).removesuffix(" | None"),
@@ -79,12 +78,12 @@ class Knob:
 
     @property
     def published(self) -> bool:
-        """Whether JumpStart published this name and default."""
+        """Return whether JumpStart published this name and default."""
         return self.origin == PUBLISHED
 
     @property
     def values(self) -> str:
-        """What may be given, in words: ``a whole number, at least 1``."""
+        """Return the allowed values in words: ``a whole number, at least 1``."""
         if self.choices:
             return "one of " + ", ".join(self.choices)
         if self.kind == "str":
@@ -100,7 +99,10 @@ class Knob:
         return ", ".join([_KIND_IN_WORDS[self.kind], *limits])
 
     def parse(self, raw: object, limits: Limits = LIMITS) -> Value:
-        """The typed value of what a client sent; ValueError with one sentence if it is none."""
+        """Return the typed value of what a client sent; raise ValueError if it is not allowed.
+
+        An empty value means the default. The message of the error is one sentence.
+        """
         if isinstance(raw, BareFlag):
             if self.kind == "bool":
                 return True
@@ -134,9 +136,9 @@ _KIND_IN_WORDS: Final = {"bool": "True or False", "int": "a whole number", "floa
 
 
 def unwrapped(raw: object) -> str | None:
-    """A client's value as text, one JSON layer and one pair of single quotes taken off.
+    """Return a client's value as text, without one JSON layer and one pair of single quotes.
 
-    None for what no client can mean as a value (a list, an object).
+    Returns None for what cannot be a value (a list, an object).
     """
     if raw is None or isinstance(raw, bool):
         return str(raw)
@@ -147,7 +149,7 @@ def unwrapped(raw: object) -> str | None:
     text = raw.strip()
     if len(text) >= 2 and text[0] == text[-1] == '"':
         # Other JSON values (true, null, 1) read the same with and without the layer.
-        with contextlib.suppress(ValueError):  # it may merely begin and end with a quotation mark
+        with contextlib.suppress(ValueError):  # not JSON, it only begins and ends with a quote
             text = str(json.loads(text, strict=False)).strip()
     if len(text) >= 2 and text[0] == text[-1] == "'":
         text = text[1:-1].strip()
@@ -159,12 +161,12 @@ def _bool(text: str) -> bool | None:
 
 
 def _int(text: str) -> int | None:
-    """A whole number, also as ``400.0`` or ``4e2`` (tuners send floats)."""
+    """Parse a whole number, also one written as ``400.0`` or ``4e2`` (tuners send floats)."""
     if re.fullmatch(r"[+-]?[0-9]{1,18}", text):
         return int(text)
     number = _float(text)
     if number is None or not number.is_integer() or abs(number) >= 2**53:
-        return None  # beyond 2**53 a float no longer names one whole number
+        return None  # from 2**53 on, one float stands for several whole numbers
     return int(number)
 
 

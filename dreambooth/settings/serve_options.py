@@ -1,8 +1,8 @@
-"""The options of `python -m dreambooth serve`: read, checked, all faults told at once.
+"""Read and check the options of `python -m dreambooth serve`, and report all faults at once.
 
-Standard library only. An option counts before its variable ``DREAMBOOTH_<NAME>``, that before what
-the platform says (``SAGEMAKER_BIND_TO_PORT``, ``MMS_MAX_RESPONSE_SIZE``, ``SM_MODEL_DIR``), that
-before the default; an empty variable says nothing.
+Precedence: option > variable ``DREAMBOOTH_<NAME>`` > the platform's variable
+(``SAGEMAKER_BIND_TO_PORT``, ``MMS_MAX_RESPONSE_SIZE``, ``SM_MODEL_DIR``) > default. An empty
+variable counts as unset. Standard library only.
 """
 
 from __future__ import annotations
@@ -28,14 +28,13 @@ _LONGEST_S: Final = 86_400
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeSettings:
-    """All that the server is told; units stand in the names.
+    """The settings of the server; the names state the units.
 
-    `model` is a folder, a tarball, a hub id or `tiny`; `model_is_platforms` says that nobody named
-    it, and it is the folder into which SageMaker unpacks a model. `request_timeout_s` is the time
-    within which a request must be answered from its arrival on, `max_queue` the most pictures that
-    wait or are drawn at once, `batch_rows` None for the elastic mode or the fixed rows of the exact
-    one.
-    `cuda_graphs` and `channels_last` are about speed on a GPU, and off until one has measured them.
+    model: a folder, a tarball, a hub id or `tiny`. model_is_platforms: whether no model was named,
+    so that `model` is the folder into which SageMaker unpacks one. request_timeout_s: time from its
+    arrival within which a request must be answered. max_queue: pictures that wait or are drawn at
+    one time, at most. batch_rows: None in the elastic mode, the fixed number of rows in the exact
+    one. cuda_graphs, channels_last: for speed on a GPU; off until measured on one.
     """
 
     model: str
@@ -58,9 +57,9 @@ class ServeSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Option:
-    """One option: how it is spelled, parsed and explained; a field of ServeSettings each.
+    """One option, which sets one field of ServeSettings: its spelling, parser and help.
 
-    A flag takes no value on the command line; its field is then not what it is by default.
+    A flag takes no value on the command line; giving it inverts the field's default.
     """
 
     name: str
@@ -75,7 +74,7 @@ class _Option:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options; values stay strings, `read` parses them all."""
+    """Add the options; their values stay strings until `read` parses them."""
     for option in _OPTIONS:
         help_ = option.help + (f" (default {option.default})" if option.default else "")
         if option.flag:
@@ -85,15 +84,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read(arguments: argparse.Namespace, environ: Mapping[str, str]) -> ServeSettings:
-    """Parse and check options and variables; raise UserError that tells all faults in one message.
+    """Parse and check options and variables; raise one UserError that names all faults.
 
-    The model's default is where SageMaker unpacks it: ``<SAGEMAKER_BASE_DIR or /opt/ml>/model``.
+    The default model lies where SageMaker unpacks it: ``<SAGEMAKER_BASE_DIR or /opt/ml>/model``.
     """
     faults: list[str] = []
     base = environ.get("SAGEMAKER_BASE_DIR") or "/opt/ml"
     values: dict[str, object] = {}
     for option in _OPTIONS:
-        spelled, text = _said(option, arguments, environ)
+        spelled, text = _given(option, arguments, environ)
         if text is None:
             continue
         try:
@@ -103,7 +102,7 @@ def read(arguments: argparse.Namespace, environ: Mapping[str, str]) -> ServeSett
         if value is None:
             faults.append(f"{spelled} must be {option.want}, not {text[:100]!r}.")
         else:
-            # `no_...` says the opposite of its field.
+            # `no_...` is the opposite of its field.
             values[option.field] = (not value) if option.field != option.name else value
     if faults:
         raise UserError(" ".join(faults))
@@ -112,10 +111,10 @@ def read(arguments: argparse.Namespace, environ: Mapping[str, str]) -> ServeSett
     return ServeSettings(**values)  # type: ignore[arg-type]  # each parsed by its own option
 
 
-def _said(
+def _given(
     option: _Option, arguments: argparse.Namespace, environ: Mapping[str, str]
 ) -> tuple[str, str | None]:
-    """How the value is spelled where it was found, and the value; None where nobody says it."""
+    """Return the option or variable that gives a value, and the value, None if none does."""
     given: str | None = getattr(arguments, option.name)
     if given is not None:
         return f"--{option.name}", given

@@ -1,7 +1,7 @@
-"""Where a job's settings come from: the command line, ``SM_*`` variables, hyperparameters.json.
+"""Read a job's settings from the command line, ``SM_*`` variables and hyperparameters.json.
 
-Each source is read into raw names and values; `Chosen` finds what counts of an option that
-is no hyperparameter. Precedence: argument > ``SM_*`` variable > file under the root. Formats: AWS,
+Each source is read into raw names and values; `OptionValues` finds the value of an option that is
+no hyperparameter. Precedence: argument > ``SM_*`` variable > file under the root. Formats: AWS,
 "How Amazon SageMaker AI provides training information". Standard library only.
 """
 
@@ -23,11 +23,11 @@ from dreambooth.settings.knob import BARE_FLAG, unwrapped
 LOG_LEVELS: Final = ("debug", "info", "warning", "error", "critical")
 LOG_LEVEL: Final = "log_level"
 DRY_RUN: Final = "dry_run"
-MODEL_CHANNEL: Final = "model channel"  # no option: the platform alone names it
+MODEL_CHANNEL: Final = "model channel"  # no option: only the platform names it
 _OUTPUTS: Final = ("model_dir", "output_data_dir", "checkpoint_dir")
 
-# What the platform says of its own accord; it stands behind SM_HPS and SM_HP_<NAME>, in which a
-# user named the same setting.
+# Variables that the platform sets on its own. SM_HPS and SM_HP_<NAME>, which hold what the user
+# set, outrank them.
 _PLATFORM_VARIABLES: Final = {
     "train": "SM_CHANNEL_TRAINING",
     MODEL_CHANNEL: "SM_CHANNEL_MODEL",
@@ -37,12 +37,12 @@ _PLATFORM_VARIABLES: Final = {
 }
 
 
-class Chosen:
-    """The value of each option: of the first of all sources that says something.
+class OptionValues:
+    """The value of each option, taken from the first source that gives one.
 
-    ``""``, ``None`` and ``null`` say nothing, so that a source behind may speak. In a container the
-    address of an output folder (``s3://...``, as old clients send it) says nothing either: the
-    platform copies its own folder there. `set_aside` holds such addresses by their option.
+    ``""``, ``None`` and ``null`` are no values, so that the next source counts. In a container the
+    address of an output folder (``s3://...``, which old clients send) is no value either, because
+    the platform copies its own folder there. `set_aside` holds such addresses by option.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Chosen:
         *,
         in_container: bool,
     ) -> None:
-        self._before = (arguments, variables)
+        self._user_sources = (arguments, variables)
         self._environ = environ
         self._file = file
         self._faults = faults
@@ -63,22 +63,22 @@ class Chosen:
         self.set_aside: dict[str, str] = {}
 
     def named(self, name: str) -> str | None:
-        """What an argument or a hyperparameter in a variable says: the user, not the platform."""
-        return self._first(name, self._before)
+        """Return what the user gave in an argument or in a hyperparameter's variable."""
+        return self._first(name, self._user_sources)
 
     def platform(self, name: str) -> str | None:
-        """What the platform's own variable says; nonsense as a log level says nothing."""
+        """Return the platform's own variable; an invalid log level counts as unset."""
         value = self._environ.get(_PLATFORM_VARIABLES.get(name, ""), "").strip() or None
         if value is None or (name == LOG_LEVEL and not level_of(value)):
             return None
         return None if self._is_set_aside(name, value) else value
 
     def text(self, name: str) -> str | None:
-        """What any source says, the first one first."""
+        """Return the value of the first source that gives one."""
         return self.named(name) or self.platform(name) or self._first(name, (self._file,))
 
     def path(self, name: str) -> Path | None:
-        """The same as a path; ``~`` and ``file://`` are understood."""
+        """Return the same value as a path; ``~`` and ``file://`` are resolved."""
         text = self.text(name)
         if not text:
             return None
@@ -117,8 +117,8 @@ class Chosen:
 def from_arguments(argv: Sequence[str], faults: list[str]) -> dict[str, object]:
     """Read a command line without refusing names: ``--x v``, ``--x=v`` and the bare ``--x``.
 
-    argparse is not used here: it takes ``-1e-6`` for an option, and cannot tell which value
-    belonged to an option that it does not know.
+    argparse is not used here, because it takes ``-1e-6`` for an option and cannot tell which value
+    belongs to an unknown option.
     """
     given: dict[str, object] = {}
     words = list(reversed(argv))
@@ -138,14 +138,14 @@ def from_arguments(argv: Sequence[str], faults: list[str]) -> dict[str, object]:
 
 
 def _takes(name: str, word: str) -> bool:
-    """Whether a word is an option's value; after ``--dry-run`` only True or False is."""
+    """Return whether a word is an option's value; after ``--dry-run`` only True or False is."""
     return name != DRY_RUN or word.lower() in ("true", "false", "")
 
 
 def from_variables(
     environ: Mapping[str, str], faults: list[str], limits: Limits
 ) -> dict[str, object]:
-    """``SM_HPS`` (one JSON object), then ``SM_HP_<NAME>`` (one value each)."""
+    """Read ``SM_HPS`` (one JSON object), then ``SM_HP_<NAME>`` (one value each), which wins."""
     whole = environ.get("SM_HPS", "")
     settings = _from_json(whole, "The variable SM_HPS", faults, limits) if whole.strip() else {}
     for variable, value in environ.items():
@@ -155,7 +155,7 @@ def from_variables(
 
 
 def from_file(path: Path, faults: list[str], limits: Limits) -> dict[str, object]:
-    """SageMaker's hyperparameters.json, where there is one."""
+    """Read SageMaker's hyperparameters.json, if there is one."""
     if not path.exists():
         return {}
     what = f"The file {path}"
@@ -176,7 +176,7 @@ def from_file(path: Path, faults: list[str], limits: Limits) -> dict[str, object
 
 
 def _from_json(text: str, what: str, faults: list[str], limits: Limits) -> dict[str, object]:
-    """One flat JSON object; numbers stay text, so that no digit is lost before parsing."""
+    """Read one JSON object; numbers stay text, so that no digit is lost before parsing."""
     if len(text) > limits.max_hyperparameters_bytes:
         faults.append(f"{what} is longer than {limits.max_hyperparameters_bytes} bytes.")
         return {}
@@ -193,7 +193,7 @@ def _from_json(text: str, what: str, faults: list[str], limits: Limits) -> dict[
 
 
 def level_of(text: str) -> str | None:
-    """A name of LOG_LEVELS; SageMaker gives numbers (``SM_LOG_LEVEL=20``)."""
+    """Return a name of LOG_LEVELS, also for SageMaker's numbers (``SM_LOG_LEVEL=20``), or None."""
     if re.fullmatch("[1-5]0", text):
         return LOG_LEVELS[int(text) // 10 - 1]
     return text.lower() if text.lower() in LOG_LEVELS else None

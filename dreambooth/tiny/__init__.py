@@ -1,6 +1,6 @@
-"""The embedded default model: where it and its data sets lie, and the settings that suit it.
+"""Gives the paths of the embedded default model and its data sets, and its settings.
 
-Standard library only: whoever wants a path must not pay for torch.
+Standard library only, so that a path does not cost an import of torch.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ the demo alone.
 
 
 def vocabulary() -> dict[str, int]:
-    """Token -> id, by which a model is known as one of the embedded world: fine-tuned and exported,
-    copied or packed, it keeps them.
+    """Return ids by token.
+
+    A model with this vocabulary belongs to the embedded world: fine-tuning, exporting, copying and
+    packing keep it.
     """
     content = (WEIGHTS / "tokenizer" / "vocab.json").read_text(encoding="utf-8")
     tokens: dict[str, int] = json.loads(content)

@@ -1,7 +1,9 @@
-"""The judge's network and its weights: a small classifier of 64x64 pictures of the drawn world.
+"""Defines the judge, a small classifier of 64x64 pictures of the embedded world, and loads it.
 
-What it is asked (the attributes and their labels) and how it was trained stand in `judge`; here is
-what a score of the embedded model needs: pictures in, features out.
+Its attributes, their labels and its training are in `tiny_world.judge`. This module is what a score
+of the embedded model needs: it turns pictures into features.
+
+Legend: B batch.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ Pictures = npt.NDArray[np.uint8]
 
 
 class Judge(nn.Module):
-    """Five convolutions, then one linear head for each attribute: about 0.6 million parameters."""
+    """Five convolutions, a hidden layer and a linear head per attribute; about 0.6 M parameters."""
 
     def __init__(self, heads: Mapping[str, int]) -> None:
         """Take the number of labels of each attribute."""
@@ -46,23 +48,23 @@ class Judge(nn.Module):
         )
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """float32 [B,3,64,64] -1..1 -> features [B,96]."""
+        """Return features [B,96] of pixels float32 [B,3,64,64] in -1..1."""
         features: Tensor = self.hidden(self.features(pixels))
         return features
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        """float32 [B,3,64,64] -1..1 -> logits [B,labels] for each attribute."""
+        """Return logits [B,labels] by attribute, of pixels float32 [B,3,64,64] in -1..1."""
         features = self.embed(pixels)
         return {name: head(features) for name, head in self.heads.items()}
 
 
 def to_pixels(pictures: Pictures) -> Tensor:
-    """uint8 [B,64,64,3] -> float32 [B,3,64,64] -1..1."""
+    """Convert pictures uint8 [B,64,64,3] to pixels float32 [B,3,64,64] in -1..1."""
     return torch.tensor(pictures).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
 def load(path: Path = JUDGE_WEIGHTS) -> Judge:
-    """The committed judge (kept in half precision, computed in single)."""
+    """Load the committed judge; its weights are stored in half precision and used in single."""
     tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
     heads = {
         name.split(".")[1]: len(tensor)

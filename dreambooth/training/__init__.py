@@ -1,1 +1,1 @@
-"""The DreamBooth training step: plan, optimizer, learning-rate curve, loop, state and report."""
+"""Training: the training plan, memory plans, optimizer, loop, checkpoints and step metrics."""

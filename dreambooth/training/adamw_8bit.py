@@ -1,6 +1,6 @@
-"""bitsandbytes' AdamW with states of 8 bits (Dettmers et al. 2022), also on bf16 weights alone.
+"""bitsandbytes' AdamW with 8-bit states (Dettmers et al. 2022), with or without fp32 weights.
 
-Imported only by those who need it: bitsandbytes takes seconds.
+Import this module only where it is needed: importing bitsandbytes takes seconds.
 """
 
 from __future__ import annotations
@@ -24,24 +24,25 @@ __all__ = [
     "to_fp32",
 ]
 
-_BLOCK = 256  # moments that share a scale
+_BLOCK = 256  # elements of a moment that share a scale
 _SMALLEST = 4096  # tensors with fewer elements keep fp32 states
 _WRAPPED = AdamW8bit._FSDP_WRAPPED_QUANT_STATE_KEY
 
 
 class NonBlockingAdamW8bit(AdamW8bit):  # type: ignore[misc]
-    """The same updates, launched one after the other: the host goes on while the GPU computes.
+    """8-bit AdamW that launches its updates without waiting for the GPU after each weight.
 
-    bitsandbytes 0.50.2 waits for the GPU after each weight, 686 times in a step of Stable
-    Diffusion. Its kernels run on CUDA's default stream; where the caller's is another one, the wait
-    stays. For the fast step alone: nobody has measured it on a GPU.
+    The updates are the same. bitsandbytes 0.50.2 waits after each weight, 686 times in a step of
+    Stable Diffusion. Its kernels run on CUDA's default stream; if the caller's stream is another
+    one, this class waits as well. Only the fast step uses it, because it has not been measured on a
+    GPU.
     """
 
     _started = False
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """As bitsandbytes' own `Optimizer8bit.step`."""
+        """Update the weights as bitsandbytes' own `Optimizer8bit.step` does."""
         if closure is not None or not self._in_order():
             loss: float | None = super().step(closure)
             return loss
@@ -59,7 +60,7 @@ class NonBlockingAdamW8bit(AdamW8bit):  # type: ignore[misc]
         return None
 
     def _in_order(self) -> bool:
-        """Whether all that is computed before and after a kernel runs on its stream."""
+        """Return whether the work before and after the kernels runs on their stream."""
         devices = {weight.device for group in self.param_groups for weight in group["params"]}
         return all(
             torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
@@ -69,11 +70,11 @@ class NonBlockingAdamW8bit(AdamW8bit):  # type: ignore[misc]
 
 
 class StochasticRoundingAdamW8bit(AdamW8bit):  # type: ignore[misc]
-    """Of bf16 weights with no fp32 ones beside them: updates are rounded up or down by chance.
+    """8-bit AdamW for bf16 weights without fp32 copies; updates are rounded stochastically.
 
-    At the published learning rate updates are far below bf16's steps; rounded to the nearest they
-    would all be lost, rounded by chance their mean is kept. What is drawn is a function of the
-    seed, the step and the weight's place.
+    At the published learning rate updates are far below bf16's resolution: rounding to nearest
+    would lose all of them, stochastic rounding preserves their mean. The random bits are a function
+    of the seed, the step and the weight's index.
     """
 
     def __init__(self, groups: list[dict[str, object]], *, seed: int, **settings: object) -> None:
@@ -82,7 +83,7 @@ class StochasticRoundingAdamW8bit(AdamW8bit):  # type: ignore[misc]
 
     @torch.no_grad()
     def update_step(self, group: dict[str, Any], p: nn.Parameter, gindex: int, pindex: int) -> None:
-        """AdamW on an fp32 copy that lives as long as this call."""
+        """Run AdamW on an fp32 copy of the weight that exists only during this call."""
         weight, gradient = p.data, p.grad
         assert gradient is not None
         p.grad = None
@@ -100,9 +101,10 @@ class StochasticRoundingAdamW8bit(AdamW8bit):  # type: ignore[misc]
 
 
 def round_stochastically(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """values, float32, as bfloat16: of the two neighbours, each the likelier the nearer it is.
+    """Round float32 values to a neighbouring bfloat16; the nearer neighbour is the likelier one.
 
-    bf16 is the upper half of fp32's bits: random lower bits are added, then the lower half is cut.
+    bf16 is the upper half of fp32's bits: random lower bits are added, then the lower half is
+    cleared.
     """
     bits = torch.randint(
         0, 1 << 16, values.shape, dtype=torch.int32, generator=generator, device=values.device
@@ -112,7 +114,7 @@ def round_stochastically(values: torch.Tensor, generator: torch.Generator) -> to
 
 
 def from_fp32(state: Mapping[str, Any]) -> dict[str, Any]:
-    """One weight's state of torch's AdamW, as 8-bit AdamW saves it."""
+    """Convert one weight's state of torch's AdamW to the form that 8-bit AdamW saves."""
     moments = {"state1": state["exp_avg"].float(), "state2": state["exp_avg_sq"].float()}
     if moments["state1"].numel() >= _SMALLEST:
         for number, signed in ((1, True), (2, False)):
@@ -126,7 +128,7 @@ def from_fp32(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_fp32(state: Mapping[str, Any]) -> dict[str, Any]:
-    """One weight's state of 8-bit AdamW, as torch's AdamW saves it."""
+    """Convert one weight's state of 8-bit AdamW to the form that torch's AdamW saves."""
     moments = state[_WRAPPED]
     fp32 = {"step": torch.tensor(float(state["step"]))}
     for number, name in ((1, "exp_avg"), (2, "exp_avg_sq")):

@@ -1,7 +1,7 @@
-"""What the plan must know of the device: is there a CUDA GPU, how much memory, which arithmetic.
+"""Finds the kind, memory and arithmetic of the training device, for the training plan.
 
-Standard library only: `--dry-run` asks the driver's own tool, the job asks torch (`from_torch` is
-handed the module), and both give the same facts.
+Standard library only: `--dry-run` runs nvidia-smi and a job asks torch (which it passes to
+`from_torch`); both give the same facts.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceFacts:
-    """All but kind and name are None on a CPU.
+    """The facts of the training device; on a CPU all but kind and name are None.
 
-    compute_capability: (major, minor). memory_bytes: of the whole GPU; free_bytes: of it, what this
-    process may take beside its CUDA context, None where nobody said.
+    compute_capability: (major, minor). memory_bytes: of the whole GPU. free_bytes: what this
+    process may allocate of it beside its CUDA context; None if unknown.
     """
 
     kind: Literal["cpu", "cuda"]
@@ -30,19 +30,19 @@ class DeviceFacts:
 
     @property
     def mixed_precision(self) -> str:
-        """fp32 on a CPU, bf16 from compute capability 8.0, fp16 with loss scaling below."""
+        """Return "no" on a CPU, "bf16" from compute capability 8.0 on, and "fp16" below."""
         if self.compute_capability is None:
             return "no"
         return "bf16" if self.compute_capability >= (8, 0) else "fp16"
 
 
-CONTEXT_BYTES = int(0.4 * 2**30)  # of CUDA itself, which the driver's tool cannot see yet
+CONTEXT_BYTES = int(0.4 * 2**30)  # CUDA context, not there yet when nvidia-smi runs
 
 CPU = DeviceFacts(kind="cpu", name="CPU")
 
 
 def from_driver() -> DeviceFacts:
-    """The first GPU that nvidia-smi names, without importing torch; the CPU where there is none."""
+    """Return the first GPU that nvidia-smi lists, or the CPU; torch is not imported."""
     if shutil.which("nvidia-smi") is None:
         return CPU
     query = [
@@ -67,11 +67,11 @@ def from_driver() -> DeviceFacts:
 
 
 def process_memory_bytes(pid: int) -> int | None:
-    """What the driver counts for a process on all GPUs (NVML, by nvidia-smi): torch's memory, and
-    that of CUDA's context and the libraries.
+    """Return the memory of a process on all GPUs, as the driver counts it (NVML, by nvidia-smi).
 
-    None without a driver, before the process uses a GPU, and where the driver does not know it by
-    this number: in a container with numbers of its own.
+    It includes torch's memory, the CUDA context and the libraries. None without a driver, before
+    the process uses a GPU, and if the driver lists the process under another number, as in a
+    container that has its own process numbers.
     """
     query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
     try:
@@ -84,7 +84,7 @@ def process_memory_bytes(pid: int) -> int | None:
 
 
 def host_memory_bytes() -> int:
-    """Physical memory of the machine; 0 where the system does not tell."""
+    """Return the physical memory of the machine; 0 if the system does not report it."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (OSError, ValueError):
@@ -92,7 +92,7 @@ def host_memory_bytes() -> int:
 
 
 def from_torch(torch: ModuleType) -> DeviceFacts:
-    """The GPU that torch will use, or the CPU."""
+    """Return the GPU that torch will use, or the CPU."""
     if not torch.cuda.is_available():
         return CPU
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())

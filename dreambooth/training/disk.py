@@ -1,6 +1,6 @@
-"""How many bytes a run will have on the disk, computed before anything is written.
+"""Computes how much disk space a run will take, before anything is written.
 
-Standard library only: the plan of a job prints this before anything heavy is loaded.
+Standard library only: a job prints this before anything heavy is loaded.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ REST_BYTES = 16 * 2**20  # report.html, metrics, the model's vocabulary and samp
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskBudget:
-    """Bytes at the peak of a run; all 0 where the model is not known yet.
+    """Bytes on disk at the peak of a run; while the model is unknown, all but base are 0.
 
-    base: what the pretrained model's tarball unpacks to. checkpoint: one of them; checkpoints: how
-    many there are at once, those kept and the one being written.
+    base: the pretrained model, unpacked from its tarball. checkpoint: one checkpoint. checkpoints:
+    how many exist at once, those that are kept and the one being written.
     """
 
     base: int = 0
@@ -30,12 +30,12 @@ class DiskBudget:
 
     @property
     def all_checkpoints(self) -> int:
-        """Bytes of all checkpoints."""
+        """Return the bytes of all checkpoints."""
         return self.checkpoint * self.checkpoints
 
     @property
     def total(self) -> int:
-        """Bytes of everything."""
+        """Return the bytes of everything."""
         return self.base + self.model + self.all_checkpoints + self.class_images + self.rest
 
 
@@ -49,10 +49,10 @@ def expected(
     base_bytes: int = 0,
     copied_bytes: int = 0,
 ) -> DiskBudget:
-    """The budget; nothing but base_bytes is expected of an unknown model.
+    """Return the disk budget; of an unknown model only base_bytes is counted.
 
     class_images: how many are to be sampled. base_bytes: of the unpacked tarball. copied_bytes: of
-    parts that go into the new model as they are (a safety checker).
+    the parts that are copied unchanged into the new model (a safety checker).
     """
     if facts is None:
         return DiskBudget(base=base_bytes)

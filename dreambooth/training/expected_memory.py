@@ -1,7 +1,7 @@
-"""How many bytes a run will take on its device, phase by phase, computed from the model's facts.
+"""Computes how much device memory each phase of a run will take, from the model's facts.
 
-Standard library only: the plan of a job prints these before anything heavy is loaded. All of them
-are counted on tensors without data; nobody has measured them on a GPU.
+Standard library only: a job prints these figures before anything heavy is loaded. All constants
+were counted on tensors without data; they have not been measured on a GPU.
 """
 
 from __future__ import annotations
@@ -13,32 +13,34 @@ from dreambooth.limits import LIMITS
 from dreambooth.model_folder.facts import ModelFacts
 from dreambooth.settings.hyperparameters import Hyperparameters, MemoryPlan
 
-STATE_BYTES, STATE_BYTES_8BIT = 8.0, 2.03  # two moments; in 8 bits a scale per 256 of each
-# Saved activations per latent cell, channel and layer, in tensors. Fitted to the live bytes of the
-# full-size U-Net (1.74 GiB per 512 x 512 picture in fp32, 0.29 GiB with gradient checkpointing).
+STATE_BYTES, STATE_BYTES_8BIT = 8.0, 2.03  # two moments; in 8 bits with a scale per 256 elements
+# Activations saved for the backward pass, as a multiple of `unet_layer_elements`. Fitted to the
+# live bytes of the full-size U-Net (1.74 GiB per 512 x 512 picture in fp32, 0.29 GiB with gradient
+# checkpointing).
 TENSORS_PER_LAYER = 39
 TENSORS_PER_LAYER_CHECKPOINTED = 6.5
-# Of all activations, those of the largest block, which alone is recomputed at a time.
+# Share of the largest block in all activations; checkpointing recomputes one block at a time.
 LARGEST_BLOCK = 1 / 6
-# Of gradients that the fast step holds in fp32 at a time (`master_weights.PART_ELEMENTS`).
+# Gradients that the fast step holds in fp32 at a time (`master_weights.PART_ELEMENTS`).
 PART_BYTES = 2**28
 # Bytes per activation; under autocast matrix products are in half and normalisations in fp32.
 FP32_BYTES, AUTOCAST_BYTES, HALF_BYTES = 4.0, 2.6, 2.0
 
-# Live elements at the peak of a U-Net call without gradients, per row, channel and latent cell:
-# counted at full size (65 MiB a row in half precision), and a half more for workspaces.
+# Live elements at the peak of a U-Net call without gradients, per row, as a multiple of
+# `unet_layer_elements`: counted at full size (65 MiB per row in half precision), plus half as much
+# again for workspaces.
 ROW_TENSORS = 4.3
-# The same of Stable Diffusion's VAE, per pixel: 0.63 and 0.75 GiB at 512 x 512 in fp32. Under
-# autocast decoding takes 0.72 GiB, for its widest layer is a normalisation.
+# Live elements of Stable Diffusion's VAE, per pixel: 0.63 and 0.75 GiB at 512 x 512 in fp32. Under
+# autocast decoding takes 0.72 GiB, because its widest layer is a normalisation.
 ENCODED_PIXEL, DECODED_PIXEL = 640, 768
 
-CLASS_BATCH = 8  # 16 rows of a U-Net call, with guidance: more gain little on any device
+CLASS_BATCH = 8  # 16 U-Net rows with guidance; more gain little on any device
 _GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhasePeak:
-    """The most that a phase of the job takes; phases are named as in its log and report."""
+    """The peak memory of a phase of the job; phases are named as in the log and the report."""
 
     phase: str
     bytes: int
@@ -52,7 +54,10 @@ def of_step(
     memory_plan: MemoryPlan,
     fast_step: bool = False,
 ) -> int:
-    """Peak of the step: weights, gradients, optimizer states, activations; 0: unknown."""
+    """Return the peak of a step in bytes; 0 if the model is unknown.
+
+    It consists of weights, gradients, optimizer states and activations.
+    """
     if facts is None:
         return 0
     trained = _trained_parameters(hyperparameters, facts)
@@ -70,8 +75,8 @@ def of_step(
     if fast_step:
         weights += PART_BYTES
     copies = _autocast_copies(trained, mixed_precision, memory_plan, fast_step)
-    # The start of the backward pass; or its end, where the gradients that are kept are whole and
-    # what is saved for the last blocks is still there (fitted to the same simulation).
+    # The peak is at the start of the backward pass, or at its end, when all gradients exist and the
+    # activations of the last blocks are still held (0.3: fitted to the same simulation).
     start, end = kept + copies + block, gradients + 0.3 * kept
     return int(weights + optimizer + (start if memory_plan.frees_gradients else max(start, end)))
 
@@ -86,10 +91,10 @@ def of_phases(
     fast_step: bool = False,
     class_batch: int = 0,
 ) -> tuple[PhasePeak, ...]:
-    """Peaks in the order of the job; none of an unknown model.
+    """Return the peaks of all phases in the order of the job; none if the model is unknown.
 
-    class_batch: class images that share a call, 0 where none is sampled. The network of
-    fid_features, which may be any, is not counted.
+    class_batch: class images per U-Net call; 0 if none is sampled. The network of fid_features is
+    not counted: it may be any.
     """
     if facts is None:
         return ()
@@ -120,34 +125,34 @@ def of_phases(
 
 
 def shown(count: int) -> str:
-    """Bytes as the plan prints them."""
+    """Return bytes as the training plan prints them."""
     if count == 0:
         return "known once the model is unpacked"
     return f"{count / _GIB:.2f} GiB" if count >= _GIB / 10 else f"{count / 2**20:.0f} MiB"
 
 
 def largest(phases: Sequence[PhasePeak]) -> PhasePeak | None:
-    """The phase that takes the most; None where none is known."""
+    """Return the phase that takes the most memory; None if none is known."""
     return max(phases, key=lambda peak: peak.bytes, default=None)
 
 
 def depends_on_the_memory_plan(peak: PhasePeak) -> bool:
-    """Whether another memory plan would change it."""
+    """Return whether another memory plan would change this peak."""
     return peak.phase not in ("class images", "encoding")
 
 
 def class_batch(
     hyperparameters: Hyperparameters, facts: ModelFacts, precision: str, usable: int | None
 ) -> int:
-    """How many class images can share a U-Net call: what fits beside the weights, at least one.
+    """Return how many class images share a U-Net call: what fits beside the weights, at least one.
 
-    usable: bytes on the device; None: memory is no question.
+    usable: bytes on the device; None if memory sets no limit.
     """
     wanted = min(max(CLASS_BATCH, hyperparameters.batch_size), LIMITS.max_generated_batch)
     if usable is None:
         return wanted
     element = _element(precision)
-    # Pictures are decoded one by one, when the U-Net's call is over.
+    # Decoding is not counted: pictures are decoded one by one after the U-Net call.
     beside = usable - element * _all_parameters(facts)
     return max(1, min(wanted, int(beside // _drawn(hyperparameters, facts, element))))
 
@@ -155,7 +160,11 @@ def class_batch(
 def _class_images(
     hyperparameters: Hyperparameters, facts: ModelFacts, precision: str, pictures: int
 ) -> float:
-    """The whole model without gradients, and either a call or the decoding of a picture."""
+    """Return the peak of sampling class images.
+
+    The whole model without gradients, and the larger of a U-Net call and the decoding of one
+    picture.
+    """
     element = _element(precision)
     decoded = element * DECODED_PIXEL * _pixels(hyperparameters, facts)
     drawn = pictures * _drawn(hyperparameters, facts, element)
@@ -163,7 +172,7 @@ def _class_images(
 
 
 def _encoding(hyperparameters: Hyperparameters, facts: ModelFacts) -> float:
-    """All parts are on the device by then, in fp32; pictures are encoded one by one."""
+    """Return the peak of encoding: all parts are on the device in fp32, pictures go one by one."""
     encoded = FP32_BYTES * ENCODED_PIXEL * _pixels(hyperparameters, facts)
     return FP32_BYTES * _all_parameters(facts) + encoded
 
@@ -174,7 +183,10 @@ def _drawing(
     mixed_precision: str,
     memory_plan: MemoryPlan,
 ) -> float:
-    """Beside what is trained: the VAE in fp32, autocast's copies, and a call or a decoding."""
+    """Return what drawing a picture takes beside the trained weights.
+
+    The VAE in fp32, autocast's copies, and the larger of a U-Net call and a decoding.
+    """
     trained = _trained_parameters(hyperparameters, facts)
     copies = _autocast_copies(trained, mixed_precision, memory_plan, fast_step=False)
     pictures = min(hyperparameters.batch_size, LIMITS.max_generated_batch)
@@ -186,8 +198,10 @@ def _drawing(
 def _beside_the_weights(
     hyperparameters: Hyperparameters, facts: ModelFacts, memory_plan: MemoryPlan, fast_step: bool
 ) -> float:
-    """What stays between two steps: optimizer states, and of the fast step its half weights and the
-    recorded passes' memory, in which gradients stay and which nothing else can use.
+    """Return what stays allocated beside the weights between two steps.
+
+    The optimizer states; with the fast step also its half weights and the memory of its captured
+    passes, in which the gradients stay and which nothing else can use.
     """
     trained = _trained_parameters(hyperparameters, facts)
     states = states_bytes(memory_plan) * trained
@@ -204,7 +218,11 @@ def _weights(
     memory_plan: MemoryPlan,
     fast_step: bool,
 ) -> float:
-    """Those that are trained, half ones beside them, and the base model's where it is asked."""
+    """Return the bytes of the weights in memory.
+
+    The trained weights, half weights beside them, and the frozen base model if it predicts the
+    class target.
+    """
     trained = _trained_parameters(hyperparameters, facts)
     weights = (2 if memory_plan.rounds_stochastically else 4) * trained
     if fast_step:
@@ -215,27 +233,30 @@ def _weights(
 
 
 def states_bytes(memory_plan: MemoryPlan) -> float:
-    """Of the optimizer, per weight."""
+    """Return the bytes of optimizer states per weight."""
     return STATE_BYTES_8BIT if memory_plan.use_8bit_adam else STATE_BYTES
 
 
 def _autocast_copies(
     trained: int, mixed_precision: str, memory_plan: MemoryPlan, fast_step: bool
 ) -> int:
-    """Autocast's half copies of the weights; a checkpointed block makes its own again."""
+    """Return the bytes of autocast's half copies of the weights.
+
+    They are not kept with gradient checkpointing: each block makes its own again.
+    """
     half_weights = memory_plan.rounds_stochastically or fast_step
     makes = mixed_precision != "no" and not half_weights and not memory_plan.gradient_checkpointing
     return 2 * trained if makes else 0
 
 
 def _drawn(hyperparameters: Hyperparameters, facts: ModelFacts, element: int) -> float:
-    """A picture's part of a U-Net call without gradients: two rows, for it is guided."""
+    """Return one picture's share of a U-Net call without gradients: two rows, as it is guided."""
     area = _pixels(hyperparameters, facts) / facts.resolution**2
     return element * (2 * ROW_TENSORS * facts.unet_layer_elements * area)
 
 
 def _saved_activations(hyperparameters: Hyperparameters, facts: ModelFacts) -> float:
-    """How many are kept for the backward pass, without gradient checkpointing."""
+    """Return how many activations the backward pass needs without gradient checkpointing."""
     area = _pixels(hyperparameters, facts) / facts.resolution**2
     halves = 2 if hyperparameters.with_prior_preservation else 1
     pictures = hyperparameters.batch_size * halves
@@ -243,7 +264,7 @@ def _saved_activations(hyperparameters: Hyperparameters, facts: ModelFacts) -> f
 
 
 def _pixels(hyperparameters: Hyperparameters, facts: ModelFacts) -> int:
-    """Of one picture."""
+    """Return the pixels of one picture."""
     return (hyperparameters.resolution or facts.resolution) ** 2
 
 
@@ -264,5 +285,5 @@ def _all_parameters(facts: ModelFacts) -> int:
 
 
 def _element(precision: str) -> int:
-    """Bytes of a number."""
+    """Return the bytes of one number."""
     return 2 if precision in ("fp16", "bf16") else 4

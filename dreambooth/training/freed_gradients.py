@@ -1,8 +1,8 @@
-"""Training in which each gradient is used and freed the moment it arrives.
+"""Training that uses each gradient and frees it as soon as it is computed.
 
-All gradients of a step take 3.2 GiB for Stable Diffusion. The factor that clips all of them is
+Together the gradients of a step take 3.2 GiB for Stable Diffusion. The factor that clips them is
 known only after the last one, so the passes of a step are run twice: once for the norm, once for
-the update. Clipping is as exact as in `loop.train`; the price is a second forward and backward
+the update. Clipping is as exact as in `loop.train`, at the price of a second forward and backward
 pass.
 """
 
@@ -31,7 +31,7 @@ from dreambooth.training.plan import TrainingPlan
 from dreambooth.training.state import TrainingState
 from dreambooth.training.step_metrics import StepMetrics, read_metrics
 
-# Forward and backward passes of one step: leaves gradients, returns what is reported of the losses.
+# Runs the forward and backward passes of one step: leaves gradients, returns the losses [3].
 Passes = Callable[[], torch.Tensor]
 
 
@@ -46,7 +46,7 @@ def train(
     prior_unet: nn.Module | None = None,
     accelerator: Accelerator,
 ) -> Iterator[StepMetrics]:
-    """Train as `loop.train` does, whose arguments and errors these are, to the very same bits."""
+    """Train as `loop.train` does, with the same arguments, errors and, bit for bit, weights."""
     networks = accelerator.prepare(TrainedNetworks(state.unet, state.text_encoder, encode_text))
     gradients = FreedGradients(state, hyperparameters.max_grad_norm)
     skipped_in_a_row = 0
@@ -72,7 +72,7 @@ def train(
             learning_rate,
             with_class=data.class_text is not None,
         )
-        if not gradients.update(passes):  # the same step is tried again
+        if not gradients.update(passes):  # fp16 overflow: repeat the step
             skipped_in_a_row = count_skipped(state, metrics, skipped_in_a_row)
             continue
         skipped_in_a_row = 0
@@ -82,35 +82,36 @@ def train(
 
 
 class FreedGradients:
-    """The gradients of a step in the memory of one layer's: collect, norm, update."""
+    """Processes the gradients of a step one at a time: collect, norm, update."""
 
     def __init__(self, state: TrainingState, max_grad_norm: float) -> None:
         self._state, self._precision = state, state.precision
         self._parameters = [w for group in state.optimizer.param_groups for w in group["params"]]
         self._max_norm = max_grad_norm
-        self._scale = 1.0  # of the loss in this pass: asking the scaler waits for the device
+        self._scale = 1.0  # loss scale of this pass; asking the scaler waits for the device
         self._norms: dict[nn.Parameter, torch.Tensor] = {}
         self._norm = torch.zeros(())
 
     def collect(self, passes: Passes) -> torch.Tensor:
-        """Run the passes of a step, noting each gradient's norm; returns what they return."""
+        """Run the passes of a step, note each gradient's norm, and return what they return."""
 
         def free(parameter: nn.Parameter) -> None:
             self._measure(parameter)
             parameter.grad = None
 
-        with self._as_each_arrives(free):
+        with self._gradient_hooks(free):
             return passes()
 
     def norm(self) -> torch.Tensor:
-        """L2 norm of all gradients together, before clipping."""
+        """Return the L2 norm of all gradients together, before clipping."""
         self._norm = self._norm_of_all()
         return self._norm
 
     def update(self, passes: Passes) -> bool:
-        """Run the passes again, each weight updated by its clipped gradient as that arrives.
+        """Run the passes again and update each weight as soon as its gradient is there, clipped.
 
-        False, and no update, where fp16 gradients overflowed. Raises TrainingDivergedError.
+        Return False, without an update, if fp16 gradients overflowed. Raises TrainingDivergedError
+        if a gradient of this second run is not finite.
         """
         if bool(torch.isfinite(self._norm)):
             factor = clip_factor(self._norm, self._max_norm)
@@ -121,13 +122,13 @@ class FreedGradients:
                     step([parameter])
                     parameter.grad = None
 
-                with self._as_each_arrives(apply):
+                with self._gradient_hooks(apply):
                     passes()
-            self._refuse_what_the_norm_did_not_see()
+            self._refuse_second_pass_not_finite()
         return self._precision.adapt_scale(self._norm)
 
     def _measure(self, parameter: nn.Parameter) -> torch.Tensor:
-        """Unscale the gradient that has arrived, note its norm."""
+        """Unscale the gradient of a parameter, note its norm, and return it."""
         gradient = parameter.grad
         assert gradient is not None
         if self._scale != 1:
@@ -136,14 +137,20 @@ class FreedGradients:
         return gradient
 
     def _norm_of_all(self) -> torch.Tensor:
-        """In the parameters' own order, whatever the order of arrival: the same last bits."""
+        """Return the norm of all gradients, taken in the parameters' order.
+
+        The order of arrival may differ from run to run and would change the last bits.
+        """
         arrived = [self._norms[p] for p in self._parameters if p in self._norms]
         self._norms.clear()
         norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(arrived))
         return norm
 
-    def _refuse_what_the_norm_did_not_see(self) -> None:
-        """Kernels that add in another order each time can overflow in the second pass alone."""
+    def _refuse_second_pass_not_finite(self) -> None:
+        """Raise TrainingDivergedError if a gradient of the second run is not finite.
+
+        Kernels that add in a different order each time can overflow in the second run alone.
+        """
         if bool(torch.isfinite(self._norm_of_all())):
             return
         step, kept = self._state.step + 1, self._state.checkpoint
@@ -155,7 +162,7 @@ class FreedGradients:
         )
 
     @contextmanager
-    def _as_each_arrives(self, call: Callable[[nn.Parameter], None]) -> Iterator[None]:
+    def _gradient_hooks(self, call: Callable[[nn.Parameter], None]) -> Iterator[None]:
         self._scale = self._precision.loss_scale
         hooks = [
             parameter.register_post_accumulate_grad_hook(call) for parameter in self._parameters

@@ -1,6 +1,6 @@
-"""The most GPU memory that a job takes: in training, to hold beside the plan's figure, and in all.
+"""The peak GPU memory of a job: in training, to compare with the training plan, and overall.
 
-torch keeps one peak, so it is read and set back where training begins: loading, class images and
+torch keeps a single peak, so it is read and reset when training begins; loading, class images and
 encoding come before.
 """
 
@@ -13,41 +13,41 @@ import torch
 
 
 class GpuPeak(NamedTuple):
-    """Bytes; reserved: with what the allocator holds in pieces that nobody uses."""
+    """Peak bytes; reserved includes what the allocator holds without anyone using it."""
 
     allocated: int = 0
     reserved: int = 0
 
 
 class GpuPeaks:
-    """Asked for `training` and `whole` at any time; without a GPU both stay 0."""
+    """The peaks of training and of the whole job, up to now; without a GPU both stay 0."""
 
     def __init__(self, take: Callable[[], GpuPeak] | None = None) -> None:
-        """take: the peak since it was last called; torch's where none is given."""
+        """Take a function that returns the peak since its last call; by default torch's."""
         self._take = take or _torch_peak
         self._before = self._training = GpuPeak()
         self._trains = False
 
     def begin_training(self) -> None:
-        """From here on the peak is training's; a second attempt's replaces the first's."""
+        """Count the peak as training's from now on; a second attempt replaces the first one's."""
         self._note()
         self._before = self.whole
         self._training, self._trains = GpuPeak(), True
 
     @property
     def training(self) -> GpuPeak:
-        """Since training began."""
+        """Return the peak since training began."""
         self._note()
         return self._training
 
     @property
     def whole(self) -> GpuPeak:
-        """Of the whole job so far."""
+        """Return the peak of the whole job so far."""
         self._note()
         return _larger(self._before, self._training)
 
     def in_words(self) -> str:
-        """For the log, beside what the plan expected of training."""
+        """Return both peaks as text for the log, to compare with the expected ones."""
         training, whole = self.training, self.whole
         return (
             f"{_gib(training.allocated)} allocated, {_gib(training.reserved)} reserved in "

@@ -1,7 +1,7 @@
-"""Lets the C library keep the memory that torch frees, instead of fetching it anew at every step.
+"""Makes the C library keep the memory that torch frees, instead of mapping it anew at each step.
 
-glibc maps each tensor of 128 KiB and more by itself and gives it back to the system when it is
-freed; the next step's tensor is new memory, zeroed page by page. On a CPU that is some 5 % of a
+glibc maps each tensor of 128 KiB or more separately and returns it to the system when it is freed;
+the next step's tensor is new memory, zeroed page by page. On a CPU that costs some 5 % of a
 training step of the embedded model, and more with larger batches.
 """
 
@@ -11,14 +11,14 @@ import ctypes
 
 # malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_LARGEST_ON_THE_HEAP = 32 * 2**20  # bytes; the most that glibc takes
+_LARGEST_ON_THE_HEAP = 32 * 2**20  # bytes; the most that glibc accepts
 _KEPT_AT_MOST = 512 * 2**20  # free bytes at the heap's end
 
 
 def keep_freed_memory() -> bool:
-    """Take tensors of up to 32 MiB from the heap, and keep up to 512 MiB of it, in this process.
+    """Allocate tensors of up to 32 MiB on the heap, and keep up to 512 MiB of freed heap.
 
-    False where the C library is not glibc: nothing changes then. Numbers are the same either way.
+    Return False, with nothing changed, if the C library is not glibc. Results do not depend on it.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -1,4 +1,4 @@
-"""The training loop, one page: when does what happen to the weights.
+"""The training loop, which shows on one page what happens to the weights, and when.
 
 Legend: B pictures of a micro-batch, C latent channels, h w latent cells, L tokens, D text width.
 """
@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from dreambooth.data import pairs
+from dreambooth.data import sample_draws
 from dreambooth.data.cache import LatentPosteriors
 from dreambooth.diffusion.loss import dreambooth_loss, noise_target
 from dreambooth.settings.hyperparameters import Hyperparameters
@@ -26,17 +26,18 @@ from dreambooth.training.plan import TrainingPlan
 from dreambooth.training.state import TrainingState
 from dreambooth.training.step_metrics import StepMetrics, read_metrics, refuse_not_finite
 
-MAX_SKIPPED_IN_A_ROW = 25  # fp16 loss scaling starts at 2^16: so many halvings end below 1
+# The fp16 loss scale starts at 2^16 and halves at each overflow: 17 of them end below 1.
+MAX_SKIPPED_IN_A_ROW = 25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingData:
-    """All that the loop reads, on the training device.
+    """All the data that the loop reads, on the training device.
 
     instance, class_: latent posteriors; class_ is None without class images. instance_text,
     class_text: encoder_hidden_states [1,L,D], or token ids [1,L] where the text encoder is trained.
-    prior_text: encoder_hidden_states [1,L,D] of the class prompt as the frozen base model has them.
-    latent_scale: latents are multiplied by it, as the VAE's scaling_factor says.
+    prior_text: encoder_hidden_states [1,L,D] of the class prompt from the frozen base model.
+    latent_scale: the VAE's scaling_factor, by which latents are multiplied.
     """
 
     instance: LatentPosteriors
@@ -49,7 +50,10 @@ class TrainingData:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """noisy_latents, target [B,C,h,w]; timesteps [B]; text [B,L,D] or ids [B,L]; instances lead."""
+    """The inputs and the target of one micro-batch; instance images come first.
+
+    noisy_latents, target: [B,C,h,w]. timesteps: [B]. text: [B,L,D], or token ids [B,L].
+    """
 
     noisy_latents: torch.Tensor
     timesteps: torch.Tensor
@@ -58,7 +62,7 @@ class MicroBatch:
 
 
 class TrainedNetworks(nn.Module):
-    """All that is trained, as one network: several processes average the gradients of it all."""
+    """All trained networks as one module, so that several processes average all gradients."""
 
     def __init__(
         self,
@@ -74,8 +78,8 @@ class TrainedNetworks(nn.Module):
     def forward(
         self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor
     ) -> torch.Tensor:
-        """The prediction [B,C,h,w]; text as in MicroBatch."""
-        if self.text_encoder is not None:
+        """Return model_pred [B,C,h,w]; text is as in MicroBatch."""
+        if self.text_encoder is not None:  # `_encode_text` calls this module
             text = self._encode_text(text)
         return predict(self.unet, noisy_latents, timesteps, text)
 
@@ -83,7 +87,7 @@ class TrainedNetworks(nn.Module):
 def predict(
     unet: nn.Module, noisy_latents: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor
 ) -> torch.Tensor:
-    """model_pred [B,C,h,w]; half weights get half inputs."""
+    """Return model_pred [B,C,h,w]; inputs are cast to half precision if the weights are half."""
     dtype = next(unet.parameters()).dtype
     if dtype != torch.float32:
         noisy_latents, text = noisy_latents.to(dtype), text.to(dtype)
@@ -102,13 +106,13 @@ def train(
     prior_unet: nn.Module | None = None,
     accelerator: Accelerator,
 ) -> Iterator[StepMetrics]:
-    """Train until plan.steps, yielding after each step: time to report, sample and save.
+    """Train until plan.steps; yield after each step, so that the caller can log, sample and save.
 
     encode_text: token ids [B,L] -> encoder_hidden_states [B,L,D], used where the text encoder is
     trained. prior_unet: the frozen base model, whose prediction is the class target
     (prior_preservation_mode=prediction). Raises TrainingDivergedError.
 
-    `freed_gradients.train` and `fast.captured_loop.train` are the same for plans that want them.
+    `freed_gradients.train` and `fast.captured_loop.train` replace it if the training plan says so.
     """
     precision, optimizer = state.precision, state.optimizer
     networks = accelerator.prepare(TrainedNetworks(state.unet, state.text_encoder, encode_text))
@@ -132,13 +136,13 @@ def train(
         norm = nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
         with_class = data.class_text is not None
         metrics = read_metrics(state, plan, losses, norm, learning_rate, with_class=with_class)
-        if clip_factor(norm, hyperparameters.max_grad_norm) < 1:  # by 1 would change nothing
+        if clip_factor(norm, hyperparameters.max_grad_norm) < 1:  # a factor of 1 changes nothing
             nn.utils.clip_grads_with_norm_(weights, hyperparameters.max_grad_norm, norm)
 
         # Update the weights, and free the gradients
         updated = precision.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
-        if not updated:  # fp16 overflow: the scale is lower now, the same step is tried again
+        if not updated:  # fp16 overflow: the loss scale is lower now; repeat the step
             skipped_in_a_row = count_skipped(state, metrics, skipped_in_a_row)
             continue
         skipped_in_a_row = 0
@@ -150,7 +154,7 @@ def train(
 def set_learning_rate(
     state: TrainingState, plan: TrainingPlan, hyperparameters: Hyperparameters
 ) -> float:
-    """Give the optimizer the learning rate of the state's step, and return it."""
+    """Set the optimizer's learning rate for the state's step, and return it."""
     learning_rate = hyperparameters.learning_rate * lr_schedulers.factor(
         hyperparameters.lr_scheduler,
         state.step,
@@ -172,7 +176,7 @@ def forward_backward(
     *,
     half_weights: bool = False,
 ) -> torch.Tensor:
-    """Add a micro-batch's share to the gradients; return its losses [3]: all, instance, class.
+    """Add the gradients of a micro-batch; return its losses [3]: all, instance, class.
 
     half_weights: the networks compute in half precision by themselves, without autocast.
     """
@@ -190,9 +194,9 @@ def forward_backward(
 
 
 def count_skipped(state: TrainingState, metrics: StepMetrics, skipped_in_a_row: int) -> int:
-    """Count a step whose fp16 gradients overflowed; return how many there were in a row.
+    """Count a step whose fp16 gradients overflowed; return how many were skipped in a row.
 
-    Raises TrainingDivergedError after too many.
+    Raises TrainingDivergedError after more than MAX_SKIPPED_IN_A_ROW of them.
     """
     state.skipped_steps += 1
     if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
@@ -209,9 +213,9 @@ def micro_batches(
     noise_scheduler: Any,
     prior_unet: nn.Module | None,
 ) -> Iterator[MicroBatch]:
-    """Yield the micro-batches of the state's step, as many for every step."""
+    """Yield the micro-batches of the state's step; every step has the same number of them."""
     for number in range(plan.gradient_accumulation_steps):
-        samples = pairs.sample_numbers(
+        numbers = sample_draws.sample_numbers(
             step=state.step,
             micro_batch=number,
             batch_size=plan.batch_size,
@@ -221,64 +225,85 @@ def micro_batches(
         )
         with state.precision.autocast():
             made = make_micro_batch(
-                data, samples, noise_scheduler, hyperparameters.seed, prior_unet
+                data, numbers, noise_scheduler, hyperparameters.seed, prior_unet
             )
         yield made
 
 
 def make_micro_batch(
     data: TrainingData,
-    samples: range,
+    numbers: range,
     noise_scheduler: Any,
     seed: int,
     prior_unet: nn.Module | None,
 ) -> MicroBatch:
-    """Draw pictures, timesteps and noise of both halves; the class half has draws of its own."""
-    noisy, timesteps, target = _draw_half(
-        data.instance, "instance", data, samples, noise_scheduler, seed
+    """Make the instance half and, with prior preservation, the class half of a micro-batch.
+
+    The class half has its own pictures, timesteps and noise; with prior_unet it has the instance
+    half's noisy latents and timesteps, and the frozen base model's prediction as its target.
+    """
+    instance = _draw_half(
+        data.instance, "instance", data.instance_text, data, numbers, noise_scheduler, seed
     )
-    text = data.instance_text.expand(len(samples), *data.instance_text.shape[1:])
-    halves = [(noisy, timesteps, text, target)]
-    if data.class_text is not None:
-        class_text = data.class_text.expand(len(samples), *data.class_text.shape[1:])
-        if prior_unet is not None:
-            with torch.no_grad():
-                assert data.prior_text is not None  # given with the frozen model
-                prior_text = data.prior_text.expand(len(samples), *data.prior_text.shape[1:])
-                base_prediction = predict(prior_unet, noisy, timesteps, prior_text)
-            halves.append((noisy, timesteps, class_text, base_prediction.to(target.dtype)))
-        elif data.class_ is not None:
-            noisy, timesteps, target = _draw_half(
-                data.class_, "class", data, samples, noise_scheduler, seed
+    if data.class_text is None:
+        return instance
+    if prior_unet is None:
+        assert data.class_ is not None  # its pictures are cached with their text
+        class_half = _draw_half(
+            data.class_, "class", data.class_text, data, numbers, noise_scheduler, seed
+        )
+    else:
+        assert data.prior_text is not None  # given with the frozen model
+        with torch.no_grad():
+            base_prediction = predict(
+                prior_unet,
+                instance.noisy_latents,
+                instance.timesteps,
+                _repeated(data.prior_text, numbers),
             )
-            halves.append((noisy, timesteps, class_text, target))
+        class_half = replace(
+            instance,
+            text=_repeated(data.class_text, numbers),
+            target=base_prediction.to(instance.target.dtype),
+        )
+    halves = (instance, class_half)
     return MicroBatch(
-        noisy_latents=torch.cat([half[0] for half in halves]),
-        timesteps=torch.cat([half[1] for half in halves]),
-        text=torch.cat([half[2] for half in halves]),
-        target=torch.cat([half[3] for half in halves]),
+        noisy_latents=torch.cat([half.noisy_latents for half in halves]),
+        timesteps=torch.cat([half.timesteps for half in halves]),
+        text=torch.cat([half.text for half in halves]),
+        target=torch.cat([half.target for half in halves]),
     )
 
 
 def _draw_half(
     posteriors: LatentPosteriors,
     stream: str,
+    text: torch.Tensor,
     data: TrainingData,
-    samples: range,
+    numbers: range,
     noise_scheduler: Any,
     seed: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(noisy_latents, timesteps, target) of one half."""
-    drawn = pairs.draw(
-        samples,
+) -> MicroBatch:
+    """Draw the instance or the class half of a micro-batch; text: [1,L,D] or token ids [1,L]."""
+    drawn = sample_draws.draw(
+        numbers,
         seed=seed,
         stream=stream,
-        crops=posteriors.crops,
+        crop_counts=posteriors.crop_counts,
         latent_shape=posteriors.latent_shape,
         train_timesteps=noise_scheduler.config.num_train_timesteps,
     )
     latents = posteriors.sample(drawn) * data.latent_scale
-    noise = pairs.onto(latents.device, drawn.noise)
-    timesteps = pairs.onto(latents.device, drawn.timesteps)
-    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
-    return noisy_latents, timesteps, noise_target(noise_scheduler, latents, noise, timesteps)
+    noise = sample_draws.onto(latents.device, drawn.noise)
+    timesteps = sample_draws.onto(latents.device, drawn.timesteps)
+    return MicroBatch(
+        noisy_latents=noise_scheduler.add_noise(latents, noise, timesteps),
+        timesteps=timesteps,
+        text=_repeated(text, numbers),
+        target=noise_target(noise_scheduler, latents, noise, timesteps),
+    )
+
+
+def _repeated(text: torch.Tensor, numbers: range) -> torch.Tensor:
+    """Return a row of text for each sample, [B,L,D] or [B,L]."""
+    return text.expand(len(numbers), *text.shape[1:])

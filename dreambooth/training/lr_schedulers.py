@@ -1,7 +1,8 @@
-"""Learning-rate curves: the factor by which the learning rate is multiplied at each step.
+"""Learning-rate curves: the factor on the learning rate at each step.
 
-Standard library only, so that the plan can print the curve without loading torch. The curves equal
-those of diffusers' `get_scheduler` (held by a test), but for a warm-up that is 0 unless asked for.
+Standard library only, so that the training plan can print the curve without loading torch. The
+curves equal those of diffusers' `get_scheduler` (a test checks this), except that warm-up is 0
+unless asked for.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ POLYNOMIAL_END = 1e-7  # the final learning rate of diffusers' polynomial curve,
 
 
 def default_warmup_steps(lr_scheduler: str, steps: int) -> int:
-    """0, or a tenth of the steps for constant_with_warmup, whose point it is."""
+    """Return a tenth of the steps for constant_with_warmup, whose purpose it is, else 0."""
     if lr_scheduler != "constant_with_warmup":
         return 0
     return min(math.ceil(steps / 10), steps - 1)  # a run of one step learns at the full rate
@@ -21,11 +22,11 @@ def default_warmup_steps(lr_scheduler: str, steps: int) -> int:
 def factor(
     lr_scheduler: str, step: int, *, steps: int, warmup_steps: int, learning_rate: float
 ) -> float:
-    """The factor, 0..1, for the update of step number `step`, counted from 0.
+    """Return the factor, 0..1, for the update of step number `step`, counted from 0.
 
     `constant` has no warm-up; every other curve rises linearly from 0 over warmup_steps.
-    cosine_with_restarts has one cycle and polynomial the power 1: the published table exposes
-    neither.
+    cosine_with_restarts has one cycle and polynomial has power 1, because the published table
+    exposes neither.
     """
     if lr_scheduler == "constant":
         return 1.0
@@ -38,13 +39,13 @@ def factor(
         return 1.0 - progress
     if lr_scheduler in ("cosine", "cosine_with_restarts"):
         return 0.5 * (1.0 + math.cos(math.pi * progress))
-    # Where the learning rate is below the customary end there is nothing to fall to but zero.
+    # A learning rate that is already below the customary end falls to zero.
     end = POLYNOMIAL_END / learning_rate if learning_rate > POLYNOMIAL_END else 0.0
     return (1.0 - end) * (1.0 - progress) + end
 
 
 def sketch(lr_scheduler: str, *, steps: int, warmup_steps: int, learning_rate: float) -> str:
-    """The curve in one line: its name and the learning rate at five points of the run."""
+    """Return the curve in one line: its name and the learning rate at up to six steps."""
     points = sorted({0, warmup_steps, steps // 4, steps // 2, 3 * steps // 4, steps - 1})
     shown = []
     for point in points:

@@ -1,6 +1,6 @@
-"""The memory plan of a job: the one that is named, or the fastest that fits what is free.
+"""Chooses the memory plan of a job: the named one, or the fastest that fits the free memory.
 
-Standard library only: the plan of a job prints its choice before anything heavy is loaded.
+Standard library only: a job prints the choice before anything heavy is loaded.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from dreambooth.training import expected_memory
 from dreambooth.training.device import DeviceFacts
 from dreambooth.training.expected_memory import PhasePeak
 
-# Of what is free, beyond the tensors: library workspaces and fragmentation (facts of a T4, 14.6 GiB
-# of which leave 13.4, and of an 8 GB card, 7.6 and 6.4, less the CUDA context).
+# Free memory that tensors cannot use, because of library workspaces and fragmentation: a T4 leaves
+# 13.4 of 14.6 GiB and an 8 GB card 6.4 of 7.6: 1.2 GiB with the CUDA context, 0.8 without it.
 OVERHEAD_BYTES = int(0.8 * 2**30)
-MARGIN = 1.05  # how far the expectation may be below what is measured
+MARGIN = 1.05  # the measured peak may exceed the expected one by this factor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryChoice:
-    """A memory plan for one job, with what is set by hand in it.
+    """A memory plan for one job, including the switches that are set by hand.
 
-    name: of the plan that runs, with the switch in which it differs from the table's, if in one.
-    expected_bytes: peak of the step, 0: not known. phases: of all phases, none where not known.
+    name: the table's name of the memory plan, with the one switch in which it differs, if any.
+    expected_bytes: peak of a step; 0 if unknown. phases: peaks of all phases; none if unknown.
     """
 
     name: str
@@ -46,11 +46,12 @@ def choose(
     class_images_to_sample: int = 0,
     processes: int = 1,
 ) -> tuple[MemoryChoice, ...]:
-    """The named plan alone; or the fastest that fits, and behind it those to go over to.
+    """Return the named memory plan; for auto, the fastest that fits and then those to fall back to.
 
-    Raises HyperparameterError where the named plan cannot train this job.
+    The last one is taken if none fits. Raises HyperparameterError if the named memory plan cannot
+    train this job.
     """
-    may_step_fast = not why_no_fast_step(
+    may_step_fast = not fast_step_obstacle(
         hyperparameters, device, mixed_precision=mixed_precision, processes=processes
     )
     usable = usable_bytes(device)
@@ -86,7 +87,10 @@ def choose(
 
 
 def name_of(memory_plan: MemoryPlan) -> str:
-    """The table's name of a plan; for one that is not in it, the nearest with its other switch."""
+    """Return the table's name of a memory plan.
+
+    For one that is not in the table, return the nearest name and the switch that differs.
+    """
     names = {named: name for name, named in MEMORY_PLANS.items()}
     if memory_plan in names:
         return names[memory_plan]
@@ -96,16 +100,16 @@ def name_of(memory_plan: MemoryPlan) -> str:
 
 
 def smaller_than(memory_plan: MemoryPlan) -> Iterator[str]:
-    """Names of the table's plans that take less memory than this one, fastest first."""
+    """Yield the names of the memory plans that take less memory than this one, fastest first."""
     for name, other in MEMORY_PLANS.items():
         if _size(other) < _size(memory_plan):
             yield name
 
 
-def why_no_fast_step(
+def fast_step_obstacle(
     hyperparameters: Hyperparameters, device: DeviceFacts, *, mixed_precision: str, processes: int
 ) -> str | None:
-    """What of this machine keeps fast_step from being taken, whatever the memory plan."""
+    """Return why this job cannot use fast_step, whatever the memory plan, or None if it can."""
     if device.kind != "cuda":
         return f"there is no CUDA graph on {device.name}"
     if mixed_precision == "no":
@@ -114,19 +118,26 @@ def why_no_fast_step(
 
 
 def usable_bytes(device: DeviceFacts) -> int | None:
-    """What tensors may take of the GPU's free memory; None on a CPU."""
+    """Return how much of the GPU's free memory tensors may take; None on a CPU."""
     free = device.memory_bytes if device.free_bytes is None else device.free_bytes
     return None if free is None else max(0, free - OVERHEAD_BYTES)
 
 
 def _fits(choice: MemoryChoice, usable: int) -> bool:
-    """Whether its phases do; those that are the same in all plans do not tell plans apart."""
+    """Return whether the phases that depend on the memory plan fit.
+
+    The others are the same in all memory plans, so they do not help to choose one.
+    """
     of_plan = filter(expected_memory.depends_on_the_memory_plan, choice.phases)
     return all(peak.bytes * MARGIN <= usable for peak in of_plan)
 
 
 def _candidates(hyperparameters: Hyperparameters, processes: int) -> Sequence[MemoryPlan]:
-    """Fastest first, none twice. What is set by hand stands in all of them."""
+    """Return the memory plans to choose from, fastest first.
+
+    That is the named one alone, or for auto all that can train this job, without repetitions and
+    with the switches that are set by hand.
+    """
     named = MEMORY_PLANS.get(hyperparameters.memory_plan)
     if named is not None:
         if named.frees_gradients and processes > 1:
@@ -141,7 +152,7 @@ def _candidates(hyperparameters: Hyperparameters, processes: int) -> Sequence[Me
         if not memory_plan.is_automatic or (memory_plan.frees_gradients and adds_up):
             continue
         memory_plan = _with_what_is_set(memory_plan, hyperparameters)
-        # fp32 states are larger than the gradients that are freed: behind 8 bits they save nothing.
+        # After 8-bit states, fp32 states would cost more memory than freeing the gradients saves.
         widens = not memory_plan.use_8bit_adam and any(earlier.use_8bit_adam for earlier in found)
         if memory_plan not in found and not widens:
             found.append(memory_plan)
@@ -158,7 +169,7 @@ def _with_what_is_set(memory_plan: MemoryPlan, hyperparameters: Hyperparameters)
 
 
 def _size(memory_plan: MemoryPlan) -> tuple[float, bool, bool]:
-    """What orders plans by memory: bytes per weight, then those of activations."""
+    """Return a key that orders memory plans by memory: bytes per weight, then activations."""
     weight = 2 if memory_plan.rounds_stochastically else 4
     gradient = 0 if memory_plan.frees_gradients else weight
     states = expected_memory.states_bytes(memory_plan)

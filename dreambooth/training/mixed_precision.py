@@ -1,6 +1,7 @@
-"""Mixed precision: autocast for forward passes, loss scaling for fp16. Master weights stay fp32.
+"""Mixed precision: autocast for forward passes, loss scaling for fp16, fp32 master weights.
 
-Weights that are bf16 themselves (stochastic rounding) need neither: all is computed in bf16.
+Weights that are bf16 themselves (stochastic rounding) need neither; everything is then computed in
+bf16.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Precision:
-    """One of no, fp16, bf16 on one device.
+    """The precision of a run (no, fp16 or bf16) on one device.
 
     fp16 scales the loss (Micikevicius et al. 2018, section 3.2): a step whose gradients overflow is
-    skipped and the scale is lowered. On bf16 and fp32 the scaler is off and changes nothing.
+    skipped and the scale is lowered. With bf16 and fp32 the scaler is off and changes nothing.
     """
 
     def __init__(
@@ -39,10 +40,11 @@ class Precision:
         self.scaler = torch.amp.GradScaler(device.type, enabled=mixed_precision == "fp16")
 
     @classmethod
-    def of(cls, plan: TrainingPlan, device: torch.device) -> Precision:
-        """As the plan wants it; where it saves memory, no half copy of a weight outlives its use.
+    def for_plan(cls, plan: TrainingPlan, device: torch.device) -> Precision:
+        """Return the precision that the training plan asks for.
 
-        All of them are 1.6 GiB for Stable Diffusion.
+        With gradient checkpointing autocast does not keep its half copies of the weights, which
+        together take 1.6 GiB for Stable Diffusion.
         """
         return cls(
             plan.mixed_precision,
@@ -52,7 +54,7 @@ class Precision:
         )
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Forward passes run in the half type inside this context; nothing changes for fp32."""
+        """Return a context in which forward passes run in the half type; fp32 stays as it is."""
         return torch.autocast(
             self.device.type,
             dtype=self.dtype if self._casts else None,
@@ -65,10 +67,10 @@ class Precision:
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
     def frozen_copy(self, network: nn.Module) -> nn.Module:
-        """A copy without gradients, in half the memory where autocast would halve it at each call.
+        """Return a copy without gradients; under autocast it takes half the memory.
 
-        What it computes is the same, bit for bit: layers that autocast computes in half have their
-        weights cast once, here, and the rest stays fp32.
+        Layers that autocast would cast at each call are cast once, here, and the rest stays fp32,
+        so the results are the same, bit for bit.
         """
         frozen = copy.deepcopy(network).requires_grad_(False).eval()
         for layer in frozen.modules():
@@ -78,25 +80,28 @@ class Precision:
 
     @property
     def loss_scale(self) -> float:
-        """What gradients are too large by; 1 but for fp16."""
+        """Return the factor by which gradients are too large; 1 unless fp16 scales the loss."""
         return self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
-        """Bring the gradients back to their true size; call once before clipping."""
+        """Divide the gradients by the loss scale; call it once before clipping."""
         self.scaler.unscale_(optimizer)
 
     def step(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Update the weights; False where fp16 gradients overflowed and the update was skipped."""
+        """Update the weights; return False if fp16 gradients overflowed and nothing was updated."""
         scale = self.loss_scale
         self.scaler.step(optimizer)
         self.scaler.update()
         return self.loss_scale >= scale
 
     def adapt_scale(self, norm: torch.Tensor) -> bool:
-        """As `step`, after an update that others made, or left undone, by the gradients' norm."""
+        """Adapt the loss scale for a caller that updates the weights itself.
+
+        norm: of the gradients. Return False if it is not finite, as `step` does on an overflow.
+        """
         if not self.scaler.is_enabled():
             return True
-        # The scaler looks for overflows in an optimizer's gradients: here, in the norm alone.
+        # The scaler searches an optimizer's gradients for overflows; this one has only the norm.
         probe = nn.Parameter(torch.zeros_like(norm))
         probe.grad = norm.clone()
         optimizer = torch.optim.SGD([probe], lr=0.0)

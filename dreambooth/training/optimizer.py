@@ -1,7 +1,8 @@
-"""AdamW over the trained parts: plain, or bitsandbytes' 8-bit states; going on from saved states.
+"""AdamW over the trained parts, with fp32 or 8-bit states (bitsandbytes), and its saved states.
 
-States saved in fp32 go on in 8 bits and the other way round, so that a run whose memory plan has
-changed goes on from its checkpoint: what 8 bits cannot hold is lost, as in every step of that plan.
+Saved fp32 states can be loaded as 8-bit states and the other way round, so that a run whose memory
+plan has changed can resume from its checkpoint. What 8 bits cannot represent is lost, as in every
+step of such a memory plan.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dreambooth.settings.hyperparameters import Hyperparameters
 
 
 def decay_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict[str, object]]:
-    """Two parameter groups: weight decay spares biases and LayerNorm weights (published text)."""
+    """Return two parameter groups; biases and LayerNorm weights do not decay (published text)."""
     decayed: list[nn.Parameter] = []
     exempt: list[nn.Parameter] = []
     for root in modules:
@@ -42,11 +43,11 @@ def build(
     rounds_stochastically: bool = False,
     fast_step: bool = False,
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) with the published hyperparameters.
+    """Return AdamW (Loshchilov and Hutter 2019) with the published hyperparameters.
 
-    rounds_stochastically: 8-bit states, for bf16 weights. fast_step: 8-bit states that no kernel is
-    waited for. Raises ResourceError where 8-bit states are asked for and bitsandbytes cannot be
-    loaded.
+    rounds_stochastically: use 8-bit states, for bf16 weights. fast_step: update 8-bit states
+    without waiting for the kernels. Raises ResourceError if 8-bit states are asked for and
+    bitsandbytes cannot be loaded.
     """
     groups = decay_groups(modules, hyperparameters.adam_weight_decay)
     settings = {
@@ -69,15 +70,15 @@ def build(
         kind = adamw_8bit.NonBlockingAdamW8bit if fast_step else adamw_8bit.AdamW8bit
         plain: torch.optim.Optimizer = kind(groups, **settings)
         return plain
-    # One pass over all weights. Torch's own choice on CUDA, foreach, moves 80 bytes per parameter
-    # instead of 28 and keeps a temporary copy of them all.
+    # fused makes one pass over all weights. Torch's default on CUDA, foreach, moves 80 bytes per
+    # parameter instead of 28 and keeps a temporary copy of all of them.
     return torch.optim.AdamW(groups, fused=True, **settings)  # type: ignore[arg-type]
 
 
 def load(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    """Go on from the state_dict of an optimizer that `build` made, of the same or other bits.
+    """Load the state_dict of an optimizer from `build`, whether its states were fp32 or 8-bit.
 
-    Raises ValueError, KeyError or RuntimeError where it is of other weights.
+    Raises ValueError, KeyError or RuntimeError if it belongs to other weights.
     """
     in_8bit = not isinstance(optimizer, torch.optim.AdamW)
     states: Mapping[int, Mapping[str, Any]] = saved["state"]
@@ -88,7 +89,7 @@ def load(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
             number: adamw_8bit.from_fp32(state) if in_8bit else adamw_8bit.to_fp32(state)
             for number, state in states.items()
         }
-    # Settings are the job's own and kernels the plan's: only the weights must be the saved ones.
+    # Settings come from the job and kernels from the plan; only the weights must match.
     groups = optimizer.state_dict()["param_groups"]
     if [len(group["params"]) for group in groups] != [
         len(group["params"]) for group in saved["param_groups"]
@@ -101,7 +102,10 @@ def load(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
 def part_by_part(
     optimizer: torch.optim.Optimizer,
 ) -> Iterator[Callable[[list[nn.Parameter]], None]]:
-    """Yield a function that steps some parameters of one group; states stay with the optimizer."""
+    """Yield a function that updates only the given parameters, all of one group.
+
+    Their states stay in the optimizer.
+    """
     groups = [(group, group["params"]) for group in optimizer.param_groups]
     group_of = {parameter: group for group, members in groups for parameter in members}
 
@@ -121,5 +125,5 @@ def part_by_part(
 
 
 def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
-    """Return by what gradients of this norm are multiplied, as torch's clip_grads_with_norm_."""
+    """Return the factor that clips gradients of this norm, as in clip_grads_with_norm_."""
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -1,4 +1,4 @@
-"""Which errors mean that the GPU's memory is used up, and what the user can do."""
+"""Recognises errors that mean that the GPU's memory is used up, and advises the user."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ from dreambooth.settings.hyperparameters import MemoryPlan
 from dreambooth.training import memory_plan
 from dreambooth.training.plan import TrainingPlan
 
-# Libraries that allocate for themselves say it in an error of no class of its own.
+# Libraries that allocate for themselves raise a RuntimeError with one of these texts.
 _SIGNS = ("CUDA out of memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
 
 
-def is_meant_by(error: BaseException) -> bool:
-    """Whether it says so, or what it was raised from or came up in: a capture that runs out of
-    memory fails once more when it is ended.
+def ran_out(error: BaseException) -> bool:
+    """Return whether an error, or an earlier one in its chain, means that GPU memory ran out.
+
+    The chain matters because a capture that runs out of memory fails once more when it is ended.
     """
     if isinstance(error, torch.OutOfMemoryError):
         return True
     if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS):
         return True
     earlier = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    return earlier is not None and is_meant_by(earlier)
+    return earlier is not None and ran_out(earlier)
 
 
 def advice(plan: TrainingPlan) -> str:
-    """The sentence for the user whose job ends by it."""
+    """Return the sentence for a user whose job ended because the GPU ran out of memory."""
     running = MemoryPlan(
         plan.use_8bit_adam,
         plan.gradient_checkpointing,

@@ -1,4 +1,4 @@
-"""Hyperparameters x data x model x device -> all that is derived from them before anything heavy.
+"""Derives the training plan from hyperparameters, data, model and device, before any heavy work.
 
 Standard library only: `--dry-run` prints a plan in well under two seconds.
 """
@@ -25,16 +25,16 @@ from dreambooth.training.expected_memory import PhasePeak, shown
 from dreambooth.training.memory_plan import MemoryChoice
 
 MAX_CACHED_CROPS = 8  # random crops per picture that is not square
-CHECKPOINT_MINUTES = 10.0  # where a checkpoint folder is given and no interval
+CHECKPOINT_MINUTES = 10.0  # used if a checkpoint folder is given, but no interval
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingPlan:
-    """What the job will do.
+    """Everything that is derived before a run: what the job will do.
 
-    memory_bytes: expected peak of the step on the device; disk: expected need; 0 where not known
-    yet. phases: expected peaks of all phases, none where not known yet.
-    smaller: the memory plans to go over to, one after the other, should memory run out.
+    memory_bytes: expected peak of a step on the device, 0 if not known yet. disk: expected need,
+    0 if not known yet. phases: expected peaks of all phases, none if not known yet. smaller: the
+    memory plans to fall back to, in this order, if memory runs out.
     """
 
     device: DeviceFacts
@@ -67,24 +67,24 @@ class TrainingPlan:
     smaller: tuple[MemoryChoice, ...] = ()
 
     def epoch(self, step: int) -> float:
-        """Passes over the instance images after `step` steps."""
+        """Return the number of passes over the instance images after `step` steps."""
         per_step = self.batch_size * self.gradient_accumulation_steps * self.processes
         return step * per_step / self.instance_images
 
-    def in_less_memory(self) -> TrainingPlan | None:
-        """The same job by the next smaller memory plan; None after the last."""
+    def with_smaller_memory_plan(self) -> TrainingPlan | None:
+        """Return this training plan with the next smaller memory plan; None after the last."""
         if not self.smaller:
             return None
-        return replace(self, **_decided_by(*self.smaller))
+        return replace(self, **_memory_plan_fields(*self.smaller))
 
 
 def samples_per_step(hyperparameters: Hyperparameters, processes: int) -> int:
-    """Instance images that one step learns from."""
+    """Return the number of instance images in one step."""
     return hyperparameters.batch_size * hyperparameters.gradient_accumulation_steps * processes
 
 
 def count_steps(hyperparameters: Hyperparameters, images: int, processes: int) -> int:
-    """max_steps, else the steps of `epochs` passes over the pictures."""
+    """Return max_steps if set, else the steps of `epochs` passes over the pictures."""
     if hyperparameters.max_steps is not None:
         return hyperparameters.max_steps
     return math.ceil(hyperparameters.epochs * images / samples_per_step(hyperparameters, processes))
@@ -101,7 +101,7 @@ def make(
     base_bytes: int = 0,
     copied_bytes: int = 0,
 ) -> TrainingPlan:
-    """Derive the plan; `facts` is None where the model is yet to be unpacked or fetched.
+    """Derive the training plan; `facts` is None if the model is not unpacked or fetched yet.
 
     base_bytes, copied_bytes: as in `disk.expected`.
     """
@@ -147,7 +147,7 @@ def make(
         cached_crops=max(1, min(MAX_CACHED_CROPS, math.ceil(samples / instances))),
         mixed_precision=mixed_precision,
         prior_generation_precision=prior_precision,
-        **_decided_by(chosen, *smaller),
+        **_memory_plan_fields(chosen, *smaller),
         lr_warmup_steps=warmup,
         checkpointing_steps=checkpointing_steps,
         checkpointing_minutes=checkpointing_minutes,
@@ -162,17 +162,19 @@ def make(
         ),
         warnings=(
             *(facts.warnings if facts and hyperparameters.resolution is None else ()),
-            *plan_warnings.of_memory(device, chosen.phases),
-            *plan_warnings.of_settings(hyperparameters, device, mixed_precision, steps, warmup),
-            *plan_warnings.of_the_fast_step(
+            *plan_warnings.memory_warnings(device, chosen.phases),
+            *plan_warnings.settings_warnings(
+                hyperparameters, device, mixed_precision, steps, warmup
+            ),
+            *plan_warnings.fast_step_warnings(
                 hyperparameters, device, mixed_precision, processes, chosen
             ),
         ),
     )
 
 
-def _decided_by(chosen: MemoryChoice, *smaller: MemoryChoice) -> dict[str, Any]:
-    """The fields of a TrainingPlan that its memory plan decides."""
+def _memory_plan_fields(chosen: MemoryChoice, *smaller: MemoryChoice) -> dict[str, Any]:
+    """Return the fields of a TrainingPlan that depend on its memory plan."""
     return {
         "memory_plan": chosen.name,
         "use_8bit_adam": chosen.memory_plan.use_8bit_adam,
@@ -199,13 +201,13 @@ def _prior_precision(hyperparameters: Hyperparameters, device: DeviceFacts) -> s
 
 
 def describe(plan: TrainingPlan, hyperparameters: Hyperparameters) -> str:
-    """The plan as the lines that the job prints first."""
+    """Return the training plan as the lines that the job prints first."""
     shown = (f"  {name:<16} {text}" for name, text in rows(plan, hyperparameters))
     return "\n".join(["Plan", *shown])
 
 
 def rows(plan: TrainingPlan, hyperparameters: Hyperparameters) -> list[tuple[str, str]]:
-    """What the plan decides, as (name, text)."""
+    """Return the decisions of the training plan as (name, text)."""
     curve = lr_schedulers.sketch(
         hyperparameters.lr_scheduler,
         steps=plan.steps,
@@ -278,7 +280,7 @@ def _memory_line(plan: TrainingPlan) -> str:
 
 
 def _expected_line(plan: TrainingPlan) -> str:
-    """The step's, and the phase that decides whether the run fits."""
+    """Return the expected memory of a step, and that of the phase that takes the most."""
     most = expected_memory.largest(plan.phases)
     if most is None:
         return shown(0)

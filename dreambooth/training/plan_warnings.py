@@ -1,4 +1,4 @@
-"""What a plan warns of: one sentence each. Standard library only."""
+"""Makes the warnings of a training plan, one sentence each. Standard library only."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from dreambooth.training.expected_memory import PhasePeak, shown
 from dreambooth.training.memory_plan import MemoryChoice
 
 
-def of_memory(device: DeviceFacts, phases: Sequence[PhasePeak]) -> tuple[str, ...]:
-    """Where the largest phase does not fit."""
+def memory_warnings(device: DeviceFacts, phases: Sequence[PhasePeak]) -> tuple[str, ...]:
+    """Return a warning if the phase that takes the most memory is not expected to fit."""
     usable = memory_plan.usable_bytes(device)
     there = host_memory_bytes() if usable is None else usable
     most = expected_memory.largest(phases)
@@ -25,14 +25,14 @@ def of_memory(device: DeviceFacts, phases: Sequence[PhasePeak]) -> tuple[str, ..
     )
 
 
-def of_settings(
+def settings_warnings(
     hyperparameters: Hyperparameters,
     device: DeviceFacts,
     mixed_precision: str,
     steps: int,
     warmup: int,
 ) -> tuple[str, ...]:
-    """Of settings that do nothing here, or not what was meant."""
+    """Return warnings of settings that have no effect here, or probably an unwanted one."""
     notes = []
     if hyperparameters.lr_scheduler == "constant" and warmup:
         notes.append(
@@ -53,17 +53,17 @@ def of_settings(
     return tuple(notes)
 
 
-def of_the_fast_step(
+def fast_step_warnings(
     hyperparameters: Hyperparameters,
     device: DeviceFacts,
     mixed_precision: str,
     processes: int,
     chosen: MemoryChoice,
 ) -> tuple[str, ...]:
-    """Why it is asked for and not taken."""
+    """Return a warning that gives the reason if fast_step is asked for and cannot be used."""
     if not hyperparameters.fast_step or chosen.fast_step:
         return ()
-    why = memory_plan.why_no_fast_step(
+    why = memory_plan.fast_step_obstacle(
         hyperparameters, device, mixed_precision=mixed_precision, processes=processes
     )
     return (f"fast_step is left out: {why or f'it does not go with {chosen.name}'}.",)

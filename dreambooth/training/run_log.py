@@ -1,4 +1,4 @@
-"""What a run shows while it trains: progress, metrics.jsonl, loss per epoch, sample pictures."""
+"""Logs a training run: progress, metrics.jsonl, loss per epoch and sample pictures."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _OUR_SAMPLES = "step-[0-9][0-9][0-9][0-9][0-9][0-9]*.png"
 
 
 class RunLog:
-    """Takes each step's metrics; a context manager around the loop.
+    """Logs the metrics of each step; used as a context manager around the loop.
 
-    A resumed run goes on with metrics.jsonl after cutting off what came after its checkpoint; a
-    fresh one clears an earlier run's metrics and sample pictures.
+    A resumed run continues metrics.jsonl after removing the rows that follow its checkpoint. A
+    fresh run clears the metrics and sample pictures of an earlier one.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class RunLog:
         self._progress = Progress(plan.steps, "training", stream=stream, initial=first_step)
         self._epoch_losses: list[float] = []
         self._last_time = clock()
-        self._seconds, self._read_until = 0.0, 0  # of a step; the last step that is read by now
+        self._seconds, self._read_until = 0.0, 0  # per step; the last step read so far
 
     def __enter__(self) -> RunLog:
         return self
@@ -74,7 +74,7 @@ class RunLog:
         trace: TracebackType | None,
     ) -> None:
         self._progress.close()
-        # Each row was flushed when it was written: closing loses nothing, and must cost nothing.
+        # Each row was flushed when it was written, so an error in closing loses nothing.
         with suppress(OSError):
             self._metrics.close()
         if self._tensorboard is not None:
@@ -82,8 +82,8 @@ class RunLog:
                 self._tensorboard.close()
 
     def step(self, metrics: StepMetrics) -> None:
-        """Show and write one step; draw a sample picture where one is due."""
-        if metrics.step > self._read_until:  # steps that are read at once share their time evenly
+        """Show and write one step's metrics; draw a sample picture if one is due."""
+        if metrics.step > self._read_until:  # steps that are read together share their time evenly
             now = self._clock()
             self._seconds = max(now - self._last_time, 1e-9) / metrics.read_with
             self._last_time = now
@@ -106,12 +106,13 @@ class RunLog:
         draws = self._shows(metrics.step) and metrics.step < self._plan.steps
         if draws:
             self._save_sample(metrics.step, self._draw_sample())
-        # Drawing and writing is not the step's time; what is read late is written beside the next.
+        # Drawing and writing do not count as a step's time. Steps that are read together are
+        # written while the device computes on, so there only drawing is left out.
         if draws or metrics.read_with == 1:
             self._last_time = self._clock()
 
     def add_last_sample(self, picture: Image.Image | None) -> None:
-        """Keep the last step's picture where one is due; it is drawn after the model is written.
+        """Save the last step's picture if one is due; it is drawn after the model is written.
 
         Raises ResourceError where the disk is full.
         """
@@ -119,7 +120,10 @@ class RunLog:
             self._save_sample(self._plan.steps, picture)
 
     def finish(self, average_loss: float) -> None:
-        """The last line that SageMaker's metric definitions read; the average is of all steps."""
+        """Print the last line that SageMaker's metric definitions read.
+
+        average_loss: the mean over all steps.
+        """
         logs.metric(f"End of training: train_avg_loss={plain_decimal(average_loss)}")
 
     def _count_epoch(self, metrics: StepMetrics) -> None:
@@ -143,13 +147,13 @@ class RunLog:
 
 
 def plain_decimal(value: float) -> str:
-    """A number as SageMaker's metric expressions read it: digits and a point, never an exponent."""
+    """Return a number as SageMaker's metric expressions read it: decimal, with no exponent."""
     return f"{value:.8f}"
 
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """A full or unwritable disk ends the job in one sentence."""
+    """Raise a ResourceError of one sentence if the disk is full or cannot be written."""
     try:
         yield
     except OSError as error:
@@ -176,10 +180,10 @@ def _open_metrics(path: Path, first_step: int) -> TextIO:
 
 
 def _tensorboard(folder: Path, first_step: int) -> Any | None:
-    """A writer of events where tensorboard is installed; nobody else pays its import."""
+    """Return a TensorBoard writer; None, without its slow import, if it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    # Events of steps that a resumed run takes again are not shown twice.
+    # purge_step hides the earlier events of steps that a resumed run repeats.
     return SummaryWriter(log_dir=str(folder / "tensorboard"), purge_step=first_step + 1)

@@ -1,8 +1,8 @@
-"""Everything that a run would lose if it stopped: its state, and checkpoints of it.
+"""The state of a training run, and its checkpoints.
 
 A checkpoint is a folder `step-00000400` that holds weights (safetensors), the optimizer (tensors
 only) and manifest.json with the SHA-256 of each file. It is written under another name, flushed to
-the disk and renamed, so a folder of that name is whole or damaged by others, never half written.
+the disk and renamed, so a folder of that name is never half written.
 Nothing random is stored: what a step draws is a function of (seed, step).
 """
 
@@ -47,9 +47,10 @@ _MANIFEST_FIELDS: Mapping[str, type] = {
 
 @dataclass(slots=True, kw_only=True)
 class TrainingState:
-    """step: updates done. skipped_steps: fp16 updates that overflowed and were tried again.
+    """The trained parts, their optimizer and precision, and the counters of a run.
 
-    loss_total: the losses of all steps, summed. checkpoint: the last one written or gone on from.
+    step: updates done. skipped_steps: fp16 updates that overflowed and were tried again.
+    loss_total: the losses of all steps, summed. checkpoint: the last one written or loaded.
     """
 
     unet: nn.Module
@@ -62,30 +63,30 @@ class TrainingState:
     checkpoint: Path | None = None
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """The trained parts by the name of their folder."""
+        """Yield the trained parts as (name of their folder, module)."""
         yield "unet", self.unet
         if self.text_encoder is not None:
             yield "text_encoder", self.text_encoder
 
 
 def written_bytes(state: TrainingState, checkpoint: Path) -> int:
-    """The size of a checkpoint of `state`: of our own files alone."""
+    """Return the bytes of a checkpoint of `state`; files that others put there do not count."""
     return sum((checkpoint / name).stat().st_size for name in (*_file_names(state), _MANIFEST_NAME))
 
 
 def folder_name(step: int) -> str:
-    """The name of the folder that holds the checkpoint of a step."""
+    """Return the name of the folder that holds the checkpoint of a step."""
     return f"{PREFIX}{step:08d}"
 
 
 def save(state: TrainingState, folder: Path, *, identity: Mapping[str, str], keep: int) -> Path:
-    """Write a checkpoint of `state` into `folder` and drop the oldest ones but `keep`.
+    """Write a checkpoint of `state` into `folder`, then remove all but the newest `keep`.
 
-    identity: what must be equal for a resumed run to go on (settings, data, model), name -> value.
-    Raises ResourceError where the disk is full and TrainingDivergedError where a weight is not
-    finite, leaving earlier checkpoints as they were.
+    identity: settings, data and model as name -> value; a run resumes only if they are equal.
+    Raises ResourceError if the disk is full, and TrainingDivergedError if a weight is not finite;
+    earlier checkpoints then stay as they were.
 
-    Files of others may come and go beside ours at any time: SageMaker's agent puts a marker
+    Other programs may add and remove files at any time: SageMaker's agent puts a marker
     (`FILE.sagemaker-uploading`, then `FILE.sagemaker-uploaded`) beside every file that it finds.
     """
     began = time.monotonic()
@@ -95,9 +96,9 @@ def save(state: TrainingState, folder: Path, *, identity: Mapping[str, str], kee
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_partial(folder)
-        partial.mkdir(exist_ok=True)  # a marker may have come into it while it was removed
+        partial.mkdir(exist_ok=True)  # a marker added during the removal keeps the folder
         _write_files(state, partial, identity)
-        if final.exists():  # damaged, or of a run that started over
+        if final.exists():  # damaged, or from a run that started over
             aside = tempfile.mkdtemp(prefix=f"{partial.name}-", dir=folder)
             final.rename(aside)
         partial.rename(final)
@@ -117,7 +118,7 @@ def save(state: TrainingState, folder: Path, *, identity: Mapping[str, str], kee
 
 
 def tidy(state: TrainingState, folder: Path, *, keep: int) -> None:
-    """Remove half-written checkpoints and the oldest ones but `keep`, never the state's own."""
+    """Remove half-written checkpoints and all but `keep`: the state's own and the newest."""
     _remove_partial(folder)
     others = [path for path in _checkpoints(folder) if path != state.checkpoint]
     for old in others[keep - (state.checkpoint is not None) :]:
@@ -125,28 +126,33 @@ def tidy(state: TrainingState, folder: Path, *, keep: int) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Remove all checkpoints, for a run that starts over; anything else in the folder stays."""
+    """Remove all checkpoints, for a run that starts over; other files in the folder stay."""
     _remove_partial(folder)
     for path in _checkpoints(folder):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def refuse_another_job(folder: Path, *, identity: Mapping[str, str]) -> None:
-    """Raise what `load_newest` would on a changed job; only the manifest is read."""
+    """Raise HyperparameterError, as `load_newest` does, if the checkpoint is of another job.
+
+    Only manifests are read.
+    """
     for path in _checkpoints(folder):
         try:
-            stored = json.loads(_regular(path / _MANIFEST_NAME).read_text())["identity"]
+            stored = json.loads(_require_regular_file(path / _MANIFEST_NAME).read_text())[
+                "identity"
+            ]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            continue  # damaged: told when it is skipped
+            continue  # damaged: `load_newest` skips it with a warning
         if isinstance(stored, dict):
             return _compare(path, stored, identity)
 
 
 def load_newest(state: TrainingState, folder: Path, *, identity: Mapping[str, str]) -> bool:
-    """Bring `state` to the newest whole checkpoint; False where there is none.
+    """Load the newest undamaged checkpoint into `state`; return False if there is none.
 
     Damaged checkpoints are skipped with a warning. Raises HyperparameterError, naming what changed,
-    where the checkpoint belongs to another job.
+    if the checkpoint belongs to another job, or if it does not fit the model.
     """
     for path in _checkpoints(folder):
         try:
@@ -166,7 +172,7 @@ def load_newest(state: TrainingState, folder: Path, *, identity: Mapping[str, st
             _load_files(state, path, manifest["files"].keys())
             state.precision.scaler.load_state_dict(manifest["scaler"])
         except (*_LOADING_FAULTS, SafetensorError) as error:
-            # Its checksums are right, so it was made so: parts of it may be loaded by now.
+            # Its checksums are right, so skipping is wrong; parts of it may be loaded already.
             raise HyperparameterError(
                 f"The checkpoint {path} does not fit this model ({' '.join(str(error).split())}): "
                 "remove it, or set resume=fresh to start over."
@@ -180,7 +186,7 @@ def load_newest(state: TrainingState, folder: Path, *, identity: Mapping[str, st
 
 
 def environment() -> dict[str, str]:
-    """What bit-identity depends on beside settings and data: versions, threads, processor."""
+    """Return what bit-identity depends on besides settings and data, as name -> value."""
     return {
         "torch": torch.__version__,
         "diffusers": metadata.version("diffusers"),
@@ -192,7 +198,7 @@ def environment() -> dict[str, str]:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Newest first; anything else in the folder is left alone."""
+    """Return the checkpoints in a folder, newest first."""
     found = [
         path
         for path in folder.glob(f"{PREFIX}*")
@@ -202,14 +208,14 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _write_files(state: TrainingState, folder: Path, identity: Mapping[str, str]) -> None:
-    """Everything that a checkpoint holds, flushed to the disk."""
+    """Write all files of a checkpoint, and flush them to the disk."""
     for name, module in state.modules():
         tensors = {key: value.contiguous() for key, value in module.state_dict().items()}
         save_file(tensors, folder / f"{name}.safetensors", metadata={"format": "pt"})
     try:
         with (folder / _OPTIMIZER).open("wb") as file:
             torch.save(state.optimizer.state_dict(), file)
-    except RuntimeError as error:  # what torch.save makes of a full disk
+    except RuntimeError as error:  # torch.save raises this if the disk is full
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
@@ -230,7 +236,7 @@ def _write_files(state: TrainingState, folder: Path, identity: Mapping[str, str]
 
 
 def _file_names(state: TrainingState) -> tuple[str, ...]:
-    """The files of a checkpoint beside its manifest; any other file in its folder is not ours."""
+    """Return the names of a checkpoint's files, without the manifest."""
     return (*(f"{name}.safetensors" for name, _ in state.modules()), _OPTIMIZER)
 
 
@@ -244,13 +250,13 @@ def _load_files(state: TrainingState, folder: Path, checked: Set[str]) -> None:
 
 
 def _remove_partial(folder: Path) -> None:
-    """What a killed run was writing."""
+    """Remove what a killed run was writing."""
     for path in folder.glob(f"{_PARTIAL}{PREFIX}*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def _refuse_not_finite(state: TrainingState) -> None:
-    """A step whose gradient was finite may still have thrown a weight out of range."""
+    """Raise TrainingDivergedError if a weight is not finite, even if its gradient was."""
     for name, module in state.modules():
         for key, value in module.state_dict().items():
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
@@ -263,11 +269,12 @@ def _refuse_not_finite(state: TrainingState) -> None:
 
 
 def _read_manifest(path: Path, names: Sequence[str]) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are as it says. Raises ValueError otherwise.
+    """Return the manifest of a checkpoint, after checking the files `names` against it.
 
-    names: the files that count. Earlier versions listed the markers of SageMaker's agent as well.
+    Files that it lists beyond `names` are not checked: earlier versions listed the markers of
+    SageMaker's agent as well. Raises ValueError if the checkpoint is damaged.
     """
-    manifest: dict[str, Any] = json.loads(_regular(path / _MANIFEST_NAME).read_text())
+    manifest: dict[str, Any] = json.loads(_require_regular_file(path / _MANIFEST_NAME).read_text())
     if manifest["format"] != FORMAT:
         raise ValueError(f"its format is {manifest['format']}, not {FORMAT}")
     for name, kind in _MANIFEST_FIELDS.items():
@@ -282,7 +289,7 @@ def _read_manifest(path: Path, names: Sequence[str]) -> dict[str, Any]:
 def _compare(path: Path, stored: Mapping[str, str], wanted: Mapping[str, str]) -> None:
     changed = [
         f"{name} was {stored.get(name, 'unset')} and is now {wanted.get(name, 'unset')}"
-        for name in sorted({*stored, *wanted} - _may_differ(stored, wanted))
+        for name in sorted({*stored, *wanted} - _ignored_settings(stored, wanted))
         if stored.get(name) != wanted.get(name)
     ]
     if changed:
@@ -292,19 +299,22 @@ def _compare(path: Path, stored: Mapping[str, str], wanted: Mapping[str, str]) -
         )
 
 
-def _may_differ(stored: Mapping[str, str], wanted: Mapping[str, str]) -> set[str]:
-    """The width of AdamW's states, where the memory plan is chosen by the memory that is free."""
+def _ignored_settings(stored: Mapping[str, str], wanted: Mapping[str, str]) -> set[str]:
+    """Return the settings that may differ in a resumed run.
+
+    With memory_plan=auto, the free memory decides whether AdamW's states have 8 bits.
+    """
     both = {stored.get("memory_plan"), wanted.get("memory_plan")}
     return {"use_8bit_adam"} if both == {"auto"} else set()
 
 
 def _sha256(path: Path) -> str:
-    with _regular(path).open("rb") as file:
+    with _require_regular_file(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _regular(path: Path) -> Path:
-    """Return a path that is no pipe or device, which would be waited for. Raises ValueError."""
+def _require_regular_file(path: Path) -> Path:
+    """Return the path; raise ValueError for a pipe or device, whose reading could block."""
     if path.exists() and not path.is_file():
         raise ValueError(f"{path.name} is no regular file")
     return path

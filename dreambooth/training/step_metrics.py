@@ -1,4 +1,4 @@
-"""The metrics of a step, read from the device: of one step, or of several at once."""
+"""Reads the metrics of one step, or of several at once, from the device."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from dreambooth.training.state import TrainingState
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepMetrics:
-    """Of one step: losses are means over its micro-batches; grad_norm is that before clipping.
+    """The metrics of one step. Losses are means over its micro-batches; grad_norm is unclipped.
 
-    read_with: how many steps' figures were read at once; weights are those after the last of them.
+    read_with: how many steps were read together. When they are yielded, the weights are those after
+    the last of these steps.
     """
 
     step: int
@@ -31,7 +32,7 @@ class StepMetrics:
 
 
 class DeviceMetrics(NamedTuple):
-    """A step whose losses [3] (all, instance, class) and gradient norm are still the device's."""
+    """A step's metrics, with losses [3] (all, instance, class) and gradient norm on the device."""
 
     step: int
     learning_rate: float
@@ -48,7 +49,7 @@ def read_metrics(
     *,
     with_class: bool,
 ) -> StepMetrics:
-    """Read the metrics of the step under way. Raises TrainingDivergedError, naming it."""
+    """Read the metrics of the current step. Raises TrainingDivergedError if it diverged."""
     unread = DeviceMetrics(state.step + 1, learning_rate, losses, grad_norm)
     (metrics,) = read_together([unread], state, plan, with_class=with_class)
     return metrics
@@ -57,7 +58,10 @@ def read_metrics(
 def read_together(
     unread: list[DeviceMetrics], state: TrainingState, plan: TrainingPlan, *, with_class: bool
 ) -> list[StepMetrics]:
-    """Read the metrics of several steps, waiting once. Raises TrainingDivergedError, naming one."""
+    """Read the metrics of several steps, waiting for the device once.
+
+    Raises TrainingDivergedError for the first step that diverged.
+    """
     figures = torch.stack([torch.cat((one.losses, one.grad_norm.float()[None])) for one in unread])
     metrics = [
         StepMetrics(
@@ -80,7 +84,10 @@ def read_together(
 
 
 def refuse_not_finite(metrics: StepMetrics, state: TrainingState, force: bool = False) -> None:
-    """Raise TrainingDivergedError; fp16 gradients that overflow are the loss scaler's business."""
+    """Raise TrainingDivergedError if the loss or the gradient norm is not finite.
+
+    With loss scaling (fp16) a gradient norm that is not finite is no error, unless `force` is set.
+    """
     scaled = state.precision.scaler.is_enabled() and not force
     if math.isfinite(metrics.loss) and (math.isfinite(metrics.grad_norm) or scaled):
         return

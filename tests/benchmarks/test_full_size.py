@@ -13,7 +13,7 @@ from benchmarks.serving_load.full_size_pictures import Effort, FullSize, Peak, W
 from benchmarks.serving_load.redrawing import Agreement
 from dreambooth.diffusion import model as models
 
-EFFORT = Effort(calls=1, steps=20, alone=1, crowd=1, redrawn=1, batch_rows=2, warm_up_budget_s=0.0)
+EFFORT = Effort(calls=1, steps=20, alone=1, burst=1, redrawn=1, batch_rows=2, warm_up_budget_s=0.0)
 GIB = 2**30
 
 
@@ -23,7 +23,7 @@ def figures(way: str, *, graphs: int = 0, bytes_differing: int = 0) -> WayFigure
         calls=[CallFigure(rows=rows, ms=rows + 0.125, largest_difference=0.0) for rows in ROWS],
         picture_s=0.5,
         alone_per_s=2.0,
-        crowd_per_s=5.0,
+        burst_per_s=5.0,
         rows=16,
         exact=Agreement(
             pictures=40, bytes_differing=bytes_differing, largest_difference=1, not_exact=0
@@ -50,7 +50,7 @@ def test_without_a_gpu_one_run_measures_what_a_cpu_has_and_ends_in_one_json_line
         assert all(call["ms"] > 0 and call["largest_difference"] < 1e-4 for call in each["calls"])
         assert each["picture_s"] > 0
         assert each["alone_per_s"] > 0
-        assert each["crowd_per_s"] > 0
+        assert each["burst_per_s"] > 0
         assert each["exact"]["bytes_differing"] == each["exact"]["not_exact"] == 0
         assert each["peak"] is None
     assert {call["largest_difference"] for call in summary["ways"][0]["calls"]} == {0.0}

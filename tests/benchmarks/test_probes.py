@@ -1,4 +1,7 @@
-"""Small forms of the probes, against real servers; their times are for the command to judge."""
+"""Small forms of the server probes, run against real servers.
+
+Their times are only judged by the benchmark command.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import pytest
 from benchmarks import probes
 from benchmarks.__main__ import parser
 from benchmarks.server_probes import (
-    crowd,
+    burst,
     fuzz,
     generated,
     half_open,
@@ -32,14 +35,14 @@ from benchmarks.server_probes.server import Server, start
 from benchmarks.server_probes.soak import Sample
 from dreambooth.serving.contract import openapi
 
-GENEROUS_S = 120.0  # a guard against hanging, not a figure
+GENEROUS_S = 120.0  # only guards against a hang
 
 
 @pytest.fixture(scope="module")
 def servers() -> Iterator[tuple[Server, Server]]:
-    """One that refuses nothing for its time, and the one for hostile requests; they load together.
+    """Yield a server with a long time limit and one for hostile requests; they load together.
 
-    The first is the timed one, so that every probe can use it; the last test ends it.
+    The first is the one that is timed, so every probe can use it; the last test ends it.
     """
     with (
         start("tiny", *probes.PATIENT, program=overhead.PROGRAM, ready=False) as patient,
@@ -56,7 +59,7 @@ def server(servers: tuple[Server, Server]) -> Server:
 
 
 def assert_sound(outcome: Outcome) -> None:
-    """Every bar is kept; of times only that nothing hung."""
+    """Assert that all bounds are kept; of times, only that nothing hung."""
     for figure in outcome.figures:
         if figure.name.endswith(("_s", "_ms")):
             assert figure.value < GENEROUS_S * (1000 if figure.name.endswith("_ms") else 1), figure
@@ -69,7 +72,7 @@ def test_hostile_requests(servers: tuple[Server, Server]) -> None:
     amounts = fuzz.Amounts(bodies=150, heads=12, hypothesis=25, schemathesis=1, least=300)
     outcome = fuzz.run(servers[1], amounts=amounts, seed=0)
     failed = [fault for fault in outcome.failed if "hangs" not in fault and "_s is" not in fault]
-    assert failed == []  # a crowded machine may be late
+    assert failed == []  # a busy machine may be late
     assert outcome.value("cases_bodies") == 150
     assert outcome.value("cases_schemathesis") > 100
     assert outcome.value("replies_400") > 50
@@ -82,8 +85,8 @@ def test_half_open_connections(server: Server) -> None:
     assert outcome.value("counted_by_guard") == 50
 
 
-def test_a_crowd(server: Server) -> None:
-    outcome = crowd.run(server, requests=80, steps=1)
+def test_a_burst(server: Server) -> None:
+    outcome = burst.run(server, requests=80, steps=1)
     assert_sound(outcome)
     assert outcome.value("answered_200") + outcome.value("refused_503") == 80
 
@@ -118,7 +121,7 @@ def test_sigterm_under_load(server: Server) -> None:
     assert not processes.descendants(server.pid)
 
 
-# What the probes judge by.
+# The rules by which the probes judge.
 
 
 def sample(requests: int, mb: float, files: int = 20) -> Sample:
@@ -169,7 +172,7 @@ def test_the_planted_leak_keeps_every_reply(monkeypatch: pytest.MonkeyPatch) -> 
         (None, b"", 0.1, False, "unanswered"),
     ],
 )
-def test_what_must_not_be_is_counted_and_told(
+def test_what_must_not_be_is_counted_and_reported(
     status: int | None, body: bytes, seconds: float, unfinished: bool, kind: str
 ) -> None:
     verdicts = Verdicts()
@@ -205,7 +208,7 @@ def test_good_requests_are_made_small() -> None:
     assert openapi.document()["components"]["schemas"]["JsonRequest"] != smaller["JsonRequest"]
 
 
-def test_a_figure_says_whether_it_keeps_its_bar() -> None:
+def test_a_figure_says_whether_it_is_within_its_bound() -> None:
     assert Figure(name="resets", value=0, at_most=0).holds
     assert not Figure(name="resets", value=1, at_most=0).holds
     assert not Figure(name="caught", value=0, at_least=1).holds
@@ -219,13 +222,13 @@ def test_the_last_line_is_json_and_a_broken_bar_is_exit_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     figures = (Figure(name="resets", value=2, at_most=0), Figure(name="slowest_s", value=0.25))
-    seen = Outcome(probe="crowd", figures=figures, faults=("2 clients got ConnectionResetError",))
-    monkeypatch.setitem(probes.PROBES, "crowd", lambda size: seen)
-    assert probes.main(parser().parse_args(["probes", "--only", "crowd"])) == 1
+    seen = Outcome(probe="burst", figures=figures, faults=("2 clients got ConnectionResetError",))
+    monkeypatch.setitem(probes.PROBES, "burst", lambda size: seen)
+    assert probes.main(parser().parse_args(["probes", "--only", "burst"])) == 1
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert summary["benchmark"] == "probes"
-    assert summary["figures"] == {"crowd": {"resets": 2, "slowest_s": 0.25}}
+    assert summary["figures"] == {"burst": {"resets": 2, "slowest_s": 0.25}}
     assert summary["failed"] == [
-        "crowd: resets is 2, not <= 0",
-        "crowd: 2 clients got ConnectionResetError",
+        "burst: resets is 2, not <= 0",
+        "burst: 2 clients got ConnectionResetError",
     ]

@@ -80,7 +80,7 @@ def test_pictures_that_change_are_seen(model: DiffusionModel) -> None:
 def test_an_exact_picture_that_changed_is_exit_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    warm_up = WarmUp(seconds_per_step=((1, 0.01),), rows=2, seconds_per_decode=0.01)
+    warm_up = WarmUp(seconds_per_call=((1, 0.01),), rows=2, seconds_per_decode=0.01)
     loads = Loads(warm_up=warm_up, serial_per_s=1.0, figures=[])
     changed = Agreement(pictures=9, bytes_differing=1, largest_difference=1, not_exact=0)
     monkeypatch.setattr(measuring, "measure_loads", lambda *_, **__: loads)

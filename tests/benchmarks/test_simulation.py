@@ -1,4 +1,4 @@
-"""The simulation, and that the real engine makes the very calls that it says."""
+"""The simulation of serving; the real engine must make exactly the calls that it predicts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def call_s(rows: int) -> float:
 
 
 def trace(steps: Sequence[int], per_s: float, seed: int) -> list[Arrival]:
-    """Every picture with a prompt of its own: so the U-Net sees which it is."""
+    """Return arrivals with different prompts, by which the U-Net distinguishes them."""
     draw, seconds, arrivals = random.Random(seed), 0.0, []
     for number, prompt in enumerate(PROMPTS):
         seconds += draw.expovariate(per_s)
@@ -55,14 +55,14 @@ def trace(steps: Sequence[int], per_s: float, seed: int) -> list[Arrival]:
 
 
 def layers_of(model: DiffusionModel) -> list[torch.nn.Module]:
-    """What the model's decoder consists of, its last layer for all that is done at the end."""
+    """Return the layers of the model's decoder; the last includes all that follows it."""
     decoder = model.vae.decoder
     blocks = [[*block.resnets, *(block.upsamplers or ())] for block in decoder.up_blocks]
     return [decoder.conv_in, decoder.mid_block, *itertools.chain(*blocks), decoder.conv_out]
 
 
 class CountedTime:
-    """Runs an engine whose U-Net and VAE take counted time, in which the arrivals come."""
+    """Runs an engine on a clock that its U-Net and VAE advance; requests arrive by that clock."""
 
     def __init__(self, model: DiffusionModel, arrivals: list[Arrival], most_rows: int) -> None:
         self.calls: list[list[int]] = []
@@ -98,7 +98,7 @@ class CountedTime:
         self._pass(call_s(len(inputs[0])))
 
     def _pass(self, seconds: float) -> None:
-        with self._lock:  # the first arrival comes on the test's thread
+        with self._lock:  # the first request arrives on the test's own thread
             self._clock += seconds
             while self._come < len(self._arrivals):
                 if self._arrivals[self._come].seconds > self._clock:
@@ -150,7 +150,7 @@ def test_the_engine_makes_the_calls_that_the_simulation_makes(
 
 
 def test_the_curves_are_the_published_points_within_4_percent() -> None:
-    # Calls per second of 1, 4 and 16 guided pictures.
+    # Calls per second with 1, 4 and 16 guided pictures.
     published = {
         "T4": (7.56, 1.99, 1 / 1.99),
         "V100": (22.2, 6.9, 1.90),

@@ -21,7 +21,7 @@ from dreambooth import tiny
 from dreambooth.settings.hyperparameters import MEMORY_PLANS
 from dreambooth.training.device import CPU, DeviceFacts
 
-# A script with the peer's options and progress bar, which learns nothing.
+# A script with the peer's options and progress bar that does not train.
 PEER = """
 import argparse, pathlib, sys, time
 from PIL import Image
@@ -155,7 +155,7 @@ def test_what_failed_and_the_memory_of_a_gpu_stand_in_the_table(
     assert lines[2].split(maxsplit=2) == ["plain", "fp32_adamw", "exit 1: no room"]
 
 
-def test_a_peer_that_is_not_there_is_told_at_once(
+def test_a_peer_that_is_not_there_is_reported_at_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["train", "--peer", str(tmp_path / "none.py")]) == 1
@@ -177,7 +177,7 @@ def test_the_whole_command_runs_as_users_call_it(
         assert each["faults"] == []
         assert f"{each['times']['median_ms']:.1f}" in row
         assert each["memory_plan"] == "fp32_adamw"
-        assert each["of_expected"] is None  # there is no torch to ask about a CPU's memory
+        assert each["of_expected"] is None  # torch has no peak for a CPU's memory
         assert each["expected_bytes"] > 0
     assert whole["whole_job"]
     assert not prior["whole_job"]
@@ -185,7 +185,7 @@ def test_the_whole_command_runs_as_users_call_it(
     for name in ("class images", "training", "sample pictures", "export", "fid_score"):
         assert phases[name]["seconds"] > 0
         assert any(row.startswith(name) for row in shown)
-    # of 3 steps a checkpoint and a picture after each
+    # Of 3 steps, each followed by a checkpoint and a picture.
     assert (phases["checkpoints"]["times"], phases["sample pictures"]["times"]) == (3, 3)
     assert whole["checkpoint_s"] == pytest.approx(phases["checkpoints"]["seconds"] / 3)
     assert 0 < whole["ready_s"] < 600
@@ -317,7 +317,7 @@ def test_the_stand_in_makes_of_a_picture_what_the_script_trains_on() -> None:
 def test_the_full_size_step_is_derived_from_what_was_counted() -> None:
     operations = derived.count(1, autocast=False)
     counts = derived.total(operations)
-    assert counts.flops == pytest.approx(2.47e12, rel=0.02)  # attention is computed once more
+    assert counts.flops == pytest.approx(2.47e12, rel=0.02)  # attention is computed twice
     assert counts.bytes == pytest.approx(12.7e9, rel=0.05)
     assert 1700 < counts.launches < 2000
     slow = derived.gpu_seconds(operations, 65e12, 320e9)
@@ -353,4 +353,4 @@ def test_derived_figures_say_that_they_are(
     assert row["step_s"] == pytest.approx(1 + 48 * full_size.PARAMETERS["unet"] / 320e9)
 
 
-ONE = derived.Operation(flops=int(30e12), bytes=1)  # a second on a T4 at what it holds
+ONE = derived.Operation(flops=int(30e12), bytes=1)  # takes a second on a T4 at its sustained rate

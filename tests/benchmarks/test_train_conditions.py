@@ -1,4 +1,7 @@
-"""Capped runs and records belong to a GPU; what is said to torch and to the job is tested here."""
+"""The conditions of a benchmark: a memory cap, a T4's settings, and records of runs.
+
+They need a GPU, so only the calls made to torch and to the job are tested here.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +107,7 @@ def test_a_cpu_refuses_what_only_a_gpu_has(
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """As on a card: what `measure` would be asked for; nothing runs."""
+    """Return a list of what `measure` is asked for on a pretended card; nothing runs."""
     asked: list[Any] = []
 
     def measure(subject: Subject, settings: Sequence[Setting], *_: Any, **named: Any) -> Result:

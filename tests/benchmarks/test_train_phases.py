@@ -1,4 +1,4 @@
-"""What phases take is read in the watched process: a tool of the driver and a GPU are stood in."""
+"""Time and memory of phases, read in the watched process; nvidia-smi and the GPU are faked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MIB = 2**20
 
 
 def test_each_peak_is_that_of_the_innermost_phase() -> None:
-    # (allocated, reserved) since the reading before
+    # (allocated, reserved) since the previous reading.
     read = iter([None, (9, 10), (3, 4), (7, 8), (1, 2)])
     ticks = iter([0.0, 1.0, 2.0, 5.0, 7.0, 7.5])
     held = iter([50, 20])
@@ -66,8 +66,8 @@ def test_a_peak_that_the_job_sets_back_is_not_lost(monkeypatch: pytest.MonkeyPat
     assert peaks() == (1, 2)
 
 
-def test_a_jobs_own_phases_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Timings, "phase", Timings.phase)  # undone at the end
+def test_a_jobs_own_phases_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Timings, "phase", Timings.phase)  # restored after the test
     watch = phases.Watch(peaks=lambda: None, process_memory=lambda: None)
     phases.listen(watch)
     timings = Timings()
@@ -106,7 +106,9 @@ def test_the_whole_process_is_asked_of_the_driver(
     assert training.seconds > 2.4
 
 
-def test_without_a_driver_nobody_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_driver_the_free_memory_is_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     ended = run(tmp_path, "import threading; print(threading.active_count())")
     assert [line.text for line in ended.lines] == ["1"]

@@ -1,4 +1,4 @@
-"""The main job for real: the demo on the embedded model, judged by its pictures."""
+"""The demo on the embedded model, run in full and judged by its pictures."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_the_fine_tuned_model_has_learned_the_subject_and_kept_the_beach(out: Pa
     assert share(tuned[subject], cat) >= 0.5
     assert sum(row.setting == "beach" for row in tuned[beach]) >= 6  # of 8
     assert sum(row.species == "dog" for row in tuned[dog]) >= 7
-    for prompt in (other_cats, dog):  # prior preservation: they stay as they were
+    for prompt in (other_cats, dog):  # prior preservation keeps them as they were
         assert share(tuned[prompt], cat) <= 0.125
 
 
@@ -64,7 +64,7 @@ def test_the_report_shows_what_it_draws_over_the_steps(out: Path) -> None:
     assert steps == [100, 200, 300, 400]
     pictures = set(re.findall(r'src="([^"]+)"[^>]*alt="a photo of a riobugger cat, step', html))
     assert len(pictures) == 4
-    assert "Set <code>sample_steps" not in html  # no advice to ask for what is there
+    assert "Set <code>sample_steps" not in html  # the setting is on, so it is not suggested
 
 
 def test_it_prints_the_sheet_and_the_two_lines_for_ones_own_photographs(

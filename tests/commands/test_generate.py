@@ -50,7 +50,7 @@ def test_writes_one_named_picture_per_seed_and_a_grid_and_prints_the_paths(
     captured = capsys.readouterr()
     assert captured.out.split() == [str(tmp_path / name) for name in names]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
-    assert "8/8" in captured.err  # two batches of 4 U-Net calls: PNDM makes one more
+    assert "8/8" in captured.err  # two batches of 4 U-Net calls: PNDM makes one more than asked
     facts = Image.open(tmp_path / names[2]).text  # type: ignore[attr-defined]
     assert facts == {
         "prompt": "ein Käfer, 猫",
@@ -67,7 +67,7 @@ def test_every_option_reaches_the_picture(small_model_folder: Path, tmp_path: Pa
     size = ("--width", 24, "--height", 40)
     argv = ("--model", small_model_folder, "--prompt", CAT, *options, *size, "--out", tmp_path)
     assert run(*argv) == 0
-    (path,) = tmp_path.iterdir()  # one picture: no grid
+    (path,) = tmp_path.iterdir()  # only one picture, so no grid
     request = SamplingRequest(
         prompt=CAT,
         negative_prompt="snow",
@@ -141,7 +141,7 @@ def test_pictures_that_are_not_finite_are_named_and_not_written(
     folder = make_model_folder()
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     state = load_file(weights)
-    state["conv_out.bias"].fill_(3e38)  # finite by itself, no longer so after guidance
+    state["conv_out.bias"].fill_(3e38)  # finite here, but not after guidance
     save_file(state, weights, metadata={"format": "pt"})
     out = tmp_path / "out"
     argv = ("--model", folder, "--prompt", CAT, "--steps", 4, "--seed", 5, "--count", 2)
@@ -151,7 +151,9 @@ def test_pictures_that_are_not_finite_are_named_and_not_written(
     assert list(out.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_made_is_told_before_the_model_is_loaded(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_reported_before_the_model_is_loaded(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "file").write_text("here")
     with pytest.raises(UserError, match=r"--out .* cannot be made"):
         run("--model", "missing", "--prompt", CAT, "--out", tmp_path / "file")
@@ -180,7 +182,7 @@ def test_names_sort_in_order_and_stay_short() -> None:
     [
         ("猫", "007_猫_seed3.png"),
         ("ein Käfer, 猫!", "007_ein-käfer-猫_seed3.png"),
-        ("Ka\u0308fer", "007_käfer_seed3.png"),  # a decomposed letter is the same letter
+        ("Ka\u0308fer", "007_käfer_seed3.png"),  # a decomposed letter equals the composed one
         ("एक हिन्दी", "007_एक-हिन्दी_seed3.png"),
         ("../../etc/passwd\0\n", "007_etc-passwd_seed3.png"),
         ("a\\b:c*d\udcffe", "007_a-b-c-d-e_seed3.png"),

@@ -1,8 +1,8 @@
-"""What stands where AWS's endpoints are: notes each call, answers as if all had gone well.
+"""Stands in for AWS's endpoints: prints each call and answers as if everything had succeeded.
 
-`aws_stand_in.py [ADDRESS]`: prints its own address, then one JSON line `[operation, request]` for
-each call of SageMaker's API. InvokeEndpoint is passed on to the server of ours at ADDRESS. Clients
-come here by the variable AWS_ENDPOINT_URL.
+`aws_stand_in.py [ADDRESS]` prints its own address, then one JSON line `[operation, request]` for
+each call of SageMaker's API. It passes InvokeEndpoint on to our server at ADDRESS. Clients find it
+by the variable AWS_ENDPOINT_URL.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ARN = "arn:aws:sagemaker:us-east-1:111111111111:thing/name"
 MADE = ("TrainingJob", "TransformJob", "HyperParameterTuningJob")
 MADE = (*MADE, "Model", "EndpointConfig", "Endpoint")
 RESOURCES = {"InstanceType": "ml.g5.2xlarge", "InstanceCount": 1, "VolumeSizeInGB": 30}
-# What a client asks again and again until it reads that a job is done.
+# Replies to what a client polls until a job is done.
 DESCRIBED: dict[str, dict[str, Any]] = {
     "DescribeTrainingJob": {
         "TrainingJobName": "job",

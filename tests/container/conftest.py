@@ -1,4 +1,4 @@
-"""What the tests of the image share: they run where DREAMBOOTH_IMAGE names a built image."""
+"""Fixtures for the tests of the image, which run where DREAMBOOTH_IMAGE names a built image."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ def image() -> str:
 
 @pytest.fixture(scope="session")
 def docker(image: str) -> Docker:
-    """Runs the client that DOCKER (default: docker) names; fails the test when it fails, unless
-    check=False.
+    """Return a function that runs the docker client named by DOCKER (default: docker).
+
+    It fails the test when the client fails, unless check=False.
     """
     client = os.environ.get("DOCKER", "docker")
 
@@ -47,7 +48,10 @@ def docker(image: str) -> Docker:
 
 @pytest.fixture
 def container(docker: Docker) -> Iterator[Callable[..., str]]:
-    """Starts a detached container and gives its name; all are removed at the end."""
+    """Yield a function that starts a detached container and returns its name.
+
+    All are removed at the end.
+    """
     started: list[str] = []
 
     def start(*arguments: str) -> str:
@@ -63,7 +67,7 @@ def container(docker: Docker) -> Iterator[Callable[..., str]]:
 
 @pytest.fixture
 def no_leftovers(docker: Docker) -> Iterator[None]:
-    """The SDKs leave stopped containers and a network behind; none may be left running."""
+    """Remove what the SDKs leave, stopped containers and a network; fail if one still runs."""
     yield
     network = "sagemaker-local"
     assert not docker("ps", "--quiet", f"--filter=network={network}").stdout
@@ -75,7 +79,10 @@ def no_leftovers(docker: Docker) -> Iterator[None]:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Iterator[Callable[..., Path]]:
-    """Makes an /opt/ml tree with the cat's eight pictures and the given hyperparameters."""
+    """Yield a function that makes an /opt/ml tree.
+
+    It holds the cat's eight pictures and the given hyperparameters.
+    """
     made: list[Path] = []
 
     def make(**hyperparameters: object) -> Path:
@@ -87,7 +94,7 @@ def tree(tmp_path: Path) -> Iterator[Callable[..., Path]]:
         settings = {name: str(value) for name, value in hyperparameters.items()}
         (root / "input/config/hyperparameters.json").write_text(json.dumps(settings))
         for path in (root, *root.rglob("*")):
-            path.chmod(0o777 if path.is_dir() else 0o666)  # any user may run the image
+            path.chmod(0o777 if path.is_dir() else 0o666)  # the image may run as any user
         return root
 
     yield make
@@ -97,7 +104,10 @@ def tree(tmp_path: Path) -> Iterator[Callable[..., Path]]:
 
 @pytest.fixture
 def train(docker: Docker, image: str) -> Docker:
-    """Runs a job on a tree, with the network closed: `train(root, *options of docker run)`."""
+    """Return a function that runs a job on a tree without a network.
+
+    It is called as `train(root, *options of docker run)`.
+    """
 
     def run(root: Path, *options: str, **more: bool) -> subprocess.CompletedProcess[str]:
         mount = f"--volume={root}:/opt/ml"
@@ -108,7 +118,7 @@ def train(docker: Docker, image: str) -> Docker:
 
 @pytest.fixture
 def model_in() -> Callable[[Path], bool]:
-    """Whether a tree holds a whole model."""
+    """Return a function that checks whether a tree contains a complete model."""
     parts = {"model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler"}
     return lambda root: parts <= {path.name for path in (root / "model").iterdir()}
 

@@ -1,7 +1,7 @@
-"""The published notebook's calls, made by SageMaker's Python SDK v2 in local mode.
+"""Makes the published notebook's calls with SageMaker's Python SDK v2 in local mode.
 
-Run by test_local_mode.py in the SDK's own environment: `sdk_v2_flow.py FLOW JSON`; prints one JSON
-line with what came back.
+Run by test_local_mode.py in the SDK's own environment as `sdk_v2_flow.py FLOW JSON`; prints one
+JSON line with the results.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def transform(given: dict[str, Any]) -> dict[str, Any]:
     transformer.transform(
         "file://" + given["requests"],
         content_type="application/json",
-        logs=False,  # they would be CloudWatch's: local mode has none of a transform job
+        logs=False,  # local mode has no CloudWatch logs of a transform job
     )
     written = {}
     for path in sorted(Path(given["transformed"]).rglob("*.out")):

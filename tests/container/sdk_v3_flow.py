@@ -1,6 +1,7 @@
-"""A training job by SageMaker's Python SDK v3 in a local container.
+"""Runs a training job with SageMaker's Python SDK v3 in a local container.
 
-Run by test_local_mode.py in the SDK's own environment: `sdk_v3_flow.py JSON`; prints one JSON line.
+Run by test_local_mode.py in the SDK's own environment as `sdk_v3_flow.py JSON`; prints one JSON
+line.
 """
 
 from __future__ import annotations

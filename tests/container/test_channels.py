@@ -1,4 +1,4 @@
-"""Awkward channels: read-only and FastFile mounts, stray files, odd names, other tarballs."""
+"""Unusual channels: read-only and FastFile mounts, stray files, odd names, other tarballs."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_stray_tarball_beside_the_model_is_not_taken_for_it(
     assert model_in(root)
 
 
-def test_a_channel_in_pipe_mode_is_told(train: Docker, tree: Tree) -> None:
+def test_a_channel_in_pipe_mode_is_reported(train: Docker, tree: Tree) -> None:
     root = tree(**TINY)
     training = root / "input/data/training"
     training.rename(root / "aside")

@@ -1,6 +1,6 @@
-"""The image as docker runs it: verbs, users, signals, a closed network, a read-only root.
+"""The image as docker runs it: verbs, users, signals, no network, a read-only root.
 
-What comes in through awkward channels is in test_channels.py.
+test_channels.py tests input through unusual channels.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import base64
 import io
 import json
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -53,6 +54,16 @@ def test_without_an_argument_it_trains(
     assert "train_avg_loss=" not in done.stderr
 
 
+def test_its_start_is_measured_from_outside(image: str) -> None:
+    command = [sys.executable, "-m", "benchmarks", "startup", "--starts=1", f"--image={image}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert summary["image"] == image
+    assert 0 < summary["seconds"]["plan printed"] < summary["seconds"]["first step made"]
+    assert summary["seconds"]["server ready"] > 0
+
+
 def test_any_user_on_a_read_only_root_trains(train: Docker, tree: Tree, model_in: Holds) -> None:
     root = tree(**TINY, max_steps=2)
     train(root, *RESTRICTED)
@@ -68,13 +79,13 @@ def test_a_failing_job_says_why_and_leaves_no_model(train: Docker, tree: Tree) -
     assert not list((root / "model").iterdir())
 
 
-def test_a_hub_id_without_a_network_is_told_at_once(train: Docker, tree: Tree) -> None:
+def test_a_hub_id_without_a_network_is_reported_at_once(train: Docker, tree: Tree) -> None:
     root = tree(pretrained_model="somebody/some-model", max_steps=2)
     began = time.monotonic()
     done = train(root, check=False)
     assert done.returncode == 1
     assert "somebody/some-model" in (root / "output/failure").read_text()
-    assert time.monotonic() - began < 40  # a guard against waiting for time-outs
+    assert time.monotonic() - began < 40  # only guards against waiting for time-outs
 
 
 def test_a_job_asks_nobody_on_the_network(
@@ -94,10 +105,10 @@ def test_a_job_asks_nobody_on_the_network(
     ("option", "told"),
     [
         ("--env=SM_NUM_GPUS=1", "SM_NUM_GPUS=1 promises a GPU"),
-        ("--device=/dev/null:/dev/nvidia0", "this machine shows 1 NVIDIA GPU"),  # as --gpus does
+        ("--device=/dev/null:/dev/nvidia0", "this machine shows 1 NVIDIA GPU"),  # as with --gpus
     ],
 )
-def test_a_promised_gpu_that_cannot_be_used_is_told(
+def test_a_promised_gpu_that_cannot_be_used_is_reported(
     option: str, told: str, train: Docker, tree: Tree
 ) -> None:
     root = tree(**TINY, max_steps=2)
@@ -129,7 +140,7 @@ def test_neither_tests_nor_history_are_inside(docker: Docker, image: str) -> Non
 def test_the_build_argument_takes_torch_from_another_index_first(
     docker: Docker, image: str, tmp_path: Path
 ) -> None:
-    """The project's Dockerfile on a base whose pip only writes down what it is asked for."""
+    """The project's Dockerfile is built on a base image whose pip only notes its arguments."""
     base, built = f"{image}-noting-pip", f"{image}-other-torch"
     noting = "FROM {}\nRUN printf '#!/bin/sh\\necho \"$@\" >>/asked\\n' >/usr/local/bin/pip"
     (tmp_path / "Dockerfile").write_text(noting.format(image) + " && chmod +x /usr/local/bin/pip\n")
@@ -196,7 +207,7 @@ def working(url: str) -> bool:
 
 
 def draw(url: str, **keys: int) -> list[tuple[int, int]]:
-    """The sizes of the pictures that the server replies."""
+    """Return the sizes of the pictures in the server's reply."""
     request = urllib.request.Request(
         f"{url}/invocations",
         json.dumps({"prompt": "a photo of a cat", "seed": 1, **keys}).encode(),

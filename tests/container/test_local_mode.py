@@ -1,6 +1,6 @@
-"""SageMaker's own clients against the image, with a real engine: SDK v2's and v3's local modes.
+"""SageMaker's own clients and the image with a real docker: local modes of SDK v2 and SDK v3.
 
-DREAMBOOTH_SDK_V2 and DREAMBOOTH_SDK_V3 name the python of an environment that holds each.
+DREAMBOOTH_SDK_V2 and DREAMBOOTH_SDK_V3 name the python of an environment with each SDK.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Flow = Callable[..., tuple[dict[str, Any], str]]
 
 
 def run_flow(variable: str, *arguments: str) -> tuple[dict[str, Any], str]:
-    """The flow's JSON line, and all that it printed."""
+    """Return the flow's JSON line and everything it printed."""
     python = os.environ.get(variable)
     if not python:
         pytest.skip(f"{variable} names no python with the SDK: see `make test-container`")
@@ -94,7 +94,7 @@ def test_v2_fit_deploy_predict(v2: Flow) -> None:
 def test_v2_a_failing_job_raises_with_our_sentence(v2: Flow, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    for _ in range(3):  # on a busy machine docker-compose 1.29 may miss how a container ended
+    for _ in range(3):  # on a busy machine docker-compose 1.29 may miss that a container has failed
         result, printed = v2("fit", training=f"{empty}/")
         if "raised" in result:
             break
@@ -120,10 +120,10 @@ def test_v2_prior_preservation_with_class_images(v2: Flow) -> None:
     assert {"model.tar.gz", "output.tar.gz"} <= set(result["files"])
 
 
-def test_v2_a_second_job_goes_on_from_the_firsts_model(v2: Flow, tmp_path: Path) -> None:
+def test_v2_a_second_job_resumes_from_the_firsts_model(v2: Flow, tmp_path: Path) -> None:
     v2("fit")
     first = tmp_path / "out" / "model.tar.gz"
-    assert (first.parent / "output.tar.gz").is_file()  # lies beside it in the same channel
+    assert (first.parent / "output.tar.gz").is_file()  # lies beside the model in the same channel
     result, _ = v2("fit", model=f"file://{first}", output=str(tmp_path / "second"))
     assert "model.tar.gz" in result["files"]
 

@@ -1,7 +1,7 @@
-"""The README's blocks for docker and for SageMaker's SDKs are run as they stand there.
+"""Runs the README's blocks for docker and for SageMaker's SDKs as printed.
 
-Folders, ports and the image's name are replaced, and steps made few. What AWS itself would do is
-noted by a stand-in for its endpoints: the SDK's calls are real, and checked by botocore.
+Only folders, ports and the image's name are replaced, and steps reduced. A stand-in takes the place
+of AWS's endpoints and notes the calls: they are made by the real SDK and checked by botocore.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ role, bucket = "arn:aws:iam::111111111111:role/anything", "bucket"
 image_uri = "111111111111.dkr.ecr.us-east-1.amazonaws.com/dreambooth:latest"
 model_uri = "s3://bucket/base.tar.gz"
 """
-# The driver that AWS says a host image has, from the description of its own API.
+# Prints the driver version that AWS's API description gives for a host image.
 DRIVER_OF = """
 import re, sys, botocore.loaders
 shapes = botocore.loaders.Loader().load_service_model("sagemaker", "service-2")["shapes"]
@@ -75,7 +75,10 @@ def replaced(code: str, *pairs: tuple[str, str]) -> str:
 
 
 class Aws:
-    """AWS's stand-in, while a block runs: `environ` leads clients there, `calls` are those made."""
+    """Runs the AWS stand-in.
+
+    environ: variables that lead clients to it. calls: the calls made.
+    """
 
     def __init__(self, server: str = "") -> None:
         self._process = subprocess.Popen(
@@ -102,7 +105,7 @@ class Aws:
 
 
 def test_the_docker_lines_train_and_serve(image: str, tree: Tree, free_port: int) -> None:
-    """In their order, in one folder; --gpus all is left out where there is no GPU."""
+    """They run in their order, in one folder, without --gpus all where there is no GPU."""
     root = tree(pretrained_model="tiny", max_steps=2, learning_rate="1e-4")
     name = f"dreambooth-test-readme-{free_port}"
     client = os.environ.get("DOCKER", "docker")
@@ -172,7 +175,7 @@ def test_the_blocks_for_aws_make_the_calls_that_they_promise() -> None:
 
 
 def test_the_hosts_that_the_blocks_ask_for_have_a_driver_for_the_image() -> None:
-    """CUDA 13, of the default build, needs 580; CUDA 12, of the other one, 525."""
+    """The default build's CUDA 13 needs driver 580, the other build's CUDA 12 needs 525."""
     code = "\n".join(python_blocks("{bucket}"))
     hosts = re.findall(r'(?:inference_ami_version=|TransformAmiVersion=)"(\S+)"', code)
     assert len(hosts) == 3

@@ -1,7 +1,7 @@
-"""Script mode: SageMaker's training toolkit runs our entry point from a source_dir, without docker.
+"""Script mode without docker: SageMaker's training toolkit runs our entry point from a source_dir.
 
-DREAMBOOTH_TRAINING_TOOLKIT names the `train` command of an environment that holds
-sagemaker-training; it trains with the packages of the environment that runs this test.
+DREAMBOOTH_TRAINING_TOOLKIT names the `train` command of an environment with sagemaker-training; it
+trains with the packages of the environment that runs this test.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dreambooth.data import cache, images, pairs
+from dreambooth.data import cache, images, sample_draws
 from dreambooth.diffusion import model as models
 
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ def photos(tmp_path: Path) -> list[Path]:
 def build(
     photos: list[Path], model: models.DiffusionModel, **changes: object
 ) -> cache.LatentPosteriors:
-    settings: dict[str, object] = {"resolution": 32, "center_crop": False, "crops": 5}
+    settings: dict[str, object] = {"resolution": 32, "center_crop": False, "crops_per_picture": 5}
     return cache.build(
         photos,
         encode_image=lambda pixels: models.encode_posterior(model, pixels),
@@ -44,8 +44,8 @@ def build(
 def test_pictures_that_are_not_square_get_several_crops(
     photos: list[Path], model: models.DiffusionModel
 ) -> None:
-    assert build(photos, model).crops == (1, 5, 5)
-    assert build(photos, model, center_crop=True).crops == (1, 1, 1)
+    assert build(photos, model).crop_counts == (1, 5, 5)
+    assert build(photos, model, center_crop=True).crop_counts == (1, 1, 1)
 
 
 def test_random_crops_differ_and_are_a_function_of_the_seed(
@@ -62,9 +62,9 @@ def test_instance_and_class_images_of_one_number_are_cropped_apart(
     photos: list[Path], model: models.DiffusionModel
 ) -> None:
     instance, class_ = build(photos, model), build(photos, model, stream="class")
-    assert torch.equal(instance.mean[0], class_.mean[0])  # square: nothing to choose
+    assert torch.equal(instance.mean[0], class_.mean[0])  # a square picture has only one crop
     for picture in (1, 2):
-        rows = slice(instance.first[picture], instance.first[picture] + 5)
+        rows = slice(instance.first_rows[picture], instance.first_rows[picture] + 5)
         assert not torch.equal(instance.mean[rows], class_.mean[rows])
 
 
@@ -72,23 +72,23 @@ def test_a_cached_sample_equals_encoding_the_crop_at_that_step(
     photos: list[Path], model: models.DiffusionModel
 ) -> None:
     posteriors = build(photos, model)
-    samples = pairs.draw(
+    samples = sample_draws.draw(
         range(6),
         seed=0,
         stream="instance",
-        crops=posteriors.crops,
+        crop_counts=posteriors.crop_counts,
         latent_shape=posteriors.latent_shape,
         train_timesteps=1000,
     )
     cached = posteriors.sample(samples)
     for row in range(6):
-        picture, crop = int(samples.images[row]), int(samples.crops[row])
+        picture, crop = int(samples.images[row]), int(samples.crop_indices[row])
         resized = images.resize(images.open_image(photos[picture]), 32)
         left, top = cache.crop_boxes(
             resized.size,
             resolution=32,
             center=False,
-            crops=5,
+            crops_per_picture=5,
             seed=0,
             stream="instance",
             key=picture,
@@ -103,11 +103,11 @@ def test_the_posterior_is_sampled_afresh(photos: list[Path], model: models.Diffu
     posteriors = build(photos[:1], model)
     draws = [
         posteriors.sample(
-            pairs.draw(
+            sample_draws.draw(
                 range(number, number + 1),
                 seed=0,
                 stream="instance",
-                crops=posteriors.crops,
+                crop_counts=posteriors.crop_counts,
                 latent_shape=posteriors.latent_shape,
                 train_timesteps=1000,
             )
@@ -128,7 +128,7 @@ def test_known_latents_stand_for_their_picture_which_is_not_opened(
         known=lambda path: latents if path == gone else None,
         on_image=done.append,
     )
-    assert (posteriors.first, posteriors.crops) == ((0, 5, 6), (5, 1, 1))
+    assert (posteriors.first_rows, posteriors.crop_counts) == ((0, 5, 6), (5, 1, 1))
     assert torch.equal(posteriors.mean[5], latents)
     assert not posteriors.std[5].any()
     assert torch.equal(posteriors.mean[6], build(photos, model).mean[0])
@@ -140,7 +140,7 @@ def test_pixels_cover_minus_one_to_one() -> None:
     assert cache.to_pixels(picture).flatten().tolist() == pytest.approx([-1, -0.00392, 1], abs=1e-4)
 
 
-def test_progress_is_told(photos: list[Path], model: models.DiffusionModel) -> None:
+def test_progress_is_reported(photos: list[Path], model: models.DiffusionModel) -> None:
     done: list[int] = []
     build(photos, model, on_image=done.append)
     assert done == [1, 2, 3]
@@ -161,10 +161,10 @@ def test_what_is_kept_is_all_that_many_pictures_cost(tmp_path: Path) -> None:
         [path] * 150,
         resolution=512,
         center_crop=False,
-        crops=1,
+        crops_per_picture=1,
         seed=0,
         stream="class",
         encode_image=encode,
     )
     kept = 2 * cached.mean.numel() * 4
-    assert resident_bytes() - before < kept + 60 * 2**20  # it was 400 MiB once
+    assert resident_bytes() - before < kept + 60 * 2**20  # it used to be 400 MiB

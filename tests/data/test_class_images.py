@@ -22,7 +22,7 @@ def sampled(picture: Pixels | None, seed: int = 0) -> Sampled | None:
 
 
 class Sampler:
-    """Draws noise that depends on the seed alone, and writes down what it was asked for."""
+    """Draws noise that depends only on the seed, and keeps a list of the batches asked for."""
 
     def __init__(self, stop_after: int | None = None) -> None:
         self.batches: list[list[int]] = []
@@ -111,7 +111,7 @@ def test_where_a_picture_is_its_latents_are(
 
     monkeypatch.setattr("dreambooth.data.class_images.os.replace", replace)
     run(tmp_path, Sampler(), count=2)
-    assert moved == [".safetensors", ".png"] * 2  # a kill between the two loses nothing
+    assert moved == [".safetensors", ".png"] * 2  # so a kill between the two loses nothing
 
 
 def test_pictures_without_latents_are_not_sampled_again(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_given_pictures_count_and_all_of_them_are_used(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
-def test_a_stopped_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_where_it_stopped(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole", Sampler())
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "part", Sampler(stop_after=2))
@@ -165,7 +165,8 @@ def test_a_damaged_leftover_is_sampled_anew(tmp_path: Path) -> None:
     (tmp_path / ".class_00001.png.part").write_bytes(b"half")
     sampler = Sampler()
     run(tmp_path, sampler)
-    assert sampler.seeds == [derived_seed(5, index) for index in range(6)]  # their two batches
+    # The two batches that they belong to.
+    assert sampler.seeds == [derived_seed(5, index) for index in range(6)]
     assert paths[2].read_bytes() == data
 
 
@@ -240,7 +241,7 @@ def test_derived_seeds_are_stable_distinct_and_of_63_bits() -> None:
     seeds = {derived_seed(s, i, a) for s in (0, 1) for i in range(500) for a in range(4)}
     assert len(seeds) == 4000
     assert all(0 <= seed < 2**63 for seed in seeds)
-    # Held for ever: a change would make resumed runs sample everything anew.
+    # This value must never change, or resumed runs would sample everything again.
     assert derived_seed(0, 0) == 1613241082816453455
 
 

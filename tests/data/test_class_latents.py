@@ -31,7 +31,7 @@ def test_what_was_written_is_read(picture: Path) -> None:
     assert np.array_equal(latents, LATENTS)
 
 
-def test_where_there_is_nothing_nothing_is_said(
+def test_where_there_is_nothing_nothing_is_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert class_latents.read(tmp_path / "class_00000.png", origin="o", shape=SHAPE) is None
@@ -86,5 +86,5 @@ def test_a_folder_in_its_place_is_not_used(picture: Path) -> None:
     place.mkdir()
     assert class_latents.read(picture, origin="o", shape=SHAPE) is None
     place.rmdir()
-    os.mkfifo(place)  # opening it would wait for ever
+    os.mkfifo(place)  # opening it would block forever
     assert class_latents.read(picture, origin="o", shape=SHAPE) is None

@@ -1,4 +1,4 @@
-"""Embedded profiles: made here from their numbers, as ICC.1 lays them out."""
+"""Embedded colour profiles, built here from their numbers in the layout of ICC.1."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from PIL import Image, ImageCms
 from dreambooth.data import images
 from dreambooth.limits import LIMITS
 
-WHITE = (0.9642, 1.0, 0.8249)  # D50, which all profiles are relative to
-# Columns of the matrix to XYZ (D50) of red, green and blue.
+WHITE = (0.9642, 1.0, 0.8249)  # D50, the white point of all profiles
+# Columns of the matrix from red, green and blue to XYZ (D50).
 SRGB = ((0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141))
 DISPLAY_P3 = ((0.5151, 0.2412, -0.0011), (0.2920, 0.6922, 0.0419), (0.1571, 0.0666, 0.7841))
-# The curve of IEC 61966-2-1, by its parameters (ICC.1 parametricCurveType 3).
+# Parameters of the curve of IEC 61966-2-1 (parametricCurveType 3 of ICC.1).
 SRGB_CURVE = (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
 
 
 def fixed(*values: float) -> bytes:
-    """s15Fixed16Number."""
+    """Return numbers as ICC.1's s15Fixed16Number."""
     return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
 
 
 def profile(space: bytes, tags: Mapping[bytes, bytes], connection: bytes = b"XYZ ") -> bytes:
-    """A display profile, or that of a printer with a table, whose tags are whole elements."""
+    """Return a profile of these tags: a printer's for CMYK, else a display's."""
     kind = b"prtr" if space == b"CMYK" else b"mntr"
     told = {
         b"desc": text("made for a test"),
@@ -50,7 +50,7 @@ def profile(space: bytes, tags: Mapping[bytes, bytes], connection: bytes = b"XYZ
 
 
 def text(words: str) -> bytes:
-    """multiLocalizedUnicodeType with one text."""
+    """Return a multiLocalizedUnicodeType with one text."""
     data = words.encode("utf-16-be")
     return b"mluc\0\0\0\0" + struct.pack(">II2s2sII", 1, 12, b"en", b"US", len(data), 28) + data
 
@@ -68,7 +68,10 @@ def grey(gamma: float) -> bytes:
 
 
 def print_() -> bytes:
-    """CMYK in which every ink takes its share of the light and has no colour: a table of 2^4."""
+    """Return a CMYK profile with a table of 2^4 points.
+
+    Every ink takes the same share of the light and has no colour.
+    """
     grid = b""
     for inks in product((0, 1), repeat=4):
         lightness = 255 * max(0.0, 1 - sum(inks) / 4)
@@ -101,7 +104,7 @@ def test_display_p3_becomes_srgb(tmp_path: Path, suffix: str) -> None:
 
 
 def expected(stored: tuple[int, ...]) -> np.ndarray:
-    """Display P3 -> sRGB, by the definitions of both."""
+    """Convert Display P3 to sRGB by the definitions of both."""
     value = np.array(stored) / 255
     linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
     linear = np.linalg.solve(np.array(SRGB).T, np.array(DISPLAY_P3).T @ linear).clip(0, 1)
@@ -134,7 +137,7 @@ def test_transparent_pictures_and_palettes_are_converted_too(tmp_path: Path) -> 
 def test_grey_is_converted(tmp_path: Path, mode: str) -> None:
     image = Image.new(mode, (8, 8), 128 if mode == "L" else (128, 255))
     shown = opened(image, tmp_path / "a.png", grey(1.0))
-    assert abs(int(shown[4, 4, 0]) - 188) <= 2  # half of the light
+    assert abs(int(shown[4, 4, 0]) - 188) <= 2  # half the light
     assert (shown == shown[4, 4, 0]).all()
 
 

@@ -69,7 +69,8 @@ def test_class_data_dir_may_have_another_name_or_place(folder: Path, tmp_path: P
     for name, path in (("cats", inside), (str(outside.parent), outside), ("../elsewhere", outside)):
         info = dataset_info.read(folder, class_data_dir=name, with_prior_preservation=True)
         assert [path.samefile(found) for found in info.class_images] == [True]
-        assert len(info.warnings) == (0 if name == "cats" else 1)  # cats/ is then just a folder
+        # Where it is not the class folder, cats/ is skipped with a warning.
+        assert len(info.warnings) == (0 if name == "cats" else 1)
 
 
 def test_a_missing_or_junk_filled_class_folder_is_no_fault(folder: Path) -> None:
@@ -107,7 +108,7 @@ def test_a_large_png_with_a_broken_stream_is_named_and_skipped(folder: Path) -> 
 
 
 def broken_png(path: Path) -> None:
-    """A PNG of 3 megapixels whose checksums are right around a stream that ends in garbage."""
+    """Write a PNG of 3 megapixels with valid checksums whose compressed data end in garbage."""
     rows = zlib.compress(bytes(2001 * 1500))
     rows = rows[: len(rows) // 2] + b"\xff" * (len(rows) // 2)
     data = b"\x89PNG\r\n\x1a\n"
@@ -193,7 +194,7 @@ def test_bombs_are_skipped_by_the_caps_given(folder: Path) -> None:
     assert "big.png (is 200 x 200, more than the 10000 pixels allowed)" in info.warnings[0]
 
 
-def test_small_and_strange_pictures_are_told(folder: Path) -> None:
+def test_small_and_strange_pictures_are_reported(folder: Path) -> None:
     picture(folder / "strip.png", (600, 100))
     info = dataset_info.read(folder)
     assert len(dataset_info.size_warnings(info, 64)) == 4

@@ -44,7 +44,7 @@ def test_a_data_set_is_its_prompts_names_and_bytes(dataset: DatasetInfo) -> None
     assert len(found) == 5
 
 
-def test_weights_are_told_apart_by_names_sizes_and_blocks_throughout(tmp_path: Path) -> None:
+def test_weights_differ_by_names_sizes_and_blocks_throughout(tmp_path: Path) -> None:
     path = tmp_path / "unet.safetensors"
     content = bytearray(40 << 20)
     path.write_bytes(content)

@@ -22,7 +22,7 @@ from dreambooth.data.picture_files import PictureError
 from dreambooth.errors import DatasetError
 from dreambooth.limits import LIMITS
 
-# A picture without any symmetry: red left top, green right top, blue left bottom, white elsewhere.
+# A picture without symmetry: red top left, green top right, blue bottom left, white elsewhere.
 CORNERS = {(0, 0): (255, 0, 0), (-1, 0): (0, 255, 0), (0, -1): (0, 0, 255), (-1, -1): (255,) * 3}
 
 
@@ -52,7 +52,7 @@ def assert_upright(image: Image.Image, tolerance: int = 40) -> None:
         assert abs(near - np.array(colour)).max() <= tolerance, (x, y, near)
 
 
-# How to store a picture so that orientation k turns it upright again (the inverse transform).
+# How to store a picture so that EXIF orientation k turns it upright (the inverse transform).
 INVERSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -435,7 +435,7 @@ def test_resize_is_pillows_antialiased_bilinear() -> None:
     expected = image.resize((96, 64), Image.Resampling.BILINEAR)
     assert np.array_equal(np.asarray(images.resize(image, 64)), np.asarray(expected))
     fine = Image.fromarray(np.indices((256, 256)).sum(0).astype(np.uint8) % 2 * 255).convert("RGB")
-    assert np.asarray(images.resize(fine, 64)).std() < 3  # a checkerboard turns to even grey
+    assert np.asarray(images.resize(fine, 64)).std() < 3  # a checkerboard becomes an even grey
 
 
 def test_a_picture_of_the_right_size_is_left_alone() -> None:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, features
 
 from dreambooth.data import picture_files
-from dreambooth.data.picture_files import FORMATS, PictureError, listed, shown, sniff
+from dreambooth.data.picture_files import FORMATS, PictureError, listed, printable, sniff
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -41,9 +41,9 @@ def test_the_first_bytes_decide(tmp_path: Path, start: bytes, kind: str | None) 
 
 
 def test_names_are_made_fit_for_a_log_line() -> None:
-    assert shown("a\nb\x1b[31m.png") == "a\\nb\\x1b[31m.png"
-    assert shown("caf\udce9.png") == "caf\\udce9.png"
-    assert shown(Path("Фото 猫.png")) == "Фото 猫.png"
+    assert printable("a\nb\x1b[31m.png") == "a\\nb\\x1b[31m.png"
+    assert printable("caf\udce9.png") == "caf\\udce9.png"
+    assert printable(Path("Фото 猫.png")) == "Фото 猫.png"
 
 
 @pytest.mark.parametrize(

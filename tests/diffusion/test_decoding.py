@@ -26,7 +26,7 @@ def latents(size: int, *, count: int = 1) -> torch.Tensor:
 
 
 def whole(model: DiffusionModel, latents: torch.Tensor) -> np.ndarray:
-    """As diffusers decodes and rounds."""
+    """Decode latents in one call and round as diffusers does."""
     scaled = latents.to(model.vae.dtype) / model.vae.config.scaling_factor
     pixels = model.vae.decode(scaled, return_dict=False)[0].float()
     levels = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy() * 255
@@ -70,7 +70,7 @@ def test_pixels_in_parts_are_the_same_to_the_bit(embedded: DiffusionModel) -> No
 
 @torch.no_grad()
 def test_every_layer_is_a_part(embedded: DiffusionModel) -> None:
-    # conv_in, the middle, 3 blocks of 2 resnets, 2 upsamplers, the end.
+    # conv_in, the mid block, 3 blocks of 2 resnets, 2 upsamplers, and the output.
     assert count_parts(decode_in_parts(embedded, latents(4)))[0] == 2 + 6 + 2 + 1
 
 

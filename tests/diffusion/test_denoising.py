@@ -60,7 +60,7 @@ def test_trajectories_that_join_and_leave_at_any_step_end_as_if_alone(
     running: list[tuple[SamplingRequest, Trajectory]] = []
     ended: dict[int, torch.Tensor] = {}
     while len(ended) < 4:
-        if waiting:  # one more joins at every step
+        if waiting:  # one more picture joins at every step
             running.append((waiting[0], start(model, waiting.pop(0))))
         rows = sampling.text_rows(model, [each for each, _ in running], {})
         denoising.advance(model.unet, [trajectory for _, trajectory in running], rows)

@@ -30,7 +30,7 @@ def test_without_class_rows_there_is_one_term() -> None:
 def test_half_precision_predictions_are_compared_in_fp32() -> None:
     pred = torch.full((1, 1, 1, 1), 300.0, dtype=torch.float16)
     losses = dreambooth_loss(pred, torch.zeros(1, 1, 1, 1), instances=1, prior_loss_weight=0.0)
-    assert losses.total == 90000.0  # beyond fp16
+    assert losses.total == 90000.0  # more than fp16 can hold
 
 
 def test_epsilon_models_predict_the_noise() -> None:

@@ -32,7 +32,7 @@ LAYOUTS = [
     {"text_model_prefix": False},
     {"use_linear_projection": False},
     {"prediction_type": "v_prediction", "pixels": 64},
-    {"prediction_type": "sample"},  # cannot be trained, but drawn from
+    {"prediction_type": "sample"},  # cannot be trained, but can be drawn with
 ]
 
 
@@ -116,7 +116,7 @@ def test_text_is_encoded_as_the_pipeline_does(
 
 
 def test_padding_is_the_base_models_own(model: DiffusionModel) -> None:
-    # Stable Diffusion 2.1 base pads with '!', which only special_tokens_map.json says.
+    # Stable Diffusion 2.1 base pads with '!', which only special_tokens_map.json states.
     assert models.tokenize(model, [""])[0, -1] == 0
 
 
@@ -129,7 +129,7 @@ def test_the_attention_mask_is_used_where_the_model_says_so(make_model_folder: M
     assert torch.equal(models.encode_text(model, models.tokenize(model, prompts)), expected)
 
 
-def test_a_prompt_that_is_cut_is_told(
+def test_a_prompt_that_is_cut_is_reported(
     model: DiffusionModel, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -138,8 +138,8 @@ def test_a_prompt_that_is_cut_is_told(
     assert not caplog.records
     models.tokenize(model, ["a cat " * 16, "a photo of a cat", "a dog " * 1000])
     assert caplog.text.count("longer than the 32 tokens") == 2
-    assert len(caplog.text) < 800  # the prompts themselves do not flood the log
-    for _ in range(3):  # nor do those that come again
+    assert len(caplog.text) < 800  # the prompts themselves are not logged in full
+    for _ in range(3):  # repeated prompts are not warned of again
         models.tokenize(model, ["a cat " * 16])
     assert caplog.text.count("longer than the 32 tokens") == 2
 
@@ -200,7 +200,7 @@ def test_a_vae_that_overflows_in_half_precision_is_asked_in_float32(
     assert decode(model, latents) is None
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # numpy's, inside of diffusers
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised by numpy inside diffusers
 @pytest.mark.parametrize("name", sorted(SCHEDULERS))
 def test_the_folders_own_noise_scheduler_is_made(make_model_folder: Make, name: str) -> None:
     folder = make_model_folder(scheduler=name, prediction_type="v_prediction")

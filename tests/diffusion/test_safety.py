@@ -39,7 +39,7 @@ CONFIG = {
         "model_type": "clip_vision_model",
     },
 }
-# Stable Diffusion 2.1 base: feature_extractor/preprocessor_config.json, at our side.
+# feature_extractor/preprocessor_config.json of Stable Diffusion 2.1 base, at this test's size.
 PREPROCESSOR = {
     "crop_size": {"height": SIDE, "width": SIDE},
     "do_center_crop": True,
@@ -60,7 +60,10 @@ Maker = Callable[..., Path]
 
 @pytest.fixture
 def make_folder(make_model_folder: Callable[..., Path]) -> Maker:
-    """A model folder whose checker hides all (threshold -2 of a cosine) or nothing (+2)."""
+    """Return a function that writes a model folder with a safety checker.
+
+    A cosine threshold of -2 makes the checker hide every picture, +2 none.
+    """
 
     def make(*, threshold: float = 2.0, bin: bool = False, **config: Any) -> Path:
         folder = make_model_folder()
@@ -71,7 +74,7 @@ def make_folder(make_model_folder: Callable[..., Path]) -> Maker:
         for name in ("concept_embeds", "special_care_embeds"):
             state[name] = torch.ones_like(state[name])
             state[f"{name}_weights"] = torch.full_like(state[f"{name}_weights"], threshold)
-        # As published: transformers 4.x names.
+        # Published folders use the names of transformers 4.x.
         inner = "vision_model.vision_model."
         state = {
             key.replace("vision_model.", inner, 1) if not key.startswith(inner) else key: value
@@ -197,7 +200,9 @@ def test_what_is_switched_off_is_left_out(tmp_path: Path) -> None:
         {"image_processor_type": "Foreign"},
     ],
 )
-def test_a_preprocessor_file_without_sense_is_told(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_a_preprocessor_file_without_sense_is_reported(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR | change))
     with pytest.raises(ModelArtifactError, match="preprocessor_config"):
         safety.read_clip_input(tmp_path)
@@ -216,14 +221,14 @@ def test_a_preprocessor_file_without_sense_is_told(tmp_path: Path, change: dict[
     ],
     ids=str,
 )
-def test_a_checker_that_cannot_run_is_told_and_not_passed_over(
+def test_a_checker_that_cannot_run_is_reported_and_not_passed_over(
     make_folder: Maker, config: dict[str, Any]
 ) -> None:
     with pytest.raises(ModelArtifactError, match="safety_checker"):
         safety.load(make_folder(**config), device=CPU, dtype=torch.float32)
 
 
-def test_a_checker_that_sees_another_size_is_told(make_folder: Maker) -> None:
+def test_a_checker_that_sees_another_size_is_reported(make_folder: Maker) -> None:
     folder = make_folder()
     path = folder / "feature_extractor" / "preprocessor_config.json"
     path.write_text(json.dumps(PREPROCESSOR | {"crop_size": 16}))

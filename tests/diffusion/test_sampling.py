@@ -21,11 +21,12 @@ from dreambooth.limits import LIMITS
 CAT, DOG = "a photo of a cat", "a photo of a dog on the beach"
 CPU = torch.device("cpu")
 
-# Measured over two models (epsilon, v-prediction), three pictures each and 8 steps, 2026-11-22,
-# torch 2.13.0, diffusers 0.42.1, x86 CPU: the largest difference from StableDiffusionPipeline is
-# 1/255 (a pixel here and there that rounds the other way; 0 for most), and so is the largest
-# difference between batches of 1 and 3. Equal batches make the same U-Net calls; what remains
-# against the pipeline is that we encode one prompt and decode one picture at a time.
+# Measured on 2026-11-22 with torch 2.13.0 and diffusers 0.42.1 on an x86 CPU, over two models
+# (epsilon, v-prediction) with three pictures each and 8 steps: the largest difference from
+# StableDiffusionPipeline is 1/255 (a few pixels that round the other way; 0 for most), and so is
+# the largest difference between batches of 1 and 3. Equal batches make the same U-Net calls; the
+# remaining difference from the pipeline comes from encoding one prompt and decoding one picture at
+# a time.
 NOISE_SCHEDULERS = {
     "DDIM": ("DDIMScheduler", {}),
     "PNDM": ("PNDMScheduler", {}),
@@ -302,7 +303,7 @@ def test_on_step_counts_every_unet_call_of_all_batches(model: DiffusionModel) ->
             model, company, batch_size=2, on_step=lambda done, total: heard.append((done, total))
         )
     )
-    # PNDM makes one call more than num_inference_steps; two batches.
+    # Two batches, for each of which PNDM makes one call more than num_inference_steps.
     assert heard == [(done, 10) for done in range(1, 11)]
     assert sampling.count_steps(model, company, batch_size=2) == 10
 
@@ -344,7 +345,7 @@ def test_the_caps_are_those_given(model: DiffusionModel) -> None:
         generate(model, [too_large], limits=limits)
 
 
-def test_a_noise_schedule_without_numbers_is_told(model: DiffusionModel) -> None:
+def test_a_noise_schedule_without_numbers_is_reported(model: DiffusionModel) -> None:
     model = dataclasses.replace(model, scheduler_config={"num_train_timesteps": "many"})
     with pytest.raises(ModelArtifactError, match="whole numbers"):
         generate(model, requests(1))

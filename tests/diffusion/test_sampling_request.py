@@ -94,7 +94,7 @@ def test_the_noise_schedule_bounds_the_steps(config: dict[str, object], most: in
 @pytest.mark.parametrize(
     "config", [{"num_train_timesteps": "many"}, {"steps_offset": None}, {"steps_offset": True}]
 )
-def test_a_noise_schedule_without_numbers_is_told(config: dict[str, object]) -> None:
+def test_a_noise_schedule_without_numbers_is_reported(config: dict[str, object]) -> None:
     with pytest.raises(ModelArtifactError, match="whole numbers"):
         sampling_request.max_steps(config)
 
@@ -107,7 +107,7 @@ def test_a_resolution_is_a_multiple_of_the_unit(given: int, counted: int) -> Non
     assert facts.resolution == counted
 
 
-def test_a_noise_schedule_without_a_step_is_told() -> None:
+def test_a_noise_schedule_without_a_step_is_reported() -> None:
     with pytest.raises(ModelArtifactError, match="leaves no step"):
         sampling_request.max_steps({"num_train_timesteps": 10, "steps_offset": 10})
 
@@ -121,7 +121,7 @@ def test_facts_of_the_folder_are_those_of_the_loaded_model(
     assert facts == sampling.sampling_facts(model.load(folder, device=torch.device("cpu")))
 
 
-def test_a_folder_that_is_no_model_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_is_no_model_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ModelArtifactError, match=r"model_index\.json"):
         sampling_request.read_facts(tmp_path)
 

@@ -13,7 +13,7 @@ from dreambooth.model_folder.component_classes import SCHEDULERS
 from dreambooth.tiny import WEIGHTS
 
 CONFIG = json.loads((WEIGHTS / "scheduler" / "scheduler_config.json").read_text())
-# What stays of an expression in float32 whose terms may be ten times as large as the result.
+# Rounding error of a float32 expression whose terms may be ten times as large as its result.
 ROUNDING = {"atol": 2e-4, "rtol": 1e-4}
 
 
@@ -25,7 +25,7 @@ def make(name: str, **settings: Any) -> Any:
 
 
 def explain(schedule: Schedule, sizes: float = 1.0) -> None:
-    """Drive diffusers' noise scheduler with random numbers; its table must say the same."""
+    """Assert that a table gives what diffusers' noise scheduler makes of random numbers."""
     assert schedule.rows is not None
     noise_scheduler = schedule.noise_scheduler()
     generator = torch.Generator().manual_seed(3)
@@ -99,7 +99,7 @@ def test_eta_is_in_the_table(eta: float) -> None:
         ("DDIMScheduler", {"thresholding": True}),
         ("DPMSolverMultistepScheduler", {"thresholding": True}),
         ("HeunDiscreteScheduler", {"clip_sample": True}),
-        ("PNDMScheduler", {"skip_prk_steps": False}),  # remembers more than DEPTH steps
+        ("PNDMScheduler", {"skip_prk_steps": False}),  # it needs more than DEPTH past steps
     ],
 )
 def test_what_is_not_linear_or_remembers_more_has_no_table(

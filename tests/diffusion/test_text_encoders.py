@@ -1,4 +1,4 @@
-"""BERT and XLM-RoBERTa text encoders, against plain transformers and diffusers."""
+"""BERT and XLM-RoBERTa text encoders, compared with plain transformers and diffusers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def change(path: Path, **values: Any) -> None:
 
 
 def bert_tokenizer(folder: Path) -> int:
-    """vocab.txt and its settings, as transformers 4.x saves them; return the size."""
+    """Write vocab.txt and its settings as transformers 4.x saves them; return the size."""
     rows = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     (folder / "vocab.txt").write_text("\n".join(rows) + "\n", encoding="utf-8")
     special = {
@@ -54,7 +54,7 @@ def bert_tokenizer(folder: Path) -> int:
 
 @pytest.fixture
 def bert_folder(make_model_folder: Make) -> Path:
-    """As Taiyi Stable Diffusion is published: a StableDiffusionPipeline with a BertModel."""
+    """Return a folder like Taiyi Stable Diffusion's: a StableDiffusionPipeline with a BertModel."""
     folder = make_model_folder()
     for part in ("text_encoder", "tokenizer"):
         shutil.rmtree(folder / part)
@@ -80,7 +80,7 @@ def bert_folder(make_model_folder: Make) -> Path:
 
 
 def length_delimited(number: int, content: bytes) -> bytes:
-    """One field of a protocol buffer whose content is shorter than 16 KiB."""
+    """Return one length-delimited protocol buffer field; its content must be under 16 KiB."""
     size = len(content)
     return bytes([number << 3 | 2, *([size] if size < 128 else [size & 127 | 128, size >> 7])]) + (
         content
@@ -88,7 +88,7 @@ def length_delimited(number: int, content: bytes) -> bytes:
 
 
 def sentencepiece_file(pieces: Sequence[str], *, kind: int = 1, charsmap: bytes = b"") -> bytes:
-    """A unigram model as SentencePiece writes it: pieces, trainer_spec, normalizer_spec."""
+    """Return a unigram model as SentencePiece writes it: pieces, trainer_spec, normalizer_spec."""
     data = b""
     for number, piece in enumerate(("<unk>", "<s>", "</s>", *pieces)):
         score = struct.pack("<f", -number / 2 if number > 2 else 0.0)
@@ -100,7 +100,7 @@ def sentencepiece_file(pieces: Sequence[str], *, kind: int = 1, charsmap: bytes 
 
 
 def xlm_roberta_folder(folder: Path, *, before_last: bool) -> Path:
-    """As AltDiffusion is published: text_encoder of a class of diffusers' own."""
+    """Make a folder like AltDiffusion's, whose text encoder is a class of diffusers' own."""
     from diffusers.pipelines.deprecated.alt_diffusion import modeling_roberta_series as theirs
 
     for part in ("text_encoder", "tokenizer"):
@@ -135,7 +135,10 @@ def xlm_roberta_folder(folder: Path, *, before_last: bool) -> Path:
 
 
 def alt_pipeline(folder: Path) -> Any:
-    """The folder in diffusers' own pipeline; from_pretrained does not find its class any more."""
+    """Return diffusers' own pipeline of a folder.
+
+    from_pretrained no longer finds its class.
+    """
     from diffusers.pipelines.deprecated.alt_diffusion import modeling_roberta_series as theirs
     from diffusers.pipelines.deprecated.alt_diffusion.pipeline_alt_diffusion import (
         AltDiffusionPipeline,
@@ -164,7 +167,7 @@ def plain_pipeline(folder: Path) -> Any:
 
 
 def assert_same(folder: Path, theirs: Any) -> None:
-    """The text, and a guided picture, are those of the pipeline."""
+    """Assert that the text features and a guided picture equal the pipeline's."""
     model = models.load(folder, device=CPU)
     for prompt in PROMPTS:
         ids = models.tokenize(model, [prompt])
@@ -213,7 +216,7 @@ def rename_weights(file: Path, rename: Callable[[str], str | None]) -> None:
 
 
 def as_bert_was_first_saved(key: str) -> str:
-    """Under `bert.`, with the names of TensorFlow's layer norms."""
+    """Return a weight's name under `bert.`, with TensorFlow's names for layer norm weights."""
     for new, old in ((".weight", ".gamma"), (".bias", ".beta")):
         key = key.replace(f"LayerNorm{new}", f"LayerNorm{old}")
     return f"bert.{key}"
@@ -265,9 +268,11 @@ def test_tokenizer_json_gives_the_same_tokens(make_model_folder: Make, bert_fold
         assert torch.equal(models.tokenize(models.load(folder, device=CPU), PROMPTS), expected)
 
 
-def test_the_end_that_is_cut_is_told(bert_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_end_that_is_cut_is_reported(
+    bert_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = models.load(bert_folder, device=CPU)
-    models.tokenize(model, ["飞流直下" * 5])  # 20 tokens and two at the ends
+    models.tokenize(model, ["飞流直下" * 5])  # 20 tokens and one at either end
     assert not caplog.records
     models.tokenize(model, ["飞流直下" * 6])
     assert "longer than the 24 tokens" in caplog.text
@@ -375,7 +380,7 @@ TABLE = {"vocab": {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3}, "type": "Wor
         lambda folder: (folder / "vocab.txt").unlink(),
         vocab(b"\xff\xfe"),
         vocab(b""),
-        vocab(b"[PAD]\n" * 10_000 + b"[UNK]\n[CLS]\n[SEP]\n"),  # more than the text encoder knows
+        vocab(b"[PAD]\n" * 10_000 + b"[UNK]\n[CLS]\n[SEP]\n"),  # more than the text encoder has
         vocab(b"a\nb\n"),
         single({"model": {"vocab": {"a": "b"}}}),
         single({"model": {"vocab": {"a": 10**9}, "type": "WordPiece"}}),
@@ -472,7 +477,8 @@ def test_the_mask_ends_where_the_prompt_does() -> None:
     assert mask is not None
     assert mask.tolist() == [[1, 1, 1, 0, 0]]
     Tokens.eos_token_id, Tokens.sep_token_id, Tokens.pad_token_id = None, 9, 0
-    ids = torch.tensor([[8, 1, 9, 2, 9, 0, 0]])  # a prompt that spells the end itself
+    # A prompt that contains the end token's text itself.
+    ids = torch.tensor([[8, 1, 9, 2, 9, 0, 0]])
     mask = text_encoders.attention_mask(Tokens(), Encoder(), ids)
     assert mask is not None
     assert mask.tolist() == [[1, 1, 1, 1, 1, 0, 0]]

@@ -1,4 +1,4 @@
-"""Pictures that travel together, in tables or with noise schedulers of their own."""
+"""Denoising several pictures at once, by tables or with diffusers' noise schedulers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ def start(model: DiffusionModel, *wanted: SamplingRequest) -> list[Trajectory]:
 
 
 def pred_of(picture: Trajectory, seed: int) -> torch.Tensor:
-    """What a U-Net might say: it depends on picture, position and latents, not on company."""
+    """Return a made-up prediction.
+
+    It depends on the picture's seed, position and latents, not on the rest of the group.
+    """
     draws = torch.Generator().manual_seed(1000 * seed + picture.position)
     seen = trajectories.model_input([picture])
     return 0.3 * seen + torch.randn(seen.shape, generator=draws)
@@ -79,7 +82,7 @@ def test_no_bit_of_a_picture_depends_on_who_travels_with_it(
     ended: dict[int, torch.Tensor] = {}
     while waiting or running:
         running += [waiting.pop()] if waiting else []
-        running.reverse()  # another place in the group
+        running.reverse()  # give every picture another place in the group
         move([picture for _, picture in running], [seed for seed, _ in running])
         ended |= {seed: picture.latents for seed, picture in running if picture.finished}
         running = [(seed, picture) for seed, picture in running if not picture.finished]

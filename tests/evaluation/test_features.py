@@ -15,7 +15,7 @@ from dreambooth.errors import ModelArtifactError
 from dreambooth.evaluation import features, vision_model
 
 CPU = torch.device("cpu")
-MEAN, STD = (0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)  # CLIP's
+MEAN, STD = (0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)  # CLIP's normalization
 
 
 def pictures(count: int, side: int = 32) -> list[np.ndarray]:
@@ -57,7 +57,7 @@ def vision_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def vit_folder(tmp_path: Path) -> Path:
-    """As DINO's are: without a pooler."""
+    """Return a ViT folder without a pooler, as DINO's are published."""
     config = transformers.ViTConfig(**SMALL, intermediate_size=64)
     torch.manual_seed(0)
     transformers.ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "vit")
@@ -105,7 +105,8 @@ def test_a_vit_without_a_pooler_gives_its_cls_token_each_time(vit_folder: Path) 
 
 
 def test_a_poolers_weights_change_nothing(vit_folder: Path, tmp_path: Path) -> None:
-    whole = transformers.ViTModel.from_pretrained(vit_folder)  # its pooler is random
+    # The pooler is added with random weights.
+    whole = transformers.ViTModel.from_pretrained(vit_folder)
     whole.save_pretrained(tmp_path / "whole")
     rows = [of_folder(folder)(pictures(2)) for folder in (vit_folder, tmp_path / "whole")]
     assert np.array_equal(*rows)
@@ -219,7 +220,7 @@ def test_loading_says_nothing_and_leaves_the_library_as_it_was(
     library.set_verbosity_info()
     try:
         capfd.readouterr()
-        of_folder(tmp_path / "whole")  # with weights that nobody asks for
+        of_folder(tmp_path / "whole")  # the folder holds weights that the features do not use
         shown = capfd.readouterr()
         assert shown.out + shown.err == ""
         assert library.get_verbosity() == library.INFO

@@ -24,7 +24,7 @@ def test_it_equals_the_textbooks_formula_where_covariances_are_regular() -> None
 
 
 def test_a_set_is_at_no_distance_from_itself() -> None:
-    for count in (3, 300):  # singular and regular
+    for count in (3, 300):  # singular and regular covariances
         first = features(count, 20, seed=0)
         assert frechet_distance(first, first[::-1]) == pytest.approx(0, abs=1e-9)
 

@@ -1,4 +1,4 @@
-"""What is wrong with a folder of fid_features is told in a sentence before anything is loaded."""
+"""A faulty fid_features folder is refused with one sentence before anything is loaded."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_what_would_run_code_or_change_the_weights_is_left_out(folder: Path) -> 
         ([], None, "one JSON object"),
     ],
 )
-def test_a_wrong_setting_is_told_in_one_sentence(
+def test_a_wrong_setting_is_reported_in_one_sentence(
     folder: Path, config: object, preprocessor: object, sentence: str
 ) -> None:
     write(folder, config, preprocessor)
@@ -107,7 +107,7 @@ def test_weights_must_be_there_and_be_safetensors(folder: Path) -> None:
         vision_model.read(folder)
 
 
-def test_a_folder_that_is_none_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_is_none_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "none", tmp_path / "file"):
         with pytest.raises(ModelArtifactError, match="There is no folder"):

@@ -1,4 +1,4 @@
-"""The fixtures of the training loop are those of the fast one, too."""
+"""Makes the fixtures of tests/training available here."""
 
 from tests.training.conftest import loaded_small_model, make_training
 

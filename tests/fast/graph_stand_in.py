@@ -1,4 +1,4 @@
-"""What stands in for CUDA graphs on any device, and calls of a small U-Net to capture."""
+"""A stand-in for CUDA graphs on any device, and calls of a small U-Net to capture."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TOKENS, WIDTH = 32, 32
 
 
 class Recalls:
-    """A capturer for any device: a replay is the call once more, on the tensors captured."""
+    """A capturer for any device: a replay makes the call again, on the captured tensors."""
 
     def __init__(self) -> None:
         self.free, self.held = 1 << 40, 0
@@ -25,7 +25,7 @@ class Recalls:
         if self.fault is not None:
             raise self.fault()
         self.captured += 1
-        # As in a capture, nothing is computed before the first replay.
+        # As in a real capture, nothing is computed before the first replay.
         output = torch.full_like(call(), torch.nan)
 
         def replay() -> None:

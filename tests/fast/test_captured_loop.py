@@ -1,4 +1,4 @@
-"""The fast step in the loop: several steps are made before the figures of any are read."""
+"""The fast step in the loop, which makes several steps before it reads their metrics."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FAST = {"fast_step": True, "mixed_precision": "bf16"}
 
 
 def spoiling(step: int, value: float) -> Callable[..., CapturedCall]:
-    """A capturer whose passes end in gradients (and losses) of `value` at one step."""
+    """Return a capturer that sets a gradient and the losses of one step to `value`."""
 
     def capture(call: Any, prepare: Any) -> CapturedCall:
         captured, made = without_capture(call, prepare), []
@@ -78,7 +78,7 @@ def test_the_step_that_diverged_is_named_though_later_ones_are_made(
     steps = training.steps(spoiling(step, math.nan))
     if step > 1:
         assert next(steps).step == 1
-    # None of the steps that were made meanwhile is shown, let alone saved.
+    # None of the steps made in the meantime is reported, let alone saved.
     with pytest.raises(TrainingDivergedError, match=f"not finite at step {step} ") as caught:
         next(steps)
     assert caught.value.step == step
@@ -104,7 +104,7 @@ def test_an_overflowing_fp16_step_is_tried_again_before_the_next(make_training: 
     assert training.state.skipped_steps == 1
 
 
-def test_without_the_fast_step_a_run_goes_on_from_its_checkpoint(
+def test_without_the_fast_step_a_run_resumes_from_its_checkpoint(
     make_training: Make, tmp_path: Path
 ) -> None:
     changes = {"max_steps": 6, "mixed_precision": "bf16", "checkpointing_steps": 3}
@@ -124,7 +124,7 @@ def test_without_the_fast_step_a_run_goes_on_from_its_checkpoint(
 def test_prior_prediction_aims_at_the_base_model(make_training: Make) -> None:
     prior = {"with_prior_preservation": True, "prior_preservation_mode": "prediction"}
     metrics = list(make_training(max_steps=3, **FAST, **prior).steps())
-    # Half weights and autocast round apart: near, not at, nothing to preserve.
+    # Half-precision weights and autocast round differently, so the class loss is only near zero.
     assert metrics[0].class_loss is not None
     assert metrics[0].class_loss < 1e-3 * metrics[0].instance_loss
     assert metrics[2].class_loss > metrics[0].class_loss

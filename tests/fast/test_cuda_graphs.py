@@ -16,7 +16,7 @@ GIB = 2**30
 def test_what_is_free_is_what_this_process_may_still_take(
     monkeypatch: pytest.MonkeyPatch, fraction: float, free: int
 ) -> None:
-    """Of 80 GiB 50 are free; torch holds 10, of which 8 are in use."""
+    """Of 80 GiB, 50 are free; torch has reserved 10, of which 8 are in use."""
     for name, value in (
         *(("Stream", None), ("graph_pool_handle", None), ("mem_get_info", (50 * GIB, 80 * GIB))),
         *(("memory_reserved", 10 * GIB), ("memory_allocated", 8 * GIB)),

@@ -1,4 +1,4 @@
-"""Without a GPU: what a captured call reads and writes; a replay makes the real passes again."""
+"""What a captured call reads and writes, without a GPU: a replay runs the real passes again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Make = Callable[..., Any]
 
 
 class AsCaptured:
-    """As a CUDA graph: a replay writes to the gradients' first addresses, and sets no `grad`."""
+    """Imitates a CUDA graph: a replay writes to the gradients' first addresses, sets no `grad`."""
 
     def __init__(self, weights: list[nn.Parameter]) -> None:
         self.weights = weights
@@ -79,7 +79,7 @@ def test_replays_are_bit_equal_to_eager_calls(make_training: Make, captured: boo
         for gradient, weight in zip(gradients, weights, strict=True):
             assert torch.equal(gradient, weight.grad)  # type: ignore[arg-type]
             weight.grad = gradient  # where the captured call left it
-    assert torch.equal(kept[0], kept[2])  # the caller's own: no later call changes them
+    assert torch.equal(kept[0], kept[2])  # it is the caller's: later calls do not change it
     assert not torch.equal(kept[0], kept[1])
     assert capturer.captured == int(captured)
 
@@ -90,7 +90,7 @@ def test_whole_runs_are_bit_equal_whatever_replays_the_passes(make_training: Mak
     made: list[AsCaptured] = []
 
     def capture(call: Callable[[], Tensor], prepare: Callable[[], None]) -> CapturedCall:
-        # The weights that a call leaves gradients with, as a capture would find out.
+        # A real capture finds the weights that have gradients after a call.
         prepare()
         call()
         half = [o for o in gradients_of(call) if o.grad is not None]
@@ -104,7 +104,7 @@ def test_whole_runs_are_bit_equal_whatever_replays_the_passes(make_training: Mak
 
 
 def gradients_of(call: Any) -> list[nn.Parameter]:
-    """The weights of the GraphedPasses whose bound method `call` is."""
+    """Return the weights of the GraphedPasses that the bound method `call` belongs to."""
     weights: list[nn.Parameter] = call.__self__._weights
     return weights
 
@@ -129,10 +129,10 @@ def test_running_out_of_memory_is_left_to_the_memory_plans(make_training: Make) 
     def fails(call: object, prepare: object) -> CapturedCall:
         try:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        finally:  # ending the failed capture
+        finally:  # as when ending a failed capture fails as well
             raise RuntimeError("operation failed due to a previous error during capture")
 
     training = make_training(fast_step=True, mixed_precision="bf16")
     with pytest.raises(RuntimeError, match="previous error during capture") as caught:
         next(training.steps(fails))
-    assert out_of_memory.is_meant_by(caught.value)
+    assert out_of_memory.ran_out(caught.value)

@@ -1,4 +1,4 @@
-"""Without a GPU: what is captured, kept and given up; captures call the real U-Net once more."""
+"""Which calls are captured, kept and given up; without a GPU, replays call the real U-Net again."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_calls_that_a_graph_cannot_stand_for_are_the_unets_own(model: DiffusionM
         )[0]
     assert torch.equal(whole.sample, call(model.unet, inputs(2)))
     assert one.shape == masked.shape == latents.shape
-    call(graphed, inputs(3))  # more cells than are captured
+    call(graphed, inputs(3))  # more cells than may be captured
     assert capturer.captured == 0
     call(graphed, inputs(2))
     assert capturer.captured == 1
@@ -113,7 +113,7 @@ def test_a_newcomer_takes_the_place_of_the_one_unused_for_longest_once_it_pays(
     assert [key[0] for key in graphed.graphs] == [2, 1]
     assert torch.equal(call(graphed, inputs(3)), call(model.unet, inputs(3)))
     assert [key[0] for key in graphed.graphs] == [1, 3]
-    for _ in range(3):  # it waits as long as the other did
+    for _ in range(3):  # it must be called as often as 3 rows were
         assert 2 not in [key[0] for key in graphed.graphs]
         call(graphed, inputs(2))
     assert [key[0] for key in graphed.graphs] == [3, 2]
@@ -141,7 +141,7 @@ def test_where_memory_is_used_up_what_is_captured_stays_and_the_log_says_it_once
 
 
 def ended_capture() -> BaseException:
-    """As out of memory comes out of a capture whose end fails as well."""
+    """Return the error that hides out of memory where ending the capture fails as well."""
     error = RuntimeError("CUDA error: operation failed due to a previous error during capture")
     error.__context__ = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.")
     return error

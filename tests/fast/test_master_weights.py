@@ -21,7 +21,7 @@ LR = 1e-3
 
 
 class RefusesToWait(TorchDispatchMode):
-    """No value is brought to the host, which would wait for a GPU."""
+    """Fails if a value is copied to the host, which would wait for a GPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func not in (ATEN._local_scalar_dense.default, ATEN.equal.default), func
@@ -74,7 +74,7 @@ def test_an_update_is_adamws_on_fp32_gradients_in_parts_of_any_size(
         assert half.dtype == torch.bfloat16
         assert torch.equal(half, master.to(torch.bfloat16))
         assert master.grad is None
-        assert half.grad is not None  # stays where a captured call will write it again
+        assert half.grad is not None  # it stays, because a captured call will write to it again
     sizes = [len(group["params"]) for group in training.state.optimizer.param_groups]
     assert sizes == [len(group["params"]) for group in plain.state.optimizer.param_groups]
 
@@ -105,7 +105,7 @@ def test_nothing_in_a_step_waits_for_the_device(make_training: Make) -> None:
 def test_fp16_gradients_are_unscaled_and_an_overflow_moves_no_weight(make_training: Make) -> None:
     training = make_training(mixed_precision="fp16", fast_step=True)
     scaler = training.state.precision.scaler
-    scaler.scale(torch.zeros(()))  # the first loss sets the scale up
+    scaler.scale(torch.zeros(()))  # the first loss initializes the scale
     scale = scaler.get_scale()
     masters = masters_with_gradients(training, size=1e-3)
     gradients = [half.grad.double().flatten() for half in masters.unet.parameters()]
@@ -132,6 +132,6 @@ def test_convolutions_are_laid_out_as_gpus_compute_them(make_training: Make) -> 
     assert kernels
     for half in kernels:
         assert half.is_contiguous(memory_format=torch.channels_last)
-    for weight in training.state.unet.parameters():  # which checkpoints hold
+    for weight in training.state.unet.parameters():  # checkpoints hold these
         assert weight.is_contiguous()
     assert masters.unet.training

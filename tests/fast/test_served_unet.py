@@ -1,4 +1,4 @@
-"""Without a GPU: what a served model's options do to it; captures call the real U-Net again."""
+"""The effect of a served model's options; without a GPU, replays call the real U-Net again."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_warming_up_captures_every_row_count_of_the_curve(model: DiffusionModel)
     settings = EngineSettings(max_rows=4, warm_up_budget_s=100.0)
     with Engine(model, settings=settings) as engine:
         warm_up = engine.start()
-    assert [rows for rows, _ in warm_up.seconds_per_step] == [1, 2, 4]
+    assert [rows for rows, _ in warm_up.seconds_per_call] == [1, 2, 4]
     assert {key[0] for key in graphed.graphs} == {1, 2, 4}
 
 

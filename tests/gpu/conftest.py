@@ -1,6 +1,6 @@
-"""Real jobs on the device that is here: a GPU, or the CPU in the ordinary suite.
+"""Real jobs on the device of this machine: a GPU, or the CPU in the ordinary suite.
 
-What is marked `gpu` needs CUDA itself and is left out elsewhere.
+Tests marked `gpu` need CUDA itself and are skipped elsewhere.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(params=[DEVICE])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Where jobs of this process run; its name stands in the test's."""
+    """Return the device that jobs of this process use; it appears in the test's name."""
     return torch.device(request.param)
 
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three instance images, and four class images in `class_data_dir`, 32 x 32."""
+    """Write three instance images, and four class images in `class_data_dir`, of 32 x 32 pixels."""
     folder = tmp_path_factory.mktemp("pictures")
     (folder / "class_data_dir").mkdir()
     generator = np.random.default_rng(0)
@@ -54,7 +54,10 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(
     small_model_folder: Path, pictures: Path, tmp_path: Path, device: torch.device
 ) -> Iterator[Start]:
-    """Run a job of the miniature model to its end; returns the model folder. code: its exit."""
+    """Yield a function that runs a job of the miniature model and returns the model folder.
+
+    code: the exit code it must have.
+    """
 
     def run(out: str, *options: str, code: int = 0) -> Path:
         argv = [f"--pretrained-model={small_model_folder}", f"--train={pictures}"]
@@ -67,5 +70,5 @@ def start(
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All of a U-Net, by name."""
+    """Return all weights of a U-Net by name."""
     return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")

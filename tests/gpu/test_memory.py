@@ -1,6 +1,6 @@
-"""What a GPU alone can say of memory and graphs, at the size of Stable Diffusion 2.1 base.
+"""Memory and CUDA graphs at the size of Stable Diffusion 2.1 base, which only a GPU can show.
 
-The whole job as a T4 runs on a CPU too: the miniature model, and no cap.
+The whole job under a T4's conditions also runs on a CPU, with the miniature model and no cap.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from dreambooth.fast.cuda_graphs import CudaGraphCapturer
 from dreambooth.settings.hyperparameters import MEMORY_PLANS
 from dreambooth.training import device as devices
 
-# With prior preservation at 512 x 512, as memory that torch reserves.
+# Reserved memory with prior preservation at 512 x 512.
 GOALS_GIB = {"fp32_adamw": 13.0, "8bit_adamw": 10.0, "8bit_adamw_in_backward": 6.0}
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, small_model_folder: Path) -> Path:
-    """At full size on a GPU."""
+    """Return a full-size model folder on a GPU, the miniature one on a CPU."""
     if not torch.cuda.is_available():
         return small_model_folder
     full_size.write_model(folder := tmp_path_factory.mktemp("base"))
@@ -68,7 +68,7 @@ def test_the_peak_is_what_the_plan_expects_and_within_its_goal(
     base: Path, tmp_path: Path, plan: str
 ) -> None:
     setting = Setting(with_prior_preservation=True, memory_plan=plan)
-    goal = GOALS_GIB.get(plan)  # a cap as well: more fails
+    goal = GOALS_GIB.get(plan)  # this is also the cap: a job that needs more fails
     figures = run(base, tmp_path, setting, Conditions(memory_gib=goal))
     assert figures.memory is not None
     assert figures.memory.reserved is not None

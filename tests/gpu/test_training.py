@@ -1,6 +1,7 @@
-"""On the device that is here: every plan learns alike, runs repeat and resume, memory may run out.
+"""All memory plans train the same model; runs repeat, resume and survive running out of memory.
 
-The reference is the plain fp32 loop of tests/training/plain_loop.py, on a CPU.
+These tests run on the device of this machine. The reference is the plain fp32 loop of
+tests/training/plain_loop.py on a CPU.
 """
 
 from __future__ import annotations
@@ -18,29 +19,29 @@ from tests.gpu.conftest import DEVICE, Start, weights
 from tests.training import plain_loop
 from tests.training.displacements import Weights, agreement
 
-STEPS = 50 if DEVICE == "cuda" else 10  # a CPU has the 50 in tests/training/test_parity.py
+STEPS = 50 if DEVICE == "cuda" else 10  # tests/training/test_parity.py runs 50 on a CPU
 PRIOR = "--with_prior_preservation=True"
 FAST = "--fast_step=True"
 PLANS = [f"--memory_plan={name}" for name, plan in MEMORY_PLANS.items() if plan.is_automatic]
 
 
 def equal(one: Weights, other: Weights) -> bool:
-    """Bit for bit."""
+    """Return whether all weights are equal bit for bit."""
     return all(torch.equal(one[name], other[name]) for name in one.keys() | other.keys())
 
 
 @pytest.fixture
 def fast_step(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    """All of the fast step but the capture works on a CPU, where it is not offered."""
+    """Allow the fast step on a CPU, where everything but the capture works."""
     if device.type == "cpu":
         monkeypatch.setattr(
-            "dreambooth.training.memory_plan.why_no_fast_step", lambda *_, **__: None
+            "dreambooth.training.memory_plan.fast_step_obstacle", lambda *_, **__: None
         )
 
 
 @pytest.fixture(scope="module")
 def reference(small_model_folder: Path, pictures: Path) -> torch.nn.Module:
-    """The U-Net after the plain loop's steps at the published learning rate."""
+    """Return the U-Net after the plain loop's steps at the published learning rate."""
     world = plain_loop.World(
         model=models.load(small_model_folder, device=torch.device("cpu")),
         instances=sorted(pictures.glob("*.png")),
@@ -84,7 +85,10 @@ WAYS = [
 
 @pytest.fixture
 def interrupted(device: torch.device) -> Iterator[Callable[[bool], None]]:
-    """Arms an update after the third to run out of memory: of AdamW in fp32 alone, or of any."""
+    """Yield a function that makes one update after the third step run out of memory.
+
+    Its argument says whether only AdamW in fp32 fails, or any optimizer.
+    """
     armed: list[bool] = []
 
     def hook(optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -114,7 +118,7 @@ def test_a_deterministic_run_repeats_and_resumes_bit_for_bit(
     assert equal(weights(start("again", *EXACT, *options)), first)
     named = () if any("plan" in option for option in options) else ("--memory_plan=fp32_adamw",)
     kept = (f"--checkpoint_dir={tmp_path / 'kept'}", "--checkpointing_steps=2", *named)
-    interrupted(False)  # a named plan stays: the job ends
+    interrupted(False)  # a memory plan that was named is not replaced, so the job fails
     start("resumed", *EXACT, *options, *kept, code=1)
     assert equal(weights(start("resumed", *EXACT, *options, *kept)), first)
     assert "resumed at step 2" in capsys.readouterr().err
@@ -122,7 +126,7 @@ def test_a_deterministic_run_repeats_and_resumes_bit_for_bit(
 
 @pytest.mark.usefixtures("fast_step")
 @pytest.mark.parametrize("options", [(), (FAST, "--mixed_precision=bf16")], ids=["plain", "fast"])
-def test_out_of_memory_goes_on_with_the_next_plan(
+def test_out_of_memory_resumes_with_the_next_plan(
     start: Start,
     options: tuple[str, ...],
     interrupted: Callable[[bool], None],

@@ -1,4 +1,4 @@
-"""One hostile input, one job: one sentence that names the file, and nothing touched."""
+"""Runs a job on one hostile input: it must fail with one sentence and touch nothing else."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROMPTS = {"instance_prompt": "a photo of riobugger cat", "class_prompt": "a pho
 
 @dataclass
 class Sandbox:
-    """A training folder, a model folder and what the job may write to, side by side."""
+    """A training folder, a model folder and the job's output folder, side by side."""
 
     root: Path
     capsys: pytest.CaptureFixture[str]
@@ -35,7 +35,7 @@ class Sandbox:
         ]
 
     def refuses(self, name: str, *more: str) -> str:
-        """Run the job in this process; returns its sentence, in which `name` must stand."""
+        """Run the job in this process and return its error message, which must contain `name`."""
         (self.root / "out" / "output").mkdir(parents=True)
         before = self.seen()
         self.capsys.readouterr()
@@ -60,7 +60,7 @@ class Sandbox:
         return sentence
 
     def seen(self) -> set[object]:
-        """Everything outside of the output folder, with its size and time."""
+        """Return everything outside the output folder, with its size and time."""
         found: set[object] = set()
         for path in self.root.rglob("*"):
             if not path.is_relative_to(self.root / "out") and path.name != "tmp":
@@ -87,7 +87,7 @@ def sandbox(
 
 @pytest.fixture
 def own_model(sandbox: Sandbox, make_model_folder: Callable[..., Path]) -> Callable[..., Path]:
-    """A function that gives the sandbox a model folder of its own, to be damaged."""
+    """Return a function that gives the sandbox a model folder of its own, to be damaged."""
 
     def make(**options: object) -> Path:
         sandbox.model = sandbox.root / "base"

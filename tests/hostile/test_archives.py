@@ -1,4 +1,4 @@
-"""Model tarballs that would write elsewhere, fill the disk, or are damaged."""
+"""Model tarballs that would write elsewhere or fill the disk, or that are damaged."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def zipped(data: bytes) -> bytes:
 
 
 def patched(data: bytes, at: int, value: bytes) -> bytes:
-    """A header with other bytes and the checksum that fits them."""
+    """Overwrite bytes of a header and fix its checksum."""
     block = bytearray(data[:512])
     block[at : at + len(value)] = value
     block[148:156] = b" " * 8
@@ -96,7 +96,7 @@ LINKS: dict[str, tuple[Member, ...]] = {
     "link for a folder": (link("unet", "/tmp"), file("unet/config.json")),
     "link over a folder": (folder("x"), link("x", "/tmp"), file("x/y")),
     "the nested escape": (
-        # every link leads inside, seen from the name; the sum of them leads out
+        # each link alone leads inside; together they lead out
         *(folder("a"), link("a/b", "."), link("a/b/c", "..")),
         *(link("a/b/c/d", ".."), file("a/b/c/d/victim/precious", b"gone")),
     ),

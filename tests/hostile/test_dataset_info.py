@@ -1,4 +1,4 @@
-"""dataset_info.json in every malformed kind."""
+"""dataset_info.json, malformed in every way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names from strangers' files reach sentences and logs: they forge no line there, and fill none."""
+"""Names from untrusted files must not forge or flood lines of messages and logs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dreambooth.process import failure, logs
 from tests.hostile.conftest import Sandbox
 
 FORGED = "fid_score=0.0"
-# Line breaks of every kind, and escape codes that wipe a terminal's line.
+# Line breaks of every kind, and escape codes that erase a terminal's line.
 NASTY = f"x\n{FORGED}\r{FORGED}\x0b\x0c\x1c\x85\u2028{FORGED}\u2029\x1b[2K\x1b[1A{FORGED}\n"
 HUGE = "x" * 3_000_000
 OwnModel = Callable[..., Path]
@@ -32,7 +32,7 @@ def change(path: Path, name: str, value: object) -> None:
 
 
 def rename_tensor(path: Path, name: str, **changes: object) -> None:
-    """Give the first tensor of a safetensors file another name, and its entry other values."""
+    """Rename the first tensor of a safetensors file and change keys of its entry."""
     data = path.read_bytes()
     length = struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8 : 8 + length])
@@ -43,7 +43,7 @@ def rename_tensor(path: Path, name: str, **changes: object) -> None:
 
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
-# Where a name can stand in a model folder: what is done to the folder with a name.
+# The places of a name in a model folder: each function puts a name there.
 PLACES: dict[str, Callable[[Path, str], None]] = {
     "tensor": lambda model, name: rename_tensor(model / UNET, name),
     "tensor, dtype": lambda model, name: rename_tensor(model / UNET, "a", dtype=name),
@@ -89,7 +89,7 @@ def write_weight_map(model: Path, name: str) -> None:
 
 
 def check(*texts: str) -> None:
-    """No line was forged, nothing but text was printed, and nothing was filled."""
+    """Assert that no line was forged, unprintable or very long."""
     for text in texts:
         for line in text.splitlines():
             assert not line.startswith(FORGED), line[:200]
@@ -115,7 +115,7 @@ def test_no_name_in_a_model_folder_forges_or_fills_a_line(
     sentences = [line for line in shown.err.splitlines() if line.startswith("error: ")]
     (sentence,) = sentences
     assert len(sentence) < 3_000
-    assert sentence.endswith((".", ".)"))  # its end, which says what to do, is there
+    assert sentence.endswith((".", ".)"))  # the end, which says what to do, was not cut
 
 
 @pytest.mark.parametrize("name", [NASTY[:40], "x" * 200], ids=["nasty", "long"])
@@ -170,7 +170,7 @@ def test_no_setting_forges_or_fills_a_line(
     root = sandbox.root / "out"
     (root / "output").mkdir(parents=True)
     sandbox.capsys.readouterr()
-    wrong = ["--max_steps=0"]  # what is fine otherwise ends here
+    wrong = ["--max_steps=0"]  # stops the job where the name itself is harmless
     code = run_job([*sandbox.argv(), *wrong, *argv], {**environ, "SAGEMAKER_BASE_DIR": str(root)})
     assert code == 1
     shown = sandbox.capsys.readouterr()
@@ -211,10 +211,10 @@ def test_notes_groups_and_syntax_errors_forge_no_line() -> None:
     plain = failed(ValueError, NASTY)
     check(group, syntax, plain)
     for text in (group, syntax, plain):
-        assert "  x\\nfid_score=0.0" in text  # the note
+        assert "  x\\nfid_score=0.0" in text  # the note of the error
 
 
-def test_a_fault_of_ours_in_another_verb_is_told_the_same_way(
+def test_a_fault_of_ours_in_another_verb_is_reported_the_same_way(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: object, **__: object) -> Any:
@@ -227,7 +227,7 @@ def test_a_fault_of_ours_in_another_verb_is_told_the_same_way(
     check(shown)
 
 
-def test_a_log_line_is_one_line_whatever_it_is_told(
+def test_a_log_line_is_one_line_whatever_the_message(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import warnings

@@ -1,4 +1,4 @@
-"""Model folders: weights that are more than weights, damaged headers, classes that are foreign."""
+"""Model folders with pickles that hold more than weights, damaged headers and foreign classes."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_tensors_that_do_not_fit_are_refused(sandbox: Any, own_model: Own, name:
 
 
 class Calls:
-    """A pickle that calls what it likes."""
+    """An object whose pickle makes a call when it is loaded."""
 
     def __init__(self, what: Callable[..., object], *arguments: object) -> None:
         self._call = (what, arguments)
@@ -263,7 +263,7 @@ def test_files_that_are_none(sandbox: Any, own_model: Own, file: str, kind: str)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt", "model.pt", "model.bin"])
-def test_a_single_file_is_told_how_to_convert(sandbox: Any, name: str) -> None:
+def test_a_single_file_gets_the_convert_command_named(sandbox: Any, name: str) -> None:
     sandbox.model = sandbox.root / name
     sandbox.model.write_bytes(b"\0" * 100)
     assert "from_single_file" in sandbox.refuses(name)

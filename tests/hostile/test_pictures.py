@@ -1,4 +1,4 @@
-"""Pictures that are none, are damaged, or would eat the machine; and odd ones that are fine."""
+"""Files that are no pictures, are damaged or huge, and unusual pictures that are fine."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_a_folder_of_one_such_picture_is_refused_and_the_picture_named(
     (sandbox.photos / "good.png").unlink()
     (sandbox.photos / f"hostile.{suffix}").write_bytes(data)
     sentence = sandbox.refuses(f"hostile.{suffix}")
-    assert not re.search(r"[<>]|\bb'|0x|Error|object at", sentence)  # no Python in it
+    assert not re.search(r"[<>]|\bb'|0x|Error|object at", sentence)  # no Python terms
 
 
 NAMES = {

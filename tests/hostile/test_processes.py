@@ -1,4 +1,4 @@
-"""Ten of the hostile inputs as a user meets them: a real process, exit code 1, a failure file."""
+"""Ten of the hostile inputs in a real process, which exits with 1 and writes a failure file."""
 
 from __future__ import annotations
 

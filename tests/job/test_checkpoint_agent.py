@@ -1,7 +1,7 @@
-"""A job beside SageMaker's agent, which puts markers of its own beside every checkpoint file.
+"""Jobs that run beside SageMaker's agent, which puts marker files beside every checkpoint file.
 
 Seen on the platform: `FILE.sagemaker-uploading` while a file is sent to S3, then
-`FILE.sagemaker-uploaded`, in hidden folders too, and gone once FILE is gone.
+`FILE.sagemaker-uploaded`, also in hidden folders; the marker goes when FILE is removed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STEPS = 80
 
 @contextlib.contextmanager
 def agent(folder: Path) -> Iterator[list[int]]:
-    """Mark the files below `folder` until the block ends; the list holds how many were marked."""
+    """Mark the files below `folder` until the block ends; yield a list with the number of marks."""
     ended, marked = threading.Event(), [0]
 
     def watch() -> None:
@@ -52,7 +52,7 @@ def _mark(folder: Path) -> int:
     for place, _, names in os.walk(folder):
         for name in names:
             path = Path(place, name)
-            with contextlib.suppress(OSError):  # the job removes files meanwhile
+            with contextlib.suppress(OSError):  # the job removes files at the same time
                 if name.endswith(UPLOADING):
                     path.rename(path.with_suffix(UPLOADED))
                 elif name.endswith(UPLOADED):
@@ -90,7 +90,7 @@ def newest_step(checkpoints: Path) -> int:
 
 
 def run(argv: list[str]) -> None:
-    """The job in a process of its own, with the exit code of the entry point."""
+    """Run the job in a process of its own that exits with the job's exit code."""
     os._exit(run_job(argv, {}))
 
 
@@ -103,7 +103,7 @@ def test_a_job_that_is_killed_beside_the_agent_goes_on_to_the_same_bits(
         *(small_model_folder, photos, tmp_path / "killed"),
         *(f"--checkpoint_dir={checkpoints}", "--checkpointing_steps=1"),
     )
-    context = multiprocessing.get_context("forkserver")  # the libraries are imported once
+    context = multiprocessing.get_context("forkserver")  # this imports the libraries only once
     context.set_forkserver_preload(["dreambooth.job.fine_tune", "dreambooth.training.adamw_8bit"])
     process = context.Process(target=run, args=(unbroken,))
     process.start()
@@ -146,13 +146,13 @@ def test_a_model_folder_beside_the_checkpoints_is_replaced_beside_the_agent(
 
 
 @pytest.mark.parametrize("marker", [UPLOADING, UPLOADED])
-def test_a_checkpoint_whose_manifest_lists_markers_is_gone_on_from(
+def test_a_checkpoint_whose_manifest_lists_markers_is_resumed(
     small_model_folder: Path,
     tmp_path: Path,
     marker: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """As the first version wrote them."""
+    """The first version of this project wrote such manifests."""
     photos, checkpoints = write_photos(tmp_path / "photos"), tmp_path / "checkpoints"
     more = (f"--checkpoint_dir={checkpoints}", "--checkpointing_steps=1")
     argv = arguments(small_model_folder, photos, tmp_path / "model", *more, "--max_steps=2")

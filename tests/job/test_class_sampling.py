@@ -27,7 +27,7 @@ from dreambooth.job.class_sampling import (
     batch_size,
     class_image_paths,
     known_latents,
-    most_at_once,
+    pictures_per_call,
     with_fast_solver,
 )
 from dreambooth.job.task import Task
@@ -49,7 +49,7 @@ def load(folder: Path) -> DiffusionModel:
 
 @pytest.fixture
 def task(small_model_folder: Path, tmp_path: Path) -> Task:
-    """One given class image, and three to be sampled."""
+    """Return a task with one given class image and three to be sampled."""
     photos = tmp_path / "photos"
     for folder in (photos, photos / "class_data_dir"):
         folder.mkdir()
@@ -83,7 +83,7 @@ def posteriors(task: Task, paths: Iterable[Path]) -> cache.LatentPosteriors:
         list(paths),
         resolution=task.resolution,
         center_crop=False,
-        crops=1,
+        crops_per_picture=1,
         seed=0,
         stream="class",
         encode_image=lambda pixels: models.encode_posterior(model, pixels),
@@ -97,7 +97,7 @@ def test_sampled_latents_are_trained_on_as_they_are(task: Task) -> None:
     model = load(task.model_folder)
     cached = posteriors(task, paths)
     encoded = models.encode_posterior(model, pixels_of(paths[0], task.resolution))
-    assert torch.equal(cached.mean[0], encoded[0][0])  # its owner gave it: encoded as ever
+    assert torch.equal(cached.mean[0], encoded[0][0])  # a given image is encoded as usual
     assert bool((cached.std[0] > 0).all())
     assert not cached.std[1:].any()
     for row, path in enumerate(paths[1:], start=1):
@@ -112,7 +112,13 @@ def pixels_of(path: Path, side: int) -> torch.Tensor:
 
     picture = images.resize(images.open_image(path), side)
     ((left, top),) = cache.crop_boxes(
-        picture.size, resolution=side, center=False, crops=1, seed=0, stream="class", key=0
+        picture.size,
+        resolution=side,
+        center=False,
+        crops_per_picture=1,
+        seed=0,
+        stream="class",
+        key=0,
     )
     return cache.to_pixels(images.to_array(picture.crop((left, top, left + side, top + side))))[
         None
@@ -148,7 +154,7 @@ def test_a_job_with_another_seed_takes_neither_pictures_nor_latents(task: Task) 
 def test_25_steps_of_the_solver_end_where_the_prediction_points(
     make_model_folder: Folder, prediction_type: str
 ) -> None:
-    """With a U-Net that knows the one clean picture, every right solver ends at it."""
+    """If the U-Net always predicts one clean picture, a correct solver ends at that picture."""
     model, steps = with_fast_solver(load(make_model_folder(prediction_type=prediction_type)))
     assert steps == 25
     assert type(models.sampling_scheduler(model)).__name__ == "DPMSolverMultistepScheduler"
@@ -169,7 +175,7 @@ def test_25_steps_of_the_solver_end_where_the_prediction_points(
     text = sampling.text_rows(model, [request], {})
     while not picture.finished:
         advance(Knowing(), [picture], text)
-    # What is left of the noise at the end is what the last step's own noise level leaves.
+    # The remaining noise is that of the last step's own noise level.
     assert float((picture.latents - clean).abs().max()) < 0.02
 
 
@@ -220,7 +226,7 @@ def test_a_noise_schedule_that_the_solver_does_not_know_keeps_its_own(
     small_model_folder: Path,
 ) -> None:
     model = load(small_model_folder)
-    odd = {**model.scheduler_config, "beta_schedule": "sigmoid"}  # DDPM alone has it
+    odd = {**model.scheduler_config, "beta_schedule": "sigmoid"}  # only DDPM knows this schedule
     model = dataclasses.replace(model, scheduler_class="DDPMScheduler", scheduler_config=odd)
     assert with_fast_solver(model) == (model, 50)
 
@@ -248,7 +254,7 @@ def test_the_batch_is_what_fits_beside_the_weights(task: Task) -> None:
         return batch_size(dataclasses.replace(task, plan=plan, hyperparameters=settings))
 
     def gpu(memory_bytes: int) -> DeviceFacts:
-        # What is free just now must not matter: a job that goes on keeps its batches.
+        # Batches must not depend on the memory that is free now: a resumed job keeps its batches.
         return DeviceFacts(kind="cuda", name="", memory_bytes=memory_bytes, free_bytes=1)
 
     assert [on(n) for n in (0.5, 1.5, 3.5, 20.5)] == [1, 1, 3, 8]
@@ -257,7 +263,7 @@ def test_the_batch_is_what_fits_beside_the_weights(task: Task) -> None:
 
 
 def bytes_for(task: Task, pictures: float) -> int:
-    """Memory of a card on which so many pictures share a call in fp32."""
+    """Return the memory of a card on which `pictures` pictures fit into one call in fp32."""
     facts = read_facts(task.model_folder)
     weights = 4 * (facts.unet_parameters + facts.text_encoder_parameters + facts.vae_parameters)
     picture = 4 * 2 * expected_memory.ROW_TENSORS * facts.unet_layer_elements
@@ -271,16 +277,16 @@ def test_a_call_is_as_large_as_the_free_memory_or_the_cap_allows_from_the_first_
         kind="cuda",
         name="",
         memory_bytes=bytes_for(task, 20.5),
-        # `device.from_torch`: what is free, or the fraction that this process may take.
+        # From `device.from_torch`: what is free, or the fraction that this process may take.
         free_bytes=bytes_for(task, 2.5),
     )
     plan = dataclasses.replace(task.plan, device=device, prior_generation_precision="no")
     capped = dataclasses.replace(task, plan=plan)
-    assert (batch_size(capped), most_at_once(capped)) == (8, 2)
+    assert (batch_size(capped), pictures_per_call(capped)) == (8, 2)
     unknown = dataclasses.replace(device, free_bytes=None)
     plan = dataclasses.replace(plan, device=unknown)
-    assert most_at_once(dataclasses.replace(task, plan=plan)) == 8
-    assert most_at_once(task) == 8
+    assert pictures_per_call(dataclasses.replace(task, plan=plan)) == 8
+    assert pictures_per_call(task) == 8
     asked: list[int] = []
 
     def noted(unet: Any, pictures: Any, text: Any) -> None:
@@ -328,7 +334,7 @@ def as_file(content: bytes, beside: Path) -> Path:
 
 
 class Memory:
-    """Lends capturers and keeps them."""
+    """Makes capturers and keeps a list of them."""
 
     def __init__(self) -> None:
         self.capturers: list[Recalls] = []
@@ -339,7 +345,7 @@ class Memory:
 
 
 def fast(task: Task) -> Task:
-    """As the plan has it on CUDA; here the capturer is one for any device."""
+    """Return the task with the fast step in its plan, as on CUDA."""
     return dataclasses.replace(task, plan=dataclasses.replace(task.plan, fast_step=True))
 
 
@@ -349,7 +355,7 @@ def sampled(task: Task, capture_on: Callable[[torch.device], Any]) -> list[bytes
 
 
 class CapturesNothing(Recalls):
-    """Calls are made as ever: the same arithmetic without graphs."""
+    """A capturer that always fails, so that the same calls are made without graphs."""
 
     def capture(self, call: Any) -> CapturedCall:
         raise RuntimeError("no graphs here")
@@ -373,8 +379,9 @@ def test_without_the_fast_step_nothing_is_captured_or_laid_out_anew(task: Task) 
     assert memory.capturers == []
     for before, path in zip(plain[1:], class_image_paths(fast(task), memory)[1:], strict=True):
         mine, other = (np.asarray(Image.open(p)).astype(int) for p in (path, as_file(before, path)))
-        assert np.abs(mine - other).max() <= 2  # channels last: by rounding
-    assert len(memory.capturers) == 1  # its pictures are not those of the plain run
+        assert np.abs(mine - other).max() <= 2  # rounding differs in channels-last layout
+    # The fast run samples its own pictures instead of taking the plain run's.
+    assert len(memory.capturers) == 1
 
 
 def test_out_of_memory_takes_the_graphs_memory_before_the_batch_is_halved(

@@ -1,4 +1,4 @@
-"""compute_fid through the real job: what the score says, and that no fault in it costs a model."""
+"""compute_fid in real jobs: the printed score, and faults in it that must not cost the model."""
 
 from __future__ import annotations
 
@@ -61,7 +61,10 @@ def test_the_score_falls_when_the_subject_is_learned(
 
 @pytest.fixture
 def start(small_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
-    """A job with compute_fid on three pictures; its model is in `tmp_path / "model"`."""
+    """Return a function that runs a job with compute_fid on three pictures.
+
+    The model is written to `tmp_path / "model"`.
+    """
     monkeypatch.setattr("dreambooth.job.previews.NUM_INFERENCE_STEPS", 2)
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -121,7 +124,7 @@ def test_the_tuners_lines_are_bare_on_stdout_at_every_log_level(
     (loss,) = re.findall(r"^End of training: train_avg_loss=(\d\.\d+)$", shown.out, re.MULTILINE)
     assert "fid_score=" not in shown.err
     assert "train_avg_loss=" not in shown.err
-    # As JumpStart's metric definitions read them.
+    # The regular expressions of JumpStart's metric definitions.
     assert re.findall(r"train_avg_loss=([0-9\.]+)", shown.out) == [loss]
     (seen,) = re.findall(r"fid_score=([-+]?\d\.?\d*)", shown.out)
     assert score.startswith(seen)
@@ -136,7 +139,7 @@ def test_the_tuners_lines_are_bare_on_stdout_at_every_log_level(
         ({"model_type": "vit", "image_size": None}, "gives image_size as null"),
     ],
 )
-def test_a_wrong_fid_features_is_told_before_anything_heavy(
+def test_a_wrong_fid_features_is_reported_before_anything_heavy(
     start: Start,
     tmp_path: Path,
     vit_folder: Path,
@@ -158,7 +161,7 @@ def test_a_wrong_fid_features_is_told_before_anything_heavy(
     assert not (tmp_path / "model").exists()
 
 
-def test_weights_that_cannot_be_used_are_told_before_training(
+def test_weights_that_cannot_be_used_are_reported_before_training(
     start: Start, vit_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = json.loads((vit_folder / "config.json").read_text())
@@ -189,7 +192,8 @@ def test_no_fault_in_scoring_costs_the_model_or_the_report(
     sentence: str,
 ) -> None:
     def fail(*_: object) -> float:
-        assert (tmp_path / "model" / "model_index.json").is_file()  # written before
+        # The model is written before the score.
+        assert (tmp_path / "model" / "model_index.json").is_file()
         raise fault
 
     monkeypatch.setattr(scores, "frechet_distance", fail)
@@ -242,6 +246,7 @@ def test_any_copy_and_any_child_of_the_embedded_model_is_judged(
     for number, model in enumerate(("copy", tmp_path / "tiny.tar.gz", tmp_path / "tuned0")):
         assert start(model=model, out=f"tuned{number}") == 0
         assert f"features: {JUDGE};" in capsys.readouterr().err, model
-    other = make_model_folder(pixels=64)  # the judge knows one world, whatever the size
+    # As large as the embedded model's pictures, but of another world.
+    other = make_model_folder(pixels=64)
     assert start(model=other, out="other") == 0
     assert "features: the model's own VAE encoder;" in capsys.readouterr().err

@@ -67,9 +67,9 @@ def steps(folder: Path) -> list[int]:
 
 @contextmanager
 def out_of_memory(where: Callable[[Optimizer, int], bool]) -> Iterator[list[str]]:
-    """Each step of an optimizer for which `where(optimizer, its steps so far)` runs out of memory.
+    """Make the optimizer steps chosen by `where(optimizer, its steps so far)` run out of memory.
 
-    Yields the kinds of optimizer that did, as the tests that read it know them.
+    Yields a list to which each failing optimizer adds its type name.
     """
     failed: list[str] = []
     counts: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
@@ -89,7 +89,7 @@ def out_of_memory(where: Callable[[Optimizer, int], bool]) -> Iterator[list[str]
 
 
 def keeps_gradients(optimizer: Optimizer) -> bool:
-    """An optimizer that steps more than one weight at a time."""
+    """Return whether an optimizer steps more than one weight at a time."""
     members = sum(len(group["params"]) for group in optimizer.param_groups)
     return members > 1
 
@@ -107,7 +107,7 @@ def test_it_goes_over_to_the_next_plan_from_the_start(
     assert torch.equal(weights(tmp_path / "moved"), weights(tmp_path / "named"))
 
 
-def test_it_goes_on_from_the_last_checkpoint(
+def test_it_resumes_from_the_last_checkpoint(
     start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str], small_model_folder: Path
 ) -> None:
     options = (f"--checkpoint_dir={tmp_path / 'kept'}", "--checkpointing_steps=2", "--resume=fresh")
@@ -141,7 +141,7 @@ def test_a_job_that_moved_resumes_its_8_bit_checkpoint_under_any_automatic_plan(
     assert "resumed at step 2" in capsys.readouterr().err
     assert torch.equal(weights(tmp_path / "again"), weights(tmp_path / "moved"))
     shutil.rmtree(kept / "step-00000004")
-    assert start("fp32", *options) == 0  # memory is free by now
+    assert start("fp32", *options) == 0  # enough memory is free this time
     assert "resumed at step 2" in capsys.readouterr().err
     base = weights(small_model_folder)
     fp32, moved = weights(tmp_path / "fp32") - base, weights(tmp_path / "moved") - base
@@ -224,7 +224,7 @@ def test_a_picture_that_memory_is_short_for_costs_no_training(
 def test_a_noise_scheduler_that_cannot_sample_costs_no_model(
     start: Start, make_model_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Training does without its timesteps, so the fault shows when the first picture is drawn."""
+    """Training does not use its timesteps, so the fault appears when the first picture is drawn."""
     odd = {"timestep_spacing": "none"}
     base = make_model_folder(scheduler="DDIMScheduler", scheduler_settings=odd)
     options = (f"--pretrained-model={base}", "--sample_steps=2", "--compute_fid")
@@ -287,13 +287,13 @@ def test_a_stop_during_the_export_is_not_kept_waiting_by_a_checkpoint(
 def test_the_model_is_written_before_the_last_picture_is_drawn(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What ends the process while it draws, such as a fault of the driver, costs no model."""
+    """If the process ends while it draws, as by a driver fault, the model is already written."""
     drawn: list[bool] = []
 
     def generate(*_: object, **__: object) -> Iterator[None]:
         drawn.append((tmp_path / "model" / "model_index.json").exists())
         if drawn[-1]:
-            raise SystemExit(9)  # nothing on the way takes it for a fault
+            raise SystemExit(9)  # unlike an error, nothing catches this
         yield
 
     monkeypatch.setattr("dreambooth.job.previews.sampling.generate", generate)
@@ -361,7 +361,7 @@ def test_a_resumed_job_equals_the_unbroken_one_in_every_plan(
     def third(optimizer: Optimizer, done: int) -> bool:
         return next(iter(optimizer.state.values()), {"step": 0})["step"] == 3
 
-    with out_of_memory(third):  # a named plan stays: the job ends
+    with out_of_memory(third):  # a memory plan that was named is not replaced, so the job fails
         assert start("resumed", *options) == 1
     assert start("resumed", *options) == 0
     assert steps(tmp_path / "resumed") == [1, 2, 3, 4]
@@ -370,12 +370,12 @@ def test_a_resumed_job_equals_the_unbroken_one_in_every_plan(
 
 @pytest.fixture
 def fast_step(monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
-    """Options of a job with the fast step; all of it but the capture works without a GPU."""
-    monkeypatch.setattr("dreambooth.training.memory_plan.why_no_fast_step", lambda *_, **__: None)
+    """Return options for the fast step and allow it on a CPU, where all but the capture works."""
+    monkeypatch.setattr("dreambooth.training.memory_plan.fast_step_obstacle", lambda *_, **__: None)
     return ("--fast_step=True", "--mixed_precision=bf16")
 
 
-def test_out_of_memory_in_the_fast_step_goes_on_from_the_last_checkpoint(
+def test_out_of_memory_in_the_fast_step_resumes_from_the_last_checkpoint(
     start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str], fast_step: tuple[str, ...]
 ) -> None:
     def third(adamw: Optimizer, _: int) -> bool:

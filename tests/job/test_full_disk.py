@@ -1,4 +1,4 @@
-"""Disks that are too small: a tmpfs where the test may mount one, and a limit on files."""
+"""Disks that are too small: a tmpfs where the test may mount one, and a limit on file sizes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """A function that mounts a disk of so many bytes, or changes the size of the one there is."""
+    """Yield a function that mounts a disk of `count` bytes, or resizes the one that is mounted."""
     if os.geteuid() != 0:
         pytest.skip("only root may mount; the tests with a limit on files run for everybody")
     place = tmp_path / "disk"
@@ -97,7 +97,7 @@ def test_what_an_earlier_run_left_counts_as_room(
     place = disk(64 * MIB)
     assert train(small_model_folder, photos, place, tmp_path) == 0
     left = used(place)
-    disk(left + 26 * MIB)  # for the report 16, and one checkpoint while it is written 9
+    disk(left + 26 * MIB)  # 16 MiB for the report, 9 for a checkpoint being written
     assert train(small_model_folder, photos, place, tmp_path) == 0
 
 
@@ -131,7 +131,7 @@ def test_a_disk_that_others_fill_up_costs_one_sentence(
     assert not {name for name in names if name.startswith((".partial", "model_index", "step-"))}
 
 
-def test_a_disk_that_fills_up_costs_no_checkpoint_and_the_run_goes_on_bit_for_bit(
+def test_a_disk_that_fills_up_costs_no_checkpoint_and_the_run_resumes_bit_for_bit(
     small_model_folder: Path,
     photos: Path,
     tmp_path: Path,
@@ -166,7 +166,7 @@ def test_a_disk_that_is_full_after_training_costs_no_model(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The last checkpoint, the last row of metrics and the last picture come when it is written."""
+    """Only the last checkpoint, row of metrics and picture are still to be written."""
     place = disk(MIB)
     monkeypatch.setattr(outputs, "check_room", lambda *_: None)
     write_row = run_log.RunLog.step
@@ -195,7 +195,7 @@ def test_a_disk_that_is_full_after_training_costs_no_model(
 
 @contextmanager
 def files_of_at_most(count: int) -> Iterator[None]:
-    """Writing beyond it fails as a full disk does; needs no rights."""
+    """Make writing beyond `count` bytes fail as on a full disk; needs no rights."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (count, hard))
     try:

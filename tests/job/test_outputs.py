@@ -62,7 +62,7 @@ def test_a_symlink_does_not_hide_it(places: dict[str, Path], tmp_path: Path) -> 
 
 
 def test_a_size_is_counted_while_others_write_and_remove(tmp_path: Path) -> None:
-    """SageMaker's agent comes and goes in the folders that it uploads."""
+    """SageMaker's agent writes and removes files in the folders that it uploads."""
     (tmp_path / "ours").write_bytes(b"12345")
     ended = threading.Event()
 

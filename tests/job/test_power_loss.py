@@ -1,4 +1,4 @@
-"""A loss of power at any moment: what has its name is on the disk, whole."""
+"""After a loss of power at any moment, every file under its final name is whole on the disk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dreambooth.job.run import run_job
 
 
 class Disk:
-    """Watches the calls that matter: which paths were flushed, and what then got its name."""
+    """Records each rename to a final name, and the paths that were not flushed before it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._flushed: dict[tuple[int, int], tuple[int, int]] = {}
@@ -48,7 +48,7 @@ class Disk:
         return self._flushed.get(_identity(status)) == _version(status)
 
     def unflushed_names(self, folder: Path) -> list[str]:
-        """Folders below in which something got its name, and whose list was not flushed since."""
+        """Return the folders below `folder` that were not flushed after a rename into them."""
         return [path for path in self._unflushed if Path(path).is_relative_to(folder)]
 
 

@@ -1,7 +1,7 @@
 """Miniatures with the configurations of Stable Diffusion 1.x and 2.x, through the whole job.
 
-Only widths and depths are small; every other setting is that of the published folders, and so are
-the files of 2022 and 2023: their names, their keys and their index.
+Only widths and depths are smaller; all other settings are those of the published folders, as are
+the names, keys and index of the files of 2022 and 2023.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BLOCKS = {
     "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
     "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
 }
-# The last two lines of the schedulers of 2.x are not in those of 1.x.
+# The published noise schedulers of 2.x add prediction_type to these.
 SCHEDULER = {
     "_class_name": "PNDMScheduler",
     "beta_end": 0.012,
@@ -49,7 +49,7 @@ SCHEDULER = {
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What sets one generation of Stable Diffusion apart from the others."""
+    """The settings in which generations of Stable Diffusion differ."""
 
     scheduler: dict[str, Any]
     unet: dict[str, Any]
@@ -59,8 +59,8 @@ class Shape:
 
 
 STABLE_DIFFUSION_1 = Shape(
-    scheduler=SCHEDULER,  # names no prediction_type
-    unet={"attention_head_dim": 8},  # one number, convolutions as projections
+    scheduler=SCHEDULER,  # without a prediction_type
+    unet={"attention_head_dim": 8},  # one number for all blocks; convolutions as projections
     text_encoder={"hidden_act": "quick_gelu", "num_hidden_layers": 2, "projection_dim": 24},
     safety_checker=True,
 )
@@ -97,7 +97,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write(folder: Path, shape: Shape) -> Path:
-    """Replace all parts of a miniature but its tokenizer by those of a published shape."""
+    """Replace all parts of a miniature except the tokenizer by those of a published shape."""
     for path in folder.glob("*/*.safetensors"):
         path.unlink()
     with torch.random.fork_rng():
@@ -151,7 +151,7 @@ def write_safety_checker(folder: Path) -> None:
         projection_dim=24,
     )
     checker = StableDiffusionSafetyChecker(config)
-    # As it was published: without verdicts of its own on random pictures.
+    # Like a published checker, it does not hide random pictures.
     torch.nn.init.constant_(checker.concept_embeds_weights, 9.0)
     torch.nn.init.constant_(checker.special_care_embeds_weights, 9.0)
     checker.save_pretrained(folder / "safety_checker")
@@ -173,7 +173,7 @@ def write_safety_checker(folder: Path) -> None:
 
 
 def write_special_tokens(folder: Path) -> None:
-    """As 1.x has them: whole tables, of a class that is named, and padding by the end's token."""
+    """Write special tokens as in 1.x: full tables of a named class, padded with the end token."""
     how = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
     names = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"}
     names["unk_token"] = "<|endoftext|>"
@@ -205,7 +205,7 @@ def train(model: Path, photos: Path, out: Path, *more: str) -> None:
 
 
 def plain(folder: Path, **options: Any) -> Any:
-    """The folder as anybody loads it, safety checker and all."""
+    """Load a folder with plain diffusers, including its safety checker."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -269,7 +269,7 @@ def test_the_safety_checker_comes_out_as_it_was(
     assert all(torch.equal(before[key], after[key]) for key in before)
     for pipeline in (plain(base), plain(out)):
         torch.nn.init.constant_(pipeline.safety_checker.concept_embeds_weights, -9.0)
-        assert not draw(pipeline).any()  # it still hides what it is told to
+        assert not draw(pipeline).any()  # the checker still hides what it should
 
 
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -284,7 +284,7 @@ def old_vae(key: str) -> str:
 def as_in_2022(
     folder: Path, *, variant: str = "", bin: bool = False, convolutions: bool = False
 ) -> Path:
-    """Give the weights the names, keys and files that they were first published with."""
+    """Give the weights the names, keys and files in which they were first published."""
     for part in ("unet", "vae", "text_encoder", "safety_checker"):
         (file,) = (folder / part).glob("*.safetensors")
         state = load_file(file)
@@ -343,7 +343,7 @@ def test_files_of_2022_train_and_come_out_in_todays_layout(
     assert files == {".safetensors", ".txt", ".png"}
     pipeline = plain(out / "mine")
     assert draw(pipeline).shape == (64, 64, 3)
-    for part in ("vae", "text_encoder"):  # frozen: what the library makes of our export
+    for part in ("vae", "text_encoder"):  # frozen parts, as diffusers loads our export
         ours, theirs = getattr(pipeline, part).state_dict(), getattr(loaded, part).state_dict()
         assert all(torch.equal(ours[key], value) for key, value in theirs.items())
     concepts = pipeline.safety_checker.concept_embeds_weights

@@ -1,4 +1,4 @@
-"""The job as users start it: real runs on a miniature model, most in this process."""
+"""The job as users start it: real runs on a miniature model, mostly in this process."""
 
 from __future__ import annotations
 
@@ -115,8 +115,9 @@ def test_prior_preservation_samples_what_is_missing_and_keeps_it(
     times = [path.stat().st_mtime_ns for path in sampled]
     row = json.loads((tmp_path / "model-output" / "metrics.jsonl").read_text().splitlines()[0])
     assert row["class_loss"] > 0
-    assert len(list((photos / "class_data_dir").iterdir())) == 2  # the input is never written to
-    assert train(small_model_folder, photos, out, *options) == 0  # not sampled again
+    # The input folder is never written to.
+    assert len(list((photos / "class_data_dir").iterdir())) == 2
+    assert train(small_model_folder, photos, out, *options) == 0  # nothing is sampled again
     assert [path.stat().st_mtime_ns for path in sampled] == times
     shown = capsys.readouterr().err
     assert "sampling class images: 2/2" in shown
@@ -155,7 +156,7 @@ def test_script_mode_reads_arguments_and_variables(
 
 @pytest.fixture
 def container(small_model_folder: Path, photos: Path, tmp_path: Path) -> Path:
-    """An /opt/ml tree as SageMaker lays it out."""
+    """Return an /opt/ml tree as SageMaker lays it out."""
     root = tmp_path / "ml"
     (root / "input" / "config").mkdir(parents=True)
     (root / "input" / "data").mkdir()
@@ -195,7 +196,7 @@ def test_a_container_reads_hyperparameters_in_every_encoding(
     assert not (container / "output" / "failure").exists()
 
 
-def test_all_wrong_values_are_told_at_once(
+def test_all_wrong_values_are_reported_at_once(
     container: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     set_hyperparameters(
@@ -257,7 +258,7 @@ def test_resuming_equals_the_unbroken_run(
     assert train(small_model_folder, photos, one, *options) == 0
     argument = f"--checkpoint_dir={checkpoints}"
     assert train(small_model_folder, photos, two, *options, argument) == 0
-    shutil.rmtree(checkpoints / "step-00000004")  # as if stopped after step 2
+    shutil.rmtree(checkpoints / "step-00000004")  # as if the run had stopped after step 2
     assert train(small_model_folder, photos, two, *options, argument) == 0
     rows = [
         json.loads(line)["step"]
@@ -268,7 +269,7 @@ def test_resuming_equals_the_unbroken_run(
     assert all(np.array_equal(a[name], b[name]) for name in a)
 
 
-def test_a_changed_setting_refuses_to_resume_unless_told_to_start_over(
+def test_a_changed_setting_refuses_to_resume_unless_resume_is_fresh(
     small_model_folder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, options = tmp_path / "model", [f"--checkpoint_dir={tmp_path / 'c'}"]
@@ -301,7 +302,8 @@ def test_two_processes_equal_one_with_the_doubled_batch(
             capture_output=True,
             text=True,
         )
-        for metric in ("End of training: train_avg_loss=", "fid_score="):  # of one process alone
+        # Only one process prints it.
+        for metric in ("End of training: train_avg_loss=", "fid_score="):
             assert len(re.findall(f"^{metric}[0-9.]+$", done.stdout, re.MULTILINE)) == 1
             assert metric not in done.stderr
     for part, name in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
@@ -312,8 +314,8 @@ def test_two_processes_equal_one_with_the_doubled_batch(
         )
         moved = np.concatenate([(one[name] - base[name]).ravel() for name in base])
         other = np.concatenate([(two[name] - base[name]).ravel() for name in base])
-        # Without gradients in common it would be 0.85; weights whose gradient is zero but for
-        # rounding keep it from 1.
+        # Without shared gradients this would be 0.85; weights whose gradient is zero except for
+        # rounding keep it below 1.
         cosine = moved @ other / np.linalg.norm(moved) / np.linalg.norm(other)
         assert cosine > 0.99, part
 
@@ -431,7 +433,7 @@ def test_a_stop_signal_ends_with_its_exit_code_and_a_usable_partial_model(
 
 
 class StopAt(io.StringIO):
-    """A stderr that sends a signal to this process when a text is written to it."""
+    """A stderr that sends SIGTERM to this process when `text` is written to it."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -470,7 +472,7 @@ def test_a_stop_before_training_leaves_nothing_half_done(
 
 
 @pytest.mark.parametrize("text", ["training: 0/6", "checkpoint of step 2 written"])
-def test_a_stop_in_training_with_a_checkpoint_folder_goes_on_bit_for_bit(
+def test_a_stop_in_training_with_a_checkpoint_folder_resumes_bit_for_bit(
     small_model_folder: Path,
     photos: Path,
     tmp_path: Path,
@@ -507,7 +509,7 @@ def test_a_stop_after_the_last_step_leaves_the_whole_model(
     out = tmp_path / "model"
     assert train(small_model_folder, photos, out, "--compute_fid") == 143
     assert "fid_score=" not in capsys.readouterr().out
-    assert "no fid_score" not in stderr.getvalue()  # a stop is no fault
+    assert "no fid_score" not in stderr.getvalue()  # a stop is not reported as a fault
     assert "The run was stopped" in (tmp_path / "model-output" / "report.html").read_text()
     assert "Partial" not in (out / "README.md").read_text()
     assert (out / "model_index.json").is_file()
@@ -555,7 +557,7 @@ def test_the_average_loss_of_a_resumed_run_is_that_of_all_steps(
 
 
 @pytest.mark.parametrize("toolkit", [False, True])
-def test_a_source_dir_that_is_not_used_is_told(
+def test_a_source_dir_that_is_not_used_is_reported(
     toolkit: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tmp_path / "input" / "config"

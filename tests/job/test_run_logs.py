@@ -1,4 +1,4 @@
-"""What a job says while it runs: where and when, nothing secret, and not to be stopped by it."""
+"""The log of a job: its lines say where and when, keep secrets, and never stop the job."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dreambooth.job.run import run_job
 
 ROOT = Path(__file__).parents[2]
 LINE = re.compile(r"\d\d:\d\d:\d\d [A-Z]+ \[([a-z_ ]+)(?:, step (\d+))?\] .")
-PROGRESS = re.compile(r"\d\d:\d\d:\d\d [a-z ]+: \d+/\d+")  # the time, a phase and its count
+PROGRESS = re.compile(r"\d\d:\d\d:\d\d [a-z ]+: \d+/\d+")  # time, phase and count
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_every_line_says_when_in_which_phase_and_after_which_step(
     assert steps[-1] == 2
 
 
-def test_a_prompt_that_is_cut_is_told_once(
+def test_a_prompt_that_is_cut_is_reported_once(
     small_model_folder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts = {"instance_prompt": "a cat " * 20}
@@ -67,7 +67,7 @@ def test_a_prompt_that_is_cut_is_told_once(
     assert capsys.readouterr().err.count("longer than the 32 tokens") == 1
 
 
-def test_the_log_level_decides_what_is_said(
+def test_the_log_level_decides_what_is_reported(
     small_model_folder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     levels = {}
@@ -93,7 +93,8 @@ def test_the_last_lines_before_a_failure_name_its_place_and_cause(
     lines = capsys.readouterr().err.splitlines()
     place = next(n for n, line in enumerate(lines) if line.endswith("the job fails here"))
     assert re.search(r" INFO \[training, step \d+\] the job fails here", lines[place])
-    assert place >= len(lines) - 4  # the last progress line, where the report is, the error
+    # Followed only by the last progress line, the report's place and the error.
+    assert place >= len(lines) - 4
     assert re.match(r"error: .* is not finite at step \d+ \(learning rate 1\)", lines[-1])
 
 

@@ -1,4 +1,4 @@
-"""What a stop leaves on a slow disk; test_job holds the cases that need none."""
+"""What a stop writes on a slow disk; test_run.py has the cases without one."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_where_no_time_is_left_the_checkpoint_goes_before_the_model(
     Image.fromarray(np.zeros((40, 40, 3), dtype=np.uint8)).save(tmp_path / "photos" / "1.png")
     prompts = {"instance_prompt": "a photo of riobugger cat"}
     (tmp_path / "photos" / "dataset_info.json").write_text(json.dumps(prompts))
-    monkeypatch.setattr(stopping, "MARGIN", 1e12)  # as if the disk were so slow
+    monkeypatch.setattr(stopping, "MARGIN", 1e12)  # as if the disk were very slow
     monkeypatch.setattr(sys, "stderr", StopInTraining())
     argv = ["--pretrained-model", str(small_model_folder), "--train", str(tmp_path / "photos")]
     argv += ["--model_dir", str(tmp_path / "model"), "--max_steps=5"]
@@ -57,7 +57,7 @@ def test_a_real_process_on_a_slow_disk_leaves_what_there_is_time_for(
     tmp_path: Path, checkpoints: bool
 ) -> None:
     mine, kept = tmp_path / "mine", tmp_path / "kept"
-    # A checkpoint of 58 MB takes all of the time that there is, and a model of 24 MB 1.2 s.
+    # At this speed a checkpoint of 58 MB takes all of the time allowed, and a model of 24 MB 1.2 s.
     bytes_per_second, stop_seconds = 20e6, 2.5
     arguments = ["--pretrained-model", tiny.WEIGHTS, "--train", tiny.DATA / "dog1_8"]
     arguments += ["--model_dir", mine, "--max_steps=1000"]
@@ -79,5 +79,5 @@ def test_a_real_process_on_a_slow_disk_leaves_what_there_is_time_for(
         assert "**Partial:" in (mine / "README.md").read_text("utf-8")
         assert not list(mine.glob(".partial-*"))
     assert run.flushed >= written + (size(mine) if mine.exists() else 0)
-    # The disk was slow, and what is no writing took no minute.
+    # The disk was slow, and everything else took less than a minute.
     assert run.flushed / bytes_per_second <= run.seconds < 60

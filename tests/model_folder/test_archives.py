@@ -50,7 +50,7 @@ def write(
 
 
 def raw_header(name: bytes, size: int, kind: bytes = b"0") -> bytes:
-    """A header as no proper program writes it."""
+    """Return a tar header with a valid checksum that tarfile itself would not write."""
     block = bytearray(tarfile.TarInfo("x").tobuf(tarfile.GNU_FORMAT))
     block[0:100] = name.ljust(100, b"\0")
     block[124:136] = b"%011o\0" % size
@@ -74,7 +74,10 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def refused(tmp_path: Path) -> Callable[..., str]:
-    """Extracts into a place with neighbours; gives the message, nothing may have been touched."""
+    """Return a function that asserts that an archive is refused, and returns the message.
+
+    It extracts beside another folder and asserts that nothing was written or changed there.
+    """
 
     def check(archive: Path, **limits: object) -> str:
         place = tmp_path / "place"
@@ -127,7 +130,7 @@ def test_an_archive_of_the_tar_program(tmp_path: Path) -> None:
     for format in ("gnu", "pax", "ustar", "oldgnu"):
         archive = tmp_path / f"{format}.tgz"
         if os.system(f"tar --format={format} -C {tmp_path}/in -czf {archive} . 2>{os.devnull}"):
-            continue  # ustar holds no such name
+            continue  # the ustar format cannot hold such a name
         archives.extract(archive, tmp_path / format)
         assert tree(tmp_path / format) == content
 
@@ -256,7 +259,7 @@ def test_a_link_and_then_a_file_through_it(
 
 
 def test_the_escape_by_nested_links(tmp_path: Path, refused: Callable[..., str]) -> None:
-    """Sixteen folders of 247 characters whose real path passes PATH_MAX, as links shorten it."""
+    """The links shorten a path through sixteen folders whose real path exceeds PATH_MAX."""
     entries = []
     path = ""
     for letter in "abcdefghijklmnop":
@@ -374,7 +377,8 @@ def test_flipped_bytes_never_reach_outside_nor_raise_anything_else(
             start = rng.randrange(0, len(data) // 512) * 512
             position = start + rng.randrange(512)
             data[position] = rng.randrange(256)
-            if rng.random() < 0.7:  # with a checksum that fits, or nothing gets through
+            # Mostly fix the checksum, which would otherwise reject every damaged header.
+            if rng.random() < 0.7:
                 block = data[start : start + 512]
                 block[148:156] = b" " * 8
                 data[start + 148 : start + 156] = b"%06o\0 " % sum(block)

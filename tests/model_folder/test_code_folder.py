@@ -42,7 +42,7 @@ def test_imports_are_followed_from_the_entry_point_on(tmp_path: Path) -> None:
     ]
 
 
-def test_a_missing_entry_point_is_said(tmp_path: Path) -> None:
+def test_a_missing_entry_point_is_reported(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=re.escape(f"no inference.py beside the package in {tmp_path}")
     ):

@@ -1,4 +1,4 @@
-"""Folders of 2022, which diffusers' pipeline corrects: our pictures are the pipeline's."""
+"""diffusers' pipeline corrects model folders of 2022; our pictures must equal the pipeline's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Make = Callable[..., Path]
 CPU = torch.device("cpu")
 PROMPT = "a photo of cat on the beach"
 
-# What a scheduler_config.json says, None: it says nothing of it.
+# Settings of a scheduler_config.json; None leaves a key out.
 SAYINGS: dict[str, dict[str, Any]] = {
     "nothing": {"steps_offset": None, "clip_sample": None},
     "the numbers of 2022": {"steps_offset": 0, "clip_sample": True},
@@ -34,7 +34,7 @@ SAYINGS: dict[str, dict[str, Any]] = {
 
 
 def say(path: Path, **settings: Any) -> None:
-    """Change a JSON file; None removes a key."""
+    """Change keys of a JSON file; None removes a key."""
     content = json.loads(path.read_text("utf-8")) | settings
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
@@ -91,7 +91,7 @@ def test_pictures_are_those_of_the_pipeline_whatever_the_folder_says(
 def test_the_resolution_is_that_of_the_pipeline(
     make_model_folder: Make, version: str | None, sample_size: int, pixels: int
 ) -> None:
-    folder = make_model_folder()  # two pixels for each latent cell
+    folder = make_model_folder()  # the VAE of this folder makes two pixels of each latent cell
     say(folder / "unet" / "config.json", _diffusers_version=version, sample_size=sample_size)
     assert facts.read_facts(folder).resolution == pixels
     options = {"num_inference_steps": 1, "guidance_scale": 1.0}
@@ -161,7 +161,7 @@ def test_a_full_size_network_that_says_a_miniatures_size_is_warned_of(
     assert "sample_size = 16, which makes pictures of 32 x 32 pixels" in warning
     assert "set sample_size to 64 or 96" in warning
     say(folder / "unet" / "config.json", _diffusers_version="0.8.0")
-    assert facts.read_facts(folder).warnings == ()  # corrected
+    assert facts.read_facts(folder).warnings == ()  # the loader has corrected it
     named = make_model_folder(model_info={"resolution": 32})
     assert facts.read_facts(named).warnings == ()
 

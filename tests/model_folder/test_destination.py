@@ -134,7 +134,7 @@ def a_name_too_long(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "place", [a_file, below_a_file, a_dangling_link, a_loop, in_proc, a_name_too_long]
 )
-def test_a_place_where_no_folder_can_be_is_told_at_the_start(
+def test_a_place_where_no_folder_can_be_is_reported_at_the_start(
     tmp_path: Path, place: Callable[[Path], Path]
 ) -> None:
     model_dir = place(tmp_path)
@@ -145,7 +145,7 @@ def test_a_place_where_no_folder_can_be_is_told_at_the_start(
     assert "space" not in str(caught.value)
 
 
-def test_a_folder_that_is_not_ours_to_write_is_told_at_the_start(
+def test_a_folder_that_is_not_ours_to_write_is_reported_at_the_start(
     unprivileged_folder: Path,
 ) -> None:
     closed = unprivileged_folder / "closed"
@@ -167,7 +167,7 @@ def full_disk() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("full_disk")
-def test_a_full_disk_is_told_at_the_start_and_nothing_is_left(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_at_the_start_and_nothing_is_left(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="export_precision=fp16"):
         destination.clear(tmp_path)
     assert not list(tmp_path.iterdir())
@@ -184,7 +184,7 @@ def test_a_full_disk_is_told_at_the_start_and_nothing_is_left(tmp_path: Path) ->
 )
 def test_the_advice_follows_the_fault(tmp_path: Path, number: int, advice: str) -> None:
     text = os.strerror(number)
-    # As the safetensors library words the same faults.
+    # The safetensors library words the same faults like this.
     in_words = SafetensorError(f"Error while serializing: I/O error: {text} (os error {number})")
     for error in (OSError(number, text), in_words):
         with (

@@ -34,7 +34,7 @@ FILES = {
     *("tokenizer/tokenizer_config.json", "tokenizer/special_tokens_map.json"),
     "scheduler/scheduler_config.json",
 }
-# The names of CLIPTextModel's weights in all published Stable Diffusion folders, for two layers.
+# Names of CLIPTextModel's weights in all published Stable Diffusion folders, here for two layers.
 PUBLISHED_TEXT_ENCODER_NAMES = {
     "text_model.embeddings.position_embedding.weight",
     "text_model.embeddings.token_embedding.weight",
@@ -64,7 +64,7 @@ def card(**values: Any) -> export.ModelCard:
 
 
 def trained_model(folder: Path, seed: int = 1) -> models.DiffusionModel:
-    """A model whose U-Net and text encoder have been moved off the base, as if trained."""
+    """Return a model whose U-Net and text encoder differ from the base, as after training."""
     model = models.load(folder, device=CPU)
     generator = torch.Generator().manual_seed(seed)
     for module in (model.unet, model.text_encoder):
@@ -188,7 +188,8 @@ def test_what_wrappers_leave_on_a_module_is_taken_off(
     expected = {key: value.clone() for key, value in model.unet.state_dict().items()}
     model.unet.to(memory_format=torch.channels_last)
     assert not model.unet.conv_in.weight.is_contiguous()
-    model.unet.mid_block = torch.compile(model.unet.mid_block)  # by block; nothing is run
+    # Compile one block as well; nothing is run.
+    model.unet.mid_block = torch.compile(model.unet.mid_block)
     compiled = torch.compile(model.unet)
     assert any(key.startswith("_orig_mod.mid_block._orig_mod.") for key in compiled.state_dict())
     write(tmp_path, small_model_folder, model, unet=compiled)
@@ -257,7 +258,7 @@ def test_what_the_base_knew_of_itself_is_kept(make_model_folder: Make, tmp_path:
 
 
 def with_safety_checker(folder: Path) -> Path:
-    """Add a safety checker (of one tensor, as an old pickle) and its feature extractor."""
+    """Add a safety checker (one tensor in an old pickle) and its feature extractor."""
     for part in ("safety_checker", "feature_extractor"):
         (folder / part).mkdir()
     (folder / "safety_checker/config.json").write_text('{"model_type": "clip"}')
@@ -280,7 +281,7 @@ def test_a_safety_checker_goes_with_the_model(make_model_folder: Make, tmp_path:
     }
     index, base_index = (json.loads((f / "model_index.json").read_text()) for f in (tmp_path, base))
     assert index == base_index
-    # A base that lists a safety checker which is not there gives a folder that can be loaded.
+    # A base that lists a safety checker which it lacks still gives a folder that can be loaded.
     shutil.rmtree(base / "safety_checker")
     write(tmp_path / "again", base, trained_model(base))
     index = json.loads((tmp_path / "again" / "model_index.json").read_text())
@@ -374,7 +375,7 @@ def test_a_diverged_model_is_not_written(small_model_folder: Path, tmp_path: Pat
 
 @pytest.fixture
 def full_disk() -> Iterator[Callable[[int], None]]:
-    """A real fault: no file may grow beyond so many bytes."""
+    """Return a function that limits the size of any file, which makes writing really fail."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
@@ -448,7 +449,7 @@ def test_a_run_writes_again_where_an_earlier_one_wrote(
         assert files(tmp_path) == expected
         stored = load_file(tmp_path / "unet/diffusion_pytorch_model.safetensors")
         assert equal(stored, model.unet.state_dict())
-    # The mark is there also where the base itself carries a __model_info__.json of its own.
+    # The mark is written even where the base has a __model_info__.json of its own.
     info = json.loads((tmp_path / "__model_info__.json").read_text("utf-8"))
     assert info["written_by"] == "dreambooth"
 

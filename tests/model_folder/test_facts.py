@@ -44,13 +44,13 @@ def test_counts_of_old_weights_are_estimated_from_their_size(
 ) -> None:
     exact = read_facts(make_model_folder())
     estimated = read_facts(make_model_folder(bin=True, variant=variant))
-    # The pickle's own overhead is large only where the network is as small as here.
+    # The pickle's overhead is only this large because the network is so small.
     assert estimated.unet_parameters == pytest.approx(exact.unet_parameters, rel=0.1)
 
 
 def test_the_model_info_states_the_resolution(make_model_folder: Make) -> None:
     assert read_facts(make_model_folder(model_info={"resolution": 48})).resolution == 48
-    # A model info without one leaves it to the U-Net.
+    # Without one in the model info, the U-Net's configuration decides.
     assert read_facts(make_model_folder(model_info={"use_scheduler": True})).resolution == 32
     assert read_facts(make_model_folder(pixels=64)).resolution == 64
 

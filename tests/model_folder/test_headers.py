@@ -90,7 +90,7 @@ def test_malformed_headers_are_refused_with_the_name_of_the_file(
 def test_no_number_of_a_header_is_computed_with_before_it_is_checked(
     tmp_path: Path, digits: int, rank: int
 ) -> None:
-    """Multiplied, a thousand numbers of 4,000 digits would take for ever."""
+    """Multiplying a thousand numbers of 4,000 digits would take far too long."""
     shape = ",".join(["9" * digits] * min(rank, 4_000_000 // digits))
     header = f'{{"a": {{"dtype": "F32", "shape": [{shape}], "data_offsets": [0, 8]}}}}'
     with pytest.raises(ModelArtifactError, match=r"bad\.safetensors") as caught:
@@ -119,7 +119,7 @@ def test_a_huge_header_is_refused_before_it_is_read(tmp_path: Path) -> None:
 
 
 def test_what_is_no_regular_file_is_refused_without_opening_it(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe.safetensors")  # opening it would wait for ever
+    os.mkfifo(tmp_path / "pipe.safetensors")  # opening it would block forever
     for path in (tmp_path, tmp_path / "pipe.safetensors", tmp_path / "missing"):
         with pytest.raises(ModelArtifactError, match="not a regular file"):
             read_header(path)

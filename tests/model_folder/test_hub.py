@@ -60,13 +60,13 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def silent() -> Iterator[str]:
-    """The address of a server that takes connections and never says a word."""
+    """Yield the address of a server that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Knows one model, of one file, and needs a login for all others."""
+    """A hub with one model of two files, which demands a login for all others."""
 
     def do_GET(self) -> None:
         if not self.path.startswith("/api/models/owner/known"):
@@ -112,7 +112,8 @@ def test_a_hub_that_does_not_answer_is_one_sentence_within_seconds(
     assert found.kind == "hub"
     levels = logging.getLogger("huggingface_hub").level
     with caplog.at_level(logging.INFO):
-        for endpoint in ("http://127.0.0.1:9", silent):  # refused at once, and never answered
+        # The first refuses connections, the second never answers.
+        for endpoint in ("http://127.0.0.1:9", silent):
             monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
             start = time.monotonic()
             with pytest.raises(ResourceError) as caught:
@@ -146,7 +147,8 @@ def test_an_earlier_download_is_taken_where_there_is_no_network(
 
 @pytest.mark.usefixtures("small_hub")
 def test_a_name_that_the_hub_does_not_know_may_be_a_mistyped_path() -> None:
-    for name in ("out/mine", "out/my--model", "out/mine.git"):  # two are no names for a hub
+    # The last two are not valid hub names.
+    for name in ("out/mine", "out/my--model", "out/mine.git"):
         with pytest.raises(ModelArtifactError, match=r"no folder or file out/.*the hub has no"):
             hub.download(name)
 

@@ -1,7 +1,7 @@
-"""Links in a model folder: no text of this machine may come into a model, an archive or a sentence.
+"""Links in a model folder must not carry text of this machine into a model, archive or message.
 
-A hostile folder links to a file that it does not hold; the hub client's cache is made of links, and
-a user may link to weights that lie on another disk.
+A hostile folder may link to a file outside itself. The hub client's cache consists of links, and a
+user may link to weights on another disk.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ WEIGHTS = ("unet", "vae", "text_encoder")
 
 
 def link(path: Path, target: Path) -> Path:
-    """Put a link in the place of a file; what was there is at the target if nothing else is."""
+    """Replace a file by a link; move the file to the target unless something is there already."""
     path.parent.mkdir(exist_ok=True)
     if path.exists() and not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def test_no_way_in_takes_text_from_behind_a_link(
 ) -> None:
     folder, out = make_model_folder(), tmp_path / "out"
     out.mkdir()
-    link(folder / "tokenizer" / "vocab.txt", secret)  # which a CLIP tokenizer does not need
+    link(folder / "tokenizer" / "vocab.txt", secret)  # a CLIP tokenizer does not need this file
     with pytest.raises(ModelArtifactError, match=r"vocab\.txt"):
         inference.model_fn(str(folder))
     for words in (
@@ -105,7 +105,7 @@ def photos(place: Path) -> Path:
 def test_convert_copies_no_file_from_behind_a_link(
     make_model_folder: Make, secret: Path, tmp_path: Path
 ) -> None:
-    """It copies whatever lies in a folder, also what nothing else reads."""
+    """convert copies every file of a folder, including those that nothing else reads."""
     folder = make_model_folder(bin=True)
     (folder / "docs").mkdir()
     link(folder / "docs" / "notes.md", secret)
@@ -150,9 +150,9 @@ def test_weights_behind_a_link_are_taken_from_a_folder_that_was_named(
     with tarfile.open(tmp_path / "model.tar.gz") as archive:
         assert all(member.isfile() for member in archive)
     with pytest.raises(ModelArtifactError, match=f"{path.name} is a link"):
-        source.open_source(source.locate(None, folder), tmp_path)  # a channel
+        source.open_source(source.locate(None, folder), tmp_path)  # a SageMaker channel
     with pytest.raises(ModelArtifactError, match=f"{path.name} is a link"):
-        source.peek(source.locate(None, folder))  # a dry run says the same
+        source.peek(source.locate(None, folder))  # a dry run refuses it too
     assert source.peek(source.locate(str(folder))) is not None
     with pytest.raises(ModelArtifactError, match=f"{path.name} is a link"):
         inference.model_fn(str(folder))
@@ -183,7 +183,7 @@ def test_a_snapshot_of_the_hub_clients_cache_is_a_model(
         path.symlink_to(os.path.relpath(cache / "blobs" / str(number), path.parent))
     layout.validate_folder(folder, linked_weights=False)
     weights.convert(folder, tmp_path / "new")
-    # The same links in a folder of another name lead out of it.
+    # In a folder of another name the same links lead outside.
     (cache / "snapshots").rename(cache / "shots")
     with pytest.raises(ModelArtifactError, match="leads out of the model"):
         layout.validate_folder(cache / "shots" / "0123abcd")

@@ -143,7 +143,7 @@ def test_the_code_runs_where_nothing_else_of_ours_is(
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,  # it must end by itself, whatever threads the model has
+        timeout=120,  # it must end by itself, whatever threads the model has started
     )
     assert done.returncode == 0, done.stderr
 
@@ -224,7 +224,7 @@ def test_absurd_sizes_are_refused_before_any_work(small_model_folder: Path, tmp_
 
 @pytest.fixture
 def full_disk() -> Iterator[None]:
-    """A real fault: no file may grow beyond 100,000 bytes."""
+    """Limit every file to 100,000 bytes, which makes writing really fail."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
@@ -243,7 +243,7 @@ def test_a_full_disk_leaves_nothing_behind(small_model_folder: Path, tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_written_is_said(unprivileged_folder: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_reported(unprivileged_folder: Path) -> None:
     closed = unprivileged_folder / "closed"
     closed.mkdir(mode=0o555)
     with pytest.raises(ResourceError, match="Permission denied"):

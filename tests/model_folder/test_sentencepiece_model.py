@@ -37,6 +37,6 @@ def test_fields_of_other_kinds_are_passed_over() -> None:
         (PIECE.replace(b"\xe2\x96\x81", b"\xff\xff\xff"), "utf-8"),
     ],
 )
-def test_what_is_no_such_file_is_told(data: bytes, reason: str) -> None:
+def test_what_is_no_such_file_is_reported(data: bytes, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         sentencepiece_model.parse(data)

@@ -97,7 +97,7 @@ def test_a_hub_id_is_a_name_that_is_no_path(
 
 
 @pytest.mark.parametrize("name", ["sd.safetensors", "v1-5-pruned.ckpt"])
-def test_a_single_file_checkpoint_is_told_how_to_convert(tmp_path: Path, name: str) -> None:
+def test_a_single_file_checkpoint_gets_the_convert_command_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(ModelArtifactError, match="from_single_file"):
         source.locate(str(tmp_path / name), None)
@@ -120,7 +120,7 @@ def test_an_archive_becomes_a_folder(
 ) -> None:
     archive = pack(tmp_path / name, small_model_folder, inside, mode)
     found = source.locate(str(archive), None)
-    for _ in range(2):  # a second attempt starts from an empty folder
+    for _ in range(2):  # the second attempt must start from an empty folder
         folder = source.open_source(found, tmp_path / "work")
         assert source.read_facts(folder) == source.read_facts(small_model_folder)
 
@@ -171,7 +171,7 @@ def test_a_plan_refuses_a_model_that_cannot_be_trained(
     for given in (folder, archive):
         with pytest.raises(ModelArtifactError, match="'epsilon' or 'v_prediction' can be trained"):
             source.peek(source.locate(str(given), None))
-    # Drawing with it is another matter.
+    # Drawing with such a model is still allowed.
     assert source.open_source(source.locate(str(folder), None), tmp_path) == folder
 
 

@@ -41,7 +41,7 @@ def pack(
 
 
 def raw_header(name: bytes, size: int, kind: bytes = b"0") -> bytes:
-    """A header as no proper program writes it."""
+    """Return a tar header with a valid checksum that tarfile itself would not write."""
     block = bytearray(tarfile.TarInfo("x").tobuf(tarfile.GNU_FORMAT))
     block[0:100] = name.ljust(100, b"\0")
     block[124:136] = b"%011o\0" % size
@@ -56,7 +56,7 @@ def padded(content: bytes) -> bytes:
 
 
 def read(archive: Path, limits: Limits = LIMITS) -> dict[str, bytes]:
-    """Every member's content, read to the end of the archive."""
+    """Read an archive to its end; return every member's content by name."""
     with Tar(archive, limits) as tar:
         contents = {member.name: b"".join(tar.content()) for member in tar.members()}
         tar.finish()
@@ -64,7 +64,7 @@ def read(archive: Path, limits: Limits = LIMITS) -> dict[str, bytes]:
 
 
 def unpacked(archive: Path) -> dict[str, bytes]:
-    """What the extractor makes of it."""
+    """Unpack an archive with `archives.extract`; return the files' contents by path."""
     folder = archive.with_name("out")
     archives.extract(archive, folder)
     return {
@@ -76,7 +76,10 @@ def unpacked(archive: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def refused(tmp_path: Path) -> Callable[..., str]:
-    """The sentence of the reader, which is that of the extractor, and that leaves nothing."""
+    """Return a function that asserts that an archive is refused, and returns the message.
+
+    It asserts that the reader and the extractor give the same message and leave nothing behind.
+    """
 
     def check(archive: Path, **changes: object) -> str:
         limits = dataclasses.replace(LIMITS, **changes)  # type: ignore[arg-type]
@@ -103,7 +106,7 @@ def refused(tmp_path: Path) -> Callable[..., str]:
     return check
 
 
-def test_pax_headers_are_heard_and_their_extras_ignored(tmp_path: Path) -> None:
+def test_pax_headers_are_read_and_their_extras_ignored(tmp_path: Path) -> None:
     extras = {"comment": "a\nb=c", "SCHILY.xattr.user.x": "y", "mtime": "1.5"}
     archive = pack(tmp_path / "a.tar.gz", {"f": b"data"}, pax_headers=extras)
     assert read(archive) == unpacked(archive) == {"f": b"data"}
@@ -186,7 +189,7 @@ def test_huge_headers_are_not_read_into_memory(
     archive = tmp_path / "a.tar"
     with archive.open("wb") as file:
         file.write(raw_header(b"h", 4_000_000_000, kind))
-        file.truncate(4_000_001_024)  # a hole: takes no disk
+        file.truncate(4_000_001_024)  # a sparse file, which takes no disk space
     assert "a header of 4000000000 bytes" in refused(archive)
 
 
@@ -240,14 +243,14 @@ def test_a_cut_in_the_gap_that_is_skipped(tmp_path: Path) -> None:
     with archive.open("rb+") as file:
         file.truncate(3_000_000)
     with pytest.raises(ModelArtifactError, match="cut short"):
-        archives.member_names(archive)  # reads no content
+        archives.member_names(archive)  # this reads no content
 
 
 @pytest.mark.parametrize("position", [0.2, 0.5, 1.0])
 def test_a_damaged_gzip(tmp_path: Path, refused: Callable[..., str], position: float) -> None:
     archive = pack(tmp_path / "a.tar.gz", MODEL)
     data = bytearray(archive.read_bytes())
-    index = min(int(len(data) * position), len(data) - 6)  # 1.0: the checksum
+    index = min(int(len(data) * position), len(data) - 6)  # 1.0 damages the checksum
     data[index] ^= 0xFF
     archive.write_bytes(data)
     assert "is damaged" in refused(archive)

@@ -50,7 +50,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Net:
 def test_weights_come_out_bit_for_bit_in_memory_of_their_own(tmp_path: Path, net: Net) -> None:
     folder = write(tmp_path / "net", net.state_dict())
     loaded = load(folder)
-    (folder / "model.safetensors").write_bytes(b"gone")  # a mapped file would crash here
+    (folder / "model.safetensors").write_bytes(b"gone")  # a memory-mapped file would crash here
     for key, value in net.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], value)
 
@@ -220,7 +220,7 @@ def test_convert_turns_every_bin_into_safetensors_and_changes_nothing_else(
     old = make_model_folder(bin=True, **options)
     (old / "notes.txt").write_text("mine")
     weights.convert(old, tmp_path / "new")
-    new = make_model_folder(**options)  # the same model, saved as safetensors in the first place
+    new = make_model_folder(**options)  # the same model, saved as safetensors from the start
     assert names(tmp_path / "new") == names(new) | {"notes.txt"}
     expected, converted = tensors(new), tensors(tmp_path / "new")
     assert expected.keys() == converted.keys()
@@ -347,7 +347,7 @@ def test_convert_follows_links_to_files_and_none_to_folders(
     old, blob = make_model_folder(bin=True), tmp_path / "blob"
     file = old / "unet" / "diffusion_pytorch_model.bin"
     file.rename(blob)
-    file.symlink_to(blob)  # as the cache of the hub's client is made
+    file.symlink_to(blob)  # the hub client's cache uses such links
     weights.convert(old, tmp_path / "new")
     assert not list(path for path in (tmp_path / "new").rglob("*") if path.is_symlink())
     (old / "unet" / "loop").symlink_to("..")

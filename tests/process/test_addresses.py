@@ -21,7 +21,7 @@ REMOTE = [
     "gs://b/c",
     "hf://o/n",
     "a+b.c-d://x",
-    "s3:/bucket",  # as pathlib writes it
+    "s3:/bucket",  # pathlib writes addresses like this
     "  s3://bucket",
 ]
 
@@ -73,7 +73,7 @@ def test_any_text_is_a_path_or_one_sentence(text: str) -> None:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A container's /opt/ml."""
+    """Return an empty /opt/ml of a container."""
     (tmp_path / "ml" / "input" / "config").mkdir(parents=True)
     return tmp_path / "ml"
 

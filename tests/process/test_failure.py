@@ -13,7 +13,7 @@ from dreambooth.settings.hyperparameters import KNOBS, parse
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A container's /opt/ml as SageMaker makes it, without channels."""
+    """Return a container's /opt/ml as SageMaker makes it, without channels."""
     (tmp_path / "ml" / "input" / "config").mkdir(parents=True)
     return tmp_path / "ml"
 
@@ -43,7 +43,7 @@ def test_long_reasons_are_cut_between_characters(root: Path, character: str) -> 
     assert data.decode("utf-8").endswith("…")
 
 
-def test_a_few_faults_are_all_told_in_full(root: Path) -> None:
+def test_a_few_faults_are_all_reported_in_full(root: Path) -> None:
     faults = [f"knob_{i} must be a whole number, at least 1, not 'x'." for i in range(9)]
     told = failure_of(root, HyperparameterError(faults)).decode()
     assert all(fault in told for fault in faults)

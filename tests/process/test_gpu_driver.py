@@ -8,7 +8,13 @@ import torch
 from dreambooth.errors import ResourceError
 from dreambooth.job.run import run_job
 from dreambooth.process import gpu_driver
-from dreambooth.process.gpu_driver import Machine, look, promised, refuse_cpu, why_unused
+from dreambooth.process.gpu_driver import (
+    Machine,
+    gpu_promise,
+    inspect_machine,
+    refuse_cpu,
+    why_unused,
+)
 from dreambooth.tiny import DATA
 
 OLD = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39:15 UTC 2024\n"
@@ -24,11 +30,11 @@ def test_driver_version_is_read_from_the_kernel(text: str, version: str, tmp_pat
     (tmp_path / "version").write_text(text)
     for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
         (tmp_path / name).touch()
-    assert look(tmp_path / "version", tmp_path) == Machine(driver=version, gpus=2)
+    assert inspect_machine(tmp_path / "version", tmp_path) == Machine(driver=version, gpus=2)
 
 
 def test_a_machine_without_a_gpu_shows_none(tmp_path: Path) -> None:
-    assert look(tmp_path / "version", tmp_path) == NONE
+    assert inspect_machine(tmp_path / "version", tmp_path) == NONE
 
 
 def test_nothing_is_refused_where_nothing_was_promised() -> None:
@@ -39,7 +45,7 @@ def test_nothing_is_refused_where_nothing_was_promised() -> None:
 @pytest.mark.parametrize("asked", ["", "-1"])
 def test_the_cpu_can_be_asked_for_by_name(asked: str) -> None:
     environ = {"SM_NUM_GPUS": "1", "CUDA_VISIBLE_DEVICES": asked}
-    assert promised(environ, Machine(driver="535.1", gpus=1)) is None
+    assert gpu_promise(environ, Machine(driver="535.1", gpus=1)) is None
 
 
 def test_where_no_gpu_was_promised_there_is_nothing_to_say() -> None:
@@ -69,9 +75,9 @@ def test_a_job_on_an_old_driver_fails_with_both_versions(
 ) -> None:
     (tmp_path / "version").write_text(OLD)
     (tmp_path / "nvidia0").touch()
-    machine = look(tmp_path / "version", tmp_path)
-    monkeypatch.setattr(gpu_driver, "look", lambda: machine)
-    # What torch's CUDA build says on such a machine.
+    machine = inspect_machine(tmp_path / "version", tmp_path)
+    monkeypatch.setattr(gpu_driver, "inspect_machine", lambda: machine)
+    # torch's CUDA build reports this on such a machine.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

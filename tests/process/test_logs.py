@@ -26,7 +26,7 @@ class Terminal(io.StringIO):
 def _root_logger_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
-    for handler in handlers:  # or basicConfig would close them
+    for handler in handlers:  # otherwise basicConfig would close them
         root.removeHandler(handler)
     monkeypatch.delenv("TRANSFORMERS_VERBOSITY", raising=False)
     monkeypatch.delenv("DIFFUSERS_VERBOSITY", raising=False)
@@ -74,7 +74,7 @@ def test_a_metric_does_not_wait_in_a_buffer(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("name", ["bitsandbytes", "bitsandbytes.backends.cpu.ops", "PIL.Image"])
-def test_libraries_are_heard_in_errors_only(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_libraries_only_errors_are_logged(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
     logs.to_stderr("debug")
@@ -101,7 +101,7 @@ def test_libraries_that_set_their_own_level_are_quiet_too() -> None:
 
 @contextmanager
 def stderr_as_a_pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """The end to read of a pipe that is stderr meanwhile."""
+    """Yield the reading end of a pipe that takes stderr's place in the block."""
     reading, writing = os.pipe()
     with open(writing, "w") as stream, monkeypatch.context() as patched:
         patched.setattr(sys, "stderr", stream)
@@ -109,13 +109,13 @@ def stderr_as_a_pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     os.close(reading)
 
 
-def test_a_log_that_nobody_reads_holds_nobody_up_and_says_what_was_dropped(
+def test_a_log_that_nobody_reads_blocks_nothing_and_reports_what_was_dropped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with stderr_as_a_pipe(monkeypatch) as pipe, logs.without_waiting() as dropped:
+    with stderr_as_a_pipe(monkeypatch) as pipe, logs.non_blocking_streams() as dropped:
         logs.to_stderr("info")
         line = "x" * 1000
-        for _ in range(3000):  # more than the pipe and the room for what waits
+        for _ in range(3000):  # more than the pipe and the queue in front of it hold
             logging.getLogger("dreambooth").info(line)
         lost = dropped()
         assert 1000 < lost < 3000
@@ -133,7 +133,7 @@ def test_the_last_lines_are_written_before_the_block_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with stderr_as_a_pipe(monkeypatch) as pipe:
-        with logs.without_waiting():
+        with logs.non_blocking_streams():
             logs.to_stderr("info")
             logging.getLogger("dreambooth").info("the reason, with \udc80 in it")
             print("and more", file=sys.stderr)
@@ -143,7 +143,7 @@ def test_the_last_lines_are_written_before_the_block_ends(
 def test_a_process_ends_although_nobody_reads_its_log() -> None:
     code = (
         "import sys; from dreambooth.process import logs\n"
-        "with logs.without_waiting():\n"
+        "with logs.non_blocking_streams():\n"
         "    for _ in range(3000): print('x' * 1000, file=sys.stderr)\n"
     )
     process = subprocess.Popen(
@@ -159,7 +159,7 @@ def test_a_process_ends_although_nobody_reads_its_log() -> None:
 def test_what_was_said_before_a_hard_exit_is_written() -> None:
     code = (
         "import logging, os; from dreambooth.process import logs\n"
-        "with logs.without_waiting():\n"
+        "with logs.non_blocking_streams():\n"
         "    logs.to_stderr('info'); logging.error('the reason')\n"
         "    logs.write_last_lines(); os._exit(1)\n"
     )
@@ -168,10 +168,10 @@ def test_what_was_said_before_a_hard_exit_is_written() -> None:
 
 
 def test_a_pipe_that_never_waits_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever opened it set O_NONBLOCK; it is full now and then."""
+    """A pipe may have been opened with O_NONBLOCK; here it fills up now and then."""
     with stderr_as_a_pipe(monkeypatch) as pipe:
         os.set_blocking(sys.stderr.fileno(), False)
-        with logs.without_waiting() as dropped:
+        with logs.non_blocking_streams() as dropped:
             logs.to_stderr("info")
             for number in range(500):
                 logging.getLogger("dreambooth").info("%d %s", number, "x" * 1000)
@@ -188,7 +188,7 @@ def test_streams_without_a_number_and_closed_ones_are_fine(
 ) -> None:
     stream = None if kind == "closed" else kind()
     monkeypatch.setattr(sys, "stderr", stream)
-    with logs.without_waiting():
+    with logs.non_blocking_streams():
         logs.to_stderr("info")
         logging.getLogger("dreambooth").info("hello")
     if stream is not None:

@@ -9,7 +9,7 @@ from dreambooth.process.progress import Progress
 
 
 class Clock:
-    """A clock that stands still until it is moved."""
+    """A clock that shows the same time until it is set."""
 
     now = 100.0
 
@@ -37,7 +37,7 @@ def eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def untimed(stream: io.StringIO) -> list[str]:
-    """The lines without the time of day, with which each begins."""
+    """Return the printed lines without the time of day at their start."""
     lines = stream.getvalue().splitlines()
     assert all(re.match(r"\d\d:\d\d:\d\d \S", line) for line in lines)
     return [line[9:] for line in lines]
@@ -119,7 +119,7 @@ def test_a_terminal_without_unicode_gets_plain_cells(clock: Clock) -> None:
 def test_the_speed_is_that_of_the_recent_past(clock: Clock) -> None:
     stream = io.StringIO()
     progress = Progress(1000, "training", stream=stream, clock=clock, interval_s=1.0)
-    clock.now += 100.0  # the first step compiles
+    clock.now += 100.0  # the first step includes compilation
     progress.update(1)
     for step in range(2, 102):
         clock.now += 1.0

@@ -128,7 +128,7 @@ def test_two_signals_during_one_long_call_end_a_real_process_at_once() -> None:
         "stop = StopSignals()\n"
         "with stop.listening(), stop.held():\n"
         "    print('ready', flush=True)\n"
-        "    hashlib.pbkdf2_hmac('sha256', b'a', b'b', 10**9)\n"  # minutes, in C
+        "    hashlib.pbkdf2_hmac('sha256', b'a', b'b', 10**9)\n"  # runs for minutes in C
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT)
     assert process.stdout is not None

@@ -1,4 +1,4 @@
-"""Charts: what is drawn, where, and that nothing of a caller's text or numbers breaks it."""
+"""Charts: what is drawn and where, and texts or numbers that must not break them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def parsed(svg: str) -> ElementTree.Element:
 
 
 def paths(svg: str) -> list[list[tuple[float, float]]]:
-    """The points of each curve, in units of the view box."""
+    """Return the points of each curve in units of the view box."""
     return [
         [(float(x), float(y)) for x, y in re.findall(r"(-?[\d.]+) (-?[\d.]+)", path.get("d", ""))]
         for group in parsed(svg).iter("g")
@@ -33,7 +33,7 @@ def paths(svg: str) -> list[list[tuple[float, float]]]:
 def test_a_curve_runs_from_the_lower_left_to_the_upper_right() -> None:
     (line,) = paths(line_chart([Series(label="a", x=[1, 2, 3], y=[0, 1, 2])], label="a"))
     assert line[0][0] < line[1][0] < line[2][0]
-    assert line[0][1] > line[1][1] > line[2][1]  # SVG counts downwards
+    assert line[0][1] > line[1][1] > line[2][1]  # in SVG, y grows downwards
 
 
 def test_smoothed_curves_keep_every_step_as_a_faint_dot() -> None:
@@ -82,7 +82,8 @@ def test_a_blow_up_is_shown_on_a_logarithmic_axis() -> None:
     assert "stopped" in svg
     (line,) = paths(svg)
     rises = [a[1] - b[1] for a, b in pairwise(line[50:])]
-    assert rises == pytest.approx([rises[0]] * len(rises), abs=0.2)  # every tenfold is as high
+    # Equal steps on a logarithmic axis.
+    assert rises == pytest.approx([rises[0]] * len(rises), abs=0.2)
 
 
 def test_values_that_are_not_finite_are_left_out() -> None:
@@ -91,7 +92,7 @@ def test_values_that_are_not_finite_are_left_out() -> None:
 
 
 @pytest.mark.parametrize("values", [[], [math.nan], [math.inf, math.nan]])
-def test_nothing_to_draw_is_said(values: list[float]) -> None:
+def test_nothing_to_draw_is_reported(values: list[float]) -> None:
     svg = line_chart([Series(label="a", x=range(len(values)), y=values)], label="a")
     assert "no values" in svg
     parsed(svg)
@@ -102,7 +103,7 @@ def test_the_last_step_stays_whole_at_the_right_end(last: int) -> None:
     svg = line_chart([Series(label="a", x=[0, last], y=[1, 2])], label="a")
     (label,) = [text for text in parsed(svg).iter("text") if text.text == f"{last}"]
     assert label.get("text-anchor") == "middle"
-    half = 8 * len(str(last)) / 2  # digits of 12 units are some 7 wide
+    half = 8 * len(str(last)) / 2  # a digit of size 12 is about 7 units wide
     assert float(label.get("x", "nan")) + half <= charts.WIDTH - 1
     assert float(label.get("x", "nan")) > charts.WIDTH - 40
 

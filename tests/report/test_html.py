@@ -1,4 +1,4 @@
-"""The smallest pieces of the report page."""
+"""The helpers that write the report page's HTML."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""report.html: of real small jobs, and of records made by hand."""
+"""report.html of small real jobs and of report data made by hand."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dreambooth.report import pictures as report_pictures
 from dreambooth.report.report_data import InstancePicture, MetricsRow, ReportData
 from dreambooth.settings.hyperparameters import KNOBS, Hyperparameters
 
-EVIL = "<script>alert(1)<"  # a file name cannot hold a slash
+EVIL = "<script>alert(1)<"  # file names cannot contain a slash
 PROMPT = 'a photo of <script>alert("x")</script> & riobugger cat'
 SECTIONS = [
     *("Warnings", "What it draws", "Curves", "Instance images", "Class images"),
@@ -35,7 +35,7 @@ SECTIONS = [
 
 
 class Page(HTMLParser):
-    """What a browser sees: tags with their attributes, texts, texts by the tag around."""
+    """Parses a page as a browser does: tags with attributes, texts, and texts by enclosing tag."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Page(HTMLParser):
         return "".join(data for tag, data in self.texts if tag != "style")
 
     def pictures(self, alt: str) -> list[Image.Image]:
-        """The pictures whose description begins with `alt`."""
+        """Return the pictures whose alt text begins with `alt`."""
         found = []
         for attributes in self.of("img"):
             if (attributes["alt"] or "").startswith(alt):
@@ -83,13 +83,14 @@ def assert_self_contained(html: str, page: Page) -> None:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A square picture, a broad one under an evil name, and one that stands by its EXIF."""
+    """Return a square picture, a wide one with an evil name, and one that EXIF turns upright."""
     folder = tmp_path_factory.mktemp("photos")
     generator = np.random.default_rng(0)
     Image.fromarray(noise(generator, 32, 32)).save(folder / "square.png")
     Image.fromarray(noise(generator, 40, 100)).save(folder / f"{EVIL}.png")
     turned = Image.new("RGB", (96, 64), "red")
-    turned.paste("blue", (0, 0, 48, 64))  # the left half: the upper one of the picture as it stands
+    # EXIF turns this left half into the upper half.
+    turned.paste("blue", (0, 0, 48, 64))
     exif = Image.Exif()
     exif[0x0112] = 6
     turned.save(folder / "turned.jpg", exif=exif, quality=95)
@@ -142,7 +143,7 @@ def test_prompts_and_file_names_are_text_only(page: Page) -> None:
 
 def test_all_sections_of_a_real_run_are_there(page: Page) -> None:
     assert [data for tag, data in page.texts if tag == "h2"] == SECTIONS
-    assert "notes.txt" in page.text  # a warning
+    assert "notes.txt" in page.text  # it is named in a warning
     for phase in ("class images", "encoding", "training", "sample pictures", "export"):
         assert ("th", phase) in page.texts
     for name in ("seconds per step", "peak memory", "torch", "fingerprint of the data", "steps"):
@@ -156,7 +157,7 @@ def test_all_sections_of_a_real_run_are_there(page: Page) -> None:
     assert "class loss" in charts[0]
     assert len(page.pictures("class_0000")) == 3
     assert len(page.pictures(f"{PROMPT}, step")) == 2
-    assert len(page.pictures(PROMPT)) == 3  # and the final one
+    assert len(page.pictures(PROMPT)) == 3  # two between steps and the final one
 
 
 def test_settings_off_their_default_are_marked(html: str, page: Page) -> None:
@@ -194,7 +195,7 @@ def test_the_crops_shown_are_those_that_were_cached(page: Page, photos: Path) ->
         [photos / name for name in names],
         resolution=32,
         center_crop=False,
-        crops=8,
+        crops_per_picture=8,
         seed=3,
         stream="instance",
         encode_image=keep,
@@ -237,7 +238,7 @@ def test_a_resumed_run_shows_the_whole_curve(
         shutil.rmtree(checkpoints / "step-00000004")  # as if stopped after step 2
     html = (tmp_path / "model-output" / "report.html").read_text(encoding="utf-8")
     (line,) = re.findall(r"<title>learning rate</title><path d=\"([^\"]*)\"", html)
-    assert line.count("L") == 3  # four points
+    assert line.count("L") == 3  # four points, joined by three lines
     assert ("th", "checkpoints") in Page(html).texts
 
 
@@ -253,7 +254,10 @@ def test_a_page_that_cannot_be_written_costs_no_model(
 
 @pytest.fixture
 def make_record(tmp_path: Path) -> Callable[..., ReportData]:
-    """Records by hand: `pictures` large instance images and as many class images."""
+    """Return a function that makes report data by hand.
+
+    It has `pictures` large instance images and as many class images.
+    """
 
     def make(pictures: int = 0, **changes: object) -> ReportData:
         generator = np.random.default_rng(0)
@@ -272,7 +276,7 @@ def make_record(tmp_path: Path) -> Callable[..., ReportData]:
             "stopped": None,
             "resolution": 256,
             "metrics": (),
-            "final": None,
+            "last_sample": None,
             "fid_score": None,
             "step_pictures": (),
             "instance_pictures": [
@@ -357,7 +361,7 @@ def test_the_average_loss_is_that_of_the_log(
     scored = Page(report_page.render(make_record(fid_score=12.345678)))
     assert "12.35fid_score" in scored.text
     partial = Page(report_page.render(make_record(steps=2, metrics=rows[1:])))
-    assert "train_avg_loss" not in partial.text  # rows were lost
+    assert "train_avg_loss" not in partial.text  # some rows of metrics are missing
 
 
 def test_pictures_stop_at_the_cap_and_the_page_says_so(
@@ -387,7 +391,7 @@ def test_at_the_cap_every_section_keeps_some_and_counts_them(
     paths = make_record(40).class_images
     record = make_record(
         40,
-        final=Image.open(paths[0]),
+        last_sample=Image.open(paths[0]),
         step_pictures=[(step, paths[step]) for step in range(1, 31)],
         resolution=256,
     )
@@ -403,12 +407,14 @@ def test_at_the_cap_every_section_keeps_some_and_counts_them(
     assert f"40 in all, {len(drawn)} of them here." in parts["Class images"]
     assert f"40 were trained on, {len(whole)} of them here." in parts["Instance images"]
     assert "All 30 are in <code>samples/</code>." in parts["What it draws"]
-    # What one section does not need, the others may use.
+    # A section may use the room that another does not need.
     lone = report_page.render(make_record(40, class_images=()), max_picture_bytes=1_500_000)
     assert len(Page(lone).pictures("00")) > len(whole)
 
 
-def test_a_cap_that_no_picture_fits_under_is_told(make_record: Callable[..., ReportData]) -> None:
+def test_a_cap_that_no_picture_fits_under_is_reported(
+    make_record: Callable[..., ReportData],
+) -> None:
     page = Page(report_page.render(make_record(3), max_picture_bytes=1000))
     assert not page.of("img")
     assert "3 in all, none of them here." in page.text
@@ -419,7 +425,7 @@ def test_pictures_that_are_gone_are_left_out(make_record: Callable[..., ReportDa
     record = make_record(3)
     record.instance_pictures[1].path.unlink()
     page = Page(report_page.render(record))
-    assert len(page.pictures("0000")) == 2  # as instance image and as class image
+    assert len(page.pictures("0000")) == 2  # once as instance image, once as class image
     assert not page.pictures("0001")
 
 
@@ -437,7 +443,7 @@ def test_every_text_of_a_stranger_is_escaped(make_record: Callable[..., ReportDa
         device=evil,
         stopped=(1, evil),
         metrics=[row],
-        final=Image.new("RGB", (8, 8)),
+        last_sample=Image.new("RGB", (8, 8)),
         settings=settings,
         plan=((evil, evil),),
         phases=((evil, 1.0),),
@@ -448,7 +454,7 @@ def test_every_text_of_a_stranger_is_escaped(make_record: Callable[..., ReportDa
     html = report_page.render(record)
     page = Page(html)
     assert_self_contained(html, page)
-    assert "\u202e" not in html  # it would turn the rest of the line around
+    assert "\u202e" not in html  # this character would reverse the rest of the line
     html.encode("utf-8")
     assert f"and {100 - report_page.MAX_WARNINGS} more in the log" in page.text
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl read back."""
+"""Reading metrics.jsonl back."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
     assert first.loss == 0.3
     assert first.seconds == 0.25
     assert second.class_loss == 0.1
-    assert second.seconds is None  # too slow for the digits that are kept
+    assert second.seconds is None  # the step is too slow for the digits that are kept
     assert math.isinf(second.grad_norm)
 
 

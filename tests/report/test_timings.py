@@ -1,4 +1,4 @@
-"""Times of phases, and the peak of memory."""
+"""The time of each phase and the peak of memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Clock:
 def test_an_inner_phase_stops_the_outer_ones_clock() -> None:
     clock = Clock()
     timings = Timings(clock)
-    clock.now = 5.0  # outside of every phase
+    clock.now = 5.0  # outside all phases
     with timings.phase("training"):
         clock.now = 7.0
         for _ in range(2):
@@ -60,5 +60,5 @@ def test_the_peak_of_memory_counts_what_is_already_gone() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
     before, after = map(int, done.stdout.split())
-    # A small process, though the one that started it is large.
+    # The process is small, although a large one started it.
     assert 1_000_000 < before < 100_000_000 < after < 200_000_000

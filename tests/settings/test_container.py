@@ -18,7 +18,7 @@ from dreambooth.settings.hyperparameters import KNOBS, Hyperparameters, parse
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A container's /opt/ml as SageMaker makes it, without channels."""
+    """Return a container's /opt/ml as SageMaker makes it, without channels."""
     (tmp_path / "ml" / "input" / "config").mkdir(parents=True)
     return tmp_path / "ml"
 
@@ -246,12 +246,12 @@ def test_a_file_that_is_no_text_or_no_file(root: Path) -> None:
     assert faults_of(root) == (f"The file {path} is not a regular file.",)
 
 
-def test_malformed_variables_are_told(root: Path) -> None:
+def test_malformed_variables_are_reported(root: Path) -> None:
     (fault,) = faults_of(root, SM_HPS="{")
     assert fault == "The variable SM_HPS is not valid JSON (line 1)."
 
 
-def test_all_faults_of_a_job_are_told_at_once(root: Path) -> None:
+def test_all_faults_of_a_job_are_reported_at_once(root: Path) -> None:
     write_settings(root, {"learning_rate": "-1", "resume": "perhaps"})
 
     faults = faults_of(
@@ -387,7 +387,8 @@ def test_help_names_every_option_and_ends_well(
     assert "--log_level" in told
 
 
-# Nothing lies under the root: (arguments, variables, output_data_dir); B is the base folder.
+# The root is empty, as outside a container: (arguments, variables, output_data_dir); B is the base
+# folder.
 MODEL_ARGUMENT = ["--model_dir=B/x"]
 OUTPUTS: dict[str, tuple[list[str], dict[str, str], str]] = {
     "nothing given": ([], {}, "ml/model-output"),
@@ -426,7 +427,7 @@ def test_in_a_container_extras_go_under_the_root(root: Path, variables: dict[str
         assert read(root, *argv, **variables).output_data_dir == root / "output" / "data"
 
 
-# The attribute that each option sets, and the platform's own variable for it.
+# For each option the attribute that it sets and the platform's own variable.
 PATHS = {
     "train": ("training", "SM_CHANNEL_TRAINING"),
     "model_dir": ("model_dir", "SM_MODEL_DIR"),
@@ -453,7 +454,7 @@ def test_the_precedence_of_every_path(root: Path, option: str) -> None:
     assert found(**variables) == Path("/hp")
     argument = f"--{option.replace('_', '-')}"
     assert found(argument, "/argument", **variables) == Path("/argument")
-    assert found(argument, "", **variables) == Path("/hp")  # says nothing
+    assert found(argument, "", **variables) == Path("/hp")  # an empty argument counts as unset
     for unset in ("", "None", "null", '""', None):
         write_settings(root, {option: unset})
         assert found() == default
@@ -511,7 +512,8 @@ def test_wrong_options_in_the_file_are_one_sentence(
     write_settings(root, settings)
     assert faults_of(root) == (told,)
     (name,) = settings
-    read(root, f"--{name}", "True" if name == "dry_run" else "debug")  # an argument counts more
+    # An argument takes precedence.
+    read(root, f"--{name}", "True" if name == "dry_run" else "debug")
 
 
 def test_names_that_are_no_utf8_stay_paths(root: Path) -> None:

@@ -23,7 +23,7 @@ def fault(*argv: str) -> str:
     return str(caught.value)
 
 
-def test_all_faults_are_told_in_one_message() -> None:
+def test_all_faults_are_reported_in_one_message() -> None:
     message = fault(
         *("--steps", "0", "--count", "many", "--width", "30", "--guidance_scale", "inf"),
         *("--precision", "fp8", "--format", "gif", "--seed", "-1", "--batch_size", "1.5"),

@@ -15,7 +15,7 @@ from dreambooth.errors import HyperparameterError
 from dreambooth.settings import hyperparameter_text, hyperparameters
 from dreambooth.settings.hyperparameters import KNOBS, Hyperparameters, parse
 
-# The article's names and defaults as retrieve_default() prints them, and compute_fid.
+# Names and defaults as the article's retrieve_default() prints them, and compute_fid.
 PUBLISHED = {
     "with_prior_preservation": "False",
     "num_class_images": "100",
@@ -60,7 +60,7 @@ OURS = {
     "prior_preservation_mode": "images",
     "fast_step": "False",
 }
-# A value off the default of every knob, and how a user would type it.
+# For every knob a value other than its default, and how a user would type it.
 OFF_DEFAULT: dict[str, tuple[str, object]] = {
     "with_prior_preservation": ("True", True),
     "num_class_images": ("7", 7),
@@ -161,7 +161,7 @@ def test_every_knob_is_tested_off_its_default() -> None:
         assert value != getattr(Hyperparameters(), name)
 
 
-def test_every_wrong_value_is_told_at_once() -> None:
+def test_every_wrong_value_is_reported_at_once() -> None:
     faults = faults_of(
         {
             "max_steps": '"many"',

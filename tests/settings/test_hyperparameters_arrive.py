@@ -1,6 +1,6 @@
-"""Every hyperparameter, set off its default, is seen at its destination, with its effect.
+"""Every hyperparameter with a value other than its default must have its effect.
 
-`EFFECTS` names for each knob the test that shows it; a knob without one fails the suite.
+`EFFECTS` names the test of each knob; a knob without one fails the suite.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Folder = Callable[..., Path]
 
 
 class Run:
-    """One job on the miniature model, and what it left behind."""
+    """A job on the miniature model and the files that it wrote."""
 
     def __init__(self, out: Path) -> None:
         self.model = out / "model"
@@ -77,7 +77,7 @@ def run_job(
 
 @pytest.fixture
 def built_optimizers(monkeypatch: pytest.MonkeyPatch) -> list[torch.optim.Optimizer]:
-    """The optimizers that jobs build from here on."""
+    """Return a list that collects the optimizers which jobs build."""
     built: list[torch.optim.Optimizer] = []
     original = optimizer.build
 
@@ -99,7 +99,7 @@ def test_with_prior_preservation(run_job: Start) -> None:
 
 
 def test_num_class_images(run_job: Start) -> None:
-    run = run_job(**PRIOR, num_class_images=5)  # two are given
+    run = run_job(**PRIOR, num_class_images=5)  # two are given already
     assert len(list((run.output / "class_images").glob("*.png"))) == 3
 
 
@@ -122,7 +122,7 @@ def test_batch_size(run_job: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dreambooth.training.expected_memory.CLASS_BATCH", 2)
     run = run_job(**PRIOR, num_class_images=5, batch_size=3)
     assert run.metrics[0]["epoch"] == 1.0
-    assert batches[0] == 3  # class images are sampled so many at once
+    assert batches[0] == 3  # class images are sampled in batches of this size
 
 
 def test_learning_rate(run_job: Start) -> None:
@@ -164,10 +164,11 @@ def test_gradient_accumulation_steps(run_job: Start) -> None:
 
 
 def test_max_grad_norm(run_job: Start) -> None:
-    # AdamW does not see a common scale of all gradients, but for its epsilon.
+    # AdamW's update does not depend on a common scale of all gradients, except through epsilon.
     plain = run_job(adam_epsilon=1e-2)
     clipped = run_job(adam_epsilon=1e-2, max_grad_norm=1e-4)
-    assert clipped.metrics[0]["grad_norm"] == plain.metrics[0]["grad_norm"]  # before clipping
+    # The norm before clipping.
+    assert clipped.metrics[0]["grad_norm"] == plain.metrics[0]["grad_norm"]
     start = run_job(learning_rate=1e-30).weights()
     moved = (clipped.weights() - start).norm() / (plain.weights() - start).norm()
     assert moved < 0.1
@@ -231,7 +232,7 @@ def test_prior_generation_precision(run_job: Start, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(models, "load", load)
     run_job(**PRIOR, num_class_images=3, prior_generation_precision="bf16")
-    assert loaded == [torch.bfloat16, torch.float32]  # the sampler, then the training model
+    assert loaded == [torch.bfloat16, torch.float32]  # first the sampler, then the model to train
 
 
 def test_class_data_dir(run_job: Start) -> None:
@@ -271,7 +272,8 @@ def test_sample_steps_and_sample_prompt(run_job: Start, monkeypatch: pytest.Monk
     run = run_job(sample_steps=1, sample_prompt="a photo of dog")
     assert len(list((run.output / "samples").iterdir())) == 2
     assert "a photo of dog" in (run.model / "README.md").read_text()
-    assert torch.equal(run.weights(), run_job().weights())  # a preview never changes training
+    # Drawing previews does not change training.
+    assert torch.equal(run.weights(), run_job().weights())
 
 
 def test_export_precision(run_job: Start) -> None:
@@ -299,8 +301,8 @@ def test_fast_step(
     assert "fast_step is left out: there is no CUDA graph on CPU." in capsys.readouterr().err
     plain = run_job(**bf16)
     assert torch.equal(left_out.weights(), plain.weights())
-    # All of it but the capture works here too.
-    monkeypatch.setattr("dreambooth.training.memory_plan.why_no_fast_step", lambda *_, **__: None)
+    # Everything but the capture works on a CPU, too.
+    monkeypatch.setattr("dreambooth.training.memory_plan.fast_step_obstacle", lambda *_, **__: None)
     fast = run_job(**bf16, fast_step=True, sample_steps=3)
     assert len(list((fast.output / "samples").iterdir())) == 1
     assert [row["step"] for row in fast.metrics] == [1, 2, 3, 4, 5]
@@ -308,11 +310,11 @@ def test_fast_step(
     assert losses == pytest.approx([row["loss"] for row in plain.metrics], rel=0.02)
     assert losses != [row["loss"] for row in plain.metrics]
     near = (fast.weights() - plain.weights()).abs().mean()
-    assert 0 < float(near) < 1e-3  # of five steps of 1e-3
+    assert 0 < float(near) < 1e-3  # after five steps of 1e-3
     tensors = load_file(fast.model / "unet" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     halves = sum(int(torch.equal(t, t.bfloat16().float())) for t in tensors.values())
-    assert halves < len(tensors) / 2  # the masters, not what the passes computed with
+    assert halves < len(tensors) / 2  # fp32 masters are saved, not the half-precision weights
 
 
 def test_prior_preservation_mode(run_job: Start) -> None:
@@ -329,7 +331,7 @@ def test_compute_fid_and_fid_features(
     assert "fid_score" not in shown.out + shown.err
     run_job(compute_fid=True)
     shown = capsys.readouterr()
-    [score] = re.findall(r"fid_score=([-+]?\d\.?\d*)", shown.out)  # the tuner's expression
+    [score] = re.findall(r"fid_score=([-+]?\d\.?\d*)", shown.out)  # the tuner's regular expression
     assert float(score) >= 0
     assert "fid_score=" not in shown.err
     assert "features: the model's own VAE encoder" in shown.err
@@ -364,8 +366,8 @@ EFFECTS = {
     "checkpoints_total_limit": "test_checkpointing_steps_and_checkpoints_total_limit",
     "sample_steps": "test_sample_steps_and_sample_prompt",
     "sample_prompt": "test_sample_steps_and_sample_prompt",
-    # tests/job/test_run.py
-    "resume": "test_a_changed_setting_refuses_to_resume_unless_told_to_start_over",
+    # See tests/job/test_run.py.
+    "resume": "test_a_changed_setting_refuses_to_resume_unless_resume_is_fresh",
 }
 
 

@@ -90,7 +90,7 @@ def test_what_is_no_number_of_steps(raw: object) -> None:
         ("sample_prompt", ["a"]),
     ],
 )
-def test_a_wrong_value_is_told_with_its_name_and_what_may_stand_there(
+def test_a_wrong_value_is_reported_with_its_name_and_what_may_stand_there(
     name: str, raw: object
 ) -> None:
     (fault,) = faults_of({name: raw})

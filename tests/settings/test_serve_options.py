@@ -31,7 +31,7 @@ def test_the_defaults_are_sagemakers() -> None:
     assert found.safety_checker
 
 
-# Of every option an odd value, and what must come of it.
+# For every option an unusual value and the setting it must give.
 ODD = {
     "model": ("tiny", "tiny"),
     "host": ("127.0.0.1", "127.0.0.1"),
@@ -121,7 +121,7 @@ def test_wrong_values_are_refused_by_name(name: str, text: str) -> None:
         read(f"--{name}={text}")
 
 
-def test_all_faults_are_told_at_once_and_a_variables_by_its_own_name() -> None:
+def test_all_faults_are_reported_at_once_and_a_variables_by_its_own_name() -> None:
     environ = {"SAGEMAKER_BIND_TO_PORT": "http", "DREAMBOOTH_NO_SAFETY_CHECKER": "maybe"}
     with pytest.raises(UserError) as caught:
         read("--max_queue", "none", environ=environ)

@@ -38,7 +38,7 @@ def test_levels(text: str, level: str | None) -> None:
 def test_the_platform_stands_between_the_users_variables_and_the_file() -> None:
     faults: list[str] = []
     environ = {"SM_MODEL_DIR": "/platform"}
-    chosen = sources.Chosen(
+    chosen = sources.OptionValues(
         {}, {"train": "/hp"}, environ, {"model_dir": "/file"}, faults, in_container=False
     )
     assert chosen.text("model_dir") == "/platform"

@@ -1,9 +1,9 @@
-"""On the PYTHONPATH of a process this makes its disk slow, without root: `os.fsync` takes its time.
+"""Makes the disk of a process slow, without root, by slowing down `os.fsync`.
 
-As on a disk that writes nothing before it is asked to: SLOW_DISK_BYTES_PER_SECOND of each file.
-SLOW_DISK_LOG names a file that gets a line per flushed file, its bytes and its path.
-SLOW_DISK_STOP_SECONDS, where it is set, takes the place of `dreambooth.process.stop.STOP_SECONDS`,
-for tests that cannot wait that long.
+The folder must be on the process's PYTHONPATH. It imitates a disk that writes only when asked to,
+each file at SLOW_DISK_BYTES_PER_SECOND. SLOW_DISK_LOG names a file that gets a line per flushed
+file with its bytes and its path. SLOW_DISK_STOP_SECONDS, if set, replaces
+`dreambooth.process.stop.STOP_SECONDS`, for tests that cannot wait that long.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def test_the_shipped_data_sets_are_what_the_world_draws(
     assert len(pictures) == data_set.pictures
     for path in pictures:
         drawn = np.asarray(Image.open(tmp_path / path.name), dtype=np.int16)
-        # Blurs and joints of lines may differ by a shade between versions of Pillow.
+        # Blurred edges and line joints may differ slightly between versions of Pillow.
         assert np.abs(np.asarray(Image.open(path), dtype=np.int16) - drawn).mean() < 1.0
 
 

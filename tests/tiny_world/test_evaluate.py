@@ -1,4 +1,4 @@
-"""The command as a user types it, on the embedded model with few pictures."""
+"""`evaluate` as a user runs it, on the embedded model with few pictures."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def evaluate(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[list[str],
 
 
 def assert_intervals(lines: list[str], result: dict[str, Any]) -> None:
-    """Each share has its 95 % interval (Wilson, 1927) in the JSON line and in the table."""
+    """Assert that the JSON line and the table give each share's 95 % interval (Wilson, 1927)."""
     for column in ("question", "measure"):
         (head,) = [line for line in lines if line.startswith(column)]
         assert head.split()[-5:-1] == ["share", "95", "%", "interval"]
@@ -52,7 +52,10 @@ def assert_intervals(lines: list[str], result: dict[str, Any]) -> None:
 
 
 def wilson(right: int, of: int) -> tuple[float, float]:
-    """The shares p for which (right / of - p) is 1.96 standard deviations: roots of a quadratic."""
+    """Return the shares p at which right / of - p is 1.96 standard deviations.
+
+    They are the roots of a quadratic.
+    """
     share, z = right / of, 1.959964
     a, b, c = 1 + z**2 / of, -(2 * share + z**2 / of), share**2
     root = max(0.0, b**2 - 4 * a * c) ** 0.5
@@ -70,7 +73,7 @@ def test_a_tuned_model_is_asked_about_its_subject(
     assert result["pictures"] == 1
     assert result["measures"]["the subject"]["of"] == 1
     assert result["measures"]["the subject"]["goal"] == ">= 0.85"
-    # The same weights on the same noise: the base's answers are the model's.
+    # Both models have the same weights and draw from the same noise, so their answers agree.
     assert result["base"]["measures"] == result["measures"]
     assert any("MISSED" in line for line in lines)
     assert_intervals(lines, result)
@@ -103,7 +106,7 @@ def test_a_base_model_is_asked_for_the_world_and_keeps_the_figures(
     assert result["variety"]["bits"] is None
     recorded = json.loads((base / "recipe.json").read_text())
     assert recorded["judged"]["measures"] == result["measures"]
-    assert recorded["figures"]  # what else stood there stays
+    assert recorded["figures"]  # the rest of the file is kept
 
 
 def test_wrong_options_are_one_sentence(

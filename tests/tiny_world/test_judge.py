@@ -21,7 +21,7 @@ def held_out() -> tuple[list[world.Scene], np.ndarray]:
 def test_the_judge_reads_held_out_drawings(
     held_out: tuple[list[world.Scene], np.ndarray],
 ) -> None:
-    # A ninth are sketches, whose colours cannot be told.
+    # One drawing in nine is a sketch, which has no colours to read.
     told = {
         name: int((labels >= 0).sum()) for name, labels in judging.labels_of(held_out[0]).items()
     }

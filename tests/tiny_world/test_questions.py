@@ -33,7 +33,8 @@ def test_every_label_of_the_world_is_asked_for() -> None:
         for label in labels
     }
     every = {(name, label) for name, labels in ATTRIBUTES.items() for label in labels}
-    unsaid = {("collar", "none"), ("seat", "none"), ("style", "photo")}  # no caption says these
+    # Captions never mention these.
+    unsaid = {("collar", "none"), ("seat", "none"), ("style", "photo")}
     assert asked == every - unsaid
 
 
@@ -80,7 +81,7 @@ def test_seats_and_collars_of_an_animal() -> None:
     assert "in another collar: both" in met(asked, replace(RIOBUGGER, collar="red"))
     assert "in another collar: both" not in met(asked, RIOBUGGER)
     red = {q.prompt for q in questions.of_subject("zwx").asked if "collar" in q.prompt}
-    assert red == {"a photo of a zwx dog with a blue collar"}  # its own is red
+    assert red == {"a photo of a zwx dog with a blue collar"}  # its own collar is red
 
 
 def test_things_are_asked_for_in_red_and_as_a_seat() -> None:

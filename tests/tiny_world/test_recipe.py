@@ -15,7 +15,7 @@ from safetensors import safe_open
 from dreambooth.tiny import WEIGHTS
 from tiny_world import captions as captioning
 from tiny_world import packaging, recipe, tokenizer, world
-from tiny_world.pace import Pace
+from tiny_world.lr_schedule import TimedLrSchedule
 from tiny_world.recipe import Recipe, RecipeSettings
 from tiny_world.text_unet_training import (
     NOISE_SCHEDULE,
@@ -117,17 +117,17 @@ def test_weights_of_timesteps_rise_with_noise_up_to_the_cap() -> None:
 
 def test_the_pace_warms_up_then_falls_and_ends_with_its_time() -> None:
     now = [0.0]
-    pace = Pace(100.0, 1.0, spent=0.0, clock=lambda: now[0])
+    schedule = TimedLrSchedule(100.0, 1.0, spent=0.0, clock=lambda: now[0])
     rates = []
     for second in range(100):
         now[0] = float(second)
-        assert not pace.over
-        rates.append(pace.learning_rate())
+        assert not schedule.time_is_up
+        rates.append(schedule.learning_rate())
     assert max(rates) == rates[2]
     assert rates[2:] == sorted(rates[2:], reverse=True)
     assert rates[-1] < 0.02
     now[0] = 100.0
-    assert pace.over
+    assert schedule.time_is_up
 
 
 def test_the_recipe_runs_end_to_end_goes_on_and_loads(

@@ -25,7 +25,7 @@ def test_the_interval_over_seeds_is_students() -> None:
     assert study.over_seeds([0.5])["low"] is None
 
 
-def test_a_study_tunes_asks_and_goes_on_where_it_was(
+def test_a_study_tunes_asks_and_resumes_where_it_was(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(study.SAMPLINGS, "3.5", (3.5, 2))
@@ -41,7 +41,7 @@ def test_a_study_tunes_asks_and_goes_on_where_it_was(
     assert len(subject["prior_off"]["values"]) == 2
     settings = json.loads((out / "prior_off-1" / "model" / "hyperparameters.json").read_text())
     assert settings["seed"] == "1"
-    assert settings["center_crop"] == "True"  # what it does not know is the job's
+    assert settings["center_crop"] == "True"  # options that the study does not know go to the job
 
     written = (out / "prior_off-0" / "model" / "model_index.json").stat().st_mtime_ns
     assert study.main(["--out", str(out), *OPTIONS, "--center_crop"]) == 0
@@ -81,7 +81,7 @@ def test_prior_prediction_stands_beside_class_images_and_none(
 
     assert study.main([*options, "--prior", "both"]) == 0
     made = {path.name for path in out.glob("prior_*")}
-    assert made == {"prior_off-0", "prior_on-0"}  # as they were named before there was a third
+    assert made == {"prior_off-0", "prior_on-0"}  # the names from before a third condition existed
     assert "prior" not in json.loads((out / "study.json").read_text())
     kept = [out / name / "model" / "model_index.json" for name in sorted(made)]
     times = [path.stat().st_mtime_ns for path in kept]

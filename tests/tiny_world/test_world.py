@@ -65,7 +65,7 @@ def test_captions_say_what_is_seen_and_nothing_else() -> None:
 
 
 def a_scene(wanted: Callable[[world.Scene], bool], name: str | None = "tofit") -> world.Scene:
-    """The first random scene of somebody called `name` that is as wanted."""
+    """Return the first random scene of an individual called `name` that meets `wanted`."""
     rng = random.Random(3)
     for seed in range(2000):
         shown = world.random_scene(str(seed), world.random_look(rng), name)

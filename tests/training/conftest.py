@@ -1,4 +1,4 @@
-"""A small real U-Net with random latents: the loop without pictures."""
+"""Fixtures that train a small real U-Net on random latents, without pictures."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def random_posteriors(count: int, seed: int) -> LatentPosteriors:
     return LatentPosteriors(
         mean=torch.randn(count, 4, 8, 8, generator=generator),
         std=torch.rand(count, 4, 8, 8, generator=generator) * 0.1,
-        first=tuple(range(count)),
-        crops=(1,) * count,
+        first_rows=tuple(range(count)),
+        crop_counts=(1,) * count,
     )
 
 
@@ -99,7 +99,7 @@ def make_training(loaded_small_model: models.DiffusionModel) -> Callable[..., Tr
         plan = plans.make(settings, dataset(), None, CPU_FACTS)
         if frees_gradients:
             plan = replace(plan, frees_gradients=True)
-        if settings.fast_step:  # which is CUDA's, but for the capture
+        if settings.fast_step:  # the CPU allows everything of the fast step except the capture
             plan = replace(plan, fast_step=True)
         if plan.rounds_stochastically:
             for module in trained:
@@ -128,7 +128,7 @@ def make_training(loaded_small_model: models.DiffusionModel) -> Callable[..., Tr
                 use_8bit_adam=plan.use_8bit_adam,
                 rounds_stochastically=plan.rounds_stochastically,
             ),
-            precision=Precision.of(plan, CPU),
+            precision=Precision.for_plan(plan, CPU),
         )
         return Training(model=model, settings=settings, plan=plan, state=state, data=data)
 

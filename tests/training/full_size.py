@@ -1,4 +1,4 @@
-"""What the planner knows of Stable Diffusion 2.1 base."""
+"""The facts of Stable Diffusion 2.1 base that training plans are derived from."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""DreamBooth (Ruiz et al. 2022) as a plain loop: everything encoded at every step, in fp32.
+"""DreamBooth (Ruiz et al. 2022) as a plain fp32 loop that encodes everything at every step.
 
-It shares no code with the training but `pairs.draw`: the same pictures, timesteps and noise.
+It shares only `sample_draws.draw` with the training code, so that both see the same pictures,
+timesteps and noise.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dreambooth.data import pairs
+from dreambooth.data import sample_draws
 from dreambooth.diffusion import model as models
 from dreambooth.settings.hyperparameters import Hyperparameters
 
@@ -33,7 +34,10 @@ class World:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Half:
-    """What a loss term is made of; frozen: its target is what the base model predicts."""
+    """One term of the loss.
+
+    frozen: its target is the frozen base model's prediction, not the noise.
+    """
 
     stream: str
     paths: Sequence[Path]
@@ -43,7 +47,7 @@ class Half:
 
 
 def trained_copies(world: World, settings: Hyperparameters) -> nn.ModuleDict:
-    """What is trained, at its start."""
+    """Return copies of the trained networks as they are before training."""
     parts = {"unet": world.model.unet}
     if settings.train_text_encoder:
         parts["text_encoder"] = world.model.text_encoder
@@ -52,7 +56,7 @@ def trained_copies(world: World, settings: Hyperparameters) -> nn.ModuleDict:
 
 
 def train(world: World, trained: nn.ModuleDict, settings: Hyperparameters) -> None:
-    """settings.max_steps steps of what `trained_copies` made."""
+    """Train the networks of `trained_copies` for settings.max_steps steps."""
     base, accumulation = world.model, settings.gradient_accumulation_steps
     text_encoder = dict(trained.items()).get("text_encoder", base.text_encoder)
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
@@ -62,11 +66,11 @@ def train(world: World, trained: nn.ModuleDict, settings: Hyperparameters) -> No
     for window in range(settings.max_steps * accumulation):
         numbers = range(window * settings.batch_size, (window + 1) * settings.batch_size)
         for half in _halves(world, settings):
-            drawn = pairs.draw(
+            drawn = sample_draws.draw(
                 numbers,
                 seed=settings.seed,
                 stream=half.stream,
-                crops=[1] * len(half.paths),
+                crop_counts=[1] * len(half.paths),
                 latent_shape=(4, 16, 16),
                 train_timesteps=1000,
             )
@@ -98,7 +102,7 @@ def _halves(world: World, settings: Hyperparameters) -> list[Half]:
     if settings.with_prior_preservation:
         by_prediction = settings.prior_preservation_mode == "prediction"
         halves.append(
-            Half(  # a prediction is asked of the very same noisy latents
+            Half(  # a prediction is made of the same noisy latents as the instance half's
                 stream="instance" if by_prediction else "class",
                 paths=world.instances if by_prediction else world.classes,
                 prompt=CLASS,
@@ -133,7 +137,7 @@ def _adamw(trained: nn.Module, settings: Hyperparameters) -> torch.optim.Optimiz
 
 @torch.no_grad()
 def _latents(
-    model: models.DiffusionModel, paths: Sequence[Path], drawn: pairs.Samples
+    model: models.DiffusionModel, paths: Sequence[Path], drawn: sample_draws.SampleDraws
 ) -> torch.Tensor:
     pictures = [Image.open(path).convert("RGB") for path in paths]
     pixels = torch.stack(

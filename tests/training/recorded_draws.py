@@ -1,7 +1,8 @@
-"""diffusers' `train_dreambooth.py` as it is, with all that it draws at random written down.
+"""Runs diffusers' unchanged `train_dreambooth.py` and saves all its random draws.
 
-`recorded_draws.py DRAWS_FILE SCRIPT [ARGUMENT ...]` runs the script's own `main` on one picture a
-step. Nothing of what it computes is changed: three functions that it calls tell what they saw.
+`recorded_draws.py DRAWS_FILE SCRIPT [ARGUMENT ...]` runs the script's own `main` with one picture a
+step. The computation is not changed: three functions that it calls are wrapped to save what they
+draw or receive.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from typing import Any
 
 import torch
 
-from dreambooth.data.pairs import Samples
+from dreambooth.data.sample_draws import SampleDraws
 
 STREAMS = ("instance", "class")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draws:
-    """Of S steps, each of K halves: the instance half alone, or the class half after it.
+    """The draws of S steps of K halves: the instance half alone, or the class half after it.
 
     pictures: for each step the file names [K]. timesteps: int64 [S,K]. posterior_noise, noise:
     float32 [S,K,C,h,w].
@@ -37,15 +38,18 @@ class Draws:
     def load(cls, path: Path) -> Draws:
         return cls(**torch.load(path, weights_only=True))
 
-    def replayed(self, names: dict[str, Sequence[str]]) -> Callable[..., Samples]:
-        """What stands in for `pairs.draw`; names: of each stream, the file names in our order."""
+    def replayed(self, names: dict[str, Sequence[str]]) -> Callable[..., SampleDraws]:
+        """Return a replacement for `sample_draws.draw`.
 
-        def draw(samples: range, *, stream: str, **_: object) -> Samples:
+        names: the file names of each stream, in our order.
+        """
+
+        def draw(samples: range, *, stream: str, **_: object) -> SampleDraws:
             rows, half = list(samples), STREAMS.index(stream)
             images = [names[stream].index(self.pictures[row][half]) for row in rows]
-            return Samples(
+            return SampleDraws(
                 images=torch.tensor(images),
-                crops=torch.zeros(len(rows), dtype=torch.long),
+                crop_indices=torch.zeros(len(rows), dtype=torch.long),
                 timesteps=self.timesteps[rows, half],
                 posterior_noise=self.posterior_noise[rows, half],
                 noise=self.noise[rows, half],
@@ -93,7 +97,7 @@ def main(draws_file: str, script: str, *arguments: str) -> None:
     peer.DDPMScheduler.add_noise = add_noise_and_tell
     peer.main(peer.parse_args(list(arguments)))
     draws = Draws(
-        pictures=pictures[: len(noised)],  # accelerate looks one batch ahead
+        pictures=pictures[: len(noised)],  # accelerate loads one batch ahead
         timesteps=torch.stack([timesteps for _, timesteps in noised]),
         posterior_noise=torch.stack(posterior_noise),
         noise=torch.stack([noise for noise, _ in noised]),

@@ -21,7 +21,8 @@ SETTINGS = Hyperparameters(learning_rate=1e-3)
 
 def network() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(96, 96), nn.LayerNorm(96), nn.Linear(96, 4))  # 9216 and fewer
+    # Weights of 9216 values and fewer.
+    return nn.Sequential(nn.Linear(96, 96), nn.LayerNorm(96), nn.Linear(96, 4))
 
 
 def step(module: nn.Module, adamw: torch.optim.Optimizer, number: int) -> None:
@@ -46,7 +47,7 @@ def moments(saved: dict[str, Any]) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("first_bits", ["fp32", "8-bit"])
-def test_a_run_goes_on_with_states_of_other_bits(first_bits: str) -> None:
+def test_a_run_resumes_with_states_of_other_bits(first_bits: str) -> None:
     before = network()
     reference, adamw = trained(10, eight_bit=False)
     for number in range(10, 20):
@@ -80,7 +81,8 @@ def test_states_come_back_from_fp32_within_one_code() -> None:
         (old,) = (value for value in state.values() if isinstance(value, dict))
         (new,) = (value for value in back.values() if isinstance(value, dict))
         assert new.keys() == old.keys()
-        # The signed codes end at -0.993: a block whose largest moment is negative shrinks by that.
+        # The signed codes end at -0.993, so a block whose largest moment is negative shrinks by
+        # that factor.
         assert int((new["state1"].int() - old["state1"].int()).abs().max()) <= 1
         assert torch.equal(new["state2"], old["state2"])
         if "absmax1" in old:
@@ -111,7 +113,7 @@ def test_rounding_is_right_on_average_and_never_further_than_a_neighbour() -> No
     assert bool((distance <= values.abs() * 2**-7).all())
     for one, mean in zip(values.view(5, -1)[:, 0], rounded.view(5, -1).mean(dim=1), strict=True):
         assert float(mean) == pytest.approx(float(one), abs=float(one.abs()) * 1e-4)
-    assert torch.equal(rounded[:20_000], values[:20_000])  # what bf16 holds stays
+    assert torch.equal(rounded[:20_000], values[:20_000])  # bf16 can hold these
 
 
 def test_rounded_weights_keep_updates_that_the_nearest_would_lose() -> None:
@@ -151,7 +153,7 @@ def test_rounding_is_a_function_of_seed_and_step() -> None:
 
 
 class RefusesToWait(TorchDispatchMode):
-    """No value is brought to the host, which would wait for a GPU."""
+    """Fails if a value is copied to the host, which would wait for a GPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         aten = torch.ops.aten
@@ -161,7 +163,7 @@ class RefusesToWait(TorchDispatchMode):
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """Shapes of the weights that bitsandbytes waits for, as it does wherever they are on a GPU."""
+    """Return the shapes of weights that bitsandbytes synchronizes for, as it does on any GPU."""
     seen: list[torch.Size] = []
     monkeypatch.setattr(
         bitsandbytes.optim.optimizer, "sync_gpu", lambda weight: seen.append(weight.shape)
@@ -198,7 +200,7 @@ def test_without_waiting_states_and_weights_are_bitsandbytes_own(
                     gradient = torch.randn(parameter.shape, generator=generator) * 1e-3
                     parameter.grad = gradient.to(parameter)
             adamw.step()
-            if number == 5:  # states go from a run to its continuation
+            if number == 5:  # the state is saved and loaded as when a run is resumed
                 adamw.load_state_dict(adamw.state_dict())
         runs.append(states_and_weights(module, adamw))
         assert len(waits) == (12 * 6 if kind is kinds[0] else 0)

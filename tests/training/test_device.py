@@ -10,7 +10,7 @@ from dreambooth.training import device
 
 
 def with_driver(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for the driver's own tool, first on the PATH."""
+    """Put a stand-in for nvidia-smi first on the PATH."""
     tool = folder / "nvidia-smi"
     tool.write_text(f"#!/bin/sh\n{script}\n")
     tool.chmod(0o755)

@@ -1,7 +1,8 @@
-"""Learning parity with diffusers' `train_dreambooth.py`, a file that the user gives.
+"""Learning parity with diffusers' `train_dreambooth.py`, a file that the user supplies.
 
-Its own `main` trains the embedded model by its own draws, which our job replays. Both leave a model
-folder; what is compared is the displacement of each trained part's weights, after minus before.
+The script's own `main` trains the embedded model with its own random draws, which our job replays.
+Both write a model folder; each trained part is compared by the displacement of its weights (after
+minus before).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from benchmarks.train_step import peer, processes
 from benchmarks.train_step.conditions import Conditions
 from benchmarks.train_step.ours import Outcome, Scale, Setting, Subject
 from dreambooth import tiny
-from dreambooth.data import pairs
+from dreambooth.data import sample_draws
 from dreambooth.job.run import run_job
 from dreambooth.training import optimizer
 from dreambooth.training.device import CPU
@@ -52,7 +53,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Theirs:
-    """What the script drew, the model folder that it wrote, and the pictures for our job."""
+    """The script's draws, the model folder that it wrote, and the pictures for our job."""
 
     case: Case
     draws: Draws
@@ -64,7 +65,7 @@ CASES = {
     "plain": Case(),
     "prior preservation": Case(prior=True),
     "text encoder": Case(prior=True, text_encoder=True),
-    # At the default a decay of 2e-08 of a weight per step is lost in fp32's rounding.
+    # At the default, a decay of 2e-08 of a weight per step is lost in fp32's rounding.
     "decay": Case(weight_decay=1.0),
 }
 
@@ -101,7 +102,7 @@ def theirs(
 
 
 def train_ours(theirs: Theirs, folder: Path) -> Path:
-    """Our model folder after the same work."""
+    """Train with the script's settings and return our model folder."""
     arguments = [
         *("--pretrained-model", BASE, "--train", theirs.photos),
         *("--model_dir", folder / "model", "--output_data_dir", folder / "output"),
@@ -115,7 +116,10 @@ def train_ours(theirs: Theirs, folder: Path) -> Path:
 
 
 def agreements(own: Path, theirs: Theirs) -> dict[str, tuple[float, float]]:
-    """(cosine, ratio of norms) of each trained part; what is not trained must not have moved."""
+    """Return (cosine, ratio of norms) by trained part.
+
+    Asserts that exactly the trained parts have moved, in both models.
+    """
     trained = PARTS if theirs.case.text_encoder else ("unet",)
     for model in (own, theirs.model):
         moved = [
@@ -131,7 +135,7 @@ def agreements(own: Path, theirs: Theirs) -> dict[str, tuple[float, float]]:
 
 
 def weights(model: Path, part: str) -> dict[str, torch.Tensor]:
-    """By name; transformers 4 puts one more word before a text encoder's."""
+    """Return a part's weights by name, without transformers 4's prefix in a text encoder."""
     return {
         name.removeprefix("text_model."): weight
         for name, weight in load_file(model / part / PARTS[part]).items()
@@ -140,22 +144,22 @@ def weights(model: Path, part: str) -> dict[str, torch.Tensor]:
 
 
 def replay(theirs: Theirs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give the script's draws to our loop, in the order in which it keeps pictures."""
+    """Make our loop use the script's draws, with pictures numbered in our order."""
     folders = {"instance": theirs.photos, "class": theirs.photos / "class_data_dir"}
     names = {stream: sorted(p.name for p in folders[stream].glob("*.png")) for stream in STREAMS}
-    monkeypatch.setattr(pairs, "draw", theirs.draws.replayed(names))
+    monkeypatch.setattr(sample_draws, "draw", theirs.draws.replayed(names))
 
 
 def decay_everything(
     modules: list[torch.nn.Module], weight_decay: float
 ) -> list[dict[str, object]]:
-    """The script's one parameter group: biases and LayerNorm weights decay too."""
+    """Return one parameter group as the script has it: biases and LayerNorm weights decay too."""
     weights = [weight for module in modules for weight in module.parameters()]
     return [{"params": weights, "weight_decay": weight_decay}]
 
 
 # Measured 2026-11-23 in fp32 on a CPU (torch 2.13, diffusers 0.42.1): all cosines above 1 - 1e-09,
-# norms within 3e-08; that of the text encoder 2e-07.
+# norms within 3e-08, or 2e-07 for the text encoder.
 def test_the_same_draws_teach_the_same(
     theirs: Theirs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,7 +171,7 @@ def test_the_same_draws_teach_the_same(
         assert ratio == pytest.approx(1.0, abs=0.01)
 
 
-# Measured 2026-11-23: cosine 0.9973 with biases spared, 0.67 with our own draws.
+# Measured 2026-11-23: cosine 0.9973 when biases do not decay, 0.67 with our own draws.
 @pytest.mark.parametrize("theirs", [CASES["decay"]], ids=["decay"], indirect=True)
 def test_biases_spared_from_decay_are_noticed(
     theirs: Theirs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

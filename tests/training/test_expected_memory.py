@@ -1,4 +1,4 @@
-"""What each phase of a job is expected to take, beside live bytes counted on fake tensors."""
+"""Checks the memory expected of each phase against live bytes counted on fake tensors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PRIOR = {"with_prior_preservation": True}
 
 
 class _Live(TorchDispatchMode):
-    """Bytes of what has been computed and is still referred to, without the weights."""
+    """Counts the bytes of computed tensors that are still referred to, without the weights."""
 
     def __init__(self, weights: list[torch.Tensor]) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class _Live(TorchDispatchMode):
 
 
 def live_peak(network: str, call: str, *shapes: tuple[int, ...]) -> float:
-    """Of a call of a full-size network in fp32 without gradients, in elements."""
+    """Return a call's peak of live elements, for a full-size fp32 network without gradients."""
     with FakeTensorMode(), torch.no_grad():
         build = {"vae": AutoencoderKL, "unet": UNet2DConditionModel}[network]
         config = {"vae": full_size.VAE, "unet": full_size.UNET}[network]
@@ -80,14 +80,17 @@ def test_a_row_of_the_unet_is_counted_at_full_size_and_a_half_more() -> None:
 
 
 def phases(plan: str, *, fast_step: bool = False, **changes: object) -> dict[str, float]:
-    """GiB by phase, in fp16, of a job that samples its class images."""
+    """Return the GiB expected of each phase of a job in fp16.
+
+    With prior preservation it samples class images.
+    """
     settings = Hyperparameters(**changes)  # type: ignore[arg-type]
     found = expected_memory.of_phases(
         settings,
         FULL_SIZE,
         mixed_precision="fp16",
         prior_precision="fp16",
-        plan=MEMORY_PLANS[plan],
+        memory_plan=MEMORY_PLANS[plan],
         fast_step=fast_step,
         class_batch=8 if settings.with_prior_preservation else 0,
     )
@@ -102,19 +105,20 @@ def test_phases_are_those_of_the_job_in_its_order() -> None:
     assert expected_memory.largest(()) is None
 
 
-# Derived from counts, as in `test_memory`: nobody has measured them on a GPU.
+# Derived from counts, as in test_memory_plan.py, and not measured on a GPU.
 def test_the_smallest_plan_stays_within_its_goal_in_every_phase() -> None:
     found = phases("8bit_adamw_in_backward", sample_steps=50, compute_fid=True, **PRIOR)
     assert found == {
         "class images": pytest.approx(3.92, abs=0.01),
-        "encoding": pytest.approx(4.81 + 0.63, abs=0.01),  # all weights in fp32, then the VAE's
+        "encoding": pytest.approx(4.81 + 0.63, abs=0.01),  # fp32 weights, then the VAE's encoding
         "training": pytest.approx(5.61, abs=0.01),
         "sample pictures": pytest.approx(3.23 + 1.64 + 0.31 + 0.75, abs=0.02),
         "export": pytest.approx(3.23, abs=0.01),
         "fid_score": pytest.approx(3.23 + 0.31 + 0.75, abs=0.01),
     }
     assert max(found.values()) <= 6.0
-    # With no sample pictures between steps only the last one is drawn, after AdamW's states went.
+    # Without sample pictures between steps only the last one is drawn, after AdamW's states are
+    # freed.
     assert phases("8bit_adamw_in_backward")["sample pictures"] == found["fid_score"]
 
 
@@ -140,7 +144,8 @@ def test_pictures_drawn_between_fast_steps_are_drawn_beside_all_that_these_keep(
         phases("8bit_adamw", fast_step=fast_step, sample_steps=50, **PRIOR)["sample pictures"]
         for fast_step in (False, True)
     )
-    # Half weights 1.61, and the larger of saved activations (1.74) and gradients with some of them.
+    # Half-precision weights take 1.61; the rest is the larger of saved activations (1.74) and
+    # gradients with some of the activations.
     assert fast - plain == pytest.approx(1.61 + 1.61 + 0.3 * 1.74, abs=0.03)
 
 
@@ -164,7 +169,7 @@ def test_a_plan_whose_sample_pictures_do_not_fit_is_not_taken() -> None:
         return memory_plan.choose(settings, FULL_SIZE, card(11.5), mixed_precision="fp16")[0]
 
     assert (chosen().name, chosen().fast_step) == ("8bit_adamw", True)
-    # The fast step's drawing does not fit.
+    # Drawing beside the fast step does not fit.
     assert chosen(sample_steps=50).name == "8bit_adamw_checkpointing"
 
 

@@ -17,7 +17,7 @@ IN_BACKWARD = {"memory_plan": "8bit_adamw_in_backward"}
 
 @contextmanager
 def watching(parameters: list[torch.nn.Parameter]) -> Iterator[list[int]]:
-    """How many gradients stand beside each other whenever one more has arrived."""
+    """Yield a list of how many gradients exist at once, each time one more has arrived."""
     counts: list[int] = []
 
     def count(_: torch.Tensor) -> None:

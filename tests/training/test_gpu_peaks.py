@@ -7,7 +7,7 @@ from dreambooth.training.gpu_peaks import GpuPeak, GpuPeaks
 
 
 class Allocator:
-    """torch's counters: a peak that falls back to what is in use when it is set back."""
+    """Stands in for torch's counters; on a reset the peak falls back to what is in use."""
 
     def __init__(self) -> None:
         self.used, self._peak = 0, 0
@@ -20,7 +20,7 @@ class Allocator:
         return found
 
 
-def test_trainings_peak_is_told_apart_from_what_came_before_and_none_is_lost() -> None:
+def test_trainings_peak_is_separate_from_what_came_before_and_none_is_lost() -> None:
     card = Allocator()
     peaks = GpuPeaks(card.take)
     card.use(5, left=3)  # class images and encoding
@@ -29,7 +29,7 @@ def test_trainings_peak_is_told_apart_from_what_came_before_and_none_is_lost() -
     peaks.begin_training()
     card.use(4, left=2)
     assert peaks.training == (4, 8)
-    assert peaks.training == (4, 8)  # asking changes nothing
+    assert peaks.training == (4, 8)  # reading it changes nothing
     assert peaks.whole == (6, 12)
     card.use(9, left=1)
     assert (peaks.training, peaks.whole) == ((9, 18), (9, 18))
@@ -39,7 +39,7 @@ def test_an_attempt_by_a_smaller_plan_has_a_peak_of_its_own() -> None:
     card = Allocator()
     peaks = GpuPeaks(card.take)
     peaks.begin_training()
-    card.use(9, left=1)  # and no more
+    card.use(9, left=1)  # the first attempt peaks at 9
     peaks.begin_training()
     card.use(4, left=2)
     assert (peaks.training.allocated, peaks.whole.allocated) == (4, 9)

@@ -9,7 +9,7 @@ import pytest
 
 from dreambooth.training import host_allocator
 
-# A process of its own: the setting lasts as long as the process.
+# This runs in a process of its own, because the setting cannot be undone.
 FAULTS = """
 import ctypes, resource, sys
 from dreambooth.training import host_allocator

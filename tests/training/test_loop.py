@@ -35,7 +35,7 @@ def test_the_global_random_state_does_not_matter(make_training: Make) -> None:
     list(first.steps())
     torch.manual_seed(2)
     for _ in second.steps():
-        torch.rand(3)  # what a preview between steps might do
+        torch.rand(3)  # a preview between steps might draw random numbers
     assert torch.equal(first.weights(), second.weights())
 
 
@@ -52,7 +52,7 @@ def test_four_accumulated_micro_batches_equal_one_of_four(make_training: Make) -
 
 
 def test_every_accumulation_window_weighs_alike(make_training: Make) -> None:
-    # 3 pictures and windows of 4: a loader that ends its epoch would give windows of 3 and 1.
+    # 3 pictures and windows of 4: a loader with epochs would give windows of 3 and 1.
     training = make_training(gradient_accumulation_steps=4, max_steps=6, learning_rate=1e-12)
     seen: list[int] = []
     original = loop.make_micro_batch
@@ -111,7 +111,7 @@ def test_the_global_norm_is_clipped(make_training: Make) -> None:
 def test_gradients_are_clipped_to_the_bits_of_torchs_own_clipping(
     make_training: Make, limit: float
 ) -> None:
-    """A norm below the limit leaves them as they are: a factor of 1 is left out."""
+    """A norm below the limit leaves the gradients untouched: no factor of 1 is applied."""
     training = make_training(max_grad_norm=limit, max_steps=1)
     weights = list(training.state.unet.parameters())
     arrived: dict[int, torch.Tensor] = {}
@@ -159,7 +159,7 @@ def test_prior_prediction_aims_the_class_prompt_at_the_base_model(make_training:
         with_prior_preservation=True, prior_preservation_mode="prediction", max_steps=3
     )
     metrics = list(training.steps())
-    # Before the first update the trained model is the base model: nothing to preserve yet.
+    # Before the first update the trained model equals the base model, so the class loss is 0.
     assert metrics[0].class_loss == pytest.approx(0.0, abs=1e-9)
     assert metrics[2].class_loss > 1e-8
 

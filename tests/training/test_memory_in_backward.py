@@ -1,4 +1,4 @@
-"""fp32 AdamW with gradients freed in the backward pass: the plan that has a goal of 13.0 GiB."""
+"""fp32 AdamW with gradients freed in the backward pass, the memory plan with a goal of 13.0 GiB."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_its_weights_move_as_the_references_over_50_steps_at_the_published_learn
 ) -> None:
     assert (STEPS, Hyperparameters().learning_rate) == (50, 2e-06)
     cosine, ratio = compare({"memory_plan": NAME, "mixed_precision": precision})
-    assert cosine >= 0.999  # what every plan that is offered owes is 0.99, and 2 %
+    assert cosine >= 0.999  # every automatic memory plan must reach 0.99, and norms within 2 %
     assert ratio == pytest.approx(1.0, abs=0.01)
 
 

@@ -25,7 +25,7 @@ def peak_gib(
         Hyperparameters(**changes),  # type: ignore[arg-type]
         FULL_SIZE,
         mixed_precision=precision,
-        plan=MEMORY_PLANS[plan] if isinstance(plan, str) else plan,
+        memory_plan=MEMORY_PLANS[plan] if isinstance(plan, str) else plan,
     )
     return peak / GIB
 
@@ -48,8 +48,8 @@ def chosen(device: DeviceFacts, processes: int = 1, **changes: object) -> list[s
     return [choice.name for choice in choices]
 
 
-# Live bytes of the full-size U-Net in GiB, latents and text cached, as a simulation on tensors
-# without data gave them: derived, not measured on a GPU.
+# Live GiB of the full-size U-Net with cached latents and text, simulated on tensors without data:
+# derived, not measured on a GPU.
 @pytest.mark.parametrize(
     ("plan", "pictures", "derived"),
     [
@@ -73,7 +73,7 @@ def test_expected_memory_is_near_the_derived_figures(
     assert peak_gib(plan, "bf16", **changes) == pytest.approx(derived, rel=0.04)
 
 
-# The same simulation, of half weights in the graph and fp32 masters beside them.
+# The same simulation with half-precision weights in the graph and their fp32 masters.
 @pytest.mark.parametrize(
     ("name", "pictures", "derived"),
     [
@@ -88,7 +88,7 @@ def test_the_fast_step_is_expected_near_the_derived_figures_and_a_part(
         Hyperparameters(with_prior_preservation=pictures == 2),
         FULL_SIZE,
         mixed_precision="bf16",
-        plan=MEMORY_PLANS[name],
+        memory_plan=MEMORY_PLANS[name],
         fast_step=True,
     )
     assert (peak - expected_memory.PART_BYTES) / GIB == pytest.approx(derived, rel=0.04)
@@ -96,12 +96,12 @@ def test_the_fast_step_is_expected_near_the_derived_figures_and_a_part(
 
 
 def test_the_goals_with_prior_preservation_as_derived_figures() -> None:
-    # Goals, reserved: 13.0 GiB with fp32 AdamW, 10 with 8 bits, 6.0 in the smallest plan.
+    # Goals for reserved memory: 13.0 GiB with fp32 AdamW, 10 with 8 bits, 6.0 in the smallest plan.
     for precision in ("fp16", "bf16"):
         assert peak_gib("8bit_adamw", precision, **PRIOR) <= 10.0
         assert peak_gib("8bit_adamw_in_backward", precision, **PRIOR) <= 6.0
-    # Weights, gradients and fp32 moments are 12.9 GiB before any activation: fp32 AdamW meets its
-    # goal only where gradients are freed (fp32_adamw_in_backward, which auto takes on a card of
+    # Weights, gradients and fp32 moments take 12.9 GiB before any activation, so fp32 AdamW meets
+    # its goal only where gradients are freed (fp32_adamw_in_backward, which auto takes on a card of
     # that size with use_8bit_adam=False).
     assert 13.0 < peak_gib("fp32_adamw", **PRIOR) < 14.0
     assert peak_gib("fp32_adamw_in_backward", **PRIOR) <= 13.0
@@ -113,7 +113,8 @@ def test_what_needs_more_memory_is_expected_to() -> None:
     assert peak_gib(resolution=1024) > plain
     assert peak_gib(train_text_encoder=True) > plain + 3
     prediction = {**PRIOR, "prior_preservation_mode": "prediction"}
-    assert peak_gib(**prediction) == pytest.approx(peak_gib(**PRIOR) + 1.61, abs=0.01)  # in half
+    # A copy of the base U-Net in half precision.
+    assert peak_gib(**prediction) == pytest.approx(peak_gib(**PRIOR) + 1.61, abs=0.01)
     assert peak_gib(precision="no", **prediction) > peak_gib(precision="no", **PRIOR) + 3
     assert peak_gib(batch_size=8) > peak_gib("8bit_adamw_checkpointing", batch_size=8)
 
@@ -132,7 +133,7 @@ def test_the_fastest_plan_that_fits_is_chosen_and_the_smaller_ones_follow() -> N
 
 
 def test_cards_of_16_and_8_gb_train_with_prior_preservation() -> None:
-    # What torch finds free on them, less a CUDA context.
+    # Free memory that torch finds on them, less a CUDA context.
     assert chosen(card(14.2), **PRIOR)[0] == "8bit_adamw"
     assert chosen(card(7.2), **PRIOR)[0] == "8bit_adamw_in_backward"
     assert memory_plan.usable_bytes(card(7.2)) == pytest.approx(6.4 * GIB)
@@ -189,17 +190,17 @@ def test_a_name_tells_what_runs_where_switches_are_set_by_hand(
         if switch:
             key, _, value = switch.partition("=")
             named = named._replace(**{key: value == "True"})
-        assert choice.plan == named
+        assert choice.memory_plan == named
 
 
 def test_what_is_set_by_hand_stands_in_every_plan() -> None:
     choices = memory_plan.choose(
         Hyperparameters(use_8bit_adam=False), FULL_SIZE, card(12), mixed_precision="bf16"
     )
-    assert [(choice.name, choice.plan) for choice in choices] == [
+    assert [(choice.name, choice.memory_plan) for choice in choices] == [
         ("fp32_adamw_in_backward", MemoryPlan(False, True, frees_gradients=True))
-    ]  # 10.0 GiB: kept gradients would need 13.0
-    # A T4 with prior preservation: within the goal of 13.0 GiB.
+    ]  # 10.0 GiB: keeping gradients would need 13.0
+    # A T4 with prior preservation stays within the goal of 13.0 GiB.
     assert chosen(card(14.2), use_8bit_adam=False, **PRIOR) == ["fp32_adamw_in_backward"]
 
 
@@ -217,11 +218,11 @@ def test_plans_go_from_fast_to_small_and_none_is_larger_than_a_faster_one() -> N
         ]
         assert expected == sorted(expected, reverse=True)
         assert len(expected) > 2
-        if (
-            changes.get("batch_size", 1) == 1
-        ):  # many pictures' activations are larger than gradients
+        # With many pictures the activations are larger than the gradients.
+        if changes.get("batch_size", 1) == 1:
             assert len(set(expected)) == len(expected)
-    # Left out for it: with 8 bits kept gradients take less than fp32 states without any.
+    # This is why fp32_adamw_in_backward is left out: 8-bit AdamW with kept gradients takes less
+    # than fp32 states with freed ones.
     for batch_size in (1, 8, 64):
         peaks = [
             peak_gib(name, "bf16", batch_size=batch_size)
@@ -259,6 +260,8 @@ def test_freed_gradients_train_in_one_process_alone(name: str) -> None:
 
 def test_nothing_is_expected_of_an_unknown_model() -> None:
     settings = Hyperparameters()
-    assert expected_memory.of_step(settings, None, mixed_precision="no", plan=IN_BACKWARD) == 0
+    assert (
+        expected_memory.of_step(settings, None, mixed_precision="no", memory_plan=IN_BACKWARD) == 0
+    )
     choices = memory_plan.choose(settings, None, card(1), mixed_precision="bf16")
     assert choices[0].name == "fp32_adamw"

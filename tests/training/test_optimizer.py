@@ -54,7 +54,7 @@ def test_hyperparameters_arrive_at_adamw() -> None:
 
 
 class Called(TorchDispatchMode):
-    """Notes the operations that torch is asked for."""
+    """Collects the names of the operations that torch runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Called(TorchDispatchMode):
 
 
 def simulated_cuda_network() -> nn.Module:
-    """A network whose tensors say that they are on a GPU and hold nothing; in FakeTensorMode."""
+    """Return a network of fake tensors that claim to be on a GPU; for use in FakeTensorMode."""
     module = network()
     for part in module:
         for name, weight in list(part.named_parameters(recurse=False)):
@@ -83,13 +83,13 @@ def test_adamw_on_cuda_is_one_fused_pass() -> None:
         made = optimizer.build([simulated_cuda_network()], SETTINGS, use_8bit_adam=False)
         with Called() as called:
             made.step()
-    assert called.names.count("aten._fused_adamw_.default") == 2  # with and without decay
+    assert called.names.count("aten._fused_adamw_.default") == 2  # groups with and without decay
     assert not [name for name in called.names if "sqrt" in name]  # foreach's temporary copy
 
 
 @pytest.mark.parametrize("saved_by", ["fused", "foreach"])
-def test_states_of_either_kernel_are_gone_on_from(saved_by: str) -> None:
-    """Checkpoints of a GPU were written by foreach, which counts its steps on the host."""
+def test_states_of_either_kernel_are_resumed(saved_by: str) -> None:
+    """Older checkpoints from a GPU were written by foreach, which counts its steps on the host."""
     torch.manual_seed(0)
     first, second = nn.Linear(4, 4), nn.Linear(4, 4)
     second.load_state_dict(first.state_dict())

@@ -34,10 +34,10 @@ DATASET = DatasetInfo(
     ],
 )
 def test_which_errors_mean_it(error: Exception, meant: bool) -> None:
-    assert out_of_memory.is_meant_by(error) is meant
+    assert out_of_memory.ran_out(error) is meant
     wrapped = ResourceError("too large")
     wrapped.__cause__ = error
-    assert out_of_memory.is_meant_by(wrapped) is meant
+    assert out_of_memory.ran_out(wrapped) is meant
 
 
 def advice(name: str = "auto", **changes: object) -> str:
@@ -47,7 +47,7 @@ def advice(name: str = "auto", **changes: object) -> str:
 
 def test_the_advice_names_what_is_left_to_try() -> None:
     assert "8bit_adamw_in_backward" in advice("8bit_adamw")
-    assert "fp32_adamw_in_backward" not in advice("8bit_adamw")  # which is larger
+    assert "fp32_adamw_in_backward" not in advice("8bit_adamw")  # it needs more memory
     assert advice("fp32_adamw_in_backward").endswith(
         "memory_plan to 8bit_adamw or 8bit_adamw_checkpointing or 8bit_adamw_in_backward or "
         "8bit_adamw_stochastic_rounding."

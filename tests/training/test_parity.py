@@ -1,7 +1,8 @@
 """Learning parity with a plain loop written from the DreamBooth paper.
 
-At the published learning rate of 2e-06 rounding eats small updates and loss curves are blind, so
-what is compared is the displacement of the weights (after minus before) over 50 steps.
+At the published learning rate of 2e-06, rounding loses small updates and loss curves show no
+difference, so the comparison uses the displacement of the weights (after minus before) over 50
+steps.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ CPU = torch.device("cpu")
 STEPS = 50
 Changes = dict[str, Any]
 Compare = Callable[..., tuple[float, float]]
-# How the same is computed more cheaply, which the plain loop does not do.
+# Settings that only compute the same thing more cheaply; the plain loop ignores them.
 CHEAPER: Changes = {
     **{"mixed_precision": None, "use_8bit_adam": None, "gradient_checkpointing": None},
     **{"memory_plan": "auto", "fast_step": False},
@@ -65,7 +66,7 @@ def ours(world: World, trained: nn.ModuleDict, settings: Hyperparameters) -> Non
             paths,
             resolution=32,
             center_crop=False,
-            crops=4,
+            crops_per_picture=4,
             seed=0,
             stream=stream,
             encode_image=lambda pixels: models.encode_posterior(model, pixels),
@@ -95,7 +96,7 @@ def ours(world: World, trained: nn.ModuleDict, settings: Hyperparameters) -> Non
         warnings=(),
     )
     plan = plans.make(settings, dataset, None, CPU_FACTS)
-    if settings.fast_step:  # which is CUDA's, but for the capture
+    if settings.fast_step:  # the CPU allows everything of the fast step except the capture
         plan = replace(plan, fast_step=True)
     if plan.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
@@ -110,7 +111,7 @@ def ours(world: World, trained: nn.ModuleDict, settings: Hyperparameters) -> Non
             use_8bit_adam=plan.use_8bit_adam,
             rounds_stochastically=plan.rounds_stochastically,
         ),
-        precision=Precision.of(plan, CPU),
+        precision=Precision.for_plan(plan, CPU),
     )
     steps = loop.train(
         state,
@@ -127,10 +128,11 @@ def ours(world: World, trained: nn.ModuleDict, settings: Hyperparameters) -> Non
 
 @pytest.fixture(scope="module")
 def compare(world: World) -> Compare:
-    """(cosine, ratio of norms) of our displacement with these settings against the plain loop's.
+    """Return a function that trains with `changes` and compares the result with the plain loop's.
 
-    Of the network that agrees least, the U-Net or the text encoder. against: other settings for the
-    plain loop, which runs once for the same ones.
+    It returns (cosine, ratio of norms) of our displacement against the plain loop's, each for the
+    network that agrees least, the U-Net or the text encoder. against: other settings for the plain
+    loop, which runs once for equal ones.
     """
     references: dict[Hyperparameters, nn.ModuleDict] = {}
 
@@ -154,7 +156,8 @@ def compare(world: World) -> Compare:
 
 PREDICTION = {
     **{"with_prior_preservation": True, "prior_preservation_mode": "prediction"},
-    "prior_loss_weight": 10.0,  # at 1 a run without it has a cosine of 0.997 with one with it
+    # At 1, runs with and without prior preservation agree to a cosine of 0.997.
+    "prior_loss_weight": 10.0,
 }
 
 
@@ -182,9 +185,9 @@ def test_fp32_displacement_equals_the_references(compare: Compare, changes: Chan
 
 
 # Measured 2026-11-22 on two cores: cosines 0.99982, 0.99999, 0.99979, 0.99961; norms within 0.1 %.
-# The fast step on 2026-11-23: 0.99982, 0.99999, 0.99961, 0.99988; norms within 0.05 %.
-# 8-bit AdamW in fp16 as well: 0.99978, and 0.99978 by the fast step; norms within 0.09 %.
-# 8bit_adamw_in_backward has the very weights of 8bit_adamw, so each figure is that of both.
+# The fast step on 2026-11-23: 0.99982, 0.99999, 0.99961, 0.99988; norms within 0.05 %. 8-bit AdamW
+# in fp16: 0.99978, also with the fast step; norms within 0.09 %. 8bit_adamw_in_backward gives
+# exactly the weights of 8bit_adamw, so the figures hold for both.
 @pytest.mark.parametrize(
     ("changes", "least_cosine", "norm_within"),
     [
@@ -216,8 +219,8 @@ def test_cheaper_arithmetic_keeps_to_its_stated_figure(
     assert ratio == pytest.approx(1.0, abs=norm_within)
 
 
-# Measured 2026-11-23: cosine 0.266, norm 3.75 (counted from its own bf16 start: 0.347, 2.87); at a
-# learning rate of 1e-5 0.610 and 1.63, at 1e-4 0.925 and 1.08.
+# Measured 2026-11-23: cosine 0.266, norm 3.75 (0.347 and 2.87 counted from its own bf16 start); at
+# a learning rate of 1e-5 0.610 and 1.63, at 1e-4 0.925 and 1.08.
 def test_stochastic_rounding_is_offered_by_name_alone_for_its_stated_figure(
     compare: Compare,
 ) -> None:

@@ -98,7 +98,7 @@ def test_out_of_memory_there_is_a_smaller_plan_until_the_last() -> None:
     found = []
     while plan is not None:
         found.append((plan.memory_plan, plan.use_8bit_adam, plan.frees_gradients))
-        expected, plan = plan.memory_bytes, plan.in_less_memory()
+        expected, plan = plan.memory_bytes, plan.with_smaller_memory_plan()
         assert plan is None or 0 < plan.memory_bytes < expected
     assert found == [
         ("fp32_adamw", False, False),
@@ -106,7 +106,7 @@ def test_out_of_memory_there_is_a_smaller_plan_until_the_last() -> None:
         ("8bit_adamw_checkpointing", True, False),
         ("8bit_adamw_in_backward", True, True),
     ]
-    assert make(A10G, memory_plan="fp32_adamw").in_less_memory() is None
+    assert make(A10G, memory_plan="fp32_adamw").with_smaller_memory_plan() is None
 
 
 def test_stochastic_rounding_means_bf16_weights() -> None:
@@ -135,20 +135,22 @@ def test_the_plan_says_which_phase_decides_whether_the_run_fits() -> None:
     assert "expected memory  13.24 GiB in training, the most of all phases" in (
         plans.describe(make(A10G), Hyperparameters())
     )
-    smaller = make(A10G).in_less_memory()
+    smaller = make(A10G).with_smaller_memory_plan()
     assert smaller is not None
     assert smaller.phases != make(A10G).phases
 
 
-def test_a_phase_that_does_not_fit_is_told_with_what_lowers_it() -> None:
+def test_a_phase_that_does_not_fit_is_reported_with_what_lowers_it() -> None:
     peaks = [PhasePeak(phase=name, bytes=n * GIB) for name, n in (("encoding", 9), ("training", 8))]
     card = replace(T4, memory_bytes=6 * GIB)
-    assert plan_warnings.of_memory(card, peaks) == (  # no memory plan changes what encoding takes
+    assert plan_warnings.memory_warnings(
+        card, peaks
+    ) == (  # no memory plan changes the peak of encoding
         "The run is expected to take 9.00 GiB of memory in encoding, and Tesla T4 has 5.20 GiB to "
         "give: lower batch_size or resolution.",
     )
-    assert plan_warnings.of_memory(replace(card, memory_bytes=10 * GIB), peaks) == ()
-    assert plan_warnings.of_memory(card, ()) == ()
+    assert plan_warnings.memory_warnings(replace(card, memory_bytes=10 * GIB), peaks) == ()
+    assert plan_warnings.memory_warnings(card, ()) == ()
     (told,) = make(replace(T4, memory_bytes=12 * GIB), memory_plan="fp32_adamw").warnings
     assert "take 13.24 GiB of memory in training" in told
     assert told.endswith("lower batch_size or resolution, or choose a smaller memory_plan.")
@@ -230,7 +232,7 @@ def test_a_smaller_plan_keeps_the_fast_step_while_it_goes_with_it() -> None:
     found = []
     while plan is not None:
         found.append((plan.memory_plan, plan.fast_step))
-        plan = plan.in_less_memory()
+        plan = plan.with_smaller_memory_plan()
     assert found == [
         *(("fp32_adamw", True), ("8bit_adamw", True)),
         *(("8bit_adamw_checkpointing", False), ("8bit_adamw_in_backward", False)),

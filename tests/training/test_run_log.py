@@ -58,10 +58,10 @@ def test_a_line_per_epoch_and_at_the_end_in_plain_decimals(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     caplog.set_level(logging.INFO)
-    plan = make_training(max_steps=7).plan  # 3 pictures: epochs end at steps 3 and 6
+    plan = make_training(max_steps=7).plan  # with 3 pictures, epochs end at steps 3 and 6
     shown = run(tmp_path, plan, range(1, 8))
     printed = capsys.readouterr()
-    assert "train_avg_loss" not in shown + printed.err + caplog.text  # once, on stdout
+    assert "train_avg_loss" not in shown + printed.err + caplog.text  # only once, on stdout
     assert printed.out.splitlines() == [
         "End epoch 1: train_avg_loss=0.00002000",
         "End epoch 2: train_avg_loss=0.00005000",
@@ -126,7 +126,7 @@ def test_a_resumed_run_continues_the_metrics_where_its_checkpoint_stood(
     plan = make_training(max_steps=6).plan
     run(tmp_path, plan, range(1, 6))
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "lo')  # killed while writing
+        file.write('{"step": 6, "lo')  # the process was killed while writing
     run(tmp_path, plan, range(4, 7))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
@@ -147,8 +147,8 @@ def test_tensorboard_events_hold_the_curves(make_training: Make, tmp_path: Path)
 
     plan = make_training(max_steps=6).plan
     run(tmp_path, plan, range(1, 6))
-    time.sleep(1.1)  # tensorboard orders its files by the second in their names
-    run(tmp_path, plan, range(4, 7))  # goes on from step 3
+    time.sleep(1.1)  # tensorboard orders its files by the seconds in their names
+    run(tmp_path, plan, range(4, 7))  # resumes from step 3
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert set(events.Tags()["scalars"]) == {
         *("loss", "instance_loss", "learning_rate", "grad_norm"),
@@ -167,6 +167,6 @@ def test_steps_that_are_read_at_once_share_their_time(make_training: Make, tmp_p
             report.step(replace(metrics(step, plan), read_with=4))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["steps_per_second"] for row in rows] == [1.0] * 5
-    ends = [row["time"] - began for row in rows[1:]]  # as they were made, not as they were read
+    ends = [row["time"] - began for row in rows[1:]]  # when steps were made, not read
     assert ends == pytest.approx([-3, -2, -1, 0], abs=0.5)
     assert "read_with" not in rows[0]

@@ -179,7 +179,8 @@ def test_a_run_that_starts_over_below_an_old_checkpoint_keeps_its_own(
         pass
     states.save(old.state, tmp_path, identity=IDENTITY, keep=1)
     fresh = make_training(max_steps=2)
-    for _ in fresh.steps():  # without clearing: what was just written is never the one removed
+    # Nothing was cleared; the checkpoint just written is never the one removed.
+    for _ in fresh.steps():
         states.save(fresh.state, tmp_path, identity=IDENTITY, keep=1)
         assert [path.name for path in tmp_path.iterdir()] == [f"step-{fresh.state.step:08d}"]
     states.clear(tmp_path)
@@ -194,12 +195,12 @@ def test_what_a_killed_run_was_writing_is_removed(make_training: Make, tmp_path:
     states.save(training.state, tmp_path, identity=IDENTITY, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     (tmp_path / ".partial-step-00000009").mkdir()
-    (tmp_path / "step-00000000").mkdir()  # half removed
+    (tmp_path / "step-00000000").mkdir()  # a removal was interrupted
     states.tidy(training.state, tmp_path, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
-def test_the_checkpoint_gone_on_from_outlives_a_damaged_newer_one(
+def test_the_checkpoint_resumed_from_outlives_a_damaged_newer_one(
     make_training: Make, tmp_path: Path
 ) -> None:
     training = make_training(max_steps=2)

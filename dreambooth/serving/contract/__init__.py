@@ -1,1 +1,1 @@
-"""The bytes of requests and replies, and what they mean."""
+"""Read the bytes of requests, and write those of replies."""

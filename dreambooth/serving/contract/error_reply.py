@@ -1,4 +1,4 @@
-"""What a client hears when something is wrong: one JSON body for every fault, with a request id."""
+"""Turn errors into replies: one JSON body for every fault, with a request id."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ INTERNAL_ERROR: Final = "internal error"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ErrorReply:
-    """One fault as the client sees it; `allow` is set for a method that a path does not take."""
+    """One fault as the client sees it.
+
+    retry_after_s: seconds until the client may ask again. allow: the method that the path takes,
+    for a request with another one.
+    """
 
     status: int
     type: str
@@ -23,7 +27,7 @@ class ErrorReply:
     allow: str | None = None
 
     def body(self, request_id: str) -> bytes:
-        """The JSON object, one for every status of 400 and above."""
+        """Return the JSON object that replies of every status from 400 on have as their body."""
         fields: dict[str, object] = {
             "code": self.status,
             "type": self.type,
@@ -36,12 +40,15 @@ class ErrorReply:
 
 
 def new_request_id() -> str:
-    """Twelve random hexadecimal digits: short enough to read out, never met twice in a log."""
+    """Return twelve random hexadecimal digits: short enough to read out, yet in practice unique."""
     return secrets.token_hex(6)
 
 
 def of(error: Exception) -> ErrorReply:
-    """The reply for an exception: named errors say their sentence, strangers `internal error`."""
+    """Return the reply for an exception.
+
+    RequestError, UserError and ResourceError give their own message, all others `internal error`.
+    """
     if isinstance(error, RequestError):
         status = error.status
     elif isinstance(error, UnavailableError):

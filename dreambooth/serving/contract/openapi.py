@@ -1,4 +1,4 @@
-"""The server's OpenAPI 3.1 description, made from the constants that the code itself reads."""
+"""Build the server's OpenAPI 3.1 document from the constants that the code itself uses."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from dreambooth.limits import LIMITS, Limits
 from dreambooth.serving.contract import reply, request
 
 ATTRIBUTES = "X-Amzn-SageMaker-Custom-Attributes"
-# What any request may be answered with, whatever it asks for.
-ANYWHERE = {
+# Error statuses that a request to any path may get.
+COMMON_ERRORS = {
     405: "The path takes another method, which Allow names.",
     408: "The head or the body of the request did not come in time.",
     431: "The head of the request is too large.",
 }
-# Every status but 200 that POST /invocations answers with, and what it means.
-REFUSALS = ANYWHERE | {
+# Every status but 200 of POST /invocations, and what it means.
+INVOCATION_ERRORS = COMMON_ERRORS | {
     400: "The request cannot be drawn; the message says why.",
     406: "Accept names nothing that is offered.",
     413: "The body is too long.",
@@ -48,7 +48,7 @@ JSON_EXAMPLES: dict[str, Any] = {
 
 
 def document(*, limits: Limits = LIMITS) -> dict[str, Any]:
-    """Return the description as it is written to JSON."""
+    """Return the document, ready for json.dumps."""
     return {
         "openapi": "3.1.0",
         "info": {
@@ -91,7 +91,7 @@ def _invocations() -> dict[str, Any]:
                 },
             }
         }
-        | _refusals(REFUSALS),
+        | _error_responses(INVOCATION_ERRORS),
     }
 
 
@@ -102,7 +102,7 @@ def _ping() -> dict[str, Any]:
         "responses": {
             "200": {"description": "The model is loaded and a first picture came out."},
         }
-        | _refusals(ANYWHERE | {503: "Loading, shutting down, or the engine is down."}),
+        | _error_responses(COMMON_ERRORS | {503: "Loading, shutting down, or the engine is down."}),
     }
 
 
@@ -122,7 +122,7 @@ def _execution_parameters() -> dict[str, Any]:
                 "content": {request.JSON: {"schema": _object(properties, list(properties))}},
             }
         }
-        | _refusals(ANYWHERE),
+        | _error_responses(COMMON_ERRORS),
     }
 
 
@@ -136,7 +136,7 @@ def _metrics() -> dict[str, Any]:
                 "content": {"text/plain": {"schema": {"type": "string"}}},
             }
         }
-        | _refusals(ANYWHERE),
+        | _error_responses(COMMON_ERRORS),
     }
 
 
@@ -171,7 +171,7 @@ def _requests(limits: Limits) -> dict[str, Any]:
         | {"description": f"All prompts together make at most {most_pictures} pictures."},
         "eta": {"type": "number", "minimum": 0, "maximum": 1, "default": 0}
         | {"description": "Eta of DDIM; other noise schedulers do not read it."},
-        "seed": _whole(0, request.SEEDS - 1, None)
+        "seed": _whole(0, request.SEED_COUNT - 1, None)
         | {"description": "Picture i has seed + i; without it a random one, which is reported."},
         "batch_size": _whole(1, limits.max_generated_batch, None)
         | {"description": "At most so many of these pictures in one U-Net call."},
@@ -194,7 +194,7 @@ def _replies() -> dict[str, Any]:
     prompt = {"type": ["string", "array"], "items": {"type": "string"}}
     facts = {
         "prompt": prompt | {"description": "As it was sent."},
-        "seeds": {"type": "array", "items": _whole(0, request.SEEDS - 1, None)},
+        "seeds": {"type": "array", "items": _whole(0, request.SEED_COUNT - 1, None)},
         "finish_reasons": {"type": "array", "items": {"enum": list(reply.FINISH_REASONS)}},
     }
     exact = {"exact": {"const": False, "description": "Exactness was lifted: memory ran out."}}
@@ -240,7 +240,7 @@ def _examples(values: dict[str, Any]) -> dict[str, Any]:
     return {name: {"value": value} for name, value in values.items()}
 
 
-def _refusals(meanings: Mapping[int, str]) -> dict[str, Any]:
+def _error_responses(meanings: Mapping[int, str]) -> dict[str, Any]:
     return {
         str(status): {
             "description": meanings[status],

@@ -1,4 +1,4 @@
-"""From pictures to a reply: which format the Accept header asks for, and its bytes."""
+"""Choose the format of a reply by the Accept header, and encode pictures in it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from PIL import Image
 
 from dreambooth.errors import RequestError
 from dreambooth.serving.contract import nested_lists
-from dreambooth.serving.contract.request import SEEDS, GenerationRequest
-from dreambooth.serving.contract.strict_json import shown
+from dreambooth.serving.contract.request import SEED_COUNT, GenerationRequest
+from dreambooth.serving.contract.strict_json import printable
 
 FinishReason = Literal["SUCCESS", "CONTENT_FILTERED", "NOT_FINITE", "BLACK"]
 FINISH_REASONS: tuple[FinishReason, ...] = get_args(FinishReason)
@@ -25,10 +25,11 @@ FINISH_REASONS: tuple[FinishReason, ...] = get_args(FinishReason)
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Picture:
-    """One picture as the engine hands it over.
+    """One finished picture, as the engine returns it.
 
     pixels: uint8 [H, W, 3], 0..255, contiguous; zeros unless finish_reason is SUCCESS. seed: the
-    one it was drawn with. exact: False after an out-of-memory halving lifted exactness.
+    one it was drawn with. exact: False where its U-Net calls had to be halved for lack of memory,
+    so that exact mode did not hold.
     """
 
     pixels: npt.NDArray[np.uint8]
@@ -62,8 +63,8 @@ WEBP = ReplyFormat(kind="raw", codec="WEBP", media_type="image/webp")
 FORMATS = (NESTED, JSON_JPEG, JSON_PNG, PNG, JPEG, WEBP)
 # The Hugging Face toolkit's application/json: base64 PNG without an object around it.
 HUGGINGFACE = ReplyFormat(kind="base64", codec="PNG", media_type="application/json")
-# What published clients write behind `application/json;`; verbose has no effect, there as here.
-_WORDS = {"jpeg": JSON_JPEG, "png": JSON_PNG}
+# What published clients write after `application/json;`. Their `verbose` has no effect.
+_JSON_FORMAT_BY_WORD = {"jpeg": JSON_JPEG, "png": JSON_PNG}
 _IMAGES = {"image/png": PNG, "image/*": PNG, "image/webp": WEBP}
 _IMAGES |= dict.fromkeys(("image/jpeg", "image/jpg"), JPEG)
 _JSON_RANGES = ("application/json", "application/*", "*/*")
@@ -74,26 +75,26 @@ _OPTIONS: dict[Codec, dict[str, int]] = {
     "JPEG": {"quality": 95},
     "WEBP": {"quality": 90, "method": 0},
 }
-# Pixels that one byte holds at most. Deflate shrinks to 1/1032; 16 x 16 pixels of JPEG take four
-# luma blocks of 6 bits and two chroma blocks of 4.
+# The most pixels that one byte can hold. Deflate shrinks to 1/1032 at best; 16 x 16 pixels of JPEG
+# take at least four luma blocks of 6 bits and two chroma blocks of 4.
 _MOST_PIXELS_PER_BYTE: dict[Codec, int] = {"PNG": 1032 // 3, "JPEG": 64}
-# So many pixels of JPEG take no longer than above. Handing them to a thread and back takes 0.4 ms
-# on cores that are free, and the scheduler's slices of several ms where they are not.
+# JPEG of at most this many pixels takes at most 2 ms. A thread would add 0.4 ms where
+# cores are free, and several ms (the scheduler's time slices) where they are not.
 _QUICK_PIXELS = 512 * 512
 _QUALITY = re.compile(r"[01](\.\d*)?")
-_MediaRange = tuple[str, frozenset[str]]  # the type, and the bare words behind it
+_MediaRange = tuple[str, frozenset[str]]  # the type, and the bare words after it
 
 
 def negotiate(
     accept: str | None, request: GenerationRequest, *, max_response_bytes: int
 ) -> ReplyFormat:
-    """Choose the format of a reply before any work: the most wanted that is offered and fits.
+    """Choose a reply's format before any work: the client's first choice that is offered and fits.
 
     An absent or empty Accept means ``*/*``. Raises RequestError: 406 where nothing that is wanted
     is offered, 400 where what is offered cannot hold these pictures.
     """
     refusal: RequestError | None = None
-    # Each format once: a header has room for thousands of ranges that stand for the same.
+    # Each format is checked once: a header may hold thousands of ranges of the same format.
     wanted = dict.fromkeys(_offered(media_range, request) for media_range in _wanted(accept))
     for format in wanted:
         if format is None:
@@ -106,15 +107,18 @@ def negotiate(
             return format
     offered = ", ".join(format.media_type for format in FORMATS)
     raise refusal or RequestError(
-        f"Accept {shown(accept)} names nothing that is offered; offered are {offered}.", 406
+        f"Accept {printable(accept)} names nothing that is offered; offered are {offered}.", 406
     )
 
 
 def _wanted(accept: str | None) -> list[_MediaRange]:
-    """The media ranges of an Accept header, most wanted first; q=0 and malformed q are left out."""
+    """Return the media ranges of an Accept header, the one with the highest q first.
+
+    Ranges with q=0 or a malformed q are left out.
+    """
     found: list[tuple[float, _MediaRange]] = []
     for part in (accept or "").lower().split(","):
-        kind, *parameters = [field.strip() for field in part.split(";")]
+        media_type, *parameters = [field.strip() for field in part.split(";")]
         quality, words = 1.0, set[str]()
         for parameter in parameters:
             name, equals, value = (field.strip() for field in parameter.partition("="))
@@ -122,40 +126,44 @@ def _wanted(accept: str | None) -> list[_MediaRange]:
                 quality = float(value) if _QUALITY.fullmatch(value) else 0.0
             elif name and not equals:
                 words.add(name)
-        if kind and quality > 0:
-            found.append((quality, (kind, frozenset(words))))
+        if media_type and quality > 0:
+            found.append((quality, (media_type, frozenset(words))))
     if not (accept or "").strip():
         return [("*/*", frozenset())]
     return [media_range for _, media_range in sorted(found, key=lambda entry: -entry[0])]
 
 
 def _offered(media_range: _MediaRange, request: GenerationRequest) -> ReplyFormat | None:
-    """The format that a media range stands for, None if there is none."""
-    kind, words = media_range
+    """Return the format that a media range stands for, None if there is none."""
+    media_type, words = media_range
     words -= {"verbose"}
-    if kind in _JSON_RANGES and not words:
+    if media_type in _JSON_RANGES and not words:
         return HUGGINGFACE if request.form == "huggingface" else NESTED
-    if kind == "application/json" and len(words) == 1:
-        return _WORDS.get(next(iter(words)))
-    return None if words else _IMAGES.get(kind)
+    if media_type == "application/json" and len(words) == 1:
+        return _JSON_FORMAT_BY_WORD.get(next(iter(words)))
+    return None if words else _IMAGES.get(media_type)
 
 
 def _check_fit(format: ReplyFormat, request: GenerationRequest, max_response_bytes: int) -> None:
-    """Refuse pictures that the format cannot hold, or whose reply would certainly be too long."""
+    """Refuse pictures that the format cannot hold, or whose reply would be too long.
+
+    Nested lists vary little, so the longest ones must fit; of picture files the shortest must.
+    """
     count, size = request.picture_count, f"{request.width} x {request.height}"
     if format.kind == "raw" and count > 1:
         raise RequestError(
             f"{format.media_type} holds one picture, and {count} are asked for: accept "
             f"{JSON_PNG.media_type} or {JSON_JPEG.media_type}, or ask for one picture."
         )
-    length = count * _least_bytes(format, request)
+    length = count * _bytes_to_expect(format, request)
     if format.kind != "raw":
-        longest = _Facts(
-            seeds=[SEEDS - 1] * count,
-            finish_reasons=[max(FINISH_REASONS, key=len)] * count,
-            exact=False,
+        longest = format.kind == "nested"  # as `_bytes_to_expect` does
+        fields = _ReplyFields(
+            seeds=[SEED_COUNT - 1 if longest else 0] * count,
+            finish_reasons=[(max if longest else min)(FINISH_REASONS, key=len)] * count,
+            exact=not longest,
         )
-        length += len(_in_json(request, [b""] * count, longest))
+        length += len(_in_json(request, [b""] * count, fields))
     if length <= max_response_bytes:
         return
     if format.kind == "nested":
@@ -172,8 +180,8 @@ def _check_fit(format: ReplyFormat, request: GenerationRequest, max_response_byt
     )
 
 
-def _least_bytes(format: ReplyFormat, request: GenerationRequest) -> int:
-    """Bytes of one picture: for nested lists the most, as they vary little, else the fewest."""
+def _bytes_to_expect(format: ReplyFormat, request: GenerationRequest) -> int:
+    """Return the fewest bytes a picture can take; for nested lists, which vary little, the most."""
     width, height = request.width, request.height
     if format.codec is None:
         return nested_lists.most_bytes(width, height)
@@ -184,7 +192,7 @@ def _least_bytes(format: ReplyFormat, request: GenerationRequest) -> int:
 
 
 def is_quick(pictures: Sequence[Picture], format: ReplyFormat) -> bool:
-    """Whether `encode` may run in the event loop: one JPEG of 512 x 512 holds it up for 2 ms."""
+    """Return whether `encode` may run in the event loop, which it then blocks for 2 ms at most."""
     pixels = sum(picture.pixels.size for picture in pictures) // 3
     return format.codec == "JPEG" and pixels <= _QUICK_PIXELS
 
@@ -194,33 +202,32 @@ def encode(
     pictures: Sequence[Picture],
     format: ReplyFormat,
     *,
-    base_seed: int,
     max_response_bytes: int | None = None,
 ) -> tuple[bytes, str]:
-    """Return the reply's body and content type; CPU work for a thread unless `is_quick`.
+    """Return the reply's body and content type. Run it in a thread unless `is_quick`.
 
-    Raises RequestError (400) for a body beyond `max_response_bytes` (None: any length will do):
-    how far picture files shrink is known only now, and SageMaker would cut a longer one off.
+    Raises RequestError (400) for a body of more than `max_response_bytes` (None: no limit): the
+    length of picture files is known only now, and SageMaker would cut a longer body off.
 
     JSON forms: ``generated_image`` (text) or ``generated_images``, ``prompt`` as it was sent,
-    ``seeds``, ``finish_reasons`` and, where an out-of-memory halving lifted exactness,
-    ``"exact": false``. Hugging Face form: a base64 string, or a list of them where several
-    pictures or a list of inputs are asked for. Raw formats: the picture's bytes.
+    ``seeds``, ``finish_reasons`` and ``"exact": false`` where a picture is not exact. Hugging Face
+    form: a base64 string, or a list of them where several pictures or a list of inputs are asked
+    for. Raw formats: the picture's bytes.
     """
     if format.codec is None:
-        shown_pictures = [nested_lists.text(picture.pixels) for picture in pictures]
+        in_json = [nested_lists.text(picture.pixels) for picture in pictures]
     else:
         files = [_file(picture.pixels, format.codec) for picture in pictures]
         if format.kind == "raw":
             _check_length(files[0], format, max_response_bytes)
             return files[0], format.media_type
-        shown_pictures = [b'"' + base64.b64encode(file) + b'"' for file in files]
-    facts = _Facts(
-        seeds=[(base_seed + i) % SEEDS for i in range(len(pictures))],
+        in_json = [b'"' + base64.b64encode(file) + b'"' for file in files]
+    fields = _ReplyFields(
+        seeds=[picture.seed for picture in pictures],
         finish_reasons=[picture.finish_reason for picture in pictures],
         exact=all(picture.exact for picture in pictures),
     )
-    body = _in_json(request, shown_pictures, facts)
+    body = _in_json(request, in_json, fields)
     _check_length(body, format, max_response_bytes)
     return body, format.media_type
 
@@ -237,23 +244,23 @@ def _check_length(body: bytes, format: ReplyFormat, max_response_bytes: int | No
 
 
 def _file(pixels: npt.NDArray[np.uint8], codec: Codec) -> bytes:
-    """The bytes of a picture file of uint8 [H, W, 3]."""
+    """Return the bytes of the picture file of pixels uint8 [H, W, 3]."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, format=codec, **_OPTIONS[codec])
     return file.getvalue()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Facts:
-    """What a JSON reply says about its pictures, beside the published keys."""
+class _ReplyFields:
+    """What a JSON reply says about its pictures beyond the published keys."""
 
     seeds: Sequence[int]
     finish_reasons: Sequence[FinishReason]
     exact: bool
 
 
-def _in_json(request: GenerationRequest, pictures: Sequence[bytes], facts: _Facts) -> bytes:
-    """Lay out a JSON reply; `pictures` are JSON texts already."""
+def _in_json(request: GenerationRequest, pictures: Sequence[bytes], fields: _ReplyFields) -> bytes:
+    """Return the JSON reply; each of `pictures` is JSON text already."""
     listed = b"[" + b",".join(pictures) + b"]"
     if request.form == "huggingface":
         several = len(pictures) > 1 or isinstance(request.echo, tuple)
@@ -264,9 +271,9 @@ def _in_json(request: GenerationRequest, pictures: Sequence[bytes], facts: _Fact
         images = b'"generated_image": ' + pictures[0]
     rest: dict[str, object] = {
         "prompt": request.echo,
-        "seeds": facts.seeds,
-        "finish_reasons": facts.finish_reasons,
+        "seeds": fields.seeds,
+        "finish_reasons": fields.finish_reasons,
     }
-    if not facts.exact:
+    if not fields.exact:
         rest["exact"] = False
     return b"{" + images + b", " + json.dumps(rest).encode("ascii")[1:]

@@ -1,8 +1,8 @@
-"""From a request's body to what is to be drawn: three forms in, one typed request out.
+"""Parse the body of a request, in one of three forms, into one typed request.
 
 text: the body is the prompt. json: JumpStart's object with ``prompt`` and its nine other keys.
 huggingface: ``{"inputs": ..., "parameters": {...}}`` as the Hugging Face toolkit takes it.
-Everything is checked here, before any work; sentences are JumpStart's where it has such.
+Everything is checked here, before any work. Error messages are JumpStart's where it has one.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from dreambooth.diffusion.sampling_request import SamplingFacts, SamplingRequest
 from dreambooth.errors import RequestError
 from dreambooth.limits import LIMITS, Limits
 from dreambooth.serving.contract import strict_json
-from dreambooth.serving.contract.strict_json import shown
+from dreambooth.serving.contract.strict_json import printable
 
 Form = Literal["text", "json", "huggingface"]
 
 JSON = "application/json"
 TEXT = "application/x-text"
 CONTENT_TYPES = (JSON, TEXT)
-# In the order of JumpStart's own message.
+# In the order of JumpStart's own error message.
 PARAMETERS = (
     *("height", "width", "num_inference_steps", "guidance_scale", "negative_prompt"),
     *("num_images_per_prompt", "eta", "seed", "batch_size"),
@@ -32,8 +32,8 @@ KEYS = ("prompt", *PARAMETERS)
 HUGGINGFACE_KEYS = ("inputs", "parameters")
 NUM_INFERENCE_STEPS = 50
 GUIDANCE_SCALE = 7.5
-SEEDS = 2**64
-_NO_SERIALIZER = (
+SEED_COUNT = 2**64
+_SERIALIZER_HINT = (
     " (a SageMaker Predictor without a serializer sends application/octet-stream; give it one, or "
     f'call predict(prompt, initial_args={{"ContentType": "{TEXT}"}}))'
 )
@@ -41,11 +41,11 @@ _NO_SERIALIZER = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """What one request asks for, checked.
+    """What one request asks for, after all checks.
 
     prompts, negative_prompts: of equal length, "" where there is no negative prompt. echo: the
-    prompt as it was sent, a tuple where it was a list. width, height: pixels. seed: None: the
-    server chooses. batch_size: at most so many pictures of this request in one U-Net call.
+    prompt as it was sent, a tuple where it was a list. width, height: pixels. seed: None where the
+    server chooses. batch_size: the most pictures of this request in one U-Net call.
     """
 
     form: Form
@@ -63,11 +63,11 @@ class GenerationRequest:
 
     @property
     def picture_count(self) -> int:
-        """Pictures of the reply."""
+        """Return the number of pictures in the reply."""
         return len(self.prompts) * self.num_images_per_prompt
 
-    def pictures(self, base_seed: int) -> tuple[SamplingRequest, ...]:
-        """Return each picture to draw: prompts in order, then the pictures of each.
+    def sampling_requests(self, base_seed: int) -> tuple[SamplingRequest, ...]:
+        """Return what to draw for each picture, in the order of the prompts.
 
         Picture i has the seed base_seed + i (modulo 2**64).
         """
@@ -84,7 +84,7 @@ class GenerationRequest:
                 guidance_scale=self.guidance_scale,
                 width=self.width,
                 height=self.height,
-                seed=(base_seed + i) % SEEDS,
+                seed=(base_seed + i) % SEED_COUNT,
                 eta=self.eta,
             )
             for i, (prompt, negative_prompt) in enumerate(texts)
@@ -110,32 +110,33 @@ def parse(
     if not body:
         raise RequestError("The body is empty: send a prompt.")
     if kind == TEXT:
-        return _text(strict_json.decode(body), facts, limits)
+        return _from_text(strict_json.decode(body), facts, limits)
     payload = strict_json.loads(body, limits=limits)
     if not isinstance(payload, dict):
         raise RequestError(
             "The body's JSON must be an object with a 'prompt' key, such as "
-            f'{{"prompt": "a photo of a cat"}}, not {shown(payload)}.'
+            f'{{"prompt": "a photo of a cat"}}, not {printable(payload)}.'
         )
     if "inputs" in payload and "prompt" not in payload:
-        return _huggingface(payload, facts, limits)
+        return _from_huggingface(payload, facts, limits)
     _check_keys(payload, KEYS)
     if "prompt" not in payload:
         raise RequestError("Input payload must contain 'prompt' key.")
-    return _request("json", "prompt", payload["prompt"], payload, facts, limits)
+    return _from_fields("json", "prompt", payload["prompt"], payload, facts, limits)
 
 
 def media_type(header: str | None) -> str:
     """Return the media type of a Content-Type: one of CONTENT_TYPES.
 
-    It is compared without regard to case and parameters. Raises RequestError (415) for other
+    Case is ignored, and so are parameters other than charset. Raises RequestError (415) for other
     types, for a charset other than UTF-8, and for JumpStart's bare words (``;jpeg``), which belong
-    into Accept.
+    in Accept.
     """
     kind, *parameters = [part.strip() for part in (header or "").lower().split(";")]
-    hint = _NO_SERIALIZER if kind in ("", "application/octet-stream") else ""
+    hint = _SERIALIZER_HINT if kind in ("", "application/octet-stream") else ""
     refusal = RequestError(
-        f"Unsupported content type {shown(header or '(none)')}: send {JSON} or {TEXT}{hint}.", 415
+        f"Unsupported content type {printable(header or '(none)')}: send {JSON} or {TEXT}{hint}.",
+        415,
     )
     if kind not in CONTENT_TYPES:
         raise refusal
@@ -145,17 +146,17 @@ def media_type(header: str | None) -> str:
             raise refusal
         if name.strip() == "charset" and value.strip().strip('"') not in ("utf-8", "utf8"):
             raise RequestError(
-                f"Unsupported charset {shown(value)} in the content type: send UTF-8.", 415
+                f"Unsupported charset {printable(value)} in the content type: send UTF-8.", 415
             )
     return kind
 
 
-def _text(body: str, facts: SamplingFacts, limits: Limits) -> GenerationRequest:
+def _from_text(body: str, facts: SamplingFacts, limits: Limits) -> GenerationRequest:
     if "\0" in body:
         raise RequestError("The body holds NUL characters; send plain UTF-8 text.")
     prompt = body
     if body.strip()[:1] == '"':
-        # Published notebooks send json.dumps(prompt); other texts may begin with a quote as well.
+        # Published notebooks send json.dumps(prompt); a plain prompt may begin with a quote too.
         try:
             value = strict_json.loads(body, limits=limits)
         except RequestError:
@@ -171,11 +172,11 @@ def _text(body: str, facts: SamplingFacts, limits: Limits) -> GenerationRequest:
         height=facts.resolution,
         num_inference_steps=min(NUM_INFERENCE_STEPS, facts.max_steps),
     )
-    sampling_request.check(facts, request.pictures(0)[0], limits=limits)
+    sampling_request.check(facts, request.sampling_requests(0)[0], limits=limits)
     return request
 
 
-def _huggingface(
+def _from_huggingface(
     payload: Mapping[str, Any], facts: SamplingFacts, limits: Limits
 ) -> GenerationRequest:
     _check_keys(payload, HUGGINGFACE_KEYS)
@@ -183,12 +184,12 @@ def _huggingface(
     if parameters is None:
         parameters = {}
     if not isinstance(parameters, dict):
-        raise RequestError(f"parameters must be an object, got {shown(parameters)}.")
+        raise RequestError(f"parameters must be an object, got {printable(parameters)}.")
     _check_keys(parameters, PARAMETERS)
-    return _request("huggingface", "inputs", payload["inputs"], parameters, facts, limits)
+    return _from_fields("huggingface", "inputs", payload["inputs"], parameters, facts, limits)
 
 
-def _request(
+def _from_fields(
     form: Form,
     name: str,
     prompt: object,
@@ -219,7 +220,7 @@ def _request(
             f"make {request.picture_count} pictures; one request may ask for "
             f"{limits.max_request_pictures}."
         )
-    first = request.pictures(0)[0]
+    first = request.sampling_requests(0)[0]
     seed = 0 if request.seed is None else request.seed
     sampling_request.check(facts, replace(first, seed=seed), limits=limits)
     return request
@@ -229,16 +230,17 @@ def _check_keys(payload: Mapping[str, Any], valid: Sequence[str]) -> None:
     for key in payload:
         if key not in valid:
             raise RequestError(
-                f"Input payload contains an invalid key {shown(key)}. Valid keys are {list(valid)}."
+                f"Input payload contains an invalid key {printable(key)}. "
+                f"Valid keys are {list(valid)}."
             )
 
 
 def _texts(name: str, value: object, limits: Limits) -> tuple[str, ...]:
-    """A string or a list of strings, as JumpStart takes prompts."""
+    """Return the texts of a string or a list of strings, the forms that JumpStart takes."""
     items = value if isinstance(value, list) else [value]
     texts = tuple(item for item in items if isinstance(item, str))
     if not items or len(texts) < len(items):
-        raise RequestError(f"{name} must be a string or a list of string. Got {shown(value)}.")
+        raise RequestError(f"{name} must be a string or a list of string. Got {printable(value)}.")
     if len(texts) > limits.max_request_pictures:
         raise RequestError(
             f"{name} holds {len(texts)} texts; one request may ask for "
@@ -257,8 +259,8 @@ def _negative_prompts(prompt: object, given: Mapping[str, Any], limits: Limits) 
         return texts * count
     if not isinstance(prompt, list) or len(texts) != count:
         raise RequestError(
-            f"negative_prompt is a list of {len(texts)}: it may be one where the prompt is a list "
-            "of the same length; a string is used for all prompts."
+            f"negative_prompt is a list of {len(texts)}: a list is allowed only beside a list "
+            "of as many prompts; a string is used for all prompts."
         )
     return texts
 
@@ -271,8 +273,8 @@ def _check_length(name: str, text: str, limits: Limits) -> None:
 
 
 def _whole(name: str, value: object) -> int:
-    if type(value) is not int:  # True is no number
-        raise RequestError(f"{name} must be an integer, got {shown(value)}.")
+    if type(value) is not int:  # refuses True and False too
+        raise RequestError(f"{name} must be an integer, got {printable(value)}.")
     return value
 
 
@@ -302,5 +304,5 @@ def _side(name: str, given: Mapping[str, Any], facts: SamplingFacts) -> int:
 def _number(name: str, given: Mapping[str, Any], default: float) -> float:
     value = given.get(name, default)
     if type(value) not in (int, float):
-        raise RequestError(f"{name} must be a number, got {shown(value)}.")
+        raise RequestError(f"{name} must be a number, got {printable(value)}.")
     return float(value)

@@ -1,7 +1,7 @@
-"""JSON from strangers: bytes in, plain Python values out, nothing doubtful in between.
+"""Parse JSON from untrusted clients into plain Python values.
 
-RFC 8259 in UTF-8, and stricter where its readers disagree: no duplicate keys, no lone surrogates,
-no number that a double cannot hold, bounded nesting. Time is linear in the length.
+It reads RFC 8259 in UTF-8, and refuses what other parsers disagree about: duplicate keys, lone
+surrogates, numbers that a double cannot hold. Nesting is bounded, and time is linear in the length.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 from dreambooth.errors import RequestError
 from dreambooth.limits import LIMITS, Limits
 
-# A whole string, or a mark outside of all strings. The closing quote is optional: an unterminated
-# string is then one match to the end instead of a new search from every quote in it.
+# A whole string, or a bracket or comma outside of all strings. The closing quote is optional, so
+# that an unterminated string is one match to the end and not a new search from every quote in it.
 _TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[][{},]', re.DOTALL)
 _DEPTH_BY_MARK = {"[": 1, "{": 1, "]": -1, "}": -1}
 
@@ -56,7 +56,7 @@ def loads(body: bytes | bytearray | str, *, limits: Limits = LIMITS) -> Any:
 
 
 def decode(body: bytes | bytearray | str) -> str:
-    """Return the text of a UTF-8 body; a str is taken as decoded already.
+    """Return the text of a UTF-8 body; a str counts as already decoded.
 
     Raises RequestError (400) for other encodings, a byte order mark and lone surrogates.
     """
@@ -71,17 +71,17 @@ def decode(body: bytes | bytearray | str) -> str:
 
 
 def _check_size(text: str, limits: Limits) -> None:
-    """Refuse, before they are built, too many values and too deep a nesting; stop at the first.
+    """Refuse too many values and too deep nesting before anything is built.
 
-    The decoder, which recurses, gets no deeper than the running count of brackets, even where they
-    do not match: it stops at the first that does not.
+    Python's decoder recurses, but never deeper than the running count of brackets: it stops at the
+    first bracket that does not match.
     """
     depth = marks = strings = 0
     for token in _TOKEN.finditer(text):
         first = text[token.start()]
         marks += first != '"'
         strings += first == '"'
-        # Of each value there are at most two: brackets, or key and text.
+        # A value takes about two marks or two strings: its brackets, or its key and its text.
         if max(marks, strings) > 2 * limits.max_json_values:
             raise RequestError(f"The body's JSON holds more than {limits.max_json_values} values.")
         depth += _DEPTH_BY_MARK.get(first, 0)
@@ -107,13 +107,13 @@ def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise RequestError(f"The body's JSON gives the key {shown(key)} twice.")
+            raise RequestError(f"The body's JSON gives the key {printable(key)} twice.")
         found[key] = value
     return found
 
 
 def _check_strings(value: object) -> None:
-    """Refuse half a character: an escape such as \\ud800 that has no second half."""
+    """Refuse lone surrogates: escapes such as \\ud800 without their second half."""
     if isinstance(value, str):
         try:
             value.encode("utf-8")
@@ -130,7 +130,7 @@ def _check_strings(value: object) -> None:
             _check_strings(item)
 
 
-def shown(value: object) -> str:
-    """Return a value as an error message shows it: printable, short, text without quotes."""
+def printable(value: object) -> str:
+    """Return a value as error messages show it: printable, unquoted, cut after 100 characters."""
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value)[:101])
     return text if len(text) <= 100 else text[:100] + "…"

@@ -1,1 +1,1 @@
-"""The engine: one thread that draws what is asked for, step by step."""
+"""The engine draws the requested pictures step by step in one thread."""

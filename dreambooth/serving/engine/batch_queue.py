@@ -1,11 +1,11 @@
-"""The queue of pictures: which latent size the next U-Net call draws, and which rows join it.
+"""Choose the picture size of the next U-Net call, and the waiting pictures that join it.
 
-Sizes stand in a ring and every call goes to the next one with work: between two calls for one
-size every other size is called at most once, however many there are and whoever comes later.
-Within a size pictures join in the order in which they came. One that needs more rows than are free
-is waited for, not overtaken; only pictures of a job that has its share already are passed over.
-So a picture joins, at the latest, once those before it have been drawn. No torch here: a
-simulation uses the same lines.
+The sizes are served round-robin: between two calls for one size every other size gets at most one,
+however many sizes there are and whatever arrives later. Within a size, pictures join in the order
+of their arrival. One that needs more rows than are free is not overtaken. Only two kinds are passed
+over: pictures of a job that already has its share of the call, and pictures whose `places` are
+taken, which are reserved for them. So a picture joins at the latest when those before it have been
+drawn. This module needs no torch, so that a simulation can use it.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from collections import deque
 from collections.abc import Callable, Hashable
 from typing import Any, Generic, Protocol, TypeVar
 
-# After a step a finished picture is decoded, layer by layer, until so much of the time that the
-# step took has passed.
+# After a step a finished picture is decoded, layer by layer, until this share of the step's time
+# has passed. It stands here so that a simulation can use it without torch.
 DECODING_SHARE = 0.5
 
 
 class Queued(Protocol):
-    """A picture, as the queue sees it.
+    """The part of a picture that the queue uses.
 
-    size: of the latents; only equal ones share a call. unet_rows: 1, or 2 if guided. places: the
-    very rows of a call that it must have, where the place matters. job: most_pictures is the most
-    of them in one call.
+    size: (width, height) in pixels; only pictures of equal size share a call. unet_rows: 1, or 2 if
+    guided. places: the rows of a call that it must occupy, None where the position does not matter.
+    job: its `most_pictures` is the most of its pictures in one call, None without a limit.
     """
 
     @property
@@ -37,42 +37,46 @@ class Queued(Protocol):
     def job(self) -> Any: ...  # noqa: D102
 
 
-Row = TypeVar("Row", bound=Queued)
+PictureT = TypeVar("PictureT", bound=Queued)
 
 
-class BatchQueue(Generic[Row]):
-    """The pictures that wait and those that run, by size."""
+class BatchQueue(Generic[PictureT]):
+    """The waiting and the running pictures, by size."""
 
     def __init__(self, most_rows: Callable[[Any], int]) -> None:
-        """most_rows(size): the rows that one call may have, asked before every call."""
+        """most_rows: called with a size before each call; returns the rows that it may have."""
         self._most_rows = most_rows
         self._ring: deque[Hashable] = deque()
-        self._waiting: dict[Hashable, deque[Row]] = {}
-        self._running: dict[Hashable, list[Row]] = {}
+        self._waiting: dict[Hashable, deque[PictureT]] = {}
+        self._running: dict[Hashable, list[PictureT]] = {}
         self.waiting_count = 0
 
     @property
     def running_rows(self) -> int:
-        """U-Net rows of all pictures that have joined and not left."""
-        return sum(row.unet_rows for rows in tuple(self._running.values()) for row in tuple(rows))
+        """Return the U-Net rows of all running pictures."""
+        return sum(
+            picture.unet_rows
+            for pictures in tuple(self._running.values())
+            for picture in tuple(pictures)
+        )
 
     @property
     def busy(self) -> bool:
-        """Whether any picture runs."""
+        """Return whether any picture is running."""
         return any(self._running.values())
 
-    def add(self, row: Row) -> None:
+    def add(self, picture: PictureT) -> None:
         """Put a picture at the end of its size's queue."""
-        if row.size not in self._waiting:
-            self._ring.append(row.size)
-            self._waiting[row.size], self._running[row.size] = deque(), []
-        self._waiting[row.size].append(row)
+        if picture.size not in self._waiting:
+            self._ring.append(picture.size)
+            self._waiting[picture.size], self._running[picture.size] = deque(), []
+        self._waiting[picture.size].append(picture)
         self.waiting_count += 1
 
-    def next(self, *, admit: bool = True) -> tuple[list[Row], list[Row]]:
-        """Return the rows of the next call (those that just joined, too), and who just joined.
+    def next(self, *, admit: bool = True) -> tuple[list[PictureT], list[PictureT]]:
+        """Return the pictures of the next call, and those of them that have just joined.
 
-        Without `admit` nobody joins. Both lists are empty where nothing can run.
+        Without `admit` none joins. Both lists are empty if nothing can run.
         """
         for _ in range(len(self._ring)):
             size = self._ring[0]
@@ -86,44 +90,46 @@ class BatchQueue(Generic[Row]):
                 del self._waiting[size], self._running[size]
         return [], []
 
-    def leave(self, row: Row) -> None:
-        """A picture has taken its last step, or is lost."""
-        self._running[row.size].remove(row)
+    def leave(self, picture: PictureT) -> None:
+        """Remove a running picture, which has taken its last step."""
+        self._running[picture.size].remove(picture)
 
-    def drop(self, unwanted: Callable[[Row], bool]) -> None:
-        """Remove every picture, waiting or running, that is not wanted any more."""
+    def drop(self, unwanted: Callable[[PictureT], bool]) -> None:
+        """Remove every picture, waiting or running, for which `unwanted` is true."""
         for size, waiting in self._waiting.items():
-            self._waiting[size] = deque(row for row in waiting if not unwanted(row))
-            self._running[size] = [row for row in self._running[size] if not unwanted(row)]
+            self._waiting[size] = deque(picture for picture in waiting if not unwanted(picture))
+            self._running[size] = [
+                picture for picture in self._running[size] if not unwanted(picture)
+            ]
         self.waiting_count = sum(map(len, self._waiting.values()))
 
-    def _admit(self, size: Hashable) -> list[Row]:
+    def _admit(self, size: Hashable) -> list[PictureT]:
         running, waiting = self._running[size], self._waiting[size]
-        free = self._most_rows(size) - sum(row.unet_rows for row in running)
-        taken = {place for row in running for place in row.places or ()}
-        joined: list[Row] = []
-        passed: list[Row] = []
+        free = self._most_rows(size) - sum(picture.unet_rows for picture in running)
+        taken = {place for picture in running for place in picture.places or ()}
+        joined: list[PictureT] = []
+        passed: list[PictureT] = []
         while waiting and (free > 0 or not running):
-            row = waiting.popleft()
-            if self._has_its_share(row):
-                passed.append(row)
+            picture = waiting.popleft()
+            if self._has_its_share(picture):
+                passed.append(picture)
                 continue
-            fits = taken.isdisjoint(row.places or ())
-            taken.update(row.places or ())  # whoever waits for a place keeps later ones from it
-            if row.places is None and row.unet_rows > free and running:
-                passed.append(row)
+            fits = taken.isdisjoint(picture.places or ())
+            taken.update(picture.places or ())  # a picture that waits for a place reserves it
+            if picture.places is None and picture.unet_rows > free and running:
+                passed.append(picture)
                 break
-            (joined if fits else passed).append(row)
+            (joined if fits else passed).append(picture)
             if fits:
-                running.append(row)
-                free -= row.unet_rows
+                running.append(picture)
+                free -= picture.unet_rows
         waiting.extendleft(reversed(passed))
         self.waiting_count -= len(joined)
         return joined
 
-    def _has_its_share(self, row: Row) -> bool:
-        most = row.job.most_pictures
+    def _has_its_share(self, picture: PictureT) -> bool:
+        most = picture.job.most_pictures
         if most is None:
             return False
-        taken = sum(other.job is row.job for other in self._running[row.size])
+        taken = sum(other.job is picture.job for other in self._running[picture.size])
         return bool(taken >= most)

@@ -1,4 +1,4 @@
-"""What is asked of the device itself: how long calls take, and whether a row's place matters."""
+"""Make test calls of the U-Net, and find whether a row's position in a call matters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dreambooth.diffusion.model import DiffusionModel
-from dreambooth.serving.engine.picture_rows import TextCache
+from dreambooth.serving.engine.pictures_in_work import TextCache
 from dreambooth.serving.engine.row_limits import free_caches, is_device_lost, is_out_of_memory
 from dreambooth.serving.engine.unet_calls import HostThrottle
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class DeviceProbe:
-    """Makes U-Net calls that draw nothing. Sizes are (width, height) in pixels."""
+    """Makes test calls of the U-Net. Sizes are (width, height) in pixels."""
 
     def __init__(
         self, model: DiffusionModel, texts: TextCache, host_throttle: HostThrottle
@@ -27,17 +27,18 @@ class DeviceProbe:
         self._positions_matter: dict[tuple[int, int], bool] = {}
 
     def positions_matter(self, size: tuple[int, int], *, rows: int) -> bool:
-        """Whether equal rows of one call, always of so many, come out unequal here at this size.
+        """Return whether equal rows of one call have unequal outputs on this device at this size.
 
-        So it is on CPUs with several threads, which cut a call's work at places that do not fall
-        between rows. Asked of the device by one call, the first time that a size is wanted.
+        That happens on CPUs with several threads, which split a call's work within rows. The first
+        time that a size is used, one call of `rows` rows (always the same number) decides; if it
+        fails, the answer is True.
         """
         if size not in self._positions_matter:
             outcome = True
             try:
                 output = self.call(size, rows)
                 outcome = not all(torch.equal(row, output[0]) for row in output)
-            except Exception as error:  # too large: the pictures themselves will say so
+            except Exception as error:  # too large: drawing the pictures will report it
                 if is_device_lost(error):
                     raise
                 logger.warning("The rows of a call could not be compared: %s", error)
@@ -45,7 +46,7 @@ class DeviceProbe:
         return self._positions_matter[size]
 
     def call(self, size: tuple[int, int], rows: int) -> Tensor:
-        """One U-Net call of equal rows, finished when this returns: [rows, C, h, w]."""
+        """Make one U-Net call of equal rows, wait for it and return its output [rows, C, h, w]."""
         model = self._model
         scale = model.vae_scale_factor
         shape = (1, model.latent_channels, size[1] // scale, size[0] // scale)
@@ -60,8 +61,8 @@ class DeviceProbe:
         self._host_throttle.wait()
         return output
 
-    def timed_call(self, size: tuple[int, int], rows: int) -> None:
-        """The same, for `warm_up.measure`: raises MemoryError where so many rows do not fit."""
+    def call_or_memory_error(self, size: tuple[int, int], rows: int) -> None:
+        """Make a `call`; raise MemoryError if the rows do not fit, as `warm_up.measure` expects."""
         try:
             self.call(size, rows)
             return

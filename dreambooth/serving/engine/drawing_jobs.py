@@ -1,4 +1,4 @@
-"""What `Engine.submit` hands back: one request's pictures, wanted, awaited or given up."""
+"""Represent the pictures of one `Engine.submit` as a job to wait for or to cancel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OnPicture = Callable[[int, Picture], None]
 
 
 class DrawingJob:
-    """The pictures of one `submit`; every method may be called from any thread."""
+    """The job of one `Engine.submit`; every method may be called from any thread."""
 
     def __init__(
         self,
@@ -38,40 +38,40 @@ class DrawingJob:
     def result(self, timeout: float | None = None) -> list[Picture]:
         """Wait for all pictures, in the order of the requests.
 
-        Raises what went wrong (ResourceError where a picture does not fit into memory),
+        Raises the job's error (ResourceError where a picture does not fit into memory),
         concurrent.futures.CancelledError after `cancel`, TimeoutError after `timeout` seconds.
         """
         return self._future.result(timeout)
 
     def cancel(self) -> None:
-        """Give the job up: its rows are free at the next step. Nothing happens if it is done."""
+        """Cancel the job, which frees its rows at the next step; do nothing if it is done."""
         if self._future.cancel() and self._on_cancel is not None:
             self._on_cancel()
 
     @property
     def done(self) -> bool:
-        """Whether there are pictures or an error, or the job was given up."""
+        """Return whether the job has its pictures or an error, or was cancelled."""
         return self._future.done()
 
     def add_done_callback(self, callback: Callable[[DrawingJob], None]) -> None:
-        """Call `callback(job)` once the job is done, at once if it is; it must not block."""
+        """Call `callback(job)` once the job is done, or now if it is; it must not block."""
         self._future.add_done_callback(lambda _: callback(self))
 
     def deliver(self, index: int, picture: Picture) -> None:
-        """For the engine: picture `index` is drawn."""
+        """Take picture `index`, which the engine has drawn."""
         if self.done:
             return
         self._pictures[index] = picture
         if self._on_picture is not None:
             try:
                 self._on_picture(index, picture)
-            except Exception:  # a listener's fault is neither the picture's nor the engine's
-                logger.exception("What listens for pictures failed.")
+            except Exception:  # a callback's error must harm neither picture nor engine
+                logger.exception("The callback for a finished picture failed.")
         if len(self._pictures) == len(self.requests):
             self._finish(lambda: self._future.set_result([self._pictures[i] for i in self._order]))
 
     def fail(self, error: BaseException) -> None:
-        """For the engine: the job ends with an error; nothing happens if it is done."""
+        """End the job with an error of the engine; do nothing if it is done."""
         self._finish(lambda: self._future.set_exception(error))
 
     @property
@@ -82,4 +82,4 @@ class DrawingJob:
         try:
             finish()
         except InvalidStateError:
-            logger.debug("A job was given up just before it was done.")
+            logger.debug("The job was done already.")

@@ -1,12 +1,12 @@
-"""The engine: one thread that owns the device and draws whatever was submitted, step by step.
+"""Draw the submitted pictures step by step, in one thread that owns the device.
 
-Two modes. *Elastic*: the rows of a U-Net call follow the load; a picture agrees with the same
-request served alone to rounding: at most 2/255 in fp32. For half precision nothing is promised but
-what `benchmark serving` measures on the device at hand: in bf16 on one CPU thread no byte of 64
-pictures of the embedded model differed (1 to 30 steps; 2026-11-23); nobody has measured a GPU.
-*Exact*, with `batch_rows`: every call has that many rows, padded, and a picture's bytes depend on
-nothing but model, request, seed and `batch_rows` (on one machine, with one number of threads); its
-price is the padding.
+There are two modes. *Elastic*: the rows of a U-Net call follow the load, and a picture equals that
+of the same request served alone up to rounding, at most 2/255 in fp32. For half precision nothing
+is promised beyond what `python -m benchmarks serving` measures on the device at hand: in bf16 on
+one CPU thread no byte of 64 pictures of the embedded model differed (1 to 30 steps; 2026-11-23); no
+GPU has been measured. *Exact*, with `batch_rows`: every call is padded to that many rows, and a
+picture's bytes depend only on model, request, seed and `batch_rows` (on one machine, with one
+number of threads). The padding costs time.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ _RETRY_AFTER_S = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """How the engine batches.
+    """The settings of batching: a guided picture takes two rows of a U-Net call, others take one.
 
-    batch_rows: None: elastic; N, at least 2: exact, every U-Net call padded to N rows. max_rows:
-    the most rows of an elastic call; how many of them pay is measured. A guided picture is two
-    rows, another one. warm_up_budget_s: seconds for that measurement, about; 0: max_rows are taken
-    as they are.
+    batch_rows: None for elastic mode; N, at least 2, for exact mode, where every U-Net call is
+    padded to N rows. max_rows: the most rows of an elastic call; the warm-up chooses fewer if
+    more do not pay. warm_up_budget_s: about how many seconds it measures; with 0 max_rows is used
+    as it is.
     """
 
     batch_rows: int | None = None
@@ -58,7 +58,7 @@ class EngineSettings:
     warm_up_budget_s: float = 10.0
 
     def __post_init__(self) -> None:
-        """Raise UserError for numbers that no call can have."""
+        """Raise UserError for numbers of rows out of range."""
         for name, least, rows in (
             ("batch_rows", 2, self.batch_rows),
             ("max_rows", 1, self.max_rows),
@@ -71,20 +71,21 @@ class EngineSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStatus:
-    """What the engine is doing.
+    """A snapshot of the engine.
 
-    queued_pictures: not begun. running_rows: U-Net rows of the pictures that have. undecoded:
-    pictures that wait for the VAE. seconds_per_step: (rows, seconds) of recent calls at the
-    model's own resolution. broken: why the engine's thread ended, None while it does not.
+    queued_pictures: pictures that have not begun. running_rows: U-Net rows of those that still
+    take steps. undecoded: pictures that wait for the VAE. calls_total: rounds with a U-Net call (or
+    its halves, where memory was short). seconds_per_call: (rows, seconds) of recent calls at
+    the model's own resolution. broken: the error that ended the engine's thread, else None.
     """
 
     queued_pictures: int
     running_rows: int
     undecoded: int
-    steps_done_total: int
+    calls_total: int
     pictures_total: int
     out_of_memory_total: int
-    seconds_per_step: tuple[tuple[int, float], ...]
+    seconds_per_call: tuple[tuple[int, float], ...]
     seconds_per_decode: float
     broken: str | None
 
@@ -101,7 +102,7 @@ class Engine:
         limits: Limits = LIMITS,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Take a model, which from now on is the engine's alone; clock: as `Worker` has it."""
+        """Take a model, which nothing else may use from now on; clock: as in `Worker`."""
         self.settings = settings or EngineSettings()
         self._limits = limits
         self._worker = Worker(
@@ -118,45 +119,44 @@ class Engine:
         self._closing = False
         self._draining = False
         self._broken: str | None = None
-        self._warm: Future[WarmUp] = Future()
+        self._warm_up: Future[WarmUp] = Future()
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
     def start(self) -> WarmUp:
-        """Start the thread, draw a warm-up picture and measure; return when requests can come.
+        """Start the thread, and return once it is warmed up and takes requests.
 
-        Raises what the model raises in drawing it.
+        Raises what `Worker.warm_up` raises.
         """
         atexit.register(self._abandon)
         self._thread.start()
         try:
-            return self._warm.result()
+            return self._warm_up.result()
         except BaseException:
-            self.close(drain=False)  # or the hook at exit would hold the model until then
+            self.close(drain=False)  # or the exit hook would keep the model in memory
             raise
 
     @property
     def warm_up(self) -> WarmUp:
-        """What `start` measured; it must have returned."""
-        return self._warm.result(timeout=0)
+        """Return what `start`, which must have returned, has measured."""
+        return self._warm_up.result(timeout=0)
 
     def submit(
         self,
-        pictures: Sequence[SamplingRequest],
+        requests: Sequence[SamplingRequest],
         *,
         most_pictures: int | None = None,
         on_picture: OnPicture | None = None,
     ) -> DrawingJob:
-        """Queue pictures and return at once.
+        """Queue the pictures of `requests` and return their job at once.
 
-        most_pictures: so many of these share a U-Net call, at most. on_picture(i, picture) is
-        called on the engine's thread as each is done, in any order; it must not block. Raises
-        RequestError for what the model cannot draw, UnavailableError when the engine is closed or
-        broken.
+        most_pictures: the most of them in one U-Net call. on_picture(i, picture) is called on the
+        engine's thread as each is done, in any order; it must not block. Raises RequestError for
+        what the model cannot draw, UnavailableError if the engine is closed or broken.
         """
-        for request in pictures:
+        for request in requests:
             check(self.facts, request, limits=self._limits)
         job = DrawingJob(
-            pictures,
+            requests,
             most_pictures=most_pictures,
             on_picture=on_picture,
             on_cancel=self._job_cancelled,
@@ -173,7 +173,7 @@ class Engine:
         return job
 
     def close(self, *, drain: bool) -> None:
-        """Take no more work, finish (drain) or give up what there is, and join the thread."""
+        """Take no more work, finish (drain) or abandon what there is, and join the thread."""
         with self._changed:
             self._closing = True
             self._draining = drain
@@ -183,16 +183,16 @@ class Engine:
         atexit.unregister(self._abandon)
 
     def status(self) -> EngineStatus:
-        """Return the engine's state now; it never waits for the device."""
+        """Return a snapshot without waiting for the device."""
         worker = self._worker
         return EngineStatus(
             queued_pictures=self._inbox_pictures + worker.batch_queue.waiting_count,
             running_rows=worker.batch_queue.running_rows,
             undecoded=len(worker.undecoded),
-            steps_done_total=worker.steps_done_total,
+            calls_total=worker.calls_total,
             pictures_total=worker.pictures_total,
             out_of_memory_total=worker.unet_caller.out_of_memory_total,
-            seconds_per_step=tuple(sorted(worker.seconds_per_step.copy().items())),
+            seconds_per_call=tuple(sorted(worker.seconds_per_call.copy().items())),
             seconds_per_decode=worker.seconds_per_decode,
             broken=self._broken,
         )
@@ -211,14 +211,14 @@ class Engine:
     def _main(self) -> None:
         worker = self._worker
         try:
-            self._warm.set_result(worker.warm_up(self.settings.warm_up_budget_s))
+            self._warm_up.set_result(worker.warm_up(self.settings.warm_up_budget_s))
             while self._take_work():
                 worker.run_round()
         except BaseException as error:
             self._give_up(error)
 
     def _take_work(self) -> bool:
-        """Wait for something to do and take in new jobs; False when it is time to end."""
+        """Wait for work and take in new jobs; return False when the thread should end."""
         worker = self._worker
         with self._changed:
             while not (self._inbox or worker.has_work or self._closing):
@@ -233,7 +233,7 @@ class Engine:
             for job in jobs:
                 worker.add(job)
         except BaseException:
-            self._inbox.extendleft(reversed(jobs))  # whoever clears up shall find them
+            self._inbox.extendleft(reversed(jobs))  # where `_give_up` finds and fails them
             raise
         return worker.has_work or not self._closing
 
@@ -244,12 +244,11 @@ class Engine:
         self._worker.fail_everything(closed)
 
     def _give_up(self, error: BaseException) -> None:
-        """The thread ends by an error: nobody may wait for it in vain."""
-        if not self._warm.done():
-            self._broken = f"{type(error).__name__}: {error}"
-            self._warm.set_exception(error)
-            return
-        logger.critical("The engine's thread is broken.", exc_info=error)
+        """Fail everything that waits for the thread, which ends by `error`."""
+        if not self._warm_up.done():
+            self._warm_up.set_exception(error)  # `start` raises it
+        else:
+            logger.critical("The engine's thread is broken.", exc_info=error)
         down = UnavailableError("The engine is down.", _RETRY_AFTER_S)
         with self._changed:
             self._broken = f"{type(error).__name__}: {error}"
@@ -283,9 +282,8 @@ def open_engine(
     """Load a model folder, on a GPU if there is one, and start an engine for it.
 
     precision: "auto", "fp32", "fp16" or "bf16". cuda_graphs, channels_last: see
-    `served_unet.prepare`. Raises ModelArtifactError for a folder that is no
-    Stable Diffusion model, ResourceError where it does not fit into memory, UserError where there
-    is no such device.
+    `served_unet.prepare`. Raises ModelArtifactError for a folder that is not a Stable Diffusion
+    model, ResourceError if it does not fit into memory, UserError if there is no such device.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda" and not torch.cuda.is_available():

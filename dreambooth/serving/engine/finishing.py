@@ -1,4 +1,4 @@
-"""From clean latents to a `Picture`, in parts, with the reason where it shows nothing."""
+"""Turn clean latents into a `Picture`, in parts that other work may interrupt."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ def finish(
     exact: bool,
     safety_checker: SafetyChecker | None,
 ) -> Generator[None, None, Picture]:
-    """Decode one picture from latents [1, C, h, w]; zeros and the reason if it cannot be shown.
+    """Decode one picture from latents [1, C, h, w] (C latent channels, h w latent cells).
 
-    Yields where other work may come first: between two layers, and before the safety checker.
+    A picture that cannot be shown becomes zeros, and finish_reason says why. Yields where other
+    work may run first: between two layers of the VAE, and before the safety checker.
     """
     decoded = yield from decode_in_parts(model, latents)
     reason: FinishReason = "SUCCESS"

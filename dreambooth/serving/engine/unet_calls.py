@@ -1,7 +1,9 @@
-"""One U-Net call for the rows of one size; where it fails, who is to blame and what still fits.
+"""Make the U-Net call for pictures of one size, and isolate those that cannot be predicted.
 
-Nothing here moves a picture: a call that failed can be made again. Rows are as in `rows`; a call
-that does not fit into memory is made in halves, and again in halves, down to single rows.
+No picture takes a step here, so a call that failed can be repeated. A call that does not fit into
+memory is split into halves, again and again, down to single rows.
+
+Legend: B pictures, C latent channels, h w latent cells.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dreambooth.diffusion.denoising import TextRows, predictions
-from dreambooth.serving.engine.picture_rows import PictureRow, gather
+from dreambooth.serving.engine.pictures_in_work import PictureInWork, gather
 from dreambooth.serving.engine.row_limits import (
     RowLimit,
     free_caches,
@@ -28,18 +30,19 @@ logger = logging.getLogger(__name__)
 
 _REMEMBERED_SIZES = 8
 
-Lost = list[tuple[PictureRow, Exception]]
+Lost = list[tuple[PictureInWork, Exception]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Outcome:
-    """What became of a call. preds: float32 [B, C, h, w], of `rows`; None if there are none.
+    """The result of a call. preds: float32 [B, C, h, w] for `pictures`; None if there are none.
 
-    lost: those that cannot be predicted, with what is in their way: one picture alone that does
-    not fit into memory, or one alone whose call fails for another reason.
+    lost: the pictures that cannot be predicted, each with its error. Where not even a single row
+    fits into memory, these are all pictures of one job; for other errors, each picture that fails
+    in a call of its own.
     """
 
-    rows: list[PictureRow]
+    pictures: list[PictureInWork]
     preds: Tensor | None
     lost: Lost
 
@@ -47,8 +50,8 @@ class Outcome:
 class UNetCaller:
     """Makes the U-Net calls.
 
-    most_rows: of one call. batch_rows: exact mode's rows of EVERY call, None in elastic mode.
-    out_of_memory_total: calls that did not fit.
+    most_rows: the most rows of one call. batch_rows: the rows of EVERY call in exact mode, None in
+    elastic mode. out_of_memory_total: how often memory ran out, here or in the worker.
     """
 
     def __init__(self, unet: Any, *, most_rows: int, batch_rows: int | None) -> None:
@@ -56,65 +59,68 @@ class UNetCaller:
         self.batch_rows = batch_rows
         self.out_of_memory_total = 0
         self._unet = unet
-        self._caps: dict[tuple[int, int], RowLimit] = {}  # of the sizes that once did not fit
-        self._texts: OrderedDict[tuple[int, int], tuple[list[PictureRow], int | None, TextRows]]
+        self._caps: dict[tuple[int, int], RowLimit] = {}  # only of sizes that once did not fit
+        self._texts: OrderedDict[tuple[int, int], tuple[list[PictureInWork], int | None, TextRows]]
         self._texts = OrderedDict()
 
-    def room(self, size: tuple[int, int]) -> int:
-        """How many rows may run at this size; in exact mode always all: calls are cut instead."""
+    def allowed_rows(self, size: tuple[int, int]) -> int:
+        """Return how many rows may run at this size.
+
+        In exact mode it is always `batch_rows`: a call that does not fit is split instead.
+        """
         return self.batch_rows or self._allowed(size)
 
-    def predict(self, rows: Sequence[PictureRow]) -> Outcome:
-        """Predict rows of one size; raises only when the device is lost."""
-        pending, lost = list(rows), Lost()
+    def predict(self, pictures: Sequence[PictureInWork]) -> Outcome:
+        """Predict pictures of one size; raise only if the device is lost."""
+        pending, lost = list(pictures), Lost()
         while pending:
             preds = self._try(pending)
             if isinstance(preds, Tensor):
-                return Outcome(rows=pending, preds=preds, lost=lost)
+                return Outcome(pictures=pending, preds=preds, lost=lost)
             if is_device_lost(preds):
                 raise preds
             if is_out_of_memory(preds):
                 if not self._make_room(pending):
                     job = pending[0].job
-                    lost += [(row, preds) for row in pending if row.job is job]
-                    pending = [row for row in pending if row.job is not job]
+                    lost += [(picture, preds) for picture in pending if picture.job is job]
+                    pending = [picture for picture in pending if picture.job is not job]
             elif len(pending) == 1:
                 lost.append((pending.pop(), preds))
             else:
-                return _joined([self.predict([row]) for row in pending], lost)
-        return Outcome(rows=[], preds=None, lost=lost)
+                return _joined([self.predict([picture]) for picture in pending], lost)
+        return Outcome(pictures=[], preds=None, lost=lost)
 
     def forget(self) -> None:
-        """Let go of the pictures of past calls: nothing runs."""
+        """Drop the texts and pictures of past calls, which would stay in memory while idle."""
         self._texts.clear()
 
-    def call_rows(self, rows: Sequence[PictureRow]) -> int:
-        """How many rows the U-Net call of these pictures has, with padding."""
-        return self._padded(rows[0].size) or sum(row.unet_rows for row in rows)
+    def call_rows(self, pictures: Sequence[PictureInWork]) -> int:
+        """Return how many rows the U-Net call of these pictures has, padding included."""
+        return self._padded(pictures[0].size) or sum(each.unet_rows for each in pictures)
 
-    def _try(self, rows: list[PictureRow]) -> Tensor | Exception:
-        size = rows[0].size
+    def _try(self, pictures: list[PictureInWork]) -> Tensor | Exception:
+        size = pictures[0].size
         allowed = self._allowed(size)
-        pictures = [row.trajectory for row in rows if row.trajectory is not None]
+        moving = [each.trajectory for each in pictures if each.trajectory is not None]
         try:
-            text = self._text(rows)
-            preds = predictions(self._unet, pictures, text, most_rows=allowed)
+            text = self._text(pictures)
+            preds = predictions(self._unet, moving, text, most_rows=allowed)
         except Exception as error:
             if not is_out_of_memory(error):
-                logger.exception("A U-Net call of %d picture(s) failed.", len(rows))
-            return error.with_traceback(None)  # its frames hold the call's tensors
+                logger.exception("A U-Net call of %d picture(s) failed.", len(pictures))
+            return error.with_traceback(None)  # the traceback holds the call's tensors
         if size in self._caps:
-            self._caps[size].succeeded(self.call_rows(rows))
+            self._caps[size].succeeded(self.call_rows(pictures))
         if self.batch_rows is not None and allowed < self.batch_rows:
-            for row in rows:
-                row.exact = False
+            for picture in pictures:
+                picture.exact = False
         return preds
 
-    def _make_room(self, rows: list[PictureRow]) -> bool:
-        """Free what can be freed and halve the call; False if it was one row already."""
+    def _make_room(self, pictures: list[PictureInWork]) -> bool:
+        """Free what can be freed and halve the call; return False if it was a single row."""
         self.out_of_memory_total += 1
-        size = rows[0].size
-        tried = min(self.call_rows(rows), self._allowed(size))
+        size = pictures[0].size
+        tried = min(self.call_rows(pictures), self._allowed(size))
         cap = self._caps.setdefault(size, RowLimit(self.most_rows))
         shrunk = cap.halve(tried)
         self._texts.clear()
@@ -132,18 +138,18 @@ class UNetCaller:
         return self.most_rows if cap is None else cap.rows
 
     def _padded(self, size: tuple[int, int]) -> int | None:
-        """Exact mode's number of rows, unless memory is too short for it at this size."""
+        """Return exact mode's number of rows; None in elastic mode or if they do not fit."""
         exact = self.batch_rows is not None and self._allowed(size) >= self.batch_rows
         return self.batch_rows if exact else None
 
-    def _text(self, rows: list[PictureRow]) -> TextRows:
-        size = rows[0].size
+    def _text(self, pictures: list[PictureInWork]) -> TextRows:
+        size = pictures[0].size
         padded = self._padded(size)
         known = self._texts.get(size)
-        if known is not None and known[0] == rows and known[1] == padded:
+        if known is not None and known[0] == pictures and known[1] == padded:
             return known[2]
-        text = gather(rows, call_rows=padded)
-        self._texts[size] = (list(rows), padded, text)
+        text = gather(pictures, call_rows=padded)
+        self._texts[size] = (list(pictures), padded, text)
         self._texts.move_to_end(size)
         if len(self._texts) > _REMEMBERED_SIZES:
             self._texts.popitem(last=False)
@@ -153,9 +159,9 @@ class UNetCaller:
 def _joined(alone: Sequence[Outcome], lost: Lost) -> Outcome:
     preds = [each.preds for each in alone if each.preds is not None]
     return Outcome(
-        rows=[row for each in alone for row in each.rows],
+        pictures=[picture for each in alone for picture in each.pictures],
         preds=torch.cat(preds) if preds else None,
-        lost=lost + [row for each in alone for row in each.lost],
+        lost=lost + [picture for each in alone for picture in each.lost],
     )
 
 
@@ -163,7 +169,7 @@ class HostThrottle:
     """Keeps the host at most one call ahead of a CUDA device, so that measured times are true."""
 
     def __init__(self, device: torch.device) -> None:
-        """On other devices it does nothing: their calls return when they are done."""
+        """device: if it is not CUDA, no method waits, since calls return when they are done."""
         self._device = device
         self._last: torch.cuda.Event | None = None
 

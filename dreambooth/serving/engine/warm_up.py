@@ -1,4 +1,4 @@
-"""Before the first request: how long a U-Net call of so many rows takes, and how many pay."""
+"""Time U-Net calls before the first request, and choose how many rows a call should have."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-# A doubling of the rows must raise the rows per second by so much. A T4 gains 3 % from it, an
+# A doubling of the rows must raise the rows per second by this factor. A T4 gains 3 % from it, an
 # A100 5 to 20 % up to 16 guided pictures.
 GAIN = 1.05
 CALLS = 3
-ENOUGH_SECONDS = 1.0  # per number of rows: calls of a second are not repeated
-# But for the first, which may have built things (kernels, a CUDA graph): up to this share of the
-# budget it is made again.
+ENOUGH_SECONDS = 1.0  # once calls of one number of rows took this long, they are not repeated
+# The first call may have built kernels or a CUDA graph. It is repeated even if it took longer than
+# ENOUGH_SECONDS, up to this share of the budget.
 BUILDING = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WarmUp:
-    """What was measured. seconds_per_step: (U-Net rows, seconds of one call), at the model's own
-    resolution. rows: the most that one call will have. seconds_per_decode: of one picture.
-    positions_matter: exact mode only, whether a row's place in a call changes its last bits here.
+    """The results of the warm-up.
+
+    seconds_per_call: (U-Net rows, seconds of one call), at the model's own resolution. rows: the
+    most that one call will have. seconds_per_decode: of one picture. positions_matter: exact mode
+    only, whether a row's position in a call changes its last bits on this device.
     """
 
-    seconds_per_step: tuple[tuple[int, float], ...]
+    seconds_per_call: tuple[tuple[int, float], ...]
     rows: int
     seconds_per_decode: float
     positions_matter: bool = False
@@ -37,10 +39,11 @@ def measure(
     budget_s: float,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[tuple[int, float], ...]:
-    """Time call(rows) for 1, 2, 4, ... rows; at least for 1, then as long as the budget lasts.
+    """Time call(rows) for 1 row, then for 2, 4, ... rows as long as the budget lasts.
 
-    `call` returns when the device has finished; it raises MemoryError where so many rows do not
-    fit, which ends the curve. The quickest of a few calls counts: the first one builds things.
+    `call` returns when the device has finished, and raises MemoryError if the rows do not fit. That
+    ends the curve, and is raised again for a single row. The quickest of a few calls counts, since
+    the first one builds kernels and graphs.
     """
     curve: list[tuple[int, float]] = []
     began = clock()
@@ -73,18 +76,18 @@ def _quickest(
 
 
 def rows_of_a_call(curve: Sequence[tuple[int, float]]) -> int:
-    """Return the most rows that a call should have: those that pay, but room for a guided picture.
+    """Return the most rows that a call should have: `rows_that_pay`, but at least two.
 
-    Fewer than two would tear its halves apart.
+    Fewer would split the two rows of a guided picture into two calls.
     """
     return max(2, rows_that_pay(curve))
 
 
 def rows_that_pay(curve: Sequence[tuple[int, float]], *, gain: float = GAIN) -> int:
-    """Return the largest measured number of rows whose rows per second make it worth waiting for.
+    """Return the largest measured number of rows that raises the rows per second enough.
 
-    From one candidate to the next it must gain `gain` for every doubling in between: larger
-    batches make every picture in them slower.
+    From one candidate to the next the rate must grow by the factor `gain` per doubling, because a
+    larger batch makes every picture in it slower.
     """
     best, best_rate = curve[0][0], curve[0][0] / curve[0][1]
     for rows, seconds in curve[1:]:

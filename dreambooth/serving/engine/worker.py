@@ -1,10 +1,10 @@
-"""The work of the engine's thread, round by round; there are no threads and no locks here.
+"""Do the work of the engine's thread in rounds; this module has no threads and no locks.
 
-In one round the rows of the next size (those that may join come first) take one step in one U-Net
-call; then the oldest finished picture is decoded layer by layer, until half of the time that the
-step took has passed. So decoding holds the others up for half a step and the rest of one layer at
-most, and no layer of Stable Diffusion takes half of a single row's step (`diffusion.decoding`). A
-schedule that nobody has asked for yet is read over several rounds.
+In one round the pictures of the next size, including those that have just joined, take one step in
+one U-Net call. Then the oldest finished picture is decoded layer by layer, until half of the step's
+time has passed. So decoding delays the other pictures by at most half a step and the rest of one
+layer, and no layer of Stable Diffusion takes half as long as a step of a single picture
+(`diffusion.decoding`). A new schedule is read over several rounds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dreambooth.serving.engine import finishing, warm_up
 from dreambooth.serving.engine.batch_queue import DECODING_SHARE, BatchQueue
 from dreambooth.serving.engine.device_probe import DeviceProbe
 from dreambooth.serving.engine.drawing_jobs import DrawingJob
-from dreambooth.serving.engine.picture_rows import PictureRow, TextCache, places_of
+from dreambooth.serving.engine.pictures_in_work import PictureInWork, TextCache, places_of
 from dreambooth.serving.engine.row_limits import (
     advice,
     free_caches,
@@ -43,11 +43,11 @@ from dreambooth.serving.engine.warm_up import WarmUp
 logger = logging.getLogger(__name__)
 
 _MOST_RESTARTS = 3
-_NEWEST = 0.2  # the share of the newest time in a running mean
+_NEWEST = 0.2  # the weight of the newest time in a running mean
 
 
 class Worker:
-    """The engine without its thread: one thread at a time may call it."""
+    """The engine without its thread; only one thread at a time may call it."""
 
     def __init__(
         self,
@@ -58,9 +58,9 @@ class Worker:
         safety_checker: SafetyChecker | None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """batch_rows: exact mode's rows of every call. max_rows: elastic mode's most.
+        """batch_rows: the rows of every call in exact mode. max_rows: the most in elastic mode.
 
-        clock: seconds, by which decoding is rationed.
+        clock: returns seconds; it limits how long a round decodes.
         """
         for part in (model.unet, model.vae, model.text_encoder):
             part.eval()
@@ -68,22 +68,22 @@ class Worker:
         self.unet_caller = UNetCaller(
             model.unet, most_rows=batch_rows or max_rows, batch_rows=batch_rows
         )
-        self.batch_queue: BatchQueue[PictureRow] = BatchQueue(self.unet_caller.room)
-        self.undecoded: deque[PictureRow] = deque()
-        self.steps_done_total = 0
+        self.batch_queue: BatchQueue[PictureInWork] = BatchQueue(self.unet_caller.allowed_rows)
+        self.undecoded: deque[PictureInWork] = deque()
+        self.calls_total = 0
         self.pictures_total = 0
-        self.seconds_per_step: dict[int, float] = {}
+        self.seconds_per_call: dict[int, float] = {}
         self.seconds_per_decode = 0.0
-        self.job_cancelled = False  # set by any thread: a job was given up
+        self.job_cancelled = False  # set by any thread when a job was cancelled
         self._model = model
         self._safety_checker = safety_checker
         self._clock = clock
         self._texts = TextCache(model)
         self._schedules = sampling.schedules_of(model)
-        self._may_read = True  # part of a new schedule, in this round
+        self._may_read_schedule = True  # whether this round may still read a part of a new schedule
         self._host_throttle = HostThrottle(model.device)
         self._device_probe = DeviceProbe(model, self._texts, self._host_throttle)
-        self._known_pixels = 0  # the largest picture that ever fitted
+        self._largest_fitted_pixels = 0  # of the largest picture that has fitted so far
 
     @property
     def has_work(self) -> bool:
@@ -92,54 +92,58 @@ class Worker:
 
     @torch.inference_mode()
     def add(self, job: DrawingJob) -> None:
-        """Put a job's pictures, which have been checked, at the end of their queues."""
-        if job.done:  # given up before it came here
+        """Put a job's pictures at the end of their queues; they must have been checked."""
+        if job.done:  # cancelled before it came here
             return
         for index, request in enumerate(job.requests):
-            row = PictureRow(job=job, index=index, size=picture_size(self.facts, request))
+            picture = PictureInWork(job=job, index=index, size=picture_size(self.facts, request))
             batch_rows = self.unet_caller.batch_rows
-            if batch_rows is not None and self.positions_matter(row.size):
-                row.places = places_of(request, batch_rows)
-            self.batch_queue.add(row)
+            if batch_rows is not None and self.positions_matter(picture.size):
+                picture.places = places_of(request, batch_rows)
+            self.batch_queue.add(picture)
 
     @torch.inference_mode()
     def run_round(self) -> None:
-        """Take one step of the next size, then go on decoding a picture."""
+        """Take one step for the next size, then go on decoding a picture."""
         if self.job_cancelled:
             self.job_cancelled = False
-            self._drop(lambda row: row.job.done)
-        # Pictures that wait to be decoded hold memory: more of them than a call has rows, and no
-        # new ones begin.
+            self._drop(lambda picture: picture.job.done)
+        # Pictures that wait to be decoded hold memory: once there are as many as a call has rows,
+        # no new ones begin.
         admit = len(self.undecoded) < self.unet_caller.most_rows
-        rows, _ = self.batch_queue.next(admit=admit)
-        self._may_read = True
-        for row in rows:
-            if row.trajectory is None and not row.job.done:
-                self._guarded(row, functools.partial(self._begin, row), "beginning")
-        rows = [row for row in rows if row.trajectory is not None and not row.job.done]
+        pictures, _ = self.batch_queue.next(admit=admit)
+        self._may_read_schedule = True
+        for picture in pictures:
+            if picture.trajectory is None and not picture.job.done:
+                self._guarded(picture, functools.partial(self._begin, picture), "beginning")
+        pictures = [
+            picture
+            for picture in pictures
+            if picture.trajectory is not None and not picture.job.done
+        ]
         began = self._clock()
-        if rows:
-            self._step(rows)
+        if pictures:
+            self._step(pictures)
         if self.undecoded:
             self._host_throttle.wait()
-            self._decode(DECODING_SHARE * (self._clock() - began) if rows else 0.0)
+            self._decode(DECODING_SHARE * (self._clock() - began) if pictures else 0.0)
         if not self.has_work:
             self.unet_caller.forget()
 
     def fail_everything(self, error: BaseException) -> None:
-        """End every job that is not done with an error."""
+        """Fail every unfinished job with `error`."""
 
-        def fail(row: PictureRow) -> bool:
-            row.job.fail(error)
+        def fail(picture: PictureInWork) -> bool:
+            picture.job.fail(error)
             return True
 
         self._drop(fail)
 
     @torch.inference_mode()
     def positions_matter(self, size: tuple[int, int]) -> bool:
-        """Exact mode: whether pictures of this size, pixels, must keep to rows of their own.
+        """Return whether pictures of this size, in pixels, need fixed rows in exact mode.
 
-        Their seed chooses these.
+        Their seed chooses the rows.
         """
         rows = self.unet_caller.batch_rows or 1
         return self._device_probe.positions_matter(size, rows=rows)
@@ -148,10 +152,11 @@ class Worker:
     def warm_up(self, budget_s: float) -> WarmUp:
         """Draw one picture, then measure U-Net calls for at most about `budget_s` seconds.
 
-        With 0 only single rows are measured and `max_rows` is taken as it is.
+        With 0 only a single picture is measured, and `max_rows` is used as it is. In exact mode one
+        call is measured in any case.
 
         Raises ModelArtifactError for a model that draws nothing, or nothing finite, ResourceError
-        where memory is too short.
+        if memory is too short.
         """
         request = SamplingRequest(prompt="", num_inference_steps=2, guidance_scale=1.0, seed=0)
         job = DrawingJob([request])
@@ -162,7 +167,7 @@ class Worker:
             (picture,) = job.result(timeout=0)
         except DreamBoothError:
             raise
-        except Exception as error:  # of a folder that says what its networks cannot do
+        except Exception as error:  # the folder's settings do not fit its networks
             reason = in_one_line(error)
             raise ModelArtifactError(f"{self._model.folder} draws no picture: {reason}.") from error
         if picture.finish_reason == "NOT_FINITE":
@@ -182,138 +187,151 @@ class Worker:
             curve = ((unet_caller.batch_rows, time.perf_counter() - began),)
         else:
             curve = warm_up.measure(
-                lambda rows: self._device_probe.timed_call(size, rows),
+                lambda rows: self._device_probe.call_or_memory_error(size, rows),
                 most_rows=unet_caller.most_rows,
                 budget_s=budget_s,
             )
             if budget_s > 0:
                 unet_caller.most_rows = min(unet_caller.most_rows, warm_up.rows_of_a_call(curve))
-        self.seconds_per_step = dict(curve)
-        self.steps_done_total = self.pictures_total = 0
+        self.seconds_per_call = dict(curve)
+        self.calls_total = self.pictures_total = 0
         return WarmUp(
-            seconds_per_step=curve,
+            seconds_per_call=curve,
             rows=unet_caller.most_rows,
             seconds_per_decode=self.seconds_per_decode,
             positions_matter=positions_matter,
         )
 
-    def _begin(self, row: PictureRow) -> None:
-        """Let a picture begin; not yet, where that would hold the others up for longer."""
-        request = row.request
+    def _begin(self, picture: PictureInWork) -> None:
+        """Begin a picture, or leave it waiting while its schedule is not read.
+
+        One round reads only one part of a schedule, so as not to delay the other pictures.
+        """
+        request = picture.request
         steps, eta = request.num_inference_steps, request.eta
-        if self._schedules.take_known(steps, eta=eta) is None and self._may_read:
-            self._may_read = False
+        if self._schedules.take_known(steps, eta=eta) is None and self._may_read_schedule:
+            self._may_read_schedule = False
             self._schedules.read_on(steps, eta=eta)
         if self._schedules.take_known(steps, eta=eta) is None:
             return
-        row.prompt = self._texts.get(request.prompt)
+        picture.prompt = self._texts.get(request.prompt)
         if request.guided:
-            row.negative_prompt = self._texts.get(request.negative_prompt)
-        row.trajectory = sampling.start(self._model, request, self._schedules)
+            picture.negative_prompt = self._texts.get(request.negative_prompt)
+        picture.trajectory = sampling.start(self._model, request, self._schedules)
 
-    def _step(self, rows: list[PictureRow]) -> None:
+    def _step(self, pictures: list[PictureInWork]) -> None:
         began = time.perf_counter()
-        outcome = self.unet_caller.predict(rows)
+        outcome = self.unet_caller.predict(pictures)
         if outcome.preds is not None:
-            self._step_rows(outcome.rows, outcome.preds)
-        for row, error in outcome.lost:
-            self._fail_job(row, error)
+            self._step_pictures(outcome.pictures, outcome.preds)
+        for picture, error in outcome.lost:
+            self._fail_job(picture, error)
         self._host_throttle.after_call()
-        self.steps_done_total += 1
-        if outcome.rows and rows[0].size == (self.facts.resolution, self.facts.resolution):
-            self._note_time(self.unet_caller.call_rows(rows), time.perf_counter() - began)
+        self.calls_total += 1
+        if outcome.pictures and pictures[0].size == (self.facts.resolution, self.facts.resolution):
+            self._note_time(self.unet_caller.call_rows(pictures), time.perf_counter() - began)
 
-    def _step_rows(self, rows: list[PictureRow], preds: Tensor) -> None:
-        """Take the step of all pictures of a call, at once where that can be done."""
-        if not self._stepped_together(rows, preds):
-            for row, pred in zip(rows, torch.split(preds, 1), strict=True):
-                move = functools.partial(self._step_alone, row, pred)
-                self._guarded(row, move, "stepping", retry=False)
-        for row in rows:
-            if row.trajectory is not None and row.trajectory.finished and not row.job.done:
-                self.batch_queue.leave(row)
-                self.undecoded.append(row)
+    def _step_pictures(self, pictures: list[PictureInWork], preds: Tensor) -> None:
+        """Take the step of all pictures of a call, together where that is possible."""
+        if not self._stepped_together(pictures, preds):
+            for picture, pred in zip(pictures, torch.split(preds, 1), strict=True):
+                move = functools.partial(self._step_alone, picture, pred)
+                self._guarded(picture, move, "stepping", retry=False)
+        for picture in pictures:
+            if (
+                picture.trajectory is not None
+                and picture.trajectory.finished
+                and not picture.job.done
+            ):
+                self.batch_queue.leave(picture)
+                self.undecoded.append(picture)
 
-    def _stepped_together(self, rows: list[PictureRow], preds: Tensor) -> bool:
-        """Whether all have taken their step; if not, none has."""
-        pictures = [row.trajectory for row in rows if row.trajectory is not None]
-        if not trajectories.can_step_together(pictures):
+    def _stepped_together(self, pictures: list[PictureInWork], preds: Tensor) -> bool:
+        """Step all pictures at once; return whether that worked. If not, none has moved."""
+        moving = [picture.trajectory for picture in pictures if picture.trajectory is not None]
+        if not trajectories.can_step_together(moving):
             return False
         try:
-            trajectories.step(pictures, preds)
+            trajectories.step(moving, preds)
             return True
         except Exception as error:
             if is_device_lost(error):
                 raise
             short = is_out_of_memory(error)
             if not short:
-                logger.exception("A step of %d picture(s) failed.", len(rows))
+                logger.exception("A step of %d picture(s) failed.", len(pictures))
         if short:
             self.unet_caller.out_of_memory_total += 1
             free_caches()
         return False
 
-    def _step_alone(self, row: PictureRow, pred: Tensor) -> None:
-        assert row.trajectory is not None
+    def _step_alone(self, picture: PictureInWork, pred: Tensor) -> None:
+        assert picture.trajectory is not None
         try:
-            trajectories.step([row.trajectory], pred)
+            trajectories.step([picture.trajectory], pred)
         except Exception as error:
-            # Half of a step cannot be taken back; the same picture can be begun anew.
-            if not is_out_of_memory(error) or row.restarts >= _MOST_RESTARTS:
+            # Half a step cannot be undone, but the picture can be begun again.
+            if not is_out_of_memory(error) or picture.restarts >= _MOST_RESTARTS:
                 raise
-            row.restarts += 1
+            picture.restarts += 1
             logger.warning("Out of memory in a noise scheduler: a picture is begun anew.")
-            row.trajectory = None
-            self._begin(row)
+            picture.trajectory = None
+            self._begin(picture)
 
     def _decode(self, most_s: float) -> None:
-        """Decode of the oldest picture one layer, and more until so many seconds have passed."""
-        row = self.undecoded[0]
-        if row.job.done:
+        """Decode one layer of the oldest picture, and more until `most_s` seconds have passed."""
+        picture = self.undecoded[0]
+        if picture.job.done:
             self.undecoded.popleft()
             return
         began = self._clock()
         done: list[Picture] = []
-        decode_until = functools.partial(self._decode_until, row, began + most_s, done)
-        self._guarded(row, decode_until, "decoding", retry=not row.decoding_failed)
-        row.decoding_s += self._clock() - began
+        decode_until = functools.partial(self._decode_until, picture, began + most_s, done)
+        self._guarded(picture, decode_until, "decoding", retry=not picture.decoding_failed)
+        picture.decoding_s += self._clock() - began
         if not done:
             return
         self.undecoded.popleft()
-        if row.size == (self.facts.resolution, self.facts.resolution):
-            before = self.seconds_per_decode or row.decoding_s
-            self.seconds_per_decode = before + _NEWEST * (row.decoding_s - before)
-        self._known_pixels = max(self._known_pixels, row.size[0] * row.size[1])
+        if picture.size == (self.facts.resolution, self.facts.resolution):
+            before = self.seconds_per_decode or picture.decoding_s
+            self.seconds_per_decode = before + _NEWEST * (picture.decoding_s - before)
+        self._largest_fitted_pixels = max(
+            self._largest_fitted_pixels, picture.size[0] * picture.size[1]
+        )
         self.pictures_total += 1
-        row.job.deliver(row.index, done[0])
+        picture.job.deliver(picture.index, done[0])
 
-    def _decode_until(self, row: PictureRow, end: float, done: list[Picture]) -> None:
-        """Decode until the clock says `end`, or to the end: then the picture is put into `done`."""
-        assert row.trajectory is not None
-        if row.decoding is None:
-            row.decoding = finishing.finish(
+    def _decode_until(self, picture: PictureInWork, end: float, done: list[Picture]) -> None:
+        """Decode until the clock reaches `end`; append the picture to `done` if it is complete."""
+        assert picture.trajectory is not None
+        if picture.decoding is None:
+            picture.decoding = finishing.finish(
                 self._model,
-                row.trajectory.latents,
-                seed=row.request.seed,
-                exact=row.exact,
+                picture.trajectory.latents,
+                seed=picture.request.seed,
+                exact=picture.exact,
                 safety_checker=self._safety_checker,
             )
         try:
             while True:
-                next(row.decoding)
+                next(picture.decoding)
                 self._host_throttle.wait()
                 if self._clock() >= end:
                     return
         except StopIteration as last:
             done.append(last.value)
         except Exception:
-            row.decoding, row.decoding_failed = None, True
+            picture.decoding, picture.decoding_failed = None, True
             raise
 
     def _guarded(
-        self, row: PictureRow, work: Callable[[], Any], what: str, *, retry: bool = True
+        self, picture: PictureInWork, work: Callable[[], Any], what: str, *, retry: bool = True
     ) -> None:
-        """Do a picture's work; out of memory, once more with what can be freed; else it is lost."""
+        """Do a picture's work, and fail its job if that raises.
+
+        If memory runs out, free what can be freed and, with `retry`, try once more. Raises only
+        if the device is lost.
+        """
         for last in (False, True):
             try:
                 work()
@@ -325,31 +343,33 @@ class Worker:
                 if not short:
                     logger.exception("A picture failed while %s it.", what)
                 failure = error.with_traceback(None)
-            # Outside of `except`, which holds the tensors of the frames that failed.
+            # After the `except` block, which keeps the tensors of the failed frames alive.
             if short:
                 self.unet_caller.out_of_memory_total += 1
                 self._texts.clear()
                 served_unet.release(self._model.unet)
                 free_caches()
             if last or not short or not retry:
-                self._fail_job(row, failure)
+                self._fail_job(picture, failure)
                 return
 
-    def _fail_job(self, row: PictureRow, error: Exception) -> None:
+    def _fail_job(self, picture: PictureInWork, error: Exception) -> None:
         if is_out_of_memory(error):
-            width, height = row.size
-            fits = advice(width, height, unit=self.facts.unit, known_pixels=self._known_pixels)
+            width, height = picture.size
+            fits = advice(
+                width, height, unit=self.facts.unit, fitted_pixels=self._largest_fitted_pixels
+            )
             error = ResourceError(
                 "The device ran out of memory while drawing a single picture of "
                 f"{width} x {height} pixels; {fits}."
             )
-        row.job.fail(error)
-        self._drop(lambda other: other.job is row.job)
+        picture.job.fail(error)
+        self._drop(lambda other: other.job is picture.job)
 
-    def _drop(self, unwanted: Callable[[PictureRow], bool]) -> None:
+    def _drop(self, unwanted: Callable[[PictureInWork], bool]) -> None:
         self.batch_queue.drop(unwanted)
-        self.undecoded = deque(row for row in self.undecoded if not unwanted(row))
+        self.undecoded = deque(picture for picture in self.undecoded if not unwanted(picture))
 
     def _note_time(self, rows: int, seconds: float) -> None:
-        before = self.seconds_per_step.get(rows, seconds)
-        self.seconds_per_step[rows] = before + _NEWEST * (seconds - before)
+        before = self.seconds_per_call.get(rows, seconds)
+        self.seconds_per_call[rows] = before + _NEWEST * (seconds - before)

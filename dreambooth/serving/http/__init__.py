@@ -1,1 +1,1 @@
-"""The socket, the routes and the order of start and end."""
+"""Serve HTTP: the socket, the routes, and the order of start and end."""

@@ -1,8 +1,8 @@
-"""The routes of the server: bytes and headers in, a reply out, every fault as one JSON body.
+"""Define the routes of the server as an ASGI application that answers errors as one JSON body.
 
-An ASGI application without sockets, signals or processes: the supervisor of the engine is handed
-in when there is one, and may be absent (the model is being fetched). A client that leaves while it
-waits cancels its work. `except Exception` stands here, at the border, and nowhere below.
+It has no sockets, signals or processes. The supervisor of the engine is set once there is one; it
+is absent while the model is being fetched. If a client leaves while it waits, its work is
+cancelled. Unexpected exceptions are caught here, in the outermost layer of a request.
 """
 
 from __future__ import annotations
@@ -36,38 +36,38 @@ from dreambooth.settings.serve_options import ServeSettings
 JSON: Final = "application/json"
 ATTRIBUTES: Final = openapi.ATTRIBUTES
 # AWS, InvokeEndpoint: CustomAttributes, at most 1,024 characters of US-ASCII.
-MAX_ATTRIBUTES: Final = 1_024
-# Batch transform sends so many records at once; more would wait in the queue anyway.
+MAX_ATTRIBUTES_CHARACTERS: Final = 1_024
+# Batch transform sends this many records at once; more would only wait in the queue.
 MAX_CONCURRENT_TRANSFORMS: Final = 8
 # Longer bodies are parsed in a thread: one of 1 MiB takes 10 to 30 ms.
 _QUICK_BYTES: Final = 16_384
-# When to ask again; a server that shuts down is replaced by another one.
+# Seconds until a client should ask again; a server that shuts down is replaced by another one.
 _RETRY_S: Final[Mapping[State, float]] = {"loading": 5.0, "down": 5.0, "closing": 30.0}
-# Logged for a client that left before its reply; nothing is sent.
-LEFT: Final = 499
+# The status that is logged for a client that left before its reply; nothing is sent.
+CLIENT_LEFT_STATUS: Final = 499
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class Drawing(Protocol):
-    """What the routes need of the engine's supervisor."""
+class PictureSource(Protocol):
+    """The part of the engine's supervisor that the routes use."""
 
     @property
     def facts(self) -> SamplingFacts:
-        """What the model can draw."""
+        """Return what the model can draw."""
 
     async def generate(
         self, request: GenerationRequest, base_seed: int, *, waited_s: float
     ) -> list[Picture]:
-        """Draw; cancelling the task that waits cancels the work."""
+        """Draw the pictures; cancelling the task that waits here cancels the work."""
 
     def status(self) -> SupervisorStatus:
-        """A snapshot, without asking the engine."""
+        """Return a snapshot without asking the engine."""
 
 
 class NotReady(UnavailableError):
-    """No picture can be asked for in this state."""
+    """No picture can be requested in this state."""
 
     def __init__(self, reason: str, state: State) -> None:
         super().__init__(reason, _RETRY_S[state])
@@ -75,18 +75,19 @@ class NotReady(UnavailableError):
 
 
 class App:
-    """The ASGI application; `supervisor` is set when there is one, `close` ends its threads."""
+    """The ASGI application; `supervisor` is set once there is one, `close` ends the threads."""
 
     def __init__(self, settings: ServeSettings, metrics: Metrics) -> None:
-        self.supervisor: Drawing | None = None
+        self.supervisor: PictureSource | None = None
         self.closing = False
         self._settings = settings
         self._metrics = metrics
         self._last_ping = 0
         self._openapi = json.dumps(openapi.document()).encode()
-        # Pillow's encoders give up the GIL; more threads than cores would only take turns.
+        # They parse long bodies and encode pictures. Pillow's encoders release the GIL, so more
+        # threads than cores would not be faster; beyond four the GPU is what clients wait for.
         workers = min(4, os.cpu_count() or 1)
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="encode")
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="codec")
         self._routes: Mapping[str, tuple[str, Callable[[Exchange], Awaitable[Response]]]] = {
             "/ping": ("GET", self._ping),
             "/invocations": ("POST", self._invocations),
@@ -96,13 +97,13 @@ class App:
         }
 
     def close(self) -> None:
-        """End the encoding threads; what they still do nobody waits for."""
+        """End the threads without waiting for their remaining work."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one HTTP request, whatever happens inside."""
         exchange = Exchange(scope, receive)
-        status = LEFT
+        status = CLIENT_LEFT_STATUS
         try:
             try:
                 response = await self._respond(exchange)
@@ -113,7 +114,7 @@ class App:
             status = response.status_code
             await response(scope, receive, send)
         finally:
-            self._note(exchange, status)
+            self._log_and_count(exchange, status)
 
     async def _respond(self, exchange: Exchange) -> Response:
         path, method = exchange.path, exchange.method
@@ -133,38 +134,43 @@ class App:
     # The routes.
 
     async def _ping(self, exchange: Exchange) -> Response:
-        """200 and nothing more when pictures can be asked for; never waits for the engine."""
-        refusal = self._not_now()
+        """Return 200 and no body if pictures can be requested; never wait for the engine."""
+        refusal = self._why_not_ready()
         return Response() if refusal is None else self._error(exchange, error_reply.of(refusal))
 
     async def _invocations(self, exchange: Exchange) -> Response:
         with self._metrics.in_flight():
-            supervisor, refusal = self.supervisor, self._not_now()
+            supervisor, refusal = self.supervisor, self._why_not_ready()
             if refusal is not None:
                 self._metrics.refused(refusal.state)
                 raise refusal
             assert supervisor is not None
             headers = exchange.headers
             body = await exchange.body(self._settings.max_body_bytes)
-            read = partial(self._read, headers, body, supervisor.facts)
-            wanted, form = await self._in_thread(read) if len(body) > _QUICK_BYTES else read()
+            read = partial(self._parse_request, headers, body, supervisor.facts)
+            wanted, format = await self._in_thread(read) if len(body) > _QUICK_BYTES else read()
             seed = secrets.randbits(32) if wanted.seed is None else wanted.seed
-            drawing = supervisor.generate(wanted, seed, waited_s=exchange.seconds)
-            pictures = await exchange.unless_client_leaves(drawing)
+            pictures = await exchange.unless_client_leaves(
+                supervisor.generate(wanted, seed, waited_s=exchange.seconds)
+            )
             exchange.pictures = len(pictures)
             self._metrics.drawn(pictures)
-            most = self._settings.max_response_bytes
-            encode = partial(reply.encode, base_seed=seed, max_response_bytes=most)
-            work = partial(encode, wanted, pictures, form)
-            quick = reply.is_quick(pictures, form)
-            content, media_type = work() if quick else await self._in_thread(work)
+            encode = partial(
+                reply.encode,
+                wanted,
+                pictures,
+                format,
+                max_response_bytes=self._settings.max_response_bytes,
+            )
+            quick = reply.is_quick(pictures, format)
+            content, media_type = encode() if quick else await self._in_thread(encode)
             attributes = self._attributes(exchange, seed, pictures)
             return Response(content, headers={"content-type": media_type, ATTRIBUTES: attributes})
 
-    def _read(
+    def _parse_request(
         self, headers: Headers, body: bytes, facts: SamplingFacts
     ) -> tuple[GenerationRequest, ReplyFormat]:
-        """What is wanted, and how; everything is checked here."""
+        """Return the request and the format of its reply, both fully checked."""
         wanted = request.parse(headers.get("content-type"), body, facts)
         most = self._settings.max_response_bytes
         accept = ", ".join(headers.getlist("accept"))
@@ -174,14 +180,14 @@ class App:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     async def _execution_parameters(self, exchange: Exchange) -> Response:
-        """What batch transform asks before it starts (AWS, "How containers serve requests")."""
+        """Return what batch transform reads first (AWS, "How containers serve requests")."""
         rows = self._settings.batch_rows or MAX_CONCURRENT_TRANSFORMS
         parameters = {
             "MaxConcurrentTransforms": min(
                 rows, self._settings.max_queue, MAX_CONCURRENT_TRANSFORMS
             ),
             "BatchStrategy": "SINGLE_RECORD",
-            # A record of more bytes would be refused with 413; 0 would mean without limit.
+            # A record of more bytes would be refused with 413; 0 would mean no limit.
             "MaxPayloadInMB": max(1, self._settings.max_body_bytes // MIB),
         }
         return Response(json.dumps(parameters), media_type=JSON)
@@ -192,10 +198,10 @@ class App:
     async def _openapi_document(self, exchange: Exchange) -> Response:
         return Response(self._openapi, media_type=JSON)
 
-    # Refusals, headers, lines in the log.
+    # Refusals, headers and log lines.
 
-    def _not_now(self) -> NotReady | None:
-        """Why no picture can be asked for at the moment; None when one can."""
+    def _why_not_ready(self) -> NotReady | None:
+        """Return why no picture can be requested at the moment, or None if one can."""
         state: State = "loading"
         reason = "The model is being fetched."
         if self.closing:
@@ -206,10 +212,10 @@ class App:
         return None if state == "ready" else NotReady(reason, state)
 
     def _refuse(self, exchange: Exchange, error: Exception) -> Response:
-        reply = error_reply.of(error)
-        if reply.status == 500:
+        refusal = error_reply.of(error)
+        if refusal.status == 500:
             log.error("request %s failed", exchange.request_id, exc_info=error)
-        return self._error(exchange, reply)
+        return self._error(exchange, refusal)
 
     def _error(self, exchange: Exchange, error: ErrorReply) -> Response:
         headers = {"content-type": JSON, ATTRIBUTES: f"request_id={exchange.request_id}"}
@@ -218,11 +224,11 @@ class App:
         if error.retry_after_s is not None:
             headers["retry-after"] = str(max(1, round(error.retry_after_s)))
         if exchange.has_unread_body():
-            headers["connection"] = "close"  # what is left of the body is no next request
+            headers["connection"] = "close"  # the rest of the body is no next request
         return Response(error.body(exchange.request_id), error.status, headers)
 
     def _attributes(self, exchange: Exchange, base_seed: int, pictures: Sequence[Picture]) -> str:
-        """What the custom attributes of a reply say; SageMaker hands them on to the client."""
+        """Return the custom attributes of a reply, which SageMaker passes on to the client."""
         attributes = (
             f"seed={base_seed};seconds={exchange.seconds:.3f};request_id={exchange.request_id}"
         )
@@ -232,11 +238,11 @@ class App:
         if any(reason != "SUCCESS" for reason in reasons):
             in_full = f"{attributes};finish_reasons={','.join(reasons)}"
             few = f"{attributes};finish_reasons={','.join(sorted(set(reasons)))}"
-            attributes = in_full if len(in_full) <= MAX_ATTRIBUTES else few
+            attributes = in_full if len(in_full) <= MAX_ATTRIBUTES_CHARACTERS else few
         return attributes
 
-    def _note(self, exchange: Exchange, status: int) -> None:
-        """Count the request and log its line; of pings only those that say something new."""
+    def _log_and_count(self, exchange: Exchange, status: int) -> None:
+        """Count the request and log it; log a ping only if its status has changed."""
         path = exchange.path
         self._metrics.answered(path if path in self._routes else "other", status, exchange.seconds)
         if path == "/ping":

@@ -1,4 +1,4 @@
-"""One HTTP request on its way through the routes: its body, capped; its client, who may leave."""
+"""Represent one HTTP request in the routes: read its body up to a limit, and watch its client."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ClientLeft(Exception):
 
 
 class Exchange:
-    """A request and what its line in the log will say; `pictures` is how many it was given."""
+    """A request with the facts for its log line; `pictures` is how many were drawn for it."""
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
         self.path: str = scope["path"]
@@ -35,19 +35,19 @@ class Exchange:
 
     @property
     def seconds(self) -> float:
-        """How long ago the request's head was read."""
+        """Return the seconds since the request's head was read."""
         return time.monotonic() - self._started
 
     def has_unread_body(self) -> bool:
-        """Whether bytes may come on this connection that are no next request."""
+        """Return whether bytes of this request's body may still come on the connection."""
         announced = self.headers.get("content-length", "0") != "0"
         return not self._body_read and (announced or "transfer-encoding" in self.headers)
 
     async def body(self, most: int) -> bytes:
-        """Read the body, never more than about `most` bytes of it.
+        """Read the body, but never more than about `most` bytes of it.
 
-        Raises ClientLeft, or RequestError: 413 for a longer body (before the first byte is read
-        where its length is announced), 415 for a compressed one.
+        Raises ClientLeft, or RequestError with 413 for a longer body (before the first byte is read
+        if its length is announced) and 415 for a compressed one.
         """
         for name, plain in (("Content-Encoding", "identity"), ("Transfer-Encoding", "chunked")):
             encoding = ", ".join(self.headers.getlist(name)).strip().lower()
@@ -72,7 +72,7 @@ class Exchange:
                 return bytes(body)
 
     async def unless_client_leaves(self, work: Coroutine[object, object, T]) -> T:
-        """Return the result of `work`; cancel it and raise ClientLeft when the client is gone."""
+        """Return the result of `work`; if the client leaves, cancel it and raise ClientLeft."""
         working = asyncio.create_task(work)
         watching = asyncio.create_task(self._lost())
         try:

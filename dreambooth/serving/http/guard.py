@@ -1,18 +1,20 @@
-"""The guard at the socket: connections that cost memory and bring no request are closed.
+"""Close connections that take up memory and bring no request.
 
-uvicorn closes neither a connection whose request head never ends nor one whose body drips in, and
-takes heads of any size. `guarded` makes its protocol class keep these rules:
+uvicorn closes neither a connection whose request head never ends nor one whose body comes in byte
+by byte, and it accepts heads of any size. `guarded` makes its protocol class keep these rules:
 
-- the whole head within `head_s` of the connection's start or of the next request's first byte;
-- the whole body within `body_s` of the head's end (bodies are small: `limits.max_body_bytes`), in
-  at most `body_bytes` with the marks of its chunks; what trails the last chunk is not kept;
-- the next request within `idle_s`, else the connection is closed quietly;
-- an unread reply must shrink by `write_bytes` in every `write_s`;
-- one request at a time: a connection that sends more (pipelining) hears `connection: close` after
-  the reply to the first, as HTTP/1.1 allows;
-- beyond `connections` open ones a new one is answered with 503 and closed.
+- The whole head must arrive within `head_s` of the connection's start or of the next request's
+  first byte.
+- The whole body must arrive within `body_s` of the head's end (bodies are small:
+  `limits.max_body_bytes`), in at most `body_bytes`, chunk marks included. Trailers after the last
+  chunk are not kept.
+- The next request must begin within `idle_s`; otherwise the connection is closed without a reply.
+- An unread reply must shrink by `write_bytes` in every `write_s`.
+- Only one request at a time is read: if a connection sends more (pipelining), the reply to the
+  first has `connection: close`, as HTTP/1.1 allows.
+- If `connections` are open, a new one is answered with 503 and closed.
 
-After a reply that came before the whole request, input is thrown away for up to `linger_s`: closing
+After a reply that came before the whole request, input is discarded for up to `linger_s`: closing
 at once would reset the connection, and the client would lose the reply.
 """
 
@@ -32,15 +34,15 @@ from dreambooth.limits import KIB, LIMITS
 from dreambooth.serving.contract.error_reply import ErrorReply, new_request_id
 from dreambooth.serving.http.watched_transport import WatchedTransport
 
-# Connections above the cap that may wait for their 503 to be read; the next one is just cut.
+# Connections above the cap that may wait until their 503 is read; any further one is aborted.
 _LINGERING: Final = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuardLimits:
-    """What a connection may take; `idle_s` is above the 60 s that load balancers keep theirs."""
+    """The limits of a connection; load balancers keep an idle one for 60 s, less than `idle_s`."""
 
-    head_s: float = 9.0  # timers may be late: all is closed within 10 s
+    head_s: float = 9.0  # leaves time for late timers: all is closed within 10 s
     body_s: float = 9.0
     idle_s: int = 75
     linger_s: float = 2.0
@@ -55,32 +57,32 @@ class GuardLimits:
 class _Phase(Enum):
     HEAD = auto()
     BODY = auto()
-    COMPLETE = auto()  # the request is; its reply may be under way or long gone
+    COMPLETE = auto()  # the request is complete; its reply may be unsent, partly sent or sent
 
 
 class _Refused(Exception):
-    """Raised in a callback of the parser to make it stop."""
+    """Raised in a callback of the parser to stop it."""
 
 
 class Guard:
-    """The limits of all connections, and how often which of them was passed, by its name."""
+    """The limits of all connections, and how many were closed for each reason."""
 
     def __init__(self, limits: GuardLimits) -> None:
         self.limits = limits
         self.refused: Counter[str] = Counter()
 
 
-def guarded(guard_of_all: Guard) -> type[GuardedProtocol]:
-    """The protocol class for uvicorn's `http=`."""
+def guarded(shared_guard: Guard) -> type[GuardedProtocol]:
+    """Return the protocol class for uvicorn's `http=`."""
 
     class Guarded(GuardedProtocol):
-        guard = guard_of_all
+        guard = shared_guard
 
     return Guarded
 
 
 class GuardedProtocol(HttpToolsProtocol):
-    """One connection; made by `guarded`."""
+    """The protocol of one connection; `guarded` returns the subclass that has a `guard`."""
 
     guard: ClassVar[Guard]
 
@@ -90,15 +92,18 @@ class GuardedProtocol(HttpToolsProtocol):
         self._phase = _Phase.HEAD
         self._head_bytes = 0
         self._body_bytes = 0
-        self._deaf = False  # input is thrown away from here on
+        self._discard_input = False  # once True, all further input is discarded
         self._timer: asyncio.TimerHandle | None = None
 
     # The connection begins and ends.
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the clock, or refuse one connection too many."""
+        """Start the timer for the head, or refuse the connection if too many are open."""
         self._watched = WatchedTransport(
-            transport, self, look_s=self.limits.write_s, least_bytes=self.limits.write_bytes
+            transport,
+            self,
+            check_interval_s=self.limits.write_s,
+            least_bytes=self.limits.write_bytes,
         )
         super().connection_made(self._watched)  # type: ignore[arg-type]
         excess = len(self.connections) - self.limits.connections
@@ -107,11 +112,11 @@ class GuardedProtocol(HttpToolsProtocol):
         elif excess > 0:
             self._refuse(503, "Too many connections are open: try again soon.", "connections")
         else:
-            self._arm(self.limits.head_s, self._head_is_late)
+            self._set_timer(self.limits.head_s, self._head_is_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Leave no timer behind."""
-        self._arm(None)
+        """Cancel all timers."""
+        self._set_timer(None)
         self._unset_keepalive_if_required()
         self._watched.forget()
         super().connection_lost(exc)
@@ -119,16 +124,16 @@ class GuardedProtocol(HttpToolsProtocol):
     # Bytes come in.
 
     def data_received(self, data: bytes) -> None:
-        """Feed the parser, unless the rules above say that enough was heard."""
-        if self._deaf:
+        """Feed the parser, unless one of the rules above has ended the input."""
+        if self._discard_input:
             return
         self._unset_keepalive_if_required()
         if self._phase is _Phase.COMPLETE:
             if self._replying():
-                self._answer_only_this_one()
+                self._stop_pipelining()
                 return
             self._phase, self._head_bytes = _Phase.HEAD, 0
-            self._arm(self.limits.head_s, self._head_is_late)
+            self._set_timer(self.limits.head_s, self._head_is_late)
         if self._phase is _Phase.HEAD:
             self._head_bytes += len(data)
         else:
@@ -139,7 +144,7 @@ class GuardedProtocol(HttpToolsProtocol):
             except httptools.HttpParserUpgrade as upgrade:
                 self._parse_anew(data[upgrade.args[0] :])
         except httptools.HttpParserError:
-            if not self._deaf:
+            if not self._discard_input:
                 self._refuse(400, "This is not a valid HTTP/1.1 request.", "malformed")
             return
         if self._phase is _Phase.HEAD and self._head_bytes > self.limits.head_bytes:
@@ -151,18 +156,18 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Stop at a second request in the same bytes."""
         if self._replying():
-            self._answer_only_this_one()
+            self._stop_pipelining()
             raise _Refused
         super().on_message_begin()
         self._phase = _Phase.HEAD
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Keep a header; not what trails the last chunk, of which there may be any number."""
+        """Keep a header, but no trailers after the last chunk, whose number is not limited."""
         if self._phase is _Phase.HEAD:
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Check the head's size, hand the request on, start the body's clock."""
+        """Check the head's size, pass the request on and start the timer for the body."""
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         if size > self.limits.head_bytes or len(self.headers) > self.limits.headers:
             self._refuse_head()
@@ -173,14 +178,14 @@ class GuardedProtocol(HttpToolsProtocol):
             return  # `_parse_anew` comes next
         super().on_headers_complete()
         self._phase, self._body_bytes = _Phase.BODY, 0
-        self._arm(self.limits.body_s, self._body_is_late)
+        self._set_timer(self.limits.body_s, self._body_is_late)
 
     def on_message_complete(self) -> None:
-        """The whole request is here: whatever now lasts is our own work."""
+        """Stop the timer, since the whole request has arrived."""
         if self.parser.should_upgrade():
             return
         self._phase = _Phase.COMPLETE
-        self._arm(None)
+        self._set_timer(None)
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
@@ -189,7 +194,10 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_response_complete()
 
     def _parse_anew(self, rest: bytes) -> None:
-        """Ignore a wish for another protocol, as HTTP allows: the parser would skip the body."""
+        """Ignore a request to upgrade the protocol, as HTTP allows, by parsing it without that.
+
+        Otherwise the parser would skip its body.
+        """
         head = self.parser.get_method() + b" " + self.url + b" HTTP/1.1\r\n"
         for name, value in self.headers:
             if name not in (b"upgrade", b"connection"):
@@ -197,29 +205,29 @@ class GuardedProtocol(HttpToolsProtocol):
         self.parser = httptools.HttpRequestParser(self)
         self.parser.feed_data(head + b"\r\n" + rest)
 
-    # Ends that the rules bring about.
+    # The rules close the connection.
 
     def closes_gently(self) -> bool:
-        """Whether a reply that closes the connection comes before the whole request was read."""
+        """Return whether the client may still be sending when a reply closes the connection."""
         return self._phase is _Phase.BODY
 
     def linger(self) -> None:
-        """Throw input away for a while, until the client has had time to read the reply."""
-        self._deaf = True
+        """Discard input for `linger_s` seconds, so that the client has time to read the reply."""
+        self._discard_input = True
         self._unset_keepalive_if_required()
         self.flow.resume_reading()
-        self._arm(self.limits.linger_s, self._hang_up)
+        self._set_timer(self.limits.linger_s, self._hang_up)
 
-    def reader_stalls(self) -> None:
-        """The client does not read its reply."""
+    def client_stopped_reading(self) -> None:
+        """Abort the connection of a client that does not read its reply."""
         self.guard.refused["slow reader"] += 1
         self.transport.abort()
 
     def _replying(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
-    def _answer_only_this_one(self) -> None:
-        self._deaf = True
+    def _stop_pipelining(self) -> None:
+        self._discard_input = True
         if self.cycle is not None:
             self.cycle.keep_alive = False
 
@@ -243,10 +251,10 @@ class GuardedProtocol(HttpToolsProtocol):
         self._refuse(431, message, "large head")
 
     def _refuse(self, status: int, message: str, reason: str, *, late: bool = False) -> None:
-        """Answer for a request that no route will hear of, and close; `late`: without lingering."""
+        """Send an error unless a reply has begun, and close; `late`: without lingering."""
         self.guard.refused[reason] += 1
         begun = self._replying() and self.cycle.response_started
-        if self._replying():  # whoever waits for the body learns that nobody listens any more
+        if self._replying():  # let the route that waits for the body see a disconnect
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         answered = self._phase is _Phase.BODY and not self._replying()
@@ -261,15 +269,15 @@ class GuardedProtocol(HttpToolsProtocol):
             head = b"content-type: application/json\r\ncontent-length: %d\r\n" % len(body)
             self.transport.write(STATUS_LINE[status] + head + b"connection: close\r\n\r\n" + body)
         self._phase = _Phase.COMPLETE if late else _Phase.BODY
-        self._deaf = True
+        self._discard_input = True
         self.transport.close()
 
     def _hang_up(self) -> None:
         self._phase = _Phase.COMPLETE
         self.transport.close()
 
-    def _arm(self, seconds: float | None, then: Callable[[], None] | None = None) -> None:
-        """One timer at a time: the next one takes the place of the last."""
+    def _set_timer(self, seconds: float | None, then: Callable[[], None] | None = None) -> None:
+        """Replace the connection's only timer; None just cancels it."""
         if self._timer is not None:
             self._timer.cancel()
         self._timer = (

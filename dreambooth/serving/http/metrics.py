@@ -1,8 +1,8 @@
-"""What /metrics says, in Prometheus' text format: requests, pictures, connections, the engine.
+"""Collect the metrics of /metrics and write them in Prometheus' text format.
 
-Requests and pictures are counted here; connections and the engine's gauges are asked for at the
-moment of scraping. Our names begin with ``dreambooth_``; ``process_`` is this process alone, the
-engine's memory stands in ``dreambooth_engine_rss_bytes``.
+Requests and pictures are counted here; connections and the engine's gauges are read when Prometheus
+scrapes the page. Our names begin with ``dreambooth_``. ``process_`` describes this process alone;
+the engine's memory is ``dreambooth_engine_rss_bytes``.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from prometheus_client.registry import Collector
 from dreambooth.serving.contract.reply import Picture
 from dreambooth.serving.supervision.counters import SupervisorStatus
 
-# Seconds from a request's first byte in our hands to its last picture.
+# Seconds from the end of a request's head to the end of its reply.
 _BUCKETS: Final = (0.1, 0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 45, 60, 120, 300)
 
 
 class Metrics:
-    """All counters of the server; `status` and `connections` are set once there is what to ask."""
+    """All counters of the server; `status` and `connections` are set once they can be called."""
 
     CONTENT_TYPE: Final = CONTENT_TYPE_PLAIN_0_0_4
 
@@ -45,7 +45,7 @@ class Metrics:
         self.requests_in_flight = 0
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, which nobody reads
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(_Ours(self))
+        self._registry.register(_DreamBoothCollector(self))
         self._seconds = Histogram(
             "dreambooth_request_seconds",
             "Seconds to answer a request for pictures with 200.",
@@ -56,7 +56,7 @@ class Metrics:
 
     @contextmanager
     def in_flight(self) -> Iterator[None]:
-        """Count a request for pictures as long as the block lasts, however it ends."""
+        """Count a request for pictures while the block runs, however it ends."""
         self.requests_in_flight += 1
         try:
             yield
@@ -64,13 +64,13 @@ class Metrics:
             self.requests_in_flight -= 1
 
     def answered(self, path: str, status: int, seconds: float) -> None:
-        """Count one request; `path` must be one of few, since each makes a series of its own."""
+        """Count one request; `path` must be one of few, since each becomes a series of its own."""
         self.requests[path, status] += 1
         if path == "/invocations" and status == 200:
             self._seconds.observe(seconds)
 
     def refused(self, reason: str) -> None:
-        """Count a request that was turned away before the supervisor heard of it."""
+        """Count a request that was refused before it reached the supervisor."""
         self.refusals[reason] += 1
 
     def drawn(self, pictures: Sequence[Picture]) -> None:
@@ -78,18 +78,18 @@ class Metrics:
         self.pictures.update(picture.finish_reason for picture in pictures)
 
     def text(self) -> bytes:
-        """The page, version 0.0.4 of the text format."""
+        """Return the page, in version 0.0.4 of the text format."""
         return generate_latest(self._registry)
 
 
-class _Ours(Collector):
-    """Writes the counters and the supervisor's snapshot as families of Prometheus."""
+class _DreamBoothCollector(Collector):
+    """Collects the counters and the supervisor's snapshot as Prometheus metric families."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
 
     def collect(self) -> Iterable[Metric]:
-        """Called by the registry for every scrape."""
+        """Yield all metrics; the registry calls this for every scrape."""
         ours = self._metrics
         yield _counter(
             "requests",
@@ -127,15 +127,15 @@ class _Ours(Collector):
         if ours.status is None:
             yield _gauge("ready", "1 where pictures can be asked for.", 0)
         else:
-            yield from _of_engine(ours.status(), ours.refusals)
+            yield from _engine_metrics(ours.status(), ours.refusals)
 
 
-def _of_engine(status: SupervisorStatus, refused_before: Counter[str]) -> Iterator[Metric]:
+def _engine_metrics(status: SupervisorStatus, refused_before: Counter[str]) -> Iterator[Metric]:
     yield _gauge("ready", "1 where pictures can be asked for.", int(status.state == "ready"))
     gauges = {
         "pictures_in_flight": "Pictures accepted and not yet answered.",
         "queued_pictures": "Pictures that wait for a row.",
-        "running_rows": "Rows of the U-Net call under way.",
+        "running_rows": "U-Net rows of all pictures that take steps.",
         "engine_rss_bytes": "Resident memory of the engine's process.",
     }
     for name, sentence in gauges.items():
@@ -146,9 +146,12 @@ def _of_engine(status: SupervisorStatus, refused_before: Counter[str]) -> Iterat
             "engine_load_seconds", "From the engine's start to its test.", status.load_seconds
         )
     counters = {
-        "steps": ("Denoising steps of all pictures.", status.steps_done_total),
+        "steps": (
+            "Rounds with a U-Net call, each a step of every picture in it.",
+            status.calls_total,
+        ),
         "engine_pictures": ("Pictures that the engine finished.", status.pictures_total),
-        "out_of_memory": ("U-Net calls that ran out of memory.", status.out_of_memory_total),
+        "out_of_memory": ("Times that the engine ran out of memory.", status.out_of_memory_total),
         "engine_restarts": ("Starts of the engine after the first.", status.restarts_total),
     }
     for name, (sentence, value) in counters.items():
@@ -165,12 +168,12 @@ def _of_engine(status: SupervisorStatus, refused_before: Counter[str]) -> Iterat
         ("reason",),
         (((reason,), n) for reason, n in status.losses),
     )
-    pace = GaugeMetricFamily(
+    seconds_per_call = GaugeMetricFamily(
         "dreambooth_seconds_per_step", "Seconds of a recent U-Net call.", labels=("rows",)
     )
     for rows, seconds in status.seconds_per_call:
-        pace.add_metric((str(rows),), seconds)
-    yield pace
+        seconds_per_call.add_metric((str(rows),), seconds)
+    yield seconds_per_call
 
 
 def _gauge(name: str, sentence: str, value: float) -> GaugeMetricFamily:

@@ -1,12 +1,12 @@
-"""The server's process: socket, signals, the order of start and end; no torch in here.
+"""Run the server's process: its socket, its signals, and the order of start and end, without torch.
 
-The port is bound before the model is looked at, so that /ping can say 503 while it loads. A first
-load that fails by the user's fault ends the process with one sentence: an endpoint that can never
-work should say so at once. Later crashes of the engine are the supervisor's business.
+The port is bound before the model is read, so that /ping can answer 503 while it loads. If the
+model cannot be loaded, the process ends with one sentence in the log, since such an endpoint can
+never work. Crashes of the engine are left to the supervisor.
 
-SIGTERM or SIGINT: new work gets 503, what was accepted is drawn and sent within `GRACE_S`, then the
-port is closed and the process ends with 0. SageMaker kills 30 s after SIGTERM (AWS, "Custom
-inference code": how SageMaker stops a container).
+After SIGTERM or SIGINT new requests get 503. The accepted ones are drawn and sent within `GRACE_S`,
+then the port is closed and the process ends with 0. SageMaker sends SIGKILL 30 s after SIGTERM
+(AWS, "Custom inference code": how SageMaker stops a container).
 """
 
 from __future__ import annotations
@@ -38,31 +38,31 @@ from dreambooth.serving.supervision.supervisor import Supervisor
 from dreambooth.settings.serve_options import ServeSettings
 
 GRACE_S: Final = 25.0
-# Beyond it: encoding the last picture, and writing what clients have not read yet.
+# Additional seconds, to encode the last picture and to write what clients have not read yet.
 _ENCODE_S: Final = 1.5
 _FLUSH_S: Final = 2
-_END_S: Final = 28.0
+_SHUTDOWN_LIMIT_S: Final = 28.0
 _BACKLOG: Final = 2_048
-# Open files besides connections: libraries, pipes, the listener; and those that only linger.
-_OTHER_FILES: Final = 512
+# Open files besides the served connections: libraries, pipes, the listener, lingering connections.
+_RESERVED_FILES: Final = 512
 _WANTED_FILES: Final = 65_536
 
 log = logging.getLogger(__name__)
 
 
 def run(settings: ServeSettings) -> int:
-    """Serve until a signal comes; return the exit code: 0, or 1 for a model that cannot be loaded.
+    """Serve until a signal comes; return 0, or 1 for a model that cannot be loaded.
 
-    Raises UserError where the address cannot be listened on.
+    Raises UserError if the address cannot be listened on.
     """
-    with logs.without_waiting() as dropped_lines:
+    with logs.non_blocking_streams() as dropped_lines:
         logs.to_stderr(settings.log_level)
         logging.getLogger("uvicorn").setLevel(logging.ERROR)
         metrics = Metrics()
         metrics.dropped_lines = dropped_lines
         files = _raise_file_limit()
         with _listen(settings.host, settings.port) as listener:
-            return asyncio.run(_serve(settings, metrics, listener, files - _OTHER_FILES))
+            return asyncio.run(_serve(settings, metrics, listener, files - _RESERVED_FILES))
 
 
 async def _serve(
@@ -82,21 +82,21 @@ async def _serve(
     host, port = listener.getsockname()[:2]
     log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
     with tempfile.TemporaryDirectory(prefix="dreambooth-", ignore_cleanup_errors=True) as folder:
-        drawing = asyncio.create_task(_draw(app, metrics, settings, Path(folder)))
+        drawing = asyncio.create_task(_run_engine(app, metrics, settings, Path(folder)))
         await asyncio.wait({drawing, stopped, serving}, return_when=asyncio.FIRST_COMPLETED)
-        code = _outcome(drawing)
+        code = _exit_code(drawing)
         began = time.monotonic()
         await _close(app, metrics, drawing, stopped)
-        # Clients that read slowly get what is left of the time before SageMaker kills.
-        left = _END_S - (time.monotonic() - began)
+        # Clients that read slowly get the rest of the time before SageMaker sends SIGKILL.
+        left = _SHUTDOWN_LIMIT_S - (time.monotonic() - began)
         http.config.timeout_graceful_shutdown = max(_FLUSH_S, int(left))
         http.should_exit = True
         await serving
     return code
 
 
-def _outcome(drawing: asyncio.Task[None]) -> int:
-    """The exit code as far as the engine decides it; one sentence to the log where it failed."""
+def _exit_code(drawing: asyncio.Task[None]) -> int:
+    """Return the exit code, 1 if the model could not be served; log the reason then."""
     if not drawing.done():
         return 0
     error = drawing.exception()
@@ -109,17 +109,17 @@ def _outcome(drawing: asyncio.Task[None]) -> int:
     return 1
 
 
-async def _draw(app: App, metrics: Metrics, settings: ServeSettings, workspace: Path) -> None:
-    """Make a folder of the model and keep an engine on it until it is cancelled.
+async def _run_engine(app: App, metrics: Metrics, settings: ServeSettings, workspace: Path) -> None:
+    """Fetch the model's folder, and keep an engine running on it until cancelled.
 
-    Raises DreamBoothError or EngineFaultError where no engine can be had, now or later.
+    Raises DreamBoothError or EngineFaultError if no engine can be loaded, now or later.
     """
     folder = await _fetch(settings, workspace)
     supervisor = Supervisor(folder, settings)
     metrics.status = supervisor.status
     app.supervisor = supervisor
     await supervisor.start()
-    # What is here now stays: later collections need not look at it while a request waits.
+    # These objects stay in use: garbage collections, which delay requests, need not scan them.
     gc.collect()
     gc.freeze()
     await supervisor.wait_until_given_up()
@@ -128,7 +128,7 @@ async def _draw(app: App, metrics: Metrics, settings: ServeSettings, workspace: 
 async def _close(
     app: App, metrics: Metrics, drawing: asyncio.Task[None], stopped: asyncio.Task[bool]
 ) -> None:
-    """No new work; draw, encode and hand over what was accepted."""
+    """Refuse new requests, and draw, encode and send the accepted ones."""
     log.info("shutting down: %d requests are finished first", metrics.requests_in_flight)
     app.closing = True
     for task in (drawing, stopped):
@@ -143,7 +143,7 @@ async def _close(
 
 
 async def _fetch(settings: ServeSettings, workspace: Path) -> Path:
-    """Find, unpack or download the model; in a thread that a signal need not wait for."""
+    """Find, unpack or download the model, in a daemon thread that delays no shutdown."""
     loop = asyncio.get_running_loop()
     fetched: asyncio.Future[Path] = loop.create_future()
 
@@ -161,7 +161,7 @@ async def _fetch(settings: ServeSettings, workspace: Path) -> Path:
             folder = _folder_of(settings, workspace)
         except Exception as error:
             fault = error
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody asks any more
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             loop.call_soon_threadsafe(settle, folder, fault)
 
     threading.Thread(target=work, name="fetch", daemon=True).start()
@@ -176,7 +176,7 @@ def _folder_of(settings: ServeSettings, workspace: Path) -> Path:
 
 
 class _HttpServer(uvicorn.Server):
-    """uvicorn without its own signal handling: a signal does not close the port at once here."""
+    """A uvicorn server without its own signal handling, which would close the port at once."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -213,7 +213,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _raise_file_limit() -> int:
-    """Allow as many open files as the system lets us, up to what is of use; return that number."""
+    """Allow `_WANTED_FILES` open files, or as many as the system permits; return the number."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     unlimited = resource.RLIM_INFINITY
     most = _WANTED_FILES if hard == unlimited else min(_WANTED_FILES, hard)

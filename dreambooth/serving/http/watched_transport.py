@@ -1,4 +1,4 @@
-"""A connection's transport that watches whether the client reads, and need not close at once."""
+"""Wrap the transport of a connection, to watch whether the client reads and to close it gently."""
 
 from __future__ import annotations
 
@@ -6,28 +6,33 @@ import asyncio
 from typing import Any, Protocol
 
 
-class Owner(Protocol):
-    """The protocol of the connection, as far as its transport asks it."""
+class TransportOwner(Protocol):
+    """The part of the connection's protocol that its transport calls."""
 
     def closes_gently(self) -> bool:
-        """Whether the client may still be sending when its reply is complete."""
+        """Return whether the client may still be sending when its reply is complete."""
 
     def linger(self) -> None:
-        """Our side is closed: throw away what still comes, and hang up after a while."""
+        """Discard further input, since our side is closed, and hang up after a while."""
 
-    def reader_stalls(self) -> None:
-        """The client does not read its reply."""
+    def client_stopped_reading(self) -> None:
+        """Handle a client that does not read its reply."""
 
 
 class WatchedTransport:
-    """Wraps a transport: every `look_s` seconds `least_bytes` of what is unsent must have gone."""
+    """Wraps a transport that must send `least_bytes` of its data every `check_interval_s`."""
 
     def __init__(
-        self, inner: asyncio.Transport, owner: Owner, *, look_s: float, least_bytes: int
+        self,
+        inner: asyncio.Transport,
+        owner: TransportOwner,
+        *,
+        check_interval_s: float,
+        least_bytes: int,
     ) -> None:
         self._inner = inner
         self._owner = owner
-        self._look_s = look_s
+        self._look_s = check_interval_s
         self._least_bytes = least_bytes
         self._lingers = False
         self._written = 0
@@ -38,34 +43,34 @@ class WatchedTransport:
         return getattr(self._inner, name)
 
     def write(self, data: bytes) -> None:
-        """Hold it until `flush`, which comes in the event loop's next iteration if nobody calls it.
+        """Hold the data until `flush`, in the event loop's next iteration at the latest.
 
-        So the head and the body of a reply go out in one call, and wake the client once.
+        So the head and the body of a reply are sent in one call, and wake the client only once.
         """
         if not self._held:
             asyncio.get_running_loop().call_soon(self.flush)
         self._held.append(data)
 
     def get_write_buffer_size(self) -> int:
-        """Bytes that are not sent."""
+        """Return the number of unsent bytes."""
         return sum(map(len, self._held)) + self._inner.get_write_buffer_size()
 
     def write_eof(self) -> None:
-        """Close our side once all is written."""
+        """Close our side once all data is written."""
         self.flush()
         self._inner.write_eof()
 
     def is_closing(self) -> bool:
-        """True from the first `close` on, though input may still be thrown away."""
+        """Return True from the first `close` on, even while input is still being discarded."""
         return self._lingers or self._inner.is_closing()
 
     def close(self) -> None:
-        """Close when all is written; before that, let a client finish that still sends."""
+        """Close once all data is written; if the client may still be sending, linger first."""
         self.flush()
         if self._owner.closes_gently() and not self.is_closing():
             try:
                 self._inner.write_eof()
-            except OSError:  # the client has left, and what was just written found that out
+            except OSError:  # the client has left, as the flush has just found out
                 self._inner.abort()
                 return
             self._lingers = True
@@ -74,13 +79,13 @@ class WatchedTransport:
             self._inner.close()
 
     def forget(self) -> None:
-        """Watch and hold nothing any longer: the connection is lost."""
+        """Stop watching and drop the held data, since the connection is lost."""
         self._held.clear()
         if self._watch is not None:
             self._watch.cancel()
 
     def flush(self) -> None:
-        """Hand on what was held; where not all of it goes out at once, begin to watch."""
+        """Write the held data; begin to watch if not all of it is sent at once."""
         held, self._held = self._held, []
         if not held:
             return
@@ -89,18 +94,18 @@ class WatchedTransport:
         if self._watch is None and self._inner.get_write_buffer_size():
             self._look_again()
 
-    def _gone(self) -> int:
+    def _sent_bytes(self) -> int:
         return self._written - self._inner.get_write_buffer_size()
 
     def _look_again(self) -> None:
         loop = asyncio.get_running_loop()
-        self._watch = loop.call_later(self._look_s, self._look, self._gone())
+        self._watch = loop.call_later(self._look_s, self._check_progress, self._sent_bytes())
 
-    def _look(self, gone_before: int) -> None:
+    def _check_progress(self, gone_before: int) -> None:
         self._watch = None
         if not self._inner.get_write_buffer_size():
             return
-        if self._gone() - gone_before < self._least_bytes:
-            self._owner.reader_stalls()
+        if self._sent_bytes() - gone_before < self._least_bytes:
+            self._owner.client_stopped_reading()
         else:
             self._look_again()

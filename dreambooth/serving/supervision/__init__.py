@@ -1,1 +1,1 @@
-"""The two processes of the server: the engine is kept alive and asked for pictures."""
+"""Keep the engine running in a process of its own, and request pictures from it."""

@@ -1,9 +1,9 @@
-"""Whether a request is taken: pure arithmetic on what is ahead of it and the engine's speed.
+"""Decide whether to accept a request, from the work ahead of it and the engine's speed.
 
-A request that cannot be answered in time is refused at once instead of late. `finish_times` plays
-the engine's schedule (`serving.engine.batch_queue`) forward: pictures of one size fill one U-Net
+A request that cannot be answered in time is refused at once instead of late. `finish_times`
+simulates the engine's schedule (`serving.engine.batch_queue`): pictures of one size fill one U-Net
 call, in their order, up to the engine's rows; the sizes alternate call by call; finished pictures
-are decoded in between.
+are decoded in between. This module is pure arithmetic.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from typing import Final
 
 from dreambooth.serving.supervision.counters import RefusalReason
 
-# An estimate is multiplied by this before it is held against the deadline: other noise schedulers,
-# a busier machine, JSON and encoding all take their part.
+# An estimate is multiplied by this before it is compared with the deadline, because other noise
+# schedulers, a busier machine, JSON and encoding take time too.
 SAFETY: Final = 1.2
-# Nobody need ask again sooner.
+# No client is asked to retry sooner.
 SHORTEST_RETRY_S: Final = 1.0
-# Attention grows with the square of the area: FLOPs of a row at 1024 x 1024 over those at 512 x
-# 512 are 4.675 / 0.804 = 4 ** 1.27. Below the measured size plain area is close enough.
+# Attention grows with the square of the area: the FLOPs of a row at 1024 x 1024 over those at 512 x
+# 512 are 4.675 / 0.804 = 4 ** 1.27. Below the measured size the plain area is close enough.
 _AREA_POWER: Final = 1.27
-_NOTHING: Final = 1e-6  # of a call
+_NO_CALLS: Final = 1e-6  # fewer U-Net calls than this count as none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What is left to do of one picture.
+    """The remaining work for one picture.
 
-    steps: U-Net calls to come; where it is an estimate also parts of one. rows: 2 with guidance, 1
-    without. request_id and batch_size: at most so many pictures of this request share a call
+    steps: the U-Net calls that are left, an estimate that may be fractional. rows: 2 with guidance,
+    1 without. request_id, batch_size: at most batch_size pictures of one request share a call
     (None: as many as fit).
     """
 
@@ -47,27 +47,27 @@ class Work:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Pictures of one size alone can share a call."""
+        """Return (width, height); only pictures of equal size can share a call."""
         return self.width, self.height
 
     @property
     def pixels(self) -> int:
-        """The area."""
+        """Return the area."""
         return self.width * self.height
 
     @property
     def share(self) -> float:
-        """`batch_size` as a number."""
+        """Return `batch_size` as a number, infinity for None."""
         return math.inf if self.batch_size is None else self.batch_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSpeed:
-    """How fast the engine is.
+    """The speed of the engine.
 
-    seconds_per_call: (rows, seconds) of one U-Net call, at least one point; seconds_per_decode: of
-    one picture; both measured at `pixels`. rows: the most rows of a call. padded: every call costs
-    as much as `rows` rows (exact mode).
+    seconds_per_call: (rows, seconds) of one U-Net call, at least one point. seconds_per_decode: of
+    one picture. pixels: the area at which both were measured. rows: the most rows of a call.
+    padded: every call costs as much as one of `rows` rows (exact mode).
     """
 
     seconds_per_call: tuple[tuple[int, float], ...]
@@ -77,17 +77,20 @@ class EngineSpeed:
     padded: bool = False
 
     def decode_seconds(self, pixels: int) -> float:
-        """One picture: in proportion to its area (FLOPs at 1024 x 1024: 4.16 times as many)."""
+        """Return the seconds to decode one picture, in proportion to its area.
+
+        At 1024 x 1024 the FLOPs are 4.16 times those at 512 x 512.
+        """
         return self.seconds_per_decode * pixels / self.pixels
 
     def seconds(self, rows: int, pixels: int) -> float:
-        """One call: straight lines between the measured points, scaled by the area."""
+        """Return the seconds of one call: interpolated linearly, then scaled by the area."""
         points = sorted(self.seconds_per_call)
         rows = max(rows, self.rows) if self.padded else rows
         place = bisect.bisect_left(points, (rows, 0.0))
         if place < len(points) and points[place][0] == rows:
             measured = points[place][1]
-        elif place == 0 or place == len(points):  # outside: in proportion to the nearest
+        elif place == 0 or place == len(points):  # fewer cost the same; more, in proportion
             nearest, seconds = points[0 if place == 0 else -1]
             measured = seconds if place == 0 else seconds * rows / nearest
         else:
@@ -99,8 +102,11 @@ class EngineSpeed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """What the operator allows, pictures waiting and drawn at once and seconds for one request,
-    and what the model's noise scheduler makes of a step.
+    """The limits for requests.
+
+    max_queue: the most pictures that wait or are drawn at one time. request_timeout_s: the seconds
+    in which a request must be answered. calls_per_step: how many U-Net calls the model's noise
+    scheduler makes per step.
     """
 
     max_queue: int
@@ -110,7 +116,7 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """Why a request is not taken, the sentence for its client, and when to ask again."""
+    """The reason why a request is not accepted, a sentence for its client, and when to retry."""
 
     reason: RefusalReason
     message: str
@@ -118,14 +124,14 @@ class Refusal:
 
 
 class _Schedule:
-    """The engine's schedule, played forward: who runs, who waits, the calls left of each."""
+    """A simulation of the engine: the running and waiting pictures, and the calls left for each."""
 
     def __init__(self, work: Sequence[Work], most_rows: int) -> None:
         self.left = [picture.steps for picture in work]
         self.running: dict[tuple[int, int], list[int]] = {}
         self._work = work
         self._most_rows = most_rows
-        # Of each size, what a request has next to each other: it joins or waits as one.
+        # By size, groups of adjacent pictures of one request; a group is passed over as a whole.
         self._waiting: dict[tuple[int, int], deque[deque[int]]] = {}
         of_size: dict[tuple[int, int], list[int]] = {}
         for i, picture in enumerate(work):
@@ -161,21 +167,21 @@ class _Schedule:
         waiting.extendleft(reversed(passed))
 
     def rows(self, running: Sequence[int]) -> int:
-        """Rows of these pictures."""
+        """Return the U-Net rows of these pictures."""
         return sum(self._work[i].rows for i in running)
 
     def shortest(self) -> float:
-        """BatchQueue until the first of those that run is done."""
+        """Return the calls until the first of the running pictures is done."""
         return max(0.0, min(self.left[i] for running in self.running.values() for i in running))
 
     def advance(self, rounds: float) -> list[int]:
-        """Every size has so many calls; return who is done."""
+        """Let every size make `rounds` calls; return the indices of the pictures that are done."""
         done: list[int] = []
         for size, running in tuple(self.running.items()):
             for i in running:
                 self.left[i] -= rounds
-            done += [i for i in running if self.left[i] < _NOTHING]
-            running[:] = [i for i in running if self.left[i] >= _NOTHING]
+            done += [i for i in running if self.left[i] < _NO_CALLS]
+            running[:] = [i for i in running if self.left[i] >= _NO_CALLS]
             if not running:
                 del self.running[size]
         return done
@@ -200,14 +206,14 @@ def finish_times(work: Sequence[Work], speed: EngineSpeed) -> list[float]:
 
 
 def after(work: Sequence[Work], speed: EngineSpeed, calls_made: int) -> list[Work]:
-    """Return the same pictures as they stand so many U-Net calls later.
+    """Return the same pictures with the steps that are left after `calls_made` U-Net calls.
 
-    The engine tells how many calls it made, not of whom; one that has no calls left waits to be
-    decoded.
+    The engine reports how many calls it made, but not for which pictures, so this is simulated. A
+    picture without remaining steps waits to be decoded.
     """
     schedule = _Schedule(work, speed.rows)
     calls_left = float(calls_made)
-    while calls_left > _NOTHING and schedule.fill():
+    while calls_left > _NO_CALLS and schedule.fill():
         sizes = len(schedule.running)
         rounds = min(schedule.shortest(), calls_left / sizes)
         calls_left -= rounds * sizes
@@ -226,16 +232,16 @@ def refuse(
     *,
     waited_s: float = 0.0,
 ) -> Refusal | None:
-    """Return why the pictures `new` of one request are not taken, or None: they are.
+    """Return why the pictures `new` of one request are not accepted, or None if they are.
 
-    ahead: the pictures that are drawn and queued, in order. waited_s: how long ago the request
-    arrived. It is taken if and only if the pictures of all fit into the queue's bound, and SAFETY
-    times the estimate of its last picture ends within the deadline.
+    ahead: the pictures that are being drawn or queued, in order. waited_s: how long ago the request
+    arrived. It is accepted if and only if all pictures together are at most `max_queue`, and SAFETY
+    times the estimate for its last picture is within the deadline.
     """
     allowed = bounds.request_timeout_s - waited_s
     alone = SAFETY * max(finish_times(new, speed))
     if len(new) > bounds.max_queue or alone > bounds.request_timeout_s:
-        return _never(new, speed, bounds, alone)
+        return _refusal_when_idle(new, speed, bounds, alone)
     excess = len(ahead) + len(new) - bounds.max_queue
     if excess > 0:
         return Refusal(
@@ -260,8 +266,10 @@ def refuse(
     return None
 
 
-def _never(new: Sequence[Work], speed: EngineSpeed, bounds: Bounds, alone: float) -> Refusal:
-    """The refusal of what an idle server would not do either, with what it would."""
+def _refusal_when_idle(
+    new: Sequence[Work], speed: EngineSpeed, bounds: Bounds, alone: float
+) -> Refusal:
+    """Return the refusal of a request that even an idle server could not answer, with advice."""
     limit = bounds.request_timeout_s
     if len(new) > bounds.max_queue:
         message = (
@@ -281,7 +289,7 @@ def _never(new: Sequence[Work], speed: EngineSpeed, bounds: Bounds, alone: float
 
 
 def _steps_that_fit(new: Sequence[Work], speed: EngineSpeed, bounds: Bounds) -> int:
-    """The most num_inference_steps with which these pictures alone would be done in time, or 0."""
+    """Return the most num_inference_steps with which `new` alone would be done in time, or 0."""
 
     def late(steps: int) -> bool:
         made = calls(steps, bounds.calls_per_step)
@@ -293,7 +301,7 @@ def _steps_that_fit(new: Sequence[Work], speed: EngineSpeed, bounds: Bounds) -> 
 
 
 def calls(num_inference_steps: int, calls_per_step: int = 1) -> int:
-    """U-Net calls of so many steps: PNDM makes one more, and so the text encoder is paid too."""
+    """Return a picture's U-Net calls; the extra one is PNDM's, or covers the text encoder."""
     return num_inference_steps * calls_per_step + 1
 
 

@@ -1,9 +1,9 @@
-"""`python -m dreambooth.serving.supervision.child`: the process that owns the engine, and so torch.
+"""Run the process that owns the engine and torch: `python -m dreambooth.serving.supervision.child`.
 
-It is started by `engine_process` and lives as long as the socket whose number it is given: when
-that closes, whoever asked for pictures is gone, and so is this process, at once and whatever it is
-doing. SIGTERM and SIGINT are ignored: a platform sends them to every process of a container, and
-what was accepted is to be drawn; the server says Close when that is done.
+It is started by `engine_process`, which passes the number of an inherited socket. When that is
+closed, nobody waits for pictures any more, and the process exits at once, whatever it is doing.
+SIGTERM and SIGINT are ignored: a platform sends them to every process of a container, but the
+accepted requests are still to be drawn. The server sends Close when that is done.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from dreambooth.serving.engine.engine import Engine
 
 STATUS_S: Final = 0.5
-# When much ends at once, one status tells of all of it.
+# When several requests end at about the same time, one Status covers them all.
 _SHORTEST_STATUS_S: Final = 0.02
 _FLUSH_S: Final = 5.0
 _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
@@ -55,14 +55,14 @@ log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Serve one socket until Close (0), a failed load or a broken engine (1)."""
+    """Serve one socket; return 0 after Close, 1 after a failed load or if the engine is broken."""
     arguments = _parser().parse_args(argv)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     _die_with_parent()
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries that print
     os.set_inheritable(arguments.fd, False)
-    with logs.without_waiting() as dropped_lines:
+    with logs.non_blocking_streams() as dropped_lines:
         logs.to_stderr(arguments.log_level)
         return _Child(socket.socket(fileno=arguments.fd), dropped_lines).run(arguments)
 
@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _die_with_parent() -> None:
-    """Ask Linux for SIGKILL when the thread that started us ends, should the socket not tell."""
+    """Ask Linux for SIGKILL when the thread that started us ends, in case the socket stays open."""
     if sys.platform == "linux":
         try:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -91,7 +91,7 @@ def _die_with_parent() -> None:
 
 
 class _Child:
-    """The engine behind a socket: one thread reads, one writes, one sends a sign of life."""
+    """Serves the engine on a socket; one thread reads, one writes, one queues Status messages."""
 
     def __init__(self, connection: socket.socket, dropped_lines: Callable[[], int]) -> None:
         self._connection = connection
@@ -104,7 +104,10 @@ class _Child:
         self._code = 0
 
     def run(self, arguments: argparse.Namespace) -> int:
-        """Load, serve, end; the signs of life begin before torch is imported."""
+        """Load the engine, serve it and return the exit code.
+
+        The Status messages begin before torch is imported.
+        """
         for work in (self._read, self._send):
             threading.Thread(target=work, name=work.__name__, daemon=True).start()
         try:
@@ -116,7 +119,7 @@ class _Child:
             self._send_queue.close(_FLUSH_S)
             return 1
         gc.collect()
-        gc.freeze()  # the model stays: no collection need look at it
+        gc.freeze()  # the model stays, so no collection need scan it
         self._engine = engine
         self._send_queue.put(_ready(engine))
         self._changed.set()
@@ -135,10 +138,10 @@ class _Child:
             try:
                 message = wire.to_engine(self._connection)
             except WireError:
-                log.exception("the server talks nonsense")
+                log.exception("the server sent a malformed message")
                 logs.write_last_lines()
                 message = None
-            if message is None:  # it is gone: nothing that is under way has any use
+            if message is None:  # the server is gone, so nobody wants the unfinished work
                 os._exit(1)
             if isinstance(message, Generate):
                 self._generate(message)
@@ -152,9 +155,9 @@ class _Child:
     def _generate(self, message: Generate) -> None:
         number = message.request_id
         try:
-            assert self._engine is not None  # nobody asks before Ready
+            assert self._engine is not None  # nothing is requested before Ready
             job = self._engine.submit(
-                message.pictures(),
+                message.sampling_requests(),
                 most_pictures=message.batch_size,
                 on_picture=partial(self._drawn, number),
             )
@@ -184,7 +187,7 @@ class _Child:
         try:
             job.result(timeout=0)
         except CancelledError:
-            log.debug("request %d was given up", number)
+            log.debug("request %d was cancelled", number)
         except Exception as error:
             self._failed(number, error)
         else:
@@ -197,7 +200,7 @@ class _Child:
         self._send_queue.put(Failed(request_id=number, fault=Fault.of(error)))
 
     def _send(self) -> None:
-        """Say how things stand, about twice a second and when something has ended."""
+        """Send a Status about twice a second and whenever a request has ended."""
         while not self._ended.is_set():
             self._changed.wait(STATUS_S)
             self._ended.wait(_SHORTEST_STATUS_S)
@@ -221,7 +224,7 @@ def _open(arguments: argparse.Namespace) -> Engine:
     if arguments.device == "auto" and not torch.cuda.is_available():
         unused = gpu_driver.why_unused(
             os.environ,
-            gpu_driver.look(),
+            gpu_driver.inspect_machine(),
             torch_version=torch.__version__,
             cuda_version=torch.version.cuda,
         )
@@ -240,7 +243,7 @@ def _open(arguments: argparse.Namespace) -> Engine:
 
 def _ready(engine: Engine) -> Ready:
     return Ready(
-        seconds_per_call=engine.warm_up.seconds_per_step,
+        seconds_per_call=engine.warm_up.seconds_per_call,
         seconds_per_decode=engine.warm_up.seconds_per_decode,
         rows=engine.warm_up.rows,
     )
@@ -252,18 +255,18 @@ def _status(engine: Engine, dropped_lines: int) -> Status:
         queued_pictures=status.queued_pictures,
         running_rows=status.running_rows,
         undecoded=status.undecoded,
-        steps_done_total=status.steps_done_total,
+        calls_total=status.calls_total,
         pictures_total=status.pictures_total,
         out_of_memory_total=status.out_of_memory_total,
         dropped_lines_total=dropped_lines,
-        seconds_per_call=status.seconds_per_step,
+        seconds_per_call=status.seconds_per_call,
         seconds_per_decode=status.seconds_per_decode,
         rss_bytes=_rss_bytes(),
     )
 
 
 def _rss_bytes() -> int:
-    """Resident memory of this process; 0 where the system does not tell."""
+    """Return the resident memory of this process, 0 if the system does not report it."""
     try:
         pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
     except OSError:
@@ -274,5 +277,5 @@ def _rss_bytes() -> int:
 if __name__ == "__main__":
     code = main(sys.argv[1:])
     logging.shutdown()
-    # Not sys.exit: a device that is lost may keep its libraries from ever finishing.
+    # Not sys.exit: after the loss of a device its libraries may never finish.
     os._exit(code)

@@ -1,4 +1,4 @@
-"""What the supervisor counts, across restarts of the engine, and the snapshot it gives of it."""
+"""Keep the supervisor's counters across restarts of the engine, and take snapshots of them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Literal
 from dreambooth.serving.supervision.messages import Status
 
 State = Literal["loading", "ready", "down", "closing"]
-# Why a request was not taken: three states, a full queue, a deadline that cannot be met now, and
-# one that could not be met by an idle server either.
+# Why a request was refused: one of three states, a full queue, a deadline that cannot be met now,
+# or ("never") more pictures or more time than even an idle server allows.
 RefusalReason = Literal["loading", "down", "closing", "queue", "deadline", "never"]
 REFUSAL_REASONS: tuple[RefusalReason, ...] = (
     *("loading", "down", "closing"),
     *("queue", "deadline", "never"),
 )
-# Why a request that was taken got no pictures: the engine's process died, it was late, its client
-# left, the engine said no (out of memory, an error of ours), or the server was stopped.
+# Why an accepted request got no pictures: the engine's process died, it was late, its client left,
+# the engine reported an error (out of memory, a fault of ours), or the server was stopped.
 LossReason = Literal["engine_died", "late", "cancelled", "engine_error", "closing"]
 LOSS_REASONS: tuple[LossReason, ...] = (
     *("engine_died", "late", "cancelled"),
@@ -27,14 +27,14 @@ LOSS_REASONS: tuple[LossReason, ...] = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SupervisorStatus:
-    """A snapshot for /ping and /metrics; *_total only ever grow, restarts or not.
+    """A snapshot for /ping and /metrics; the *_total never fall, even when the engine restarts.
 
     reason: why the state is not "ready", one sentence, else "". requests_in_flight and
-    pictures_in_flight: accepted and not yet answered. queued_pictures and running_rows: what the
-    engine said last, at most about half a second ago; 0 without an engine. seconds_per_call: (rows,
-    seconds) of recent U-Net calls. load_seconds: how long
-    the engine took from its start to its warm-up picture, None before the first. refusals and
-    losses: (reason, count), every reason present.
+    pictures_in_flight: accepted and not yet answered. queued_pictures and running_rows: from the
+    engine's last Status, which is at most about half a second old; 0 without an engine.
+    seconds_per_call: (rows, seconds) of recent U-Net calls. load_seconds: how long the engine took
+    from its start until it was ready, None before the first. refusals and losses: (reason, count),
+    every reason present.
     """
 
     state: State
@@ -43,7 +43,7 @@ class SupervisorStatus:
     pictures_in_flight: int
     queued_pictures: int
     running_rows: int
-    steps_done_total: int
+    calls_total: int
     pictures_total: int
     out_of_memory_total: int
     dropped_lines_total: int
@@ -57,22 +57,22 @@ class SupervisorStatus:
 
 
 class Counters:
-    """Counters of one supervisor; the engine's own begin at 0 with each process and are added."""
+    """The counters of one supervisor; those of the engine's processes are summed up."""
 
     def __init__(self) -> None:
         self.refusals: Counter[RefusalReason] = Counter(dict.fromkeys(REFUSAL_REASONS, 0))
         self.losses: Counter[LossReason] = Counter(dict.fromkeys(LOSS_REASONS, 0))
-        self._ended = Status()  # sums of the processes that are no more
+        self._ended = Status()  # sums over the processes that have ended
         self.engine = Status()
 
     def engine_ended(self) -> None:
-        """Keep the counters of a process that is gone; its gauges fall to 0."""
+        """Keep the counters of a process that has ended, and set its gauges to 0."""
         self._ended = self._sum()
         self.engine = Status()
 
     def _sum(self) -> Status:
         return Status(
-            steps_done_total=self._ended.steps_done_total + self.engine.steps_done_total,
+            calls_total=self._ended.calls_total + self.engine.calls_total,
             pictures_total=self._ended.pictures_total + self.engine.pictures_total,
             out_of_memory_total=self._ended.out_of_memory_total + self.engine.out_of_memory_total,
             dropped_lines_total=self._ended.dropped_lines_total + self.engine.dropped_lines_total,
@@ -89,7 +89,7 @@ class Counters:
         load_seconds: float | None,
         engine_pid: int | None,
     ) -> SupervisorStatus:
-        """Join the counters with what the supervisor knows itself."""
+        """Return the counters together with the supervisor's own state."""
         total = self._sum()
         return SupervisorStatus(
             state=state,
@@ -98,7 +98,7 @@ class Counters:
             pictures_in_flight=pictures_in_flight,
             queued_pictures=self.engine.queued_pictures,
             running_rows=self.engine.running_rows,
-            steps_done_total=total.steps_done_total,
+            calls_total=total.calls_total,
             pictures_total=total.pictures_total,
             out_of_memory_total=total.out_of_memory_total,
             dropped_lines_total=total.dropped_lines_total,

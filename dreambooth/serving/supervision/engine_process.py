@@ -1,7 +1,8 @@
-"""One engine process as its parent sees it: start, messages both ways, end. Nothing of requests.
+"""Start one engine process, exchange messages with it and end it.
 
-The child gets one end of a socket pair by number, and a session of its own, so that a signal to
-our process group leaves it alone until we have drained. It ends when the socket does.
+The child gets the number of its end of a socket pair, and a session of its own, so that a signal to
+our process group does not reach it before the pending requests are finished. It ends when the
+socket is closed.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from dreambooth.serving.supervision.link import Link
 from dreambooth.serving.supervision.messages import FromEngine, ToEngine
 from dreambooth.settings.serve_options import ServeSettings
 
-# -P: what lies in the current folder, which may be the model's, is not imported.
+# -P: nothing is imported from the current folder, which may be the model's.
 COMMAND: Final = (sys.executable, "-P", "-m", "dreambooth.serving.supervision.child")
-# A process that has been killed is gone at once, unless a driver holds it.
+# A process that has been killed is gone at once, unless a driver blocks it.
 _REAP_S: Final = 10.0
 _POLL_S: Final = 0.01
 _BUFFER_BYTES: Final = 4 * MIB
@@ -36,22 +37,22 @@ log = logging.getLogger(__name__)
 
 
 class EngineProcess:
-    """A running child; made by `spawn`, ended by `end`."""
+    """A running child process, created by `spawn` and ended by `end`."""
 
     def __init__(self, process: subprocess.Popen[bytes], link: Link) -> None:
         self._process = process
         self._link = link
-        self._swept = False  # what the process left behind was killed, too
+        self._group_killed = False  # whether the rest of its process group was killed
 
     @classmethod
     async def spawn(cls, command: Sequence[str]) -> EngineProcess:
-        """Start `command` with ``--fd N`` added; OSError where the system starts no process.
+        """Start `command` with ``--fd N`` added; raise OSError if it cannot be started.
 
-        It must be called in the thread of the event loop: Linux kills the child when the thread
-        that started it ends.
+        Call it in the thread of the event loop: Linux kills the child when the thread that started
+        it ends.
         """
         ours, theirs = socket.socketpair()
-        # A whole picture at once, where the system allows it: else both sides take turns.
+        # A whole picture fits, if the system allows it, so that the engine does not wait for us.
         theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
         try:
             process = subprocess.Popen(
@@ -78,21 +79,24 @@ class EngineProcess:
 
     @property
     def pid(self) -> int:
-        """The child's process id."""
+        """Return the child's process id."""
         return self._process.pid
 
     @property
     def exited(self) -> bool:
-        """Whether the process is gone, whoever may still hold its end of the socket."""
+        """Return whether the process is gone, even if another holds its end of the socket.
+
+        The first time, the rest of its process group is killed.
+        """
         gone = self._process.poll() is not None
-        if gone and not self._swept:
-            self._swept = True  # once: later the number may be another's
+        if gone and not self._group_killed:
+            self._group_killed = True  # only once: later the number may belong to another process
             self._kill_group()
         return gone
 
     @property
     def exit_reason(self) -> str:
-        """How it ended, in words for the log."""
+        """Return how the process ended, in words for the log."""
         code = self._process.returncode
         if code is None:
             return "it closed its connection"
@@ -102,10 +106,10 @@ class EngineProcess:
         return f"exit code {code}"
 
     async def send(self, message: ToEngine) -> None:
-        """Write a message and wait while the child reads slower than we write.
+        """Write a message and wait while the child reads more slowly than we write.
 
-        A child that is gone is no error here: `receive` tells. Raises WireError for a message
-        that no frame can hold.
+        If the child is gone nothing is raised here; `receive` then returns None. Raises WireError
+        for a message that is too long for a frame.
         """
         self._link.send(message)
         await self._link.drain()
@@ -115,27 +119,27 @@ class EngineProcess:
         self._link.send(message)
 
     async def receive(self) -> FromEngine | None:
-        """The child's next message, None when it is gone; WireError for what is no message."""
+        """Return the child's next message, None once it is gone; WireError as in `Link`."""
         return await self._link.receive()
 
     def disconnect(self) -> None:
-        """Drop the connection: `receive` returns None, the child ends by itself."""
+        """Drop the connection, so that `receive` returns None and the child ends by itself."""
         self._link.abort()
 
     def kill(self) -> None:
-        """Kill it and all that it started, without waiting."""
+        """Kill the process and all that it started, without waiting."""
         if not self.exited:
             self._kill_group()
 
-    async def wait(self, patience_s: float) -> bool:
-        """Wait until the process is gone, at most so long; return whether it is."""
-        deadline = time.monotonic() + patience_s
+    async def wait(self, timeout_s: float) -> bool:
+        """Wait up to `timeout_s` seconds for the process to be gone; return whether it is."""
+        deadline = time.monotonic() + timeout_s
         while not self.exited and time.monotonic() < deadline:
             await asyncio.sleep(_POLL_S)
         return self.exited
 
     async def end(self) -> None:
-        """Kill what is left of it and take its exit code."""
+        """Disconnect, kill what is left of the process and collect its exit code."""
         self.disconnect()
         self.kill()
         await self._link.wait_closed()
@@ -148,7 +152,7 @@ class EngineProcess:
 
 
 def options(folder: Path, settings: ServeSettings) -> list[str]:
-    """Return the settings that concern the engine, as `child` reads them."""
+    """Return the settings that concern the engine as command-line options of `child`."""
     options = [
         f"--model={folder}",
         f"--device={settings.device}",
@@ -168,7 +172,7 @@ def options(folder: Path, settings: ServeSettings) -> list[str]:
 
 
 def _environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Ours, and our package in front of the import path: -P leaves the current folder out."""
+    """Return our environment with our package on PYTHONPATH, since -P omits the current folder."""
     root = str(Path(dreambooth.__file__).parents[1])
     others = environ.get("PYTHONPATH", "")
     return {**environ, "PYTHONPATH": os.pathsep.join(path for path in (root, others) if path)}

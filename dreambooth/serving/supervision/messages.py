@@ -1,8 +1,9 @@
-"""What the server process and the engine process say to each other: frozen messages, no torch.
+"""Define the messages between the server process and the engine process, without torch.
 
-To the engine: Generate, Cancel, Close. From it: Ready or LoadFailed once, then Drawn (one per
-picture, as each is finished), Done or Failed (one of them ends each request) and Status (about
-twice a second, and whenever something ends). How they become bytes stands in `wire`.
+The server sends Generate, Cancel and Close. The engine sends Ready or LoadFailed once, then a Drawn
+per picture as each is finished, and a Done or a Failed at the end of each request that was not
+cancelled. From its start on it sends a Status about twice a second, and whenever a request ends.
+`wire` turns messages into bytes.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from dreambooth.serving.contract.reply import FinishReason
 
 
 class EngineFaultError(RuntimeError):
-    """The engine met an error of ours; its trace stands in the log, the client hears nothing."""
+    """An error in the engine that is our fault; the log has its trace, the client no details."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PictureOrder:
-    """A SamplingRequest whose two texts are places in the table of its Generate message."""
+    """A SamplingRequest whose two texts are indices into the `texts` of its Generate message."""
 
     prompt: int
     negative_prompt: int
@@ -42,9 +43,10 @@ class PictureOrder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generate:
-    """Draw the pictures of one request; equal texts travel once, however many pictures use them.
+    """The command to draw the pictures of one request.
 
-    batch_size: at most so many pictures of this request in one U-Net call.
+    texts: all prompts and negative prompts, equal ones once. batch_size: the most pictures of this
+    request in one U-Net call, None without a limit.
     """
 
     request_id: int
@@ -56,7 +58,7 @@ class Generate:
     def of(
         cls, request_id: int, pictures: Sequence[SamplingRequest], batch_size: int | None
     ) -> Generate:
-        """Write the message for these pictures."""
+        """Return the message that asks for these pictures."""
         table: dict[str, int] = {}
         orders = tuple(
             PictureOrder(
@@ -73,8 +75,8 @@ class Generate:
         )
         return cls(request_id=request_id, texts=tuple(table), orders=orders, batch_size=batch_size)
 
-    def pictures(self) -> tuple[SamplingRequest, ...]:
-        """Read the pictures back; IndexError where an order points outside the table."""
+    def sampling_requests(self) -> tuple[SamplingRequest, ...]:
+        """Return the pictures; raise IndexError if an order points beyond `texts`."""
         return tuple(
             SamplingRequest(
                 prompt=self.texts[order.prompt],
@@ -92,21 +94,21 @@ class Generate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cancel:
-    """Nobody waits for this request any more: stop it at the next step."""
+    """The command to stop a request at the next step, since nobody waits for it any more."""
 
     request_id: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Close:
-    """End: drop what is left and exit with 0."""
+    """The command to drop all remaining work and exit with 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """The model is loaded and a warm-up picture came out.
+    """The message that the model is loaded and has drawn a warm-up picture.
 
-    seconds_per_call: (rows, seconds) of U-Net calls at the model's own resolution, as measured.
+    seconds_per_call: (rows, seconds) of U-Net calls, measured at the model's own resolution.
     seconds_per_decode: of one picture. rows: the most rows that one call will have.
     """
 
@@ -117,7 +119,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawn:
-    """One finished picture; `pixels` are its RGB bytes, row by row, and travel outside the JSON."""
+    """One finished picture; `pixels` are its RGB bytes, row by row, sent outside the JSON."""
 
     request_id: int
     index: int
@@ -131,14 +133,14 @@ class Drawn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Done:
-    """All pictures of the request have been sent."""
+    """The message that all pictures of a request have been sent."""
 
     request_id: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """An error on its way between processes: the class by name, the sentence, its numbers."""
+    """An error as it is sent between processes: class name, message and numbers."""
 
     error: str
     message: str
@@ -147,7 +149,7 @@ class Fault:
 
     @classmethod
     def of(cls, error: BaseException) -> Fault:
-        """Describe an error; of strangers only the name of the class is told."""
+        """Describe an error; of one that is no DreamBoothError keep only the class name."""
         if not isinstance(error, DreamBoothError):
             return cls(error=EngineFaultError.__name__, message=type(error).__name__)
         return cls(
@@ -158,7 +160,7 @@ class Fault:
         )
 
     def exception(self) -> Exception:
-        """Return the error that `of` was given, or EngineFaultError for a class unknown here."""
+        """Return the error as an exception, EngineFaultError for a class unknown here."""
         if self.error == RequestError.__name__:
             return RequestError(self.message, 400 if self.status is None else self.status)
         if self.error == UnavailableError.__name__:
@@ -169,14 +171,14 @@ class Fault:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadFailed:
-    """The engine could not be opened; the process ends after this."""
+    """The message that the engine could not be opened; its process ends after this."""
 
     fault: Fault
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
-    """The request ended in an error."""
+    """The message that a request ended in an error."""
 
     request_id: int
     fault: Fault
@@ -184,18 +186,20 @@ class Failed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """A sign of life and the gauges of the engine; all zero while it loads.
+    """A sign of life with the engine's gauges and counters.
 
-    queued_pictures: not begun. undecoded: all steps done. The *_total count from the first request
-    of this process on, steps in U-Net calls. seconds_per_call: (rows, seconds) of recent calls at
-    the model's own resolution, seconds_per_decode of a picture there. dropped_lines_total: of this
-    process's log, that nobody read.
+    queued_pictures: not begun. undecoded: all steps done. calls_total (in U-Net calls) and
+    pictures_total count from the first request of this process on, out_of_memory_total from its
+    warm-up on. seconds_per_call: (rows, seconds) of recent calls at the model's own resolution,
+    seconds_per_decode of a picture there. dropped_lines_total: lines of this process's log that
+    were dropped because nobody read them. While the engine loads, only dropped_lines_total and
+    rss_bytes are set.
     """
 
     queued_pictures: int = 0
     running_rows: int = 0
     undecoded: int = 0
-    steps_done_total: int = 0
+    calls_total: int = 0
     pictures_total: int = 0
     out_of_memory_total: int = 0
     dropped_lines_total: int = 0

@@ -1,4 +1,4 @@
-"""The requests that were taken and are not answered: what each waits for, and their end."""
+"""Keep the accepted requests until they are answered, with the pictures each waits for."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from dreambooth.serving.supervision.messages import Done, Drawn, Failed
 
 
 class ProtocolError(Exception):
-    """The engine said something that its own rules forbid."""
+    """The engine sent a well-formed message that is not allowed at this point."""
 
 
 class PendingRequest:
-    """One request in the engine; `result` ends with all its pictures, in order, or an error."""
+    """A request in the engine; `result` becomes all its pictures, in order, or an error."""
 
     def __init__(self, work: tuple[Work, ...]) -> None:
         self.request_id = work[0].request_id
         self.result: asyncio.Future[list[Picture]] = asyncio.get_running_loop().create_future()
-        self.work = list(work)  # of each picture, with the steps that are left
+        self.work = list(work)  # of each picture, with the remaining steps
         self._pictures: list[Picture | None] = [None] * len(work)
 
     @property
     def picture_count(self) -> int:
-        """Pictures of the request, finished or not."""
+        """Return how many pictures the request has, finished or not."""
         return len(self._pictures)
 
     def missing(self) -> list[int]:
-        """The pictures that have not come."""
+        """Return the indices of the pictures that have not arrived."""
         return [i for i, picture in enumerate(self._pictures) if picture is None]
 
     def drawn(self, message: Drawn) -> None:
-        """Take one picture."""
+        """Take a finished picture; raise ProtocolError if it was not asked for."""
         if not 0 <= message.index < len(self.work) or self._pictures[message.index] is not None:
             raise ProtocolError(f"picture {message.index} of a request was not expected")
         work = self.work[message.index]
@@ -56,20 +56,20 @@ class PendingRequest:
             self.result.set_result([one for one in self._pictures if one is not None])
 
     def done(self) -> None:
-        """All pictures have been sent; with the last of them the result was there already."""
+        """Raise ProtocolError if a picture is missing; the last one has set `result` already."""
         if self.missing():
             raise ProtocolError("a request was said to be done before its last picture came")
 
     def failed(self, error: Exception) -> None:
-        """There will be no pictures."""
+        """End the request with an error, unless `result` is there already."""
         if not self.result.done():
             self.result.set_exception(error)
-            # Its waiter may have been cancelled in this very moment: then nobody asks for it.
+            # Mark it as read: its waiter may just have been cancelled, and asyncio would complain.
             self.result.exception()
 
 
 class PendingRequests:
-    """All of them, in the order of their admission."""
+    """All pending requests, in the order of their admission."""
 
     def __init__(self) -> None:
         self._pending: dict[int, PendingRequest] = {}
@@ -79,11 +79,11 @@ class PendingRequests:
 
     @property
     def picture_count(self) -> int:
-        """Pictures of all requests that were not answered yet."""
+        """Return how many pictures all pending requests have, finished or not."""
         return sum(pending_request.picture_count for pending_request in self._pending.values())
 
     def ahead(self) -> list[Work]:
-        """Return the work that the engine does before a new request's."""
+        """Return the work that the engine does before that of a new request."""
         return [
             pending_request.work[i]
             for pending_request in self._pending.values()
@@ -91,15 +91,15 @@ class PendingRequests:
         ]
 
     def add(self, pending_request: PendingRequest) -> None:
-        """Count a request in."""
+        """Add a request."""
         self._pending[pending_request.request_id] = pending_request
 
     def remove(self, pending_request: PendingRequest) -> None:
-        """Count it out, answered or not."""
+        """Remove a request, answered or not."""
         self._pending.pop(pending_request.request_id, None)
 
     def calls_were_made(self, count: int, speed: EngineSpeed) -> None:
-        """Note that the engine made so many U-Net calls since this was last noted."""
+        """Take `count` U-Net calls, made since the last time, off the remaining work."""
         places = [
             (pending_request, i)
             for pending_request in self._pending.values()
@@ -112,7 +112,7 @@ class PendingRequests:
             pending_request.work[i] = work
 
     def take(self, message: Drawn | Done | Failed) -> None:
-        """Hand the engine's message to its request; what nobody waits for any more is dropped."""
+        """Pass a message to its request; drop it if nobody waits for that any more."""
         pending_request = self._pending.get(message.request_id)
         if pending_request is None:
             return
@@ -124,7 +124,7 @@ class PendingRequests:
             pending_request.failed(message.fault.exception())
 
     def fail_all(self, message: str, retry_after_s: float) -> int:
-        """End every request with an UnavailableError; return how many there were."""
+        """Fail every request that has no result with UnavailableError; return how many."""
         lost = [
             pending_request
             for pending_request in self._pending.values()

@@ -1,4 +1,4 @@
-"""What the engine's process has to say: written by a thread of its own, in order, bounded."""
+"""Send the messages of the engine process in order, from a bounded queue and a separate thread."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from dreambooth.limits import MIB
 from dreambooth.serving.supervision import wire
 from dreambooth.serving.supervision.messages import FromEngine
 
-# Some twenty pictures of the largest size. The server reads all the time; only one that is held up
-# for long lets this fill, and then the engine has to wait for it.
+# Some twenty pictures of the largest size. The server reads all the time; the queue fills only if
+# the server is blocked for long, and then the engine has to wait for it.
 MOST_BYTES: Final = 256 * MIB
 _MOST_AT_ONCE: Final = 64  # frames; IOV_MAX allows 1,024 pieces
 
 
 class SendQueue:
-    """Messages on their way; every method may be called from any thread."""
+    """The messages to be sent; every method may be called from any thread."""
 
     def __init__(self, connection: socket.socket, *, most_bytes: int = MOST_BYTES) -> None:
         """Start the thread that writes to `connection`, a blocking socket."""
         self._connection = connection
         self._most_bytes = most_bytes
         self._frames: deque[tuple[bytes, bytes]] = deque()
-        self._bytes = 0  # of what is queued and under way
+        self._bytes = 0  # of the frames that are queued or being written
         self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._write, name="send_queue", daemon=True)
         self._thread.start()
 
     def put(self, message: FromEngine) -> None:
-        """Queue a message; it waits only while `most_bytes` are unsent, and drops what is late."""
+        """Queue a message, waiting while there are `most_bytes` unsent; drop it if closed."""
         frame = wire.pack(message)
         size = len(frame[0]) + len(frame[1])
         with self._changed:
@@ -45,7 +45,7 @@ class SendQueue:
                 self._changed.notify_all()
 
     def close(self, timeout_s: float) -> None:
-        """Take no more, and wait until all is written, at most so long."""
+        """Accept no more messages, and wait up to `timeout_s` seconds until all are written."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -63,7 +63,7 @@ class SendQueue:
                     self._frames.popleft()
             try:
                 self._send(parts)
-            except OSError:  # the server is gone; whoever reads from it ends the process
+            except OSError:  # the server is gone; the thread that reads from it ends the process
                 with self._changed:
                     self._closed = True
                     self._frames.clear()
@@ -74,7 +74,7 @@ class SendQueue:
                 self._changed.notify_all()
 
     def _send(self, parts: list[bytes]) -> None:
-        """All of it in one call where the socket takes it: each call may wake the server."""
+        """Write all parts, in one call if the socket takes them: each call may wake the server."""
         views = [memoryview(part) for part in parts if part]
         while views:
             sent = self._connection.sendmsg(views)

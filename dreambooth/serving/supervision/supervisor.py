@@ -1,11 +1,12 @@
-"""Keeps one engine process alive and asks it for pictures; the server's process, no torch.
+"""Keep one engine process running and request pictures from it, in the server's process.
 
-A process that ends is replaced at once; one that hangs or talks nonsense is killed and replaced.
-Requests are admitted here, before the engine hears of them.
+An engine process that ends is replaced; one that hangs or sends invalid messages is killed and
+replaced. Requests are accepted or refused here, before they are sent to the engine. This module
+needs no torch.
 
-A request that was in the engine when its process died is answered with UnavailableError and NOT
-tried again by us: it may be what killed it, and its client alone knows whether the time is still
-worth it. The client is told when to ask again.
+A request that was in the engine when its process died is answered with UnavailableError, which says
+when to retry. It is NOT tried again here: it may be what killed the process, and only its client
+can decide whether it still wants the pictures.
 """
 
 from __future__ import annotations
@@ -47,23 +48,23 @@ from dreambooth.serving.supervision.messages import (
 )
 from dreambooth.serving.supervision.pending_requests import PendingRequest, PendingRequests
 from dreambooth.serving.supervision.restart_policy import Listener, RestartPolicy
-from dreambooth.serving.supervision.watchdog import Patience
+from dreambooth.serving.supervision.watchdog import EngineTimeouts
 from dreambooth.serving.supervision.wire import WireError
 from dreambooth.settings.serve_options import ServeSettings
 
 __all__ = ["State", "Supervisor", "SupervisorStatus"]
 
-# A guess at how long loading takes, until it was measured.
+# A guess at how long loading takes, used until it has been measured.
 _LOAD_S: Final = 30.0
-# Of a server that shuts down or whose model cannot be loaded: another one must take over.
-_ELSEWHERE_S: Final = 30.0
-# A call takes so many times its estimate before it counts as hanging, if that is long at all.
+# When to retry if this server shuts down or cannot load its model: another one must take over.
+_RETRY_OTHER_SERVER_S: Final = 30.0
+# A call hangs after this many times its estimate, but not before `EngineTimeouts.step_s`.
 _SLOWEST_CALL: Final = 4.0
-# Processes in a row that may fail to load before the fault is taken for one that does not go away:
-# by a fault of ours, or without a word (which lack of memory may be, too).
+# After this many failed loads in a row no other process is started: _TRIES with a fault of ours,
+# _SILENT_TRIES that reported no reason, which a lack of memory can cause too.
 _TRIES: Final = 3
 _SILENT_TRIES: Final = 8
-# For the engine to end by itself once it has nothing to do.
+# How long the engine may take to end by itself once it has nothing to do.
 _CLOSE_S: Final = 2.0
 _DRAIN_S: Final = 0.01
 
@@ -71,10 +72,10 @@ log = logging.getLogger(__name__)
 
 
 class Supervisor(Listener):
-    """The engine behind the server; everything runs in the event loop of `start`.
+    """The engine as the server sees it; everything runs in the event loop of `start`.
 
-    folder: a diffusers folder. patience: when a silent engine is killed. command: what is started,
-    our own engine unless a test wants another.
+    folder: a diffusers folder. timeouts: the time limits of an engine. command: the command that
+    starts an engine process; tests pass others.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Supervisor(Listener):
         folder: Path,
         settings: ServeSettings,
         *,
-        patience: Patience | None = None,
+        timeouts: EngineTimeouts | None = None,
         command: Sequence[str] = COMMAND,
     ) -> None:
         self._folder = folder
@@ -91,7 +92,7 @@ class Supervisor(Listener):
             max_queue=settings.max_queue, request_timeout_s=settings.request_timeout_s
         )
         self._restart_policy = RestartPolicy(
-            (*command, *options(folder, settings)), patience or Patience(), self
+            (*command, *options(folder, settings)), timeouts or EngineTimeouts(), self
         )
         self._state: State = "loading"
         self._reason = "The model is being loaded."
@@ -99,31 +100,31 @@ class Supervisor(Listener):
         self._engine_speed: EngineSpeed | None = None
         self._load_s: float | None = None
         self._pending = PendingRequests()
-        self._numbers = itertools.count(1)
+        self._request_ids = itertools.count(1)
         self._counters = Counters()
         self._failure: UserError | EngineFaultError | None = None
         self._given_up = asyncio.Event()
-        self._faults = self._silent_deaths = 0  # in loading, since an engine was ready last
-        self._has_spoken = False  # this process: it was ready, or has said why it is not
-        self._settled = asyncio.Event()  # the first start has ended, one way or the other
+        self._load_faults = self._silent_exits = 0  # failed loads since an engine was last ready
+        self._load_reported = False  # whether this process has sent Ready or LoadFailed
+        self._first_start_over = asyncio.Event()  # the first start has succeeded or failed
         self._closed = asyncio.Event()
         self._running: asyncio.Task[None] | None = None
 
     @property
     def state(self) -> State:
-        """loading, ready, down (between two processes, silent, or for good) or closing."""
+        """Return loading, ready, down (between two processes, silent, or for good) or closing."""
         silent = self._state == "ready" and self._restart_policy.quiet
         return "down" if silent else self._state
 
     @property
     def reason(self) -> str:
-        """Why it is not ready, one sentence, else ""."""
+        """Return why the engine is not ready, in one sentence, or ""."""
         silent = "The engine gives no sign of life."
         return self._reason if self._state == self.state else silent
 
     @property
     def facts(self) -> SamplingFacts:
-        """What the model can draw; UnavailableError until `start` has read it."""
+        """Return what the model can draw; raise UnavailableError until `start` has read it."""
         if self._facts is None:
             raise UnavailableError(self._reason, self._retry_after_s())
         return self._facts
@@ -132,9 +133,10 @@ class Supervisor(Listener):
         """Start the engine and wait until it is ready for the first time.
 
         Raises UserError (ModelArtifactError) for a model that cannot be loaded, or not with these
-        settings, and EngineFaultError where loading it failed by a fault of ours again and again:
-        the state is "down" then and no other start is tried. Other failures are tried again, so
-        this may wait for long; to stop waiting cancel it and call `close`.
+        settings, and EngineFaultError if loading failed several times, by a fault of ours or
+        without a reported reason. The state is "down" then, and no other process is started. Other
+        failures are tried again, so this may wait for long; to stop waiting, cancel it and call
+        `close`.
         """
         try:
             self._facts = await asyncio.to_thread(read_facts, self._folder)
@@ -144,12 +146,12 @@ class Supervisor(Listener):
         self._bounds = replace(self._bounds, calls_per_step=self._facts.calls_per_step)
         self._running = asyncio.create_task(self._restart_policy.run(), name="engine")
         self._running.add_done_callback(self._restart_policy_ended)
-        await self._settled.wait()
+        await self._first_start_over.wait()
         if self._failure is not None:
             raise self._failure
 
     async def wait_until_given_up(self) -> None:
-        """Wait until no other engine is started because none can be, and raise why, as `start`."""
+        """Wait until no engine can be loaded any more, and raise the reason, as `start` does."""
         await self._given_up.wait()
         assert self._failure is not None
         raise self._failure
@@ -160,13 +162,13 @@ class Supervisor(Listener):
         """Return the request's pictures in order; picture i has the seed base_seed + i.
 
         waited_s: how long ago the request arrived; it is answered within request_timeout_s from
-        then on or not at all. Raises UnavailableError where it is refused (before the engine hears
-        of it), where it is late all the same, and, as soon as that is known, where the engine's
-        process ends: it is not tried again (see above). Raises ResourceError and RequestError as
-        the engine does, EngineFaultError for a fault of ours there. A task that is cancelled here
-        stops its work at the engine's next step.
+        then on or not at all. Raises UnavailableError if it is refused (before it is sent to the
+        engine), if it is late nevertheless, and at once if the engine's process ends; it is not
+        tried again (see above). Raises ResourceError and RequestError as the engine does,
+        EngineFaultError for a fault of ours there. If the task is cancelled here, its work stops at
+        the engine's next step.
         """
-        pictures = request.pictures(base_seed)
+        pictures = request.sampling_requests(base_seed)
         pending_request, process = self._admit(request, pictures, waited_s)
         allowed_s = self._settings.request_timeout_s - waited_s
         self._pending.add(pending_request)
@@ -195,7 +197,7 @@ class Supervisor(Listener):
                 process.send_soon(Cancel(request_id=pending_request.request_id))
 
     def status(self) -> SupervisorStatus:
-        """Return a snapshot; never waits for the engine."""
+        """Return a snapshot without waiting for the engine."""
         return self._counters.snapshot(
             state=self.state,
             reason=self.reason,
@@ -207,9 +209,10 @@ class Supervisor(Listener):
         )
 
     async def close(self, grace_s: float = 25.0) -> None:
-        """Take no new work, finish what was accepted within `grace_s`, end the engine's process.
+        """Accept no more requests, finish the accepted ones, and end the engine's process.
 
-        What is not finished by then gets UnavailableError. May be called in any state and again.
+        Requests not finished within `grace_s` seconds get UnavailableError. This may be called in
+        any state, and repeatedly.
         """
         if self._state == "closing":
             await self._closed.wait()
@@ -223,7 +226,7 @@ class Supervisor(Listener):
                 self._running.cancel()
                 await asyncio.gather(self._running, return_exceptions=True)
         finally:
-            self._settled.set()
+            self._first_start_over.set()
             self._closed.set()
 
     async def _drain(self, process: EngineProcess, grace_s: float) -> None:
@@ -232,7 +235,7 @@ class Supervisor(Listener):
                 while len(self._pending):
                     await asyncio.sleep(_DRAIN_S)
         message = f"The server was stopped, and {grace_s:g} s were not enough to finish."
-        self._lose("closing", message)
+        self._fail_pending("closing", message)
         process.send_soon(Close())
         if not await process.wait(_CLOSE_S):
             log.warning("the engine does not end by itself and is killed")
@@ -241,17 +244,17 @@ class Supervisor(Listener):
 
     @property
     def finished(self) -> bool:
-        """Whether no other engine is to be started."""
+        """Return whether no further engine process should be started."""
         return self._state == "closing" or self._failure is not None
 
     def starting(self) -> None:
-        """A process is about to be started."""
-        self._has_spoken = False
+        """Note that a process is about to be started."""
+        self._load_reported = False
         if self._state != "closing":
             self._set("loading", "The model is being loaded.")
 
     def received(self, message: FromEngine) -> None:
-        """Take what the engine says."""
+        """Handle a message of the engine."""
         if isinstance(message, Ready):
             self._ready(message)
         elif isinstance(message, LoadFailed):
@@ -264,14 +267,14 @@ class Supervisor(Listener):
             self._pending.take(message)
 
     def lost(self) -> None:
-        """Answer every request, now that the engine is gone and before anything is waited for."""
+        """Fail every pending request at once, since the engine is gone."""
         self._engine_speed = None
         self._counters.engine_ended()
-        if not self._has_spoken:
+        if not self._load_reported:
             self._died_silently()
         if not self.finished:
             self._set("down", "The engine has stopped and is being restarted.")
-        self._lose(
+        self._fail_pending(
             "engine_died",
             "The engine stopped while it worked on this request; it is being restarted.",
         )
@@ -285,17 +288,17 @@ class Supervisor(Listener):
             padded=self._settings.batch_rows is not None,
         )
         self._load_s = time.monotonic() - self._restart_policy.started
-        self._has_spoken, self._faults, self._silent_deaths = True, 0, 0
+        self._load_reported, self._load_faults, self._silent_exits = True, 0, 0
         if self._state != "closing":
             self._set("ready", "")
         log.info("the engine is ready after %.1f s", self._load_s)
-        self._settled.set()
+        self._first_start_over.set()
 
     def _note(self, status: Status) -> None:
         before, self._counters.engine = self._counters.engine, status
         if self._engine_speed is None:
             return
-        calls_made = status.steps_done_total - before.steps_done_total
+        calls_made = status.calls_total - before.calls_total
         self._pending.calls_were_made(calls_made, self._engine_speed)
         measured = {**dict(self._engine_speed.seconds_per_call), **dict(status.seconds_per_call)}
         self._engine_speed = replace(
@@ -309,11 +312,11 @@ class Supervisor(Listener):
         )
 
     def _load_failed(self, error: Exception) -> None:
-        """Give up what no other try can load; memory may be free again for another."""
-        self._has_spoken = True
+        """Give up if no other try can load the model; a lack of memory may pass."""
+        self._load_reported = True
         if isinstance(error, EngineFaultError):
-            self._faults += 1
-            if self._faults < _TRIES:
+            self._load_faults += 1
+            if self._load_faults < _TRIES:
                 return
             error = EngineFaultError(
                 f"The engine could not load the model in {_TRIES} tries ({error}): see the log."
@@ -322,28 +325,28 @@ class Supervisor(Listener):
             self._give_up(error)
 
     def _died_silently(self) -> None:
-        self._silent_deaths += 1
-        if self._silent_deaths == _SILENT_TRIES and not self.finished:
+        self._silent_exits += 1
+        if self._silent_exits == _SILENT_TRIES and not self.finished:
             message = f"The engine ended {_SILENT_TRIES} times before it was ready: see the log."
             self._give_up(EngineFaultError(message))
 
-    def _lose(self, reason: LossReason, message: str) -> None:
+    def _fail_pending(self, reason: LossReason, message: str) -> None:
         self._counters.losses[reason] += self._pending.fail_all(message, self._retry_after_s())
 
     def _give_up(self, error: UserError | EngineFaultError) -> None:
-        if self._settled.is_set():  # else `start` raises it
+        if self._first_start_over.is_set():  # otherwise `start` raises it
             log.error("the model cannot be loaded any more: %s", error)
         self._failure = error
         self._set("down", str(error))
-        self._settled.set()
+        self._first_start_over.set()
         self._given_up.set()
 
     def _restart_policy_ended(self, running: asyncio.Task[None]) -> None:
-        """Nothing keeps the engine any more; by a fault of ours unless that was wanted."""
+        """Set the state to "down" if the restart policy ended by an error, a fault of ours."""
         if not running.cancelled() and running.exception() is not None:
-            log.critical("nothing keeps the engine any more", exc_info=running.exception())
+            log.critical("the engine is not restarted any more", exc_info=running.exception())
             self._set("down", "The server has an internal error; it must be started anew.")
-            self._settled.set()
+            self._first_start_over.set()
 
     def _set(self, state: State, reason: str) -> None:
         self._state, self._reason = state, reason
@@ -358,7 +361,7 @@ class Supervisor(Listener):
             raise self._refused(state, self.reason, self._retry_after_s())
         assert speed is not None
         assert process is not None
-        request_id = next(self._numbers)
+        request_id = next(self._request_ids)
         work = tuple(
             Work(
                 request_id=request_id,
@@ -384,9 +387,9 @@ class Supervisor(Listener):
         return UnavailableError(message, retry_after_s)
 
     def _retry_after_s(self) -> float:
-        """When to ask again while there is no engine: about when the next one will be ready."""
+        """Return when to retry while there is no engine: about when the next one will be ready."""
         if self._state == "closing" or self._failure is not None:
-            return _ELSEWHERE_S
+            return _RETRY_OTHER_SERVER_S
         load_s = _LOAD_S if self._load_s is None else self._load_s
         passed_s = (
             time.monotonic() - self._restart_policy.started if self._state == "loading" else 0.0

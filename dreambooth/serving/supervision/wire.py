@@ -1,9 +1,9 @@
-"""Messages as bytes on a socket: length-prefixed frames of one JSON header and a raw payload.
+"""Send messages over a socket in length-prefixed frames of one JSON header and a raw payload.
 
 A frame is ``DBf1``, the header's length and the payload's (both uint32, network order), the header
 (one JSON object: the message's kind and its fields) and the payload (the RGB bytes of a Drawn,
-else empty). No pickle: a frame can say nothing but these messages, each field is checked against
-its annotation, and what differs is a WireError.
+else empty). Pickle is not used: a frame can hold nothing but these messages. Every field is checked
+against its annotation, and a mismatch raises WireError.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, Final, Literal, Union, cast, get_args, get_origin, get_t
 from dreambooth.limits import LIMITS, MIB
 from dreambooth.serving.supervision.messages import Drawn, FromEngine, ToEngine
 
-# The texts of one request come from a body of about 1 MiB; escaped in JSON they grow sixfold.
+# The texts of one request come from a body of about 1 MiB; escaped in JSON they may grow sixfold.
 MAX_HEADER_BYTES: Final = 16 * MIB
 MAX_PAYLOAD_BYTES: Final = 3 * LIMITS.max_generated_pixels
 
@@ -34,13 +34,13 @@ _KINDS: Final = {
 
 
 class WireError(Exception):
-    """The other side sent what is no frame or no message of ours."""
+    """Bytes are no frame or no message of ours, or a message is too long for a frame."""
 
 
 def pack(message: ToEngine | FromEngine) -> tuple[bytes, bytes]:
-    """Return a message's bytes in two pieces, prefix with header and payload.
+    """Return a message's bytes in two parts: the prefix with the header, and the payload.
 
-    Raises WireError for one that is longer than a frame may be.
+    Raises WireError for a message that is too long for a frame.
     """
     kind: Any = type(message)
     content = {name: getattr(message, name) for name in _hints(kind)}
@@ -54,7 +54,8 @@ def pack(message: ToEngine | FromEngine) -> tuple[bytes, bytes]:
 def to_engine(connection: socket.socket) -> ToEngine | None:
     """Read the server's next message from a blocking socket.
 
-    None where the server is gone, even in the middle of a frame; WireError for anything else.
+    Return None if the server is gone, even in the middle of a frame. Raises WireError for bytes
+    that are no message.
     """
     prefix = _exactly(connection, PREFIX_BYTES)
     if prefix is None:
@@ -68,7 +69,7 @@ def to_engine(connection: socket.socket) -> ToEngine | None:
 
 
 def unpack(header: bytes, payload: bytes | bytearray, kinds: Any) -> ToEngine | FromEngine:
-    """Read one message of the union `kinds` from the two parts of a frame, or raise WireError."""
+    """Return the message, of the union `kinds`, in the two parts of a frame, or raise WireError."""
     try:
         content = json.loads(header)
     except (ValueError, RecursionError) as error:
@@ -105,7 +106,7 @@ def _exactly(connection: socket.socket, count: int) -> bytes | None:
 
 
 def lengths(prefix: bytes | bytearray) -> tuple[int, int]:
-    """Bytes of a frame's header and payload, or WireError."""
+    """Return the lengths of a frame's header and payload in bytes, or raise WireError."""
     magic, header, payload = _PREFIX.unpack(prefix)
     if magic != _MAGIC:
         raise WireError(f"a frame begins with {magic!r}")
@@ -120,7 +121,7 @@ def _check_lengths(header: int, payload: int) -> None:
 
 @cache
 def _hints(kind: Any) -> dict[str, Any]:
-    """The annotations of a message's fields."""
+    """Return the annotations of a message's fields."""
     hints = get_type_hints(kind)
     return {field.name: hints[field.name] for field in fields(kind)}
 
@@ -134,7 +135,7 @@ def _plain(value: object) -> object:
 
 
 def _read(wanted: Any, value: Any, where: str) -> Any:
-    """Return `value`, as JSON gave it, as an object of the annotation `wanted`."""
+    """Return a value from JSON as an object of the annotation `wanted`, or raise WireError."""
     origin, arguments = get_origin(wanted), get_args(wanted)
     if is_dataclass(wanted) and isinstance(wanted, type) and isinstance(value, dict):
         hints = _hints(wanted)
@@ -146,7 +147,7 @@ def _read(wanted: Any, value: Any, where: str) -> Any:
         if len(arguments) == len(value):
             pairs = zip(arguments, value, strict=True)
             return tuple(_read(argument, item, where) for argument, item in pairs)
-    elif origin in (Union, types.UnionType):  # of us, always with None
+    elif origin in (Union, types.UnionType):  # in our messages always X | None
         inner = next(argument for argument in arguments if argument is not types.NoneType)
         return None if value is None else _read(inner, value, where)
     elif origin is Literal and value in arguments:

@@ -24,7 +24,9 @@ from dreambooth.serving.contract import error_reply
         (UnavailableError("x", 3), 503, "UnavailableError"),
     ],
 )
-def test_a_named_error_is_told_with_its_status(error: Exception, status: int, kind: str) -> None:
+def test_a_named_error_is_reported_with_its_status(
+    error: Exception, status: int, kind: str
+) -> None:
     told = json.loads(error_reply.of(error).body("abc"))
     assert (told["code"], told["type"], told["message"]) == (status, kind, "x")
     assert told["request_id"] == "abc"

@@ -18,7 +18,7 @@ FACTS = SamplingFacts(resolution=512, unit=8, max_steps=999)
 DOCUMENT = openapi.document()
 SCHEMAS = DOCUMENT["components"]["schemas"]
 INVOCATIONS = DOCUMENT["paths"]["/invocations"]["post"]
-ANYWHERE = {"405", "408", "431"}  # the routes' and the guard's own
+COMMON_ERRORS = {"405", "408", "431"}  # replies that the routes and the guard may give anywhere
 
 
 TYPES: dict[str, tuple[type, ...]] = {
@@ -37,7 +37,7 @@ def examples(content_type: str) -> dict[str, Any]:
 
 
 def fits(value: object, schema: dict[str, Any]) -> bool:
-    """Whether a value has a schema's shape, for the keywords that the document uses."""
+    """Return whether a value matches a schema, for the schema keywords that the document uses."""
     if "$ref" in schema:
         return fits(value, SCHEMAS[schema["$ref"].rpartition("/")[2]])
     if "oneOf" in schema:
@@ -105,9 +105,9 @@ def test_every_content_type_key_format_and_status_is_described() -> None:
     formats = INVOCATIONS["responses"]["200"]["content"]
     assert list(formats) == [format.media_type for format in reply.FORMATS]
     statuses = {"200", "400", "406", "413", "415", "500", "503", "507"}
-    assert set(INVOCATIONS["responses"]) == statuses | ANYWHERE
+    assert set(INVOCATIONS["responses"]) == statuses | COMMON_ERRORS
     for path, statuses in (("ping", {"200", "503"}), ("metrics", {"200"})):
-        assert set(DOCUMENT["paths"][f"/{path}"]["get"]["responses"]) == statuses | ANYWHERE
+        assert set(DOCUMENT["paths"][f"/{path}"]["get"]["responses"]) == statuses | COMMON_ERRORS
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_every_content_type_key_format_and_status_is_described() -> None:
     ],
 )
 def test_its_bounds_are_the_parsers(key: str, bound: int, beyond: int) -> None:
-    # One side at its most leaves room for a short other one alone.
+    # If one side has its largest value, the other must be short.
     other = {"height": "width", "width": "height"}.get(key)
     payload = {"prompt": "x", key: bound} | ({other: 8} if other else {})
     request.parse("application/json", json.dumps(payload), FACTS)
@@ -151,7 +151,7 @@ def test_replies_are_as_described(name: str) -> None:
     ]
     for accept in ("application/json", "application/json;jpeg", "application/json;png"):
         format = reply.negotiate(accept, asked, max_response_bytes=10**6)
-        content, media_type = reply.encode(asked, pictures, format, base_seed=0)
+        content, media_type = reply.encode(asked, pictures, format)
         schema = INVOCATIONS["responses"]["200"]["content"][media_type]["schema"]
         assert fits(json.loads(content), schema)
 

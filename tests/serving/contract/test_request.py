@@ -13,7 +13,7 @@ from dreambooth.diffusion.sampling_request import SMALLEST_UNIT, SamplingFacts
 from dreambooth.errors import RequestError
 from dreambooth.limits import KIB, LIMITS, MIB
 from dreambooth.serving.contract import request
-from dreambooth.serving.contract.request import SEEDS, GenerationRequest, parse
+from dreambooth.serving.contract.request import SEED_COUNT, GenerationRequest, parse
 from dreambooth.serving.http.guard import GuardLimits
 from dreambooth.serving.supervision import wire
 from dreambooth.serving.supervision.messages import Generate, ToEngine
@@ -135,7 +135,7 @@ def test_every_key_arrives() -> None:
         batch_size=3,
     )
     assert found.picture_count == 4
-    drawn = found.pictures(2**64 - 2)
+    drawn = found.sampling_requests(2**64 - 2)
     texts = [(each.prompt, each.negative_prompt, each.seed) for each in drawn]
     first, last = 2**64 - 2, 2**64 - 1
     assert texts == [("x", "n", first), ("x", "n", last), ("y", "m", 0), ("y", "m", 1)]
@@ -204,7 +204,7 @@ def test_published_sentences_are_kept(payload: object, sentence: str) -> None:
         ("prompt", "x" * 4_001, "prompt has 4001 characters; at most 4000"),
         ("prompt", ["x"] * 65, "prompt holds 65 texts"),
         ("negative_prompt", 5, "negative_prompt must be a string or a list of string. Got 5"),
-        ("negative_prompt", ["n"], "may be one where the prompt is a list"),
+        ("negative_prompt", ["n"], "a list is allowed only beside a list"),
         ("negative_prompt", "x" * 4_001, "negative_prompt has 4001 characters"),
         ("width", True, "width must be an integer, got True"),
         ("width", None, "width must be an integer, got None"),
@@ -371,7 +371,7 @@ def test_other_content_types_are_415(header: str | None, words: str) -> None:
     assert len(str(error.value)) < 400
 
 
-# Strangers.
+# Untrusted input.
 
 REQUEST = json.dumps(
     {"prompt": [CAT, "x"], "width": 512, "seed": 1, "guidance_scale": 7.5, "negative_prompt": "n"}
@@ -386,7 +386,7 @@ def parses_or_refuses(content_type: str | None, body: bytes | str) -> None:
     else:
         assert isinstance(found, GenerationRequest)
         assert 1 <= found.picture_count <= LIMITS.max_request_pictures
-        assert len(found.pictures(0)) == found.picture_count
+        assert len(found.sampling_requests(0)) == found.picture_count
         return
     assert told.status in (400, 413, 415)
     assert str(told).isprintable()
@@ -424,19 +424,19 @@ def test_any_values_of_any_keys_are_parsed_or_refused(
     [
         {"guidance_scale": LIMITS.max_guidance_scale},
         {"guidance_scale": -LIMITS.max_guidance_scale, "eta": 1},
-        {"seed": SEEDS - 1, "num_images_per_prompt": 64, "batch_size": 256},
+        {"seed": SEED_COUNT - 1, "num_images_per_prompt": 64, "batch_size": 256},
         {"prompt": ["\N{GRINNING FACE}" * 3_900] * 64},
         {"prompt": "\0\x7f\u2028\U0010ffff", "negative_prompt": "\\"},
     ],
 )
 def test_what_is_accepted_survives_the_way_to_the_engine(extreme: dict[str, Any]) -> None:
     body = json.dumps({"prompt": CAT} | extreme, ensure_ascii=False).encode()
-    pictures = parse("application/json", body, FACTS).pictures(SEEDS - 1)
+    pictures = parse("application/json", body, FACTS).sampling_requests(SEED_COUNT - 1)
     message = Generate.of(1, pictures, batch_size=None)
     header, payload = wire.pack(message)
     read = wire.unpack(header[12:], payload, ToEngine)
     assert isinstance(read, Generate)
-    assert read.pictures() == pictures
+    assert read.sampling_requests() == pictures
 
 
 def test_the_limits_of_the_readme_are_these() -> None:

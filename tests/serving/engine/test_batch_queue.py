@@ -86,7 +86,7 @@ def test_sizes_take_turns_call_by_call() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_between_two_calls_of_a_size_every_other_has_at_most_one(seed: int) -> None:
-    """Whatever comes and goes meanwhile, new sizes above all."""
+    """This holds whatever rows are added and removed in between, even rows of new sizes."""
     draw = random.Random(seed)
     batch_queue = filled(Row("patient"))
     since: list[str] = []

@@ -48,7 +48,7 @@ def test_an_error_reaches_whoever_waits() -> None:
         job.result(timeout=0)
 
 
-def test_a_job_that_was_given_up_hears_nothing_more() -> None:
+def test_a_cancelled_job_gets_no_more_pictures() -> None:
     heard: list[int] = []
     left: list[bool] = []
     job = DrawingJob(
@@ -81,7 +81,7 @@ def test_a_listener_that_fails_harms_nobody(caplog: pytest.LogCaptureFixture) ->
     job = DrawingJob([request()], on_picture=fail)
     job.deliver(0, picture(0))
     assert len(job.result(timeout=0)) == 1
-    assert "What listens for pictures failed." in caplog.text
+    assert "The callback for a finished picture failed." in caplog.text
 
 
 def test_done_callbacks_are_called_once_from_whatever_thread() -> None:

@@ -1,4 +1,4 @@
-"""The engine with its thread: what users of `submit` see."""
+"""The engine with its thread, as users of `submit` see it."""
 
 from __future__ import annotations
 
@@ -87,18 +87,18 @@ def test_warm_up_draws_and_measures(model: DiffusionModel) -> None:
     engine = Engine(model, settings=EngineSettings(max_rows=4))
     warm = engine.start()
     try:
-        assert [rows for rows, _ in warm.seconds_per_step] == [1, 2, 4]
+        assert [rows for rows, _ in warm.seconds_per_call] == [1, 2, 4]
         assert warm.rows in (2, 4)
         assert engine.warm_up == warm
         assert warm.seconds_per_decode > 0
         status = engine.status()
-        assert (status.pictures_total, status.steps_done_total) == (0, 0)
-        assert dict(status.seconds_per_step).keys() == {1, 2, 4}
+        assert (status.pictures_total, status.calls_total) == (0, 0)
+        assert dict(status.seconds_per_call).keys() == {1, 2, 4}
     finally:
         engine.close(drain=True)
 
 
-def test_a_model_that_cannot_draw_is_told_at_the_start(model: DiffusionModel) -> None:
+def test_a_model_that_cannot_draw_is_reported_at_the_start(model: DiffusionModel) -> None:
     for parameter in model.unet.conv_out.parameters():
         parameter.fill_(float("nan"))
     engine = Engine(model, settings=QUICK)
@@ -121,7 +121,7 @@ def test_a_model_that_cannot_draw_is_told_at_the_start(model: DiffusionModel) ->
         ("scheduler/scheduler_config.json", {"trained_betas": [0.1] * 5}),
     ],
 )
-def test_a_folder_that_says_what_no_network_can_do_is_told_at_the_start(
+def test_a_folder_that_says_what_no_network_can_do_is_reported_at_the_start(
     make_model_folder: Callable[..., Path], file: str, setting: dict[str, Any]
 ) -> None:
     path = make_model_folder() / file
@@ -145,9 +145,9 @@ def test_a_job_given_up_frees_its_rows_at_the_next_step(engine: Engine) -> None:
     until(lambda: engine.status().running_rows > 0)
     assert not long.done
     long.cancel()
-    at = engine.status().steps_done_total
+    at = engine.status().calls_total
     until(lambda: engine.status().running_rows == 0)
-    assert engine.status().steps_done_total <= at + 2
+    assert engine.status().calls_total <= at + 2
     assert engine.status().queued_pictures == 0
     with pytest.raises(CancelledError):
         long.result()
@@ -190,7 +190,7 @@ def test_short_requests_do_not_wait_for_long_ones(engine: Engine) -> None:
     long.cancel()
 
 
-def test_pictures_are_told_one_by_one(engine: Engine) -> None:
+def test_pictures_are_reported_one_by_one(engine: Engine) -> None:
     heard: list[tuple[int, int]] = []
     wanted = [request(1, num_inference_steps=9), request(2, num_inference_steps=2)]
     job = engine.submit(wanted, on_picture=lambda i, picture: heard.append((i, picture.seed)))
@@ -246,7 +246,7 @@ def test_the_global_random_generator_is_not_touched(model: DiffusionModel) -> No
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_device_that_is_not_there_is_told(small_model_folder: Path) -> None:
+def test_a_device_that_is_not_there_is_reported(small_model_folder: Path) -> None:
     with pytest.raises(UserError, match="no GPU can be used"):
         open_engine(small_model_folder, device=torch.device("cuda"))
 
@@ -259,7 +259,7 @@ def test_the_embedded_model_opens_and_draws() -> None:
     assert picture.finish_reason == "SUCCESS"
 
 
-def test_a_folder_that_is_no_model_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_is_no_model_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ModelArtifactError):
         open_engine(tmp_path)
 

@@ -1,4 +1,4 @@
-"""Out of memory and other faults in the middle of the work: who is hurt, who is not."""
+"""Out of memory and other faults in the middle of drawing: which requests fail and which do not."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def worker(model: DiffusionModel, **options: Any) -> Worker:
 
 
 def run(worker: Worker, *requests: Sequence[SamplingRequest]) -> list[DrawingJob]:
-    """One job per list of requests, to the end."""
+    """Add one job per list of requests and run the worker until all are done."""
     jobs = [DrawingJob(each) for each in requests]
     for job in jobs:
         worker.add(job)
@@ -63,7 +63,7 @@ def difference(some: Sequence[Picture], others: Sequence[Picture]) -> int:
 
 
 class Allocator:
-    """Fails when it is asked for too much."""
+    """A forward pre-hook that notes each call's rows and raises where `fails(rows)` is true."""
 
     def __init__(self, fails: Callable[[int], bool], error: Exception | None = None) -> None:
         self.fails, self.error = fails, error or torch.OutOfMemoryError("CUDA out of memory")
@@ -88,7 +88,7 @@ def failing(
 
 
 def once(at: int) -> Callable[[int], bool]:
-    """Fails in the at-th call only (counted from 1)."""
+    """Return a predicate that is true only in its at-th call (counted from 1)."""
     count = 0
 
     def fails(rows: int) -> bool:
@@ -111,15 +111,15 @@ def test_a_call_that_does_not_fit_is_made_in_halves_at_any_step(
     with failing(model.unet, once(at)) as allocator:
         got = pictures(run(engine, *wanted))
     assert difference(got, expected) <= 2
-    assert all(picture.exact for picture in got)  # elastic mode promises no bytes
+    assert all(picture.exact for picture in got)  # elastic mode has no exactness to give up
     if at <= len(allocator.calls) // 2:
         assert allocator.calls[at - 1 : at + 2] == [8, 4, 4]
         assert engine.unet_caller.out_of_memory_total == 1
     model.scheduler_class = "PNDMScheduler"
 
 
-def test_rows_of_their_own_keep_every_byte_through_a_halving(model: DiffusionModel) -> None:
-    """One row per call before and after: nothing is left to change."""
+def test_exact_rows_keep_every_byte_when_a_call_is_halved(model: DiffusionModel) -> None:
+    """Each call has one row before and after, so nothing can change."""
     wanted = [[request(seed, guidance_scale=1.0)] for seed in range(2)]
     expected = pictures(run(worker(model, max_rows=1), *wanted))
     with failing(model.unet, lambda rows: rows > 1):
@@ -157,8 +157,8 @@ def test_other_sizes_keep_their_rows(model: DiffusionModel) -> None:
         run(engine, *large, *small)
     hook.remove()
     assert 4 in allocator.calls
-    assert engine.unet_caller.room((32, 32)) == 8
-    assert engine.unet_caller.room((64, 64)) == 1
+    assert engine.unet_caller.allowed_rows((32, 32)) == 8
+    assert engine.unet_caller.allowed_rows((64, 64)) == 1
 
 
 def test_what_does_not_fit_alone_fails_with_the_size_that_would(model: DiffusionModel) -> None:
@@ -218,7 +218,7 @@ def test_text_that_never_fits_fails_its_job_alone(model: DiffusionModel) -> None
         known, unknown = run(engine, [request(1)], [request(2, prompt="snow")])
         with pytest.raises(ResourceError):
             unknown.result(timeout=0)
-    # The cache was emptied for it: who is drawn already does not need it any more.
+    # The text cache was emptied meanwhile; a picture being drawn no longer needs it.
     assert difference(pictures([known]), expected) <= 2
 
 
@@ -244,7 +244,7 @@ def test_a_picture_that_cannot_be_decoded_fails_its_job_alone(model: DiffusionMo
 def test_a_noise_scheduler_without_memory_begins_its_picture_anew(
     model: DiffusionModel, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    """One that has no table, as it clips."""
+    """This noise scheduler clips and therefore has no table."""
     settings = model.scheduler_config | {"clip_sample": True}
     model = dataclasses.replace(model, scheduler_class="DDIMScheduler", scheduler_config=settings)
     wanted = [[request(1)], [request(2)]]
@@ -260,9 +260,9 @@ def test_a_noise_scheduler_without_memory_begins_its_picture_anew(
         return result
 
     monkeypatch.setattr(diffusers.DDIMScheduler, "step", half_a_step)
-    before = engine.steps_done_total
+    before = engine.calls_total
     assert difference(pictures(run(engine, *wanted)), expected) <= 2
-    assert engine.steps_done_total - before == 4 + (at + 1) // 2
+    assert engine.calls_total - before == 4 + (at + 1) // 2
 
 
 @pytest.mark.parametrize("at", [1, 2, 4])
@@ -274,7 +274,7 @@ def test_a_step_of_all_without_memory_is_taken_one_by_one(
     wanted = [[request(1)], [request(2)]]
     engine = worker(model, batch_rows=batch_rows)
     expected = pictures(run(engine, *wanted))
-    before = engine.steps_done_total
+    before = engine.calls_total
     sizes: list[int] = []
     step, fails = trajectories.step, once(at)
 
@@ -292,7 +292,7 @@ def test_a_step_of_all_without_memory_is_taken_one_by_one(
     got = pictures(run(engine, *wanted))
     assert difference(got, expected) == 0
     assert all(picture.exact for picture in got)
-    assert engine.steps_done_total - before == 4  # nobody had to begin anew
+    assert engine.calls_total - before == 4  # no picture had to start again
     assert engine.unet_caller.out_of_memory_total == 1
     if at == 1:
         assert sizes == [2, 1, 1, 2, 2, 2]

@@ -1,4 +1,4 @@
-"""Which pictures the engine draws: diffusers' own, whoever shares their U-Net calls."""
+"""The engine draws the pictures that diffusers draws, whatever else shares their U-Net calls."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def together(worker: Worker, requests: Sequence[SamplingRequest]) -> list[Pictur
 def traffic(
     worker: Worker, requests: Sequence[SamplingRequest], draw: random.Random
 ) -> list[Picture]:
-    """Submit the requests at random moments, one, two or three at a time, in random order."""
+    """Submit one to three requests at random moments, in random order; return the pictures."""
     waiting = list(enumerate(requests))
     draw.shuffle(waiting)
     jobs: list[tuple[list[int], DrawingJob]] = []
@@ -175,8 +175,9 @@ def test_exact_pictures_never_change_a_byte_in_random_traffic(
 def test_exact_latents_keep_every_bit_where_threads_make_places_matter(
     embedded: DiffusionModel,
 ) -> None:
-    # Two threads cut this model's calls of five rows within the last one; nothing else needs two.
-    # Pixels would hide that: latents are compared.
+    # The U-Net runs with two threads, which split this model's calls of five rows inside the last
+    # row; nothing else needs two. Latents are compared, because rounding to pixels would hide
+    # differences.
     model = with_scheduler(embedded, "DDIMScheduler")
     requests = [
         request(seed, num_inference_steps=1, guidance_scale=scale)
@@ -223,7 +224,7 @@ def test_elastic_calls_have_the_rows_of_the_load_up_to_the_cap(small: DiffusionM
         together(engine, [request(1), request(2, guidance_scale=1.0), request(3)])
     finally:
         hook.remove()
-    # One guided, one not: three rows; the other guided one has to wait.
+    # One guided and one unguided picture make three rows; the other guided one has to wait.
     assert calls == [3] * 6 + [2] * 6
 
 
@@ -242,11 +243,11 @@ def test_pictures_of_one_job_share_calls_only_up_to_its_share(small: DiffusionMo
 
 
 class CountedTime:
-    """A clock that only U-Net calls (1 s) and layers of the decoder (layer_s) move."""
+    """A clock that is advanced only by U-Net calls (1 s) and decoder layers (layer_s)."""
 
     def __init__(self, model: DiffusionModel, *, layer_s: float) -> None:
         self.seconds = 0.0
-        self.calls: list[tuple[float, float]] = []  # when each began and ended
+        self.calls: list[tuple[float, float]] = []  # start and end of each
         decoder = model.vae.decoder
         blocks = [[*block.resnets, *(block.upsamplers or ())] for block in decoder.up_blocks]
         layers = [decoder.conv_in, decoder.mid_block, *itertools.chain(*blocks), decoder.conv_out]
@@ -306,7 +307,8 @@ def test_decoding_never_stalls_the_others_longer_than_a_step(
         pictures = together(engine, [*wanted, slow])
     gaps = [after[0] - before[1] for before, after in itertools.pairwise(time.calls)]
     assert max(gaps) <= 0.5 + layer_s + 1e-9
-    assert max(gaps) >= min(0.5, time.layers * layer_s)  # or the picture would wait for nothing
+    # Smaller gaps would delay the decoding for nothing.
+    assert max(gaps) >= min(0.5, time.layers * layer_s)
     assert sum(gap > 0 for gap in gaps) >= 4
     assert difference(pictures, expected) <= 2
     assert engine.seconds_per_decode == pytest.approx(time.layers * layer_s)
@@ -361,9 +363,9 @@ def test_a_long_schedule_is_read_while_others_run(small: DiffusionModel) -> None
     engine.run_round()
     engine.add(DrawingJob([request(2, num_inference_steps=400)]))
     for _ in range(5):
-        before = engine.steps_done_total
+        before = engine.calls_total
         engine.run_round()
-        assert engine.steps_done_total == before + 1
+        assert engine.calls_total == before + 1
     assert engine.batch_queue.running_rows == 4
     assert sum(
         engine.unet_caller.call_rows([row])
@@ -380,7 +382,7 @@ def test_every_noise_scheduler_draws_one_step(small: DiffusionModel) -> None:
         assert picture.finish_reason == "SUCCESS", name
 
 
-def test_latents_that_are_not_finite_are_said(
+def test_latents_that_are_not_finite_are_reported(
     make_model_folder: Callable[..., Path],
 ) -> None:
     model = models.load(make_model_folder(), device=CPU)
@@ -398,7 +400,7 @@ def test_latents_that_are_not_finite_are_said(
     assert alone(engine, request(1)).finish_reason == "SUCCESS"
 
 
-def test_a_vae_that_yields_no_numbers_is_said(make_model_folder: Callable[..., Path]) -> None:
+def test_a_vae_that_yields_no_numbers_is_reported(make_model_folder: Callable[..., Path]) -> None:
     model = models.load(make_model_folder(), device=CPU)
     model.vae.decoder.conv_out.bias.fill_(float("nan"))
     picture = alone(worker(model), request(1))
@@ -406,7 +408,7 @@ def test_a_vae_that_yields_no_numbers_is_said(make_model_folder: Callable[..., P
     assert picture.pixels.shape == (32, 32, 3)
 
 
-def test_a_black_picture_is_said(make_model_folder: Callable[..., Path]) -> None:
+def test_a_black_picture_is_reported(make_model_folder: Callable[..., Path]) -> None:
     model = models.load(make_model_folder(), device=CPU)
     model.vae.decoder.conv_out.weight.zero_()
     model.vae.decoder.conv_out.bias.fill_(-5.0)

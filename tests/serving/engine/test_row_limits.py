@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from dreambooth.serving.engine import row_limits
-from dreambooth.serving.engine.row_limits import PATIENCE, RowLimit, advice, is_out_of_memory
+from dreambooth.serving.engine.row_limits import (
+    CALLS_BEFORE_RAISE,
+    RowLimit,
+    advice,
+    is_out_of_memory,
+)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +34,7 @@ def test_the_allocator_of_the_cpu_is_understood() -> None:
     assert is_out_of_memory(caught.value)
 
 
-def test_a_lost_device_is_told_from_full_memory() -> None:
+def test_a_lost_device_is_distinguished_from_full_memory() -> None:
     assert row_limits.is_device_lost(torch.AcceleratorError("device-side assert"))
     assert not row_limits.is_device_lost(torch.AcceleratorError("CUDA error: out of memory"))
     assert not row_limits.is_device_lost(RuntimeError("device-side assert"))
@@ -55,23 +60,23 @@ def succeed(cap: RowLimit, times: int) -> None:
 def test_after_enough_full_calls_more_rows_are_tried_again() -> None:
     cap = RowLimit(8)
     cap.halve(8)
-    succeed(cap, PATIENCE - 1)
-    cap.succeeded(2)  # not a full call: it says nothing
+    succeed(cap, CALLS_BEFORE_RAISE - 1)
+    cap.succeeded(2)  # not a full call, so it does not count
     assert cap.rows == 4
     succeed(cap, 1)
     assert cap.rows == 8
-    succeed(cap, 10 * PATIENCE)
+    succeed(cap, 10 * CALLS_BEFORE_RAISE)
     assert cap.rows == 8
 
 
 def test_a_raise_that_goes_wrong_makes_more_patient() -> None:
     cap = RowLimit(8)
     cap.halve(8)
-    succeed(cap, PATIENCE)
+    succeed(cap, CALLS_BEFORE_RAISE)
     cap.halve(8)
-    succeed(cap, PATIENCE)
+    succeed(cap, CALLS_BEFORE_RAISE)
     assert cap.rows == 4
-    succeed(cap, PATIENCE)
+    succeed(cap, CALLS_BEFORE_RAISE)
     assert cap.rows == 8
 
 
@@ -87,4 +92,4 @@ def test_a_raise_that_goes_wrong_makes_more_patient() -> None:
     ],
 )
 def test_the_advice_names_a_size_below(size: tuple[int, int], known: int, words: str) -> None:
-    assert words in advice(*size, unit=8, known_pixels=known)
+    assert words in advice(*size, unit=8, fitted_pixels=known)

@@ -4,8 +4,8 @@ import pytest
 
 from dreambooth.serving.engine.warm_up import measure, rows_that_pay
 
-# Published times of one guided call (two rows per picture), 512 x 512: torch 2.0 nightly,
-# compiled, as (pictures, seconds); the H100's is a fit.
+# Published times of one guided call (two rows per picture) at 512 x 512 with torch 2.0 nightly,
+# compiled, as (pictures, seconds); the H100's are a fit.
 T4 = [(1, 1 / 7.56), (4, 1 / 1.99), (16, 2.3)]
 V100 = [(1, 1 / 22.2), (4, 1 / 6.9), (16, 1 / 1.9)]
 A100 = [(b, (7.5 + 12.6 * b) / 1000) for b in (1, 2, 4, 8, 16)]
@@ -31,7 +31,7 @@ def test_a_single_point_is_taken() -> None:
 
 
 class Device:
-    """A clock that a call of so many rows moves on."""
+    """A clock that a call advances by a time per row."""
 
     def __init__(self, seconds_per_row: float, *, first: float = 0.0, most: int = 1000) -> None:
         self.now, self.seconds_per_row, self.most = 0.0, seconds_per_row, most
@@ -78,7 +78,7 @@ def test_the_curve_ends_where_memory_does() -> None:
     assert [rows for rows, _ in curve] == [1, 2]
 
 
-def test_a_device_that_cannot_take_one_row_is_told() -> None:
+def test_a_device_that_cannot_take_one_row_is_reported() -> None:
     device = Device(0.1, most=0)
     with pytest.raises(MemoryError):
         measure(device, most_rows=16, budget_s=100, clock=device.clock)

@@ -29,7 +29,7 @@ SETTINGS = ServeSettings(model="none", max_body_bytes=1000)
 
 @dataclass
 class Engine:
-    """Stands in for the supervisor where a real engine shows a state or fault too slowly."""
+    """Stands in for the supervisor, to show states and faults at once."""
 
     state: State = "ready"
     finish_reasons: Sequence[FinishReason] = ()
@@ -83,7 +83,7 @@ class Reply:
 
 @dataclass
 class Client:
-    """Speaks ASGI to an application, without a socket."""
+    """Calls an ASGI application without a socket."""
 
     engine: Engine = field(default_factory=Engine)
     metrics: Metrics = field(default_factory=Metrics)
@@ -163,7 +163,7 @@ def test_ping_is_200_and_empty_when_ready() -> None:
 
 
 @pytest.mark.parametrize("state", ["loading", "down", "closing"])
-def test_nothing_is_taken_in_other_states_and_the_reason_is_told(state: State) -> None:
+def test_nothing_is_taken_in_other_states_and_the_reason_is_reported(state: State) -> None:
     client = Client(Engine(state=state))
     for reply in (client.ask("GET", "/ping"), client.draw()):
         error = error_of(reply)
@@ -193,7 +193,7 @@ def test_a_reply_names_seed_seconds_and_request() -> None:
     assert len(reply.json["generated_images"]) == 2
 
 
-def test_without_a_seed_one_is_drawn_and_told() -> None:
+def test_without_a_seed_one_is_drawn_and_returned() -> None:
     client = Client()
     seeds = [int(client.draw().attributes["seed"]) for _ in range(3)]
     assert seeds == client.engine.seeds
@@ -201,7 +201,7 @@ def test_without_a_seed_one_is_drawn_and_told() -> None:
     assert all(0 <= seed < 2**32 for seed in seeds)
 
 
-def test_pictures_that_are_none_are_told_in_the_header_of_a_raw_reply_as_well() -> None:
+def test_pictures_that_are_none_are_reported_in_the_header_of_a_raw_reply_as_well() -> None:
     client = Client(Engine(finish_reasons=["BLACK"], exact=False))
     reply = client.draw(accept="image/png")
     assert reply.body.startswith(b"\x89PNG")
@@ -234,7 +234,9 @@ def test_named_errors_say_their_sentence(error: Exception, status: int, kind: st
     assert told.get("retry_after_s") == (12.5 if status == 503 else None)
 
 
-def test_a_stranger_is_told_to_the_log_alone(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unknown_exception_is_reported_in_the_log_alone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     reply = Client(Engine(error=KeyError("secret place"))).draw()
     told = error_of(reply)
     assert (reply.status, told["type"], told["message"]) == (500, "InternalError", "internal error")
@@ -367,17 +369,17 @@ def test_each_request_has_one_line_and_pings_only_when_they_change(
     assert "\n" not in lines[4]
 
 
-def test_batch_transform_is_told_what_to_send() -> None:
+def test_batch_transform_gets_a_sentence_on_what_to_send() -> None:
     found = Client().ask("GET", "/execution-parameters").json
     assert found == {
         "MaxConcurrentTransforms": 8,
         "BatchStrategy": "SINGLE_RECORD",
-        "MaxPayloadInMB": 1,  # and bodies of 1 MiB are read
+        "MaxPayloadInMB": 1,  # bodies of up to 1 MiB are accepted
     }
 
 
 @pytest.mark.parametrize(("accept", "most"), [("application/json;png", 160), ("image/png", 60)])
-def test_a_reply_that_came_out_too_long_is_told_and_not_sent(accept: str, most: int) -> None:
+def test_a_reply_that_came_out_too_long_is_reported_and_not_sent(accept: str, most: int) -> None:
     client = Client()
     client.app = App(replace(SETTINGS, max_response_bytes=most), client.metrics)
     client.app.supervisor = client.engine

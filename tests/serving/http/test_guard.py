@@ -20,7 +20,7 @@ GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 
 @dataclass
 class Served:
-    """A guarded port, and what its application saw."""
+    """A guarded port and what its application received."""
 
     guard: Guard
     port: int = 0
@@ -31,7 +31,7 @@ class Served:
     release: asyncio.Event = field(default_factory=asyncio.Event)
     answer: bytes = b"done"
     reads_body: bool = True
-    watches: bool = False  # for the client to leave
+    watches: bool = False  # reads on until the client leaves
     closes: bool = False
     clients: list[asyncio.StreamWriter] = field(default_factory=list)
 
@@ -105,7 +105,7 @@ def error_of(reply: bytes) -> dict[str, Any]:
 
 
 async def reply_to(served: Served, *pieces: bytes, pause_s: float = 0.0) -> bytes:
-    """Send, read until the server closes, leave."""
+    """Send the pieces, read until the server closes, and close."""
     reader, writer = await served.open()
     for piece in pieces:
         writer.write(piece)
@@ -141,7 +141,7 @@ def test_a_head_that_drips_is_closed_though_bytes_keep_coming() -> None:
     run(test)
 
 
-def test_a_body_that_drips_is_closed_and_its_application_is_told() -> None:
+def test_a_body_that_drips_is_closed_and_its_application_is_reported() -> None:
     async def test() -> None:
         async with serving() as served:
             assert status_of(await reply_to(served, POST % 100, b"x", pause_s=0.01)) == 408
@@ -172,7 +172,7 @@ def test_a_connection_is_kept_for_the_next_request_and_closed_when_idle() -> Non
             for _ in range(3):
                 writer.write(GET)
                 await reader.readuntil(b"done")
-                await asyncio.sleep(0.4)  # longer than a head may take, shorter than idle
+                await asyncio.sleep(0.4)  # longer than a head may take, but shorter than idle_s
             assert await reader.read() == b""
             assert served.guard.refused == {}
 
@@ -360,7 +360,8 @@ def test_a_reply_that_is_read_slowly_but_surely_is_sent_whole() -> None:
             got = len(await reader.readuntil(b"\r\n\r\n")) * 0
             while got < size:
                 got += len(await reader.read(200_000))
-                await asyncio.sleep(0.015)  # all of it takes longer than two looks
+                # The whole reply takes longer than two of the guard's checks.
+                await asyncio.sleep(0.015)
             assert got == size
             assert served.guard.refused == {}
 

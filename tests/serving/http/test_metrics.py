@@ -14,7 +14,7 @@ from dreambooth.serving.supervision.counters import SupervisorStatus
 
 
 def samples(metrics: Metrics) -> dict[str, float]:
-    """Every sample of the page as Prometheus' own parser reads it, by name{label=value}."""
+    """Return every sample by name{label=value}, as Prometheus' own parser reads the page."""
     found = {}
     for family in text_string_to_metric_families(metrics.text().decode()):
         assert family.documentation
@@ -31,7 +31,7 @@ def status() -> SupervisorStatus:
         "queued_pictures": 3,
         "running_rows": 4,
         "pictures_in_flight": 6,
-        "steps_done_total": 100,
+        "calls_total": 100,
         "pictures_total": 9,
         "restarts_total": 2,
         "refusals": (("deadline", 5), ("loading", 0)),

@@ -26,7 +26,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[3]
 TEXT, JSON = "application/x-text", "application/json"
-PATIENCE_S = 300  # a guard against hanging, not a figure
+PATIENCE_S = 300  # only guards against a hang
 SHORT = {"prompt": "a cat", "num_inference_steps": 2, "seed": 7}
 LONG = {"prompt": "a cat", "num_inference_steps": 900}
 
@@ -92,12 +92,14 @@ class Server:
         found = re.search(rf"^dreambooth_{re.escape(name)} (\S+)$", page, re.M)
         return float(found[1]) if found else 0.0
 
-    def wait_until(self, holds: Callable[[], bool], what: str, look_s: float = 0.02) -> None:
+    def wait_until(
+        self, holds: Callable[[], bool], what: str, check_interval_s: float = 0.02
+    ) -> None:
         end = time.monotonic() + PATIENCE_S
         while not holds():
             assert time.monotonic() < end, f"not within {PATIENCE_S} s: {what}\n{self.log}"
             assert self.process.poll() is None, self.log
-            time.sleep(look_s)
+            time.sleep(check_interval_s)
 
     def raw(self, *pieces: bytes) -> socket.socket:
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE_S)
@@ -119,7 +121,7 @@ def serve(*options: str, model: str = "tiny", ready: bool = True) -> Iterator[Se
         server.port = int(re.findall(r"listening on http://127.0.0.1:(\d+)", server.log)[0])
         if ready:
             server.early = [server.ask("GET", "/ping"), server.draw(SHORT)]
-            server.wait_until(lambda: server.ping() == 200, "ready", look_s=0.25)
+            server.wait_until(lambda: server.ping() == 200, "ready", check_interval_s=0.25)
         yield server
     finally:
         process.kill()
@@ -131,7 +133,7 @@ def serve(*options: str, model: str = "tiny", ready: bool = True) -> Iterator[Se
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    """One server for the whole file, since loading takes its time; the last test ends it."""
+    """Yield one server for the whole file, since loading is slow; the last test ends it."""
     with serve("--request_timeout_s", "3600") as served:
         yield served
         if served.process.poll() is not None:
@@ -166,7 +168,7 @@ def test_ready_is_200_and_empty(server: Server) -> None:
 
 
 def test_text_requests_get_one_picture_in_the_published_shapes(server: Server) -> None:
-    nested = server.draw(b"a cat", TEXT, JSON)  # 50 steps: a text says no other number
+    nested = server.draw(b"a cat", TEXT, JSON)  # 50 steps, since a text request cannot set a number
     pixels = np.array(nested.json["generated_image"])
     assert pixels.ndim == 3
     assert pixels.shape[2] == 3
@@ -200,7 +202,7 @@ def test_the_hugging_face_form_is_taken(server: Server) -> None:
     assert picture(server.draw(asked, accept="image/png").body).format == "PNG"
 
 
-def test_the_told_seed_gives_the_same_picture_again(server: Server) -> None:
+def test_the_returned_seed_gives_the_same_picture_again(server: Server) -> None:
     first = server.draw({"prompt": "a cat", "num_inference_steps": 3}, accept="image/png")
     again = {"prompt": "a cat", "num_inference_steps": 3, "seed": int(first.attributes["seed"])}
     pixels = [
@@ -223,7 +225,7 @@ def test_the_told_seed_gives_the_same_picture_again(server: Server) -> None:
         (b"x" * 2_000_000, TEXT, JSON, 413),
     ],
 )
-def test_wrong_requests_are_told_so_at_once(
+def test_wrong_requests_are_refused_at_once(
     server: Server, body: bytes, content_type: str, accept: str, status: int
 ) -> None:
     reply = server.draw(body, content_type, accept)
@@ -246,7 +248,7 @@ def test_a_compressed_body_is_refused(server: Server) -> None:
     assert error_of(reply)["code"] == 415
 
 
-def test_a_client_that_waits_to_be_told_to_send_is_told(server: Server) -> None:
+def test_a_client_that_expects_100_continue_gets_it(server: Server) -> None:
     body = json.dumps(SHORT).encode()
     head = "POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     head += "Content-Length: %d\r\nExpect: 100-continue\r\nConnection: close\r\n\r\n"
@@ -340,7 +342,7 @@ def test_a_model_that_is_damaged_later_ends_the_server_at_the_engines_next_start
 ) -> None:
     folder = make_model_folder()
     with serve(model=str(folder), ready=False) as server:
-        server.wait_until(lambda: server.ping() == 200, "ready", look_s=0.25)
+        server.wait_until(lambda: server.ping() == 200, "ready", check_interval_s=0.25)
         (folder / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
         os.kill(int(server.metric("engine_pid")), signal.SIGKILL)
         assert server.process.wait(PATIENCE_S) == 1
@@ -349,7 +351,7 @@ def test_a_model_that_is_damaged_later_ends_the_server_at_the_engines_next_start
 
 
 def test_a_log_that_nobody_reads_stops_no_request() -> None:
-    """As behind a container's log driver that hangs: the pipe takes 64 KiB and no more."""
+    """A container's log driver may hang; a pipe then takes only 64 KiB."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "dreambooth", "serve", "--model", "tiny", "--port", str(port)]
@@ -359,14 +361,14 @@ def test_a_log_that_nobody_reads_stops_no_request() -> None:
     server = Server(process)
     server.port = port
     try:
-        server.wait_until(lambda: answers(server), "ready", look_s=0.25)
+        server.wait_until(lambda: answers(server), "ready", check_interval_s=0.25)
         for _ in range(1500):
             assert server.ask("GET", "/" + 90 * "x").status == 404
         assert server.draw(SHORT).status == 200
         reply = server.ask("GET", "/ping")
         assert reply.status == 200
         assert reply.seconds < 2
-        for _ in range(10_000):  # and the room for what waits
+        for _ in range(10_000):  # until the queue in front of the pipe is full too
             server.ask("GET", "/" + 90 * "x")
             if server.metric("log_lines_dropped_total"):
                 break
@@ -387,7 +389,7 @@ def answers(server: Server) -> bool:
         return False
 
 
-def test_a_port_that_is_taken_is_told() -> None:
+def test_a_port_that_is_taken_is_reported() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         command = [
@@ -405,7 +407,7 @@ def test_a_port_that_is_taken_is_told() -> None:
     assert done.stderr.startswith(f"error: Port {port} of 127.0.0.1 cannot be listened on")
 
 
-def test_a_killed_engine_is_told_at_once_and_replaced(server: Server) -> None:
+def test_a_killed_engine_is_reported_at_once_and_replaced(server: Server) -> None:
     with ThreadPoolExecutor(3) as clients:
         asked = [clients.submit(server.draw, LONG) for _ in range(3)]
         server.wait_until(lambda: server.metric("pictures_in_flight") == 3, "work")
@@ -417,7 +419,7 @@ def test_a_killed_engine_is_told_at_once_and_replaced(server: Server) -> None:
             assert error["retry_after_s"] > 0
         assert time.monotonic() - killed < 5
     assert server.ping() == 503
-    server.wait_until(lambda: server.ping() == 200, "a new engine", look_s=0.25)
+    server.wait_until(lambda: server.ping() == 200, "a new engine", check_interval_s=0.25)
     assert server.metric("engine_pid") not in (0, pid)
     assert server.metric("engine_restarts_total") == 1
     assert server.draw(SHORT).status == 200
@@ -437,7 +439,7 @@ def test_after_sigterm_what_was_accepted_is_answered_and_nothing_new_is_taken(
         server.wait_until(lambda: server.metric("pictures_in_flight") == 4, "work")
         server.process.send_signal(signal.SIGTERM)
         server.wait_until(lambda: "shutting down" in server.log, "the signal")
-        with contextlib.suppress(ConnectionError):  # where all was done before we asked
+        with contextlib.suppress(ConnectionError):  # all requests may have been done already
             keeping.request("GET", "/ping")
             assert keeping.getresponse().status == 503
         keeping.close()

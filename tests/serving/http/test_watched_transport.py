@@ -9,7 +9,7 @@ from dreambooth.serving.http.watched_transport import WatchedTransport
 
 
 class Recorder:
-    """An event loop's transport that takes everything at once and notes what is asked of it."""
+    """A transport that accepts everything at once and notes the calls made to it."""
 
     def __init__(self, *, connected: bool = True) -> None:
         self.asked: list[object] = []
@@ -46,13 +46,16 @@ class Owner:
     def linger(self) -> None:
         assert self.gently
 
-    def reader_stalls(self) -> None: ...
+    def client_stopped_reading(self) -> None: ...
 
 
 def watched(inner: Recorder, *, gently: bool = False) -> WatchedTransport:
     transport: Any = inner
     return WatchedTransport(
-        cast(asyncio.Transport, transport), Owner(gently=gently), look_s=10.0, least_bytes=1
+        cast(asyncio.Transport, transport),
+        Owner(gently=gently),
+        check_interval_s=10.0,
+        least_bytes=1,
     )
 
 
@@ -76,7 +79,7 @@ async def test_head_and_body_go_out_in_one_call() -> None:
 
 
 @in_a_loop
-async def test_what_nobody_flushes_goes_out_in_the_next_turn() -> None:
+async def test_what_nobody_flushes_is_sent_in_the_next_loop_iteration() -> None:
     inner = Recorder()
     transport = watched(inner)
     for text in (b"first", b"second"):

@@ -1,7 +1,7 @@
-"""An engine process that does what a real one cannot be made to do: hang, or talk nonsense.
+"""An engine process that misbehaves as a real one cannot: it hangs or sends invalid data.
 
-``python stand_in.py MODE MARKER ... --fd N``: it misbehaves as MODE says where the file MARKER
-does not exist, which it then makes; later starts answer every request with black pictures at once.
+``python stand_in.py MODE MARKER ... --fd N``: where the file MARKER does not exist, it creates it
+and misbehaves as MODE says; later starts answer every request with black pictures at once.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main(mode: str, marker: Path, connection: socket.socket) -> None:
         for message in messages:
             connection.sendall(b"".join(wire.pack(message)))
 
-    if mode == "cannot_load":  # however often it is tried
+    if mode == "cannot_load":  # at every attempt
         send(LoadFailed(fault=Fault.of(OverflowError("an int too big to convert"))))
         return
     if mode == "cannot_load_again" and behaves:

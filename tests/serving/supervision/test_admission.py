@@ -22,7 +22,7 @@ from dreambooth.serving.supervision.admission import (
 )
 
 SIDE = 64
-# Of 4 rows at most: 1 s, 1.5 s, 2 s, 2.5 s; decoding takes 0.5 s.
+# A call of 1, 2, 3 or 4 rows takes 1, 1.5, 2 or 2.5 s; decoding takes 0.5 s.
 PACE = EngineSpeed(
     seconds_per_call=((1, 1.0), (2, 1.5), (4, 2.5)),
     seconds_per_decode=0.5,
@@ -77,7 +77,7 @@ def test_pictures_that_fit_into_one_call_share_it() -> None:
 
 
 def test_what_does_not_fit_waits_and_is_not_overtaken() -> None:
-    # Three rows run; the guided fourth needs two, the fifth must not slip in before it.
+    # Three rows run. The guided fourth picture needs two, and the fifth must not overtake it.
     times = finish_times([work(5), work(5), work(5), work(5, rows=2), work(1)], PACE)
     assert times[:3] == [pytest.approx(10.5), pytest.approx(11.0), pytest.approx(11.5)]
     assert times[4] == pytest.approx(11.5 + 2.0 + 0.5)
@@ -117,7 +117,7 @@ WORKS = st.lists(
 
 
 def step_by_step(pictures: Sequence[Work], speed: EngineSpeed) -> list[float]:
-    """The same schedule, one call after the other."""
+    """Compute the same schedule one call at a time."""
     left = [picture.steps for picture in pictures]
     times = [math.inf] * len(pictures)
     running: list[int] = []
@@ -151,7 +151,7 @@ def test_jumping_from_end_to_end_is_the_same_as_going_step_by_step(
     pictures: list[Work], rows: int
 ) -> None:
     pictures = [replace(p, request_id=100 * p.width + p.request_id) for p in pictures]
-    speed = replace(PACE, rows=rows, seconds_per_decode=0.0)  # in whatever order they are decoded
+    speed = replace(PACE, rows=rows, seconds_per_decode=0.0)  # decoding may be in any order
     assert finish_times(pictures, speed) == pytest.approx(step_by_step(pictures, speed))
 
 
@@ -167,16 +167,16 @@ def test_nothing_is_done_sooner_than_alone_and_everything_by_the_serial_time(
     assert not times or max(times) <= sum(alone) * (1 + 1e-9)
 
 
-def test_calls_are_told_of_those_whose_turn_it_was() -> None:
+def test_a_call_reports_the_pictures_that_were_in_it() -> None:
     pictures = [work(3), work(5), work(9), work(4, rows=2), work(6, side=2 * SIDE)]
 
     def steps(calls_made: int) -> list[float]:
         return [picture.steps for picture in after(pictures, PACE, calls_made)]
 
     assert steps(0) == [3, 5, 9, 4, 6]
-    assert steps(2) == [2, 4, 8, 4, 5]  # two sizes take turns
+    assert steps(2) == [2, 4, 8, 4, 5]  # the two sizes alternate
     assert steps(6) == [0, 2, 6, 4, 3]
-    assert steps(8) == [0, 1, 5, 3, 2]  # the guided one has joined
+    assert steps(8) == [0, 1, 5, 3, 2]  # the guided picture has joined
     assert steps(1000) == [0] * 5
 
 
@@ -185,7 +185,8 @@ def test_what_was_done_is_not_counted_again(
     pictures: list[Work], calls_made: int, rows: int
 ) -> None:
     speed = replace(PACE, rows=rows, seconds_per_decode=0.0)
-    pictures = [replace(p, width=SIDE) for p in pictures]  # turns of one size: calls are turns
+    # With a single size, every call advances the pictures of that size.
+    pictures = [replace(p, width=SIDE) for p in pictures]
     now = finish_times(pictures, speed)
     later = finish_times(after(pictures, speed, calls_made), speed)
     for before, since in zip(now, later, strict=True):
@@ -255,7 +256,7 @@ def test_a_busy_server_names_its_limit_and_an_honest_time_to_come_back() -> None
     assert refusal is not None
     assert refusal.reason == "deadline"
     assert "--request_timeout_s 60" in refusal.message
-    # Until about then the engine is full.
+    # The engine is full until about then.
     told = refusal.retry_after_s
     for seconds, taken in ((1.1 * told, True), (0.9 * told, False)):
         calls_made = math.ceil(seconds / PACE.seconds(4, SIDE**2))
@@ -263,7 +264,7 @@ def test_a_busy_server_names_its_limit_and_an_honest_time_to_come_back() -> None
         assert (refuse([work(40)], later, PACE, BOUNDS) is None) == taken
 
 
-def test_what_an_idle_server_could_not_do_either_is_told_what_could_be_done() -> None:
+def test_what_an_idle_server_could_not_do_either_gets_the_largest_request_named() -> None:
     refusal = refuse([work(1000)], [], PACE, BOUNDS)
     assert refusal is not None
     assert refusal.reason == "never"
@@ -315,4 +316,4 @@ def test_a_long_queue_is_judged_quickly_enough_for_an_event_loop(
     wide = Bounds(max_queue=10_000, request_timeout_s=86_400.0)
     began = time.thread_time()
     refuse([work(50)], pictures, PACE, wide)
-    assert time.thread_time() - began < 0.5  # a guard; it takes some 20 ms
+    assert time.thread_time() - began < 0.5  # a safety margin; it takes about 20 ms

@@ -1,4 +1,4 @@
-"""The real process with the embedded model; tests share one as long as it lives."""
+"""The real engine process with the embedded model; tests share one as long as it lives."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ TINY = (*COMMAND, f"--model={tiny.WEIGHTS}")
 
 
 class Talk:
-    """A child and what it has said; `until` waits for something among that."""
+    """An engine process and the messages that it sent; `until` reads on to a certain message."""
 
     def __init__(self, runner: asyncio.Runner, process: EngineProcess) -> None:
         self.process = process
-        self.loading: list[FromEngine] = []  # what it said until it was ready
+        self.loading: list[FromEngine] = []  # messages before and with Ready
         self._runner = runner
 
     def say(self, *messages: Generate | Cancel | Close) -> None:
@@ -77,7 +77,7 @@ def talks(runner: asyncio.Runner) -> Iterator[list[Talk]]:
 
 @pytest.fixture
 def talk(runner: asyncio.Runner, talks: list[Talk]) -> Talk:
-    """With a process that is ready and idle."""
+    """Return the messages of an engine process that is ready and idle."""
     if not talks or talks[-1].process.exited:
         talks.append(Talk(runner, runner.run(EngineProcess.spawn(TINY))))
         talks[-1].loading = talks[-1].until(lambda message: isinstance(message, Ready))
@@ -124,7 +124,7 @@ def test_pictures_come_one_by_one_and_then_it_is_done(talk: Talk) -> None:
     status = talk.until(idle)[-1]
     assert isinstance(status, Status)
     assert status.pictures_total - before.pictures_total == 3
-    assert status.steps_done_total - before.steps_done_total >= 3
+    assert status.calls_total - before.calls_total >= 3
 
 
 def test_what_the_model_cannot_draw_is_refused_in_its_words(talk: Talk) -> None:
@@ -135,7 +135,7 @@ def test_what_the_model_cannot_draw_is_refused_in_its_words(talk: Talk) -> None:
     assert "width" in failed.fault.message
 
 
-def test_a_request_that_is_given_up_stops_and_says_no_more(talk: Talk) -> None:
+def test_a_cancelled_request_stops_and_sends_no_more(talk: Talk) -> None:
     talk.say(Generate.of(9, pictures(4, num_inference_steps=900), None))
     talk.until(lambda message: isinstance(message, Status) and message.running_rows > 0)
     talk.say(Cancel(request_id=9), Cancel(request_id=9), Cancel(request_id=12345))
@@ -156,7 +156,7 @@ def test_close_ends_it_with_0(talk: Talk, runner: asyncio.Runner) -> None:
     assert talk.process.exit_reason == "exit code 0"
 
 
-def test_a_model_that_cannot_be_loaded_is_said_before_it_ends(
+def test_a_model_that_cannot_be_loaded_is_reported_before_it_ends(
     runner: asyncio.Runner, tmp_path: Path
 ) -> None:
     process = runner.run(EngineProcess.spawn((*COMMAND, f"--model={tmp_path}")))

@@ -33,7 +33,7 @@ def test_it_talks_to_a_process_and_says_how_that_ended() -> None:
         assert await process.wait(LONG_S)
         assert process.exited
         assert process.exit_reason == "exit code 3"
-        await process.send(Cancel(request_id=1))  # to nobody: no error
+        await process.send(Cancel(request_id=1))  # the process is gone: no error
         await process.end()
 
     asyncio.run(talk())
@@ -59,13 +59,13 @@ def test_it_is_seen_to_be_gone_though_its_own_child_holds_the_socket() -> None:
         assert await process.wait(LONG_S)
         assert process.exit_reason == "exit code 0"
         async with asyncio.timeout(LONG_S):
-            assert await process.receive() is None  # `sleep` was killed with it
+            assert await process.receive() is None  # `sleep` was killed too
         await process.end()
 
     asyncio.run(talk())
 
 
-def test_the_engine_is_told_every_setting_that_concerns_it() -> None:
+def test_the_engine_gets_every_setting_that_concerns_it() -> None:
     def read(settings: ServeSettings) -> dict[str, object]:
         options = engine_process.options(Path("/models/dog"), settings)
         return vars(child._parser().parse_args(["--fd", "3", *options]))

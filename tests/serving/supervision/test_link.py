@@ -1,4 +1,4 @@
-"""What the server's end of the engine's socket does beyond `test_wire`: pieces, pauses, the end."""
+"""The server's end of the engine's socket: split data, back-pressure, closing (see `test_wire`)."""
 
 from __future__ import annotations
 
@@ -68,11 +68,11 @@ def test_frames_arrive_whole_however_their_bytes_are_cut(piece: int) -> None:
     linked(work)
 
 
-def test_an_engine_that_talks_on_while_nobody_listens_has_to_wait(
+def test_an_engine_that_sends_while_nobody_reads_has_to_wait(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(link, "MOST_BYTES", 500_000)
-    messages = [picture(i) for i in range(40)]  # of 180 kB
+    messages = [picture(i) for i in range(40)]  # 180 kB each
 
     async def work(one: Link, theirs: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -85,7 +85,7 @@ def test_an_engine_that_talks_on_while_nobody_listens_has_to_wait(
     linked(work)
 
 
-def test_what_came_before_nonsense_is_still_heard() -> None:
+def test_messages_before_a_malformed_one_are_still_received() -> None:
     async def work(one: Link, theirs: socket.socket) -> None:
         theirs.sendall(sent(Done(request_id=7)) + b"GET / HTTP/1.1\r\n\r\n")
         assert await one.receive() == Done(request_id=7)
@@ -96,7 +96,7 @@ def test_what_came_before_nonsense_is_still_heard() -> None:
     linked(work)
 
 
-def test_who_waits_hears_of_the_end() -> None:
+def test_a_waiting_sender_learns_that_the_link_ended() -> None:
     async def work(one: Link, theirs: socket.socket) -> None:
         waiting = asyncio.create_task(one.receive())
         await asyncio.sleep(0.01)
@@ -104,7 +104,7 @@ def test_who_waits_hears_of_the_end() -> None:
         theirs.close()
         assert await waiting is None
         await one.wait_closed()
-        one.send(Cancel(request_id=1))  # to nobody: no error
+        one.send(Cancel(request_id=1))  # the engine is gone: no error
         await one.drain()
 
     linked(work)

@@ -24,7 +24,7 @@ def test_a_named_error_comes_out_as_it_went_in(error: Exception) -> None:
         assert getattr(copy, name, None) == getattr(error, name, None)
 
 
-def test_of_strangers_nothing_but_the_class_is_told() -> None:
+def test_of_unknown_exceptions_only_the_class_is_reported() -> None:
     fault = Fault.of(KeyError("secret"))
     assert "secret" not in str(fault)
     assert isinstance(fault.exception(), EngineFaultError)
@@ -41,10 +41,10 @@ def test_pictures_come_back_field_by_field() -> None:
     )
     message = Generate.of(1, pictures, 2)
     assert message.texts == ("a", "b", "")
-    assert message.pictures() == pictures
+    assert message.sampling_requests() == pictures
 
 
 def test_an_order_beyond_the_table_of_texts_is_an_error() -> None:
     message = Generate.of(1, [SamplingRequest(prompt="a", seed=1)], None)
     with pytest.raises(IndexError):
-        Generate(request_id=1, texts=(), orders=message.orders, batch_size=None).pictures()
+        Generate(request_id=1, texts=(), orders=message.orders, batch_size=None).sampling_requests()

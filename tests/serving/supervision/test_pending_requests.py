@@ -49,7 +49,7 @@ async def test_pictures_come_in_any_order_and_go_in_theirs() -> None:
     assert not one.result.done()
     assert len(pending.ahead()) == 1
     pending.take(drawn(0, value=9))
-    assert one.result.done()  # before Done, which takes another turn of the event loop
+    assert one.result.done()  # before Done, which would take another pass of the event loop
     pending.take(Done(request_id=1))
     pictures = await one.result
     assert [picture.seed for picture in pictures] == [40, 41]
@@ -77,7 +77,7 @@ async def test_what_nobody_waits_for_is_dropped() -> None:
 
 
 @in_a_loop
-async def test_an_engine_that_breaks_the_rules_is_told_so() -> None:
+async def test_an_engine_that_breaks_the_protocol_gets_an_error() -> None:
     pending = PendingRequests()
     pending.add(pending_request())
     pending.take(drawn(0))
@@ -130,7 +130,7 @@ async def test_the_calls_that_the_engine_made_shorten_what_is_ahead() -> None:
     for number in (1, 2):
         pending.add(pending_request(number, steps=10))
     assert [work.steps for work in pending.ahead()] == [10, 10, 10, 10]
-    pending.calls_were_made(4, PACE)  # of two rows each
+    pending.calls_were_made(4, PACE)  # each call advances two rows
     assert [work.steps for work in pending.ahead()] == [6, 6, 10, 10]
     pending.take(drawn(0))
     pending.calls_were_made(8, PACE)

@@ -4,7 +4,7 @@ from dreambooth.serving.supervision.restart_policy import backoff_s
 
 
 def test_the_first_restart_is_at_once_and_the_others_wait_longer_and_longer() -> None:
-    assert [backoff_s(barren) for barren in range(4)] == [0.0, 0.0, 0.25, 0.5]
-    pauses = [backoff_s(barren) for barren in range(100)]
+    assert [backoff_s(failed_starts) for failed_starts in range(4)] == [0.0, 0.0, 0.25, 0.5]
+    pauses = [backoff_s(failed_starts) for failed_starts in range(100)]
     assert pauses == sorted(pauses)
     assert pauses[-1] == 8.0

@@ -58,7 +58,7 @@ def test_it_holds_so_many_bytes_and_then_makes_the_engine_wait() -> None:
         all_put.set()
 
     threading.Thread(target=put, daemon=True).start()
-    assert not all_put.wait(0.5)  # nobody reads
+    assert not all_put.wait(0.5)  # nobody reads yet
     with ThreadPoolExecutor() as pool:
         reading = pool.submit(received, ours)
         assert all_put.wait(LONG_S)

@@ -1,6 +1,7 @@
-"""With the real engine and the embedded model; a stand-in only where a real one must misbehave.
+"""The supervisor with the real engine and the embedded model.
 
-The tests with the real engine share one supervisor until it is closed.
+A stand-in replaces the engine only where it must misbehave. The tests with the real engine share
+one supervisor until it is closed.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from dreambooth.serving.contract.request import GenerationRequest
 from dreambooth.serving.supervision.counters import SupervisorStatus
 from dreambooth.serving.supervision.messages import EngineFaultError
 from dreambooth.serving.supervision.supervisor import Supervisor
-from dreambooth.serving.supervision.watchdog import Patience
+from dreambooth.serving.supervision.watchdog import EngineTimeouts
 from dreambooth.settings.serve_options import ServeSettings
 
 LONG_S = 240.0
-# Long enough for any of these tests; some use it up with waited_s.
+# Longer than all of these tests; some reduce the time that is left with waited_s.
 TIMEOUT_S = 3600.0
 QUEUE = 8
 Working = asyncio.Task[list[Picture]]
@@ -69,7 +70,7 @@ def supervisors(runner: asyncio.Runner) -> Iterator[list[Supervisor]]:
 
 @pytest.fixture
 def supervisor(runner: asyncio.Runner, supervisors: list[Supervisor]) -> Supervisor:
-    """One that is ready and idle."""
+    """Return a supervisor that is ready and idle."""
     if not supervisors or supervisors[-1].state == "closing":
         settings = ServeSettings(model="tiny", request_timeout_s=TIMEOUT_S, max_queue=QUEUE)
         supervisors.append(Supervisor(tiny.WEIGHTS, settings))
@@ -94,7 +95,7 @@ async def in_time(task: asyncio.Task[None]) -> None:
 
 
 async def at_work(supervisor: Supervisor, *requests: GenerationRequest) -> list[Working]:
-    """Tasks that wait for these requests, once the engine draws them."""
+    """Start tasks for these requests; return them once the engine is drawing."""
     tasks = [asyncio.create_task(supervisor.generate(each, i)) for i, each in enumerate(requests)]
     await until(supervisor, lambda status: status.running_rows > 0)
     return tasks
@@ -167,7 +168,7 @@ def test_whoever_leaves_frees_the_engine(runner: asyncio.Runner, supervisor: Sup
     assert losses(supervisor)["cancelled"] - before == 3
 
 
-def test_more_than_the_queue_holds_is_refused_before_the_engine_hears_of_it(
+def test_more_than_the_queue_holds_is_refused_before_it_is_sent_to_the_engine(
     runner: asyncio.Runner, supervisor: Supervisor
 ) -> None:
     async def overload() -> None:
@@ -198,7 +199,7 @@ def test_what_cannot_be_done_in_time_is_refused_at_once(
     huge = request(num_inference_steps=900, width=2048, height=2048)
     with pytest.raises(UnavailableError, match="Even an idle server"):
         runner.run(supervisor.generate(huge, 1))
-    assert time.monotonic() - began < 30  # a guard; the pictures would take hours
+    assert time.monotonic() - began < 30  # only a guard; the pictures would take hours
     assert idle(supervisor.status())
 
 
@@ -222,7 +223,7 @@ def test_what_is_late_all_the_same_is_given_up(
     assert len(runner.run(supervisor.generate(request(), 1))) == 1
 
 
-def test_an_engine_that_is_killed_under_load_is_replaced_and_everybody_told(
+def test_an_engine_that_is_killed_under_load_is_replaced_and_every_request_answered(
     runner: asyncio.Runner, supervisor: Supervisor
 ) -> None:
     async def kill() -> None:
@@ -249,7 +250,7 @@ def test_an_engine_that_is_killed_under_load_is_replaced_and_everybody_told(
         runner.run(kill())
     after = supervisor.status()
     assert after.restarts_total - before.restarts_total == 3
-    assert after.steps_done_total > before.steps_done_total  # counters go on
+    assert after.calls_total > before.calls_total  # the counters continue
     assert dict(after.losses)["engine_died"] - dict(before.losses)["engine_died"] == 12
 
 
@@ -276,7 +277,7 @@ def test_close_finishes_what_was_accepted_and_takes_no_more(
     assert refusals(supervisor)["closing"] == 1
 
 
-def test_a_folder_that_is_no_model_is_said_and_not_tried_again(
+def test_a_folder_that_is_no_model_is_reported_and_not_tried_again(
     runner: asyncio.Runner, tmp_path: Path
 ) -> None:
     supervisor = Supervisor(tmp_path, ServeSettings(model="x"))
@@ -292,7 +293,7 @@ def test_a_folder_that_is_no_model_is_said_and_not_tried_again(
     runner.run(supervisor.close())
 
 
-def test_settings_that_the_engine_refuses_are_said_and_not_tried_again(
+def test_settings_that_the_engine_refuses_are_reported_and_not_tried_again(
     runner: asyncio.Runner,
 ) -> None:
     async def start() -> None:
@@ -307,21 +308,21 @@ def test_settings_that_the_engine_refuses_are_said_and_not_tried_again(
     runner.run(start())
 
 
-# What a real engine does not do.
+# Misbehaviour that a real engine does not show.
 
-PATIENCE = Patience(silence_s=10.0, step_s=2.0, load_s=12.0)
+TIMEOUTS = EngineTimeouts(silence_s=10.0, step_s=2.0, load_s=12.0)
 
 
-def misbehaving(mode: str, tmp_path: Path, patience: Patience | None = None) -> Supervisor:
+def misbehaving(mode: str, tmp_path: Path, timeouts: EngineTimeouts | None = None) -> Supervisor:
     command = (sys.executable, str(STAND_IN), mode, str(tmp_path / "marker"))
     settings = ServeSettings(model="tiny")
-    return Supervisor(tiny.WEIGHTS, settings, patience=patience or PATIENCE, command=command)
+    return Supervisor(tiny.WEIGHTS, settings, timeouts=timeouts or TIMEOUTS, command=command)
 
 
 @pytest.mark.parametrize(
     "mode", ["hangs_silently", "hangs_in_a_step", "nonsense", "too_few", "wrong_size"]
 )
-def test_an_engine_that_hangs_or_talks_nonsense_is_killed_and_replaced(
+def test_an_engine_that_hangs_or_sends_malformed_messages_is_killed_and_replaced(
     runner: asyncio.Runner, mode: str, tmp_path: Path
 ) -> None:
     async def live() -> None:
@@ -340,12 +341,12 @@ def test_an_engine_that_hangs_or_talks_nonsense_is_killed_and_replaced(
     runner.run(live())
 
 
-def test_an_engine_that_is_frozen_is_down_until_it_goes_on(
+def test_an_engine_that_is_frozen_is_down_until_it_resumes(
     runner: asyncio.Runner, tmp_path: Path
 ) -> None:
     async def live() -> None:
-        (tmp_path / "marker").touch()  # it behaves
-        supervisor = misbehaving("nonsense", tmp_path, Patience(quiet_s=0.5))
+        (tmp_path / "marker").touch()  # the marker makes it behave
+        supervisor = misbehaving("nonsense", tmp_path, EngineTimeouts(quiet_s=0.5))
         await supervisor.start()
         pid = supervisor.status().engine_pid
         assert pid is not None
@@ -370,7 +371,7 @@ def test_an_engine_that_was_ready_is_replaced_at_once_however_often_it_dies(
         return lambda status: ready(status) and status.restarts_total == times
 
     async def live() -> None:
-        (tmp_path / "marker").touch()  # it behaves
+        (tmp_path / "marker").touch()  # the marker makes it behave
         supervisor = misbehaving("nonsense", tmp_path)
         await supervisor.start()
         for deaths in range(1, 5):
@@ -475,7 +476,7 @@ def test_an_engine_that_cannot_live_is_not_started_in_a_hot_loop(runner: asyncio
         await until(supervisor, lambda status: status.restarts_total >= 2)
         await asyncio.sleep(1.0)
         status = supervisor.status()
-        assert status.restarts_total <= 5  # 0, 0.25, 0.5, 1 s and what starting takes
+        assert status.restarts_total <= 5  # restarts wait 0, 0.25, 0.5, 1 s
         assert status.state in ("down", "loading")
         starting.cancel()
         with contextlib.suppress(asyncio.CancelledError):

@@ -35,7 +35,7 @@ FAULT = Fault(error="RequestError", message="no", status=400)
 STATUS = Status(
     queued_pictures=1,
     running_rows=2,
-    steps_done_total=3,
+    calls_total=3,
     pictures_total=4,
     out_of_memory_total=5,
     seconds_per_call=((1, 0.5), (8, 1.25)),
@@ -79,13 +79,13 @@ def split(data: bytes) -> tuple[bytes, bytes]:
 
 
 async def read(data: bytes) -> FromEngine | None:
-    """The first message that the server's end of the socket makes of these bytes."""
+    """Return the first message that the server's end of the socket reads from these bytes."""
     ours, theirs = socket.socketpair()
     loop = asyncio.get_running_loop()
     _, link = await loop.create_unix_connection(Link, sock=ours)
     with theirs:
         theirs.setblocking(False)
-        with contextlib.suppress(OSError):  # refused in the middle
+        with contextlib.suppress(OSError):  # it may be refused half-way
             await loop.sock_sendall(theirs, data)
     try:
         return await link.receive()
@@ -157,7 +157,7 @@ def test_texts_travel_once_however_many_pictures_have_them() -> None:
     pictures = [SamplingRequest(prompt="p" * 10_000, seed=i) for i in range(64)]
     message = Generate.of(1, pictures, None)
     assert len(sent(message)) < 25_000
-    assert message.pictures() == tuple(pictures)
+    assert message.sampling_requests() == tuple(pictures)
 
 
 def test_a_message_that_no_frame_can_hold_is_not_sent() -> None:
@@ -194,7 +194,7 @@ def changed(message: Any, **fields: object) -> bytes:
         b"{}",
         b'{"kind": "Exception"}',
         b'{"kind": ["Done"]}',
-        b'{"kind": "Cancel", "request_id": 1}',  # not from the engine
+        b'{"kind": "Cancel", "request_id": 1}',  # the engine never sends this
         b'{"kind": "Done"}',
         b'{"kind": "Done", "request_id": "1"}',
         b'{"kind": "Done", "request_id": true}',

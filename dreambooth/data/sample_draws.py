@@ -1,6 +1,6 @@
-"""Which picture, crop, timestep and noise a sample uses: a pure function of seed and number.
+"""Draw the picture, crop, timestep and noise of each sample from the seed and its number alone.
 
-Nothing here has a memory, so a run that is stopped and resumed draws what the unbroken run draws,
+Nothing here keeps state, so a run that is stopped and resumed draws what an unbroken run draws,
 and four micro-batches of one draw what one micro-batch of four draws. Instance and class images
 are two streams that are shuffled independently.
 
@@ -19,16 +19,16 @@ from dreambooth.data.seeds import derive_seed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Samples:
-    """What B samples of one stream are made of; all tensors are on the CPU.
+class SampleDraws:
+    """The random choices of B samples of one stream; all tensors are on the CPU.
 
-    images: int64 [B], index of the picture. crops: int64 [B], index of its cached crop.
+    images: int64 [B], index of the picture. crop_indices: int64 [B], index of its cached crop.
     timesteps: int64 [B], 0..train_timesteps-1. posterior_noise and noise: float32 [B,C,h,w],
     standard normal: the draw from the latent posterior, and the noise that is added.
     """
 
     images: torch.Tensor
-    crops: torch.Tensor
+    crop_indices: torch.Tensor
     timesteps: torch.Tensor
     posterior_noise: torch.Tensor
     noise: torch.Tensor
@@ -40,42 +40,42 @@ def _order(seed: int, stream: str, round_number: int, count: int) -> tuple[int, 
     return tuple(torch.randperm(count, generator=generator).tolist())
 
 
-def picture_of(sample: int, *, seed: int, stream: str, count: int) -> int:
-    """The picture of sample number `sample`: every round over `count` pictures has a new order.
+def picture_of(number: int, *, seed: int, stream: str, count: int) -> int:
+    """Return the picture of sample `number`; each round over `count` has a new order.
 
-    The order goes on across epochs, so no accumulation window is ever shorter than the others.
+    The order continues across epochs, so no accumulation window is ever shorter than the others.
     """
-    round_number, position = divmod(sample, count)
+    round_number, position = divmod(number, count)
     return _order(seed, stream, round_number, count)[position]
 
 
 def draw(
-    samples: range,
+    numbers: range,
     *,
     seed: int,
     stream: str,
-    crops: Sequence[int],
+    crop_counts: Sequence[int],
     latent_shape: tuple[int, int, int],
     train_timesteps: int,
-) -> Samples:
+) -> SampleDraws:
     """Draw the samples of one micro-batch.
 
-    samples: the numbers of the samples in their stream, counted from the start of the run.
-    stream: "instance" or "class". crops: how many cached crops each picture has.
+    numbers: the numbers of the samples in their stream, counted from the start of the run.
+    stream: "instance" or "class". crop_counts: how many cached crops each picture has.
     latent_shape: (C, h, w).
     """
     images, crop_indices, timesteps, posterior_noise, noise = [], [], [], [], []
-    for sample in samples:
-        picture = picture_of(sample, seed=seed, stream=stream, count=len(crops))
-        generator = torch.Generator().manual_seed(derive_seed(seed, stream, "sample", sample))
+    for number in numbers:
+        picture = picture_of(number, seed=seed, stream=stream, count=len(crop_counts))
+        generator = torch.Generator().manual_seed(derive_seed(seed, stream, "sample", number))
         images.append(picture)
-        crop_indices.append(int(torch.randint(crops[picture], (1,), generator=generator)))
+        crop_indices.append(int(torch.randint(crop_counts[picture], (1,), generator=generator)))
         timesteps.append(int(torch.randint(train_timesteps, (1,), generator=generator)))
         posterior_noise.append(torch.randn(latent_shape, generator=generator))
         noise.append(torch.randn(latent_shape, generator=generator))
-    return Samples(
+    return SampleDraws(
         images=torch.tensor(images),
-        crops=torch.tensor(crop_indices),
+        crop_indices=torch.tensor(crop_indices),
         timesteps=torch.tensor(timesteps),
         posterior_noise=torch.stack(posterior_noise),
         noise=torch.stack(noise),
@@ -91,13 +91,13 @@ def sample_numbers(
     process: int,
     processes: int,
 ) -> range:
-    """The sample numbers of one micro-batch of one process: no two processes or steps share one."""
+    """Return the sample numbers of one micro-batch, which no other step or process uses."""
     first = ((step * micro_batches + micro_batch) * processes + process) * batch_size
     return range(first, first + batch_size)
 
 
 def onto(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of the CPU on the training device; the host does not wait for what that is doing."""
+    """Move a CPU tensor to the training device without waiting for that device's pending work."""
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

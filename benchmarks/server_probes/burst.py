@@ -1,4 +1,4 @@
-"""Many requests at the same moment: each is answered or refused, and nothing is left behind."""
+"""Send many requests at the same moment: each must be answered or refused, and none left behind."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.server_probes.server import Reply, Server
 
 
 def run(server: Server, *, requests: int = 200, steps: int = 5) -> Outcome:
-    """Ask for `requests` pictures of so many steps at once."""
+    """Request `requests` pictures of `steps` steps at the same moment."""
     together = threading.Barrier(requests)
 
     def one(seed: int) -> Reply | str:
@@ -29,7 +29,7 @@ def run(server: Server, *, requests: int = 200, steps: int = 5) -> Outcome:
     statuses = collections.Counter(reply.status for reply in replies)
     refusals = [reply.seconds for reply in replies if reply.status == 503]
     return Outcome(
-        probe="crowd",
+        probe="burst",
         figures=(
             Figure(name="requests", value=requests),
             Figure(name="answered_200", value=statuses[200], at_least=1),

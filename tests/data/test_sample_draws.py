@@ -4,18 +4,18 @@ from collections import Counter
 
 import torch
 
-from dreambooth.data import pairs
+from dreambooth.data import sample_draws
 
 
-def draw(samples: range, **changes: object) -> pairs.Samples:
+def draw(samples: range, **changes: object) -> sample_draws.SampleDraws:
     settings: dict[str, object] = {
         "seed": 3,
         "stream": "instance",
-        "crops": (1, 4, 2),
+        "crop_counts": (1, 4, 2),
         "latent_shape": (4, 2, 2),
         "train_timesteps": 1000,
     }
-    return pairs.draw(samples, **{**settings, **changes})
+    return sample_draws.draw(samples, **{**settings, **changes})
 
 
 def test_a_sample_depends_on_its_number_alone() -> None:
@@ -26,7 +26,7 @@ def test_a_sample_depends_on_its_number_alone() -> None:
         assert torch.equal(together.noise[row], alone.noise[0])
         assert torch.equal(together.posterior_noise[row], alone.posterior_noise[0])
         assert together.timesteps[row] == alone.timesteps[0]
-        assert together.crops[row] == alone.crops[0]
+        assert together.crop_indices[row] == alone.crop_indices[0]
 
 
 def test_the_global_generator_is_neither_read_nor_moved() -> None:
@@ -42,7 +42,10 @@ def test_the_global_generator_is_neither_read_nor_moved() -> None:
 
 def test_every_round_uses_each_picture_once_in_a_new_order() -> None:
     rounds = [
-        [pairs.picture_of(s, seed=0, stream="instance", count=8) for s in range(r * 8, r * 8 + 8)]
+        [
+            sample_draws.picture_of(s, seed=0, stream="instance", count=8)
+            for s in range(r * 8, r * 8 + 8)
+        ]
         for r in range(50)
     ]
     assert all(Counter(order) == Counter(range(8)) for order in rounds)
@@ -52,19 +55,20 @@ def test_every_round_uses_each_picture_once_in_a_new_order() -> None:
 def test_instance_and_class_images_are_shuffled_independently() -> None:
     met = {
         (
-            pairs.picture_of(s, seed=0, stream="instance", count=8),
-            pairs.picture_of(s, seed=0, stream="class", count=16),
+            sample_draws.picture_of(s, seed=0, stream="instance", count=8),
+            sample_draws.picture_of(s, seed=0, stream="class", count=16),
         )
         for s in range(16 * 60)
     }
-    # Class images chosen by the instance's index would meet few; independent draws meet all.
+    # If the instance's index chose the class image, few pairs would occur; independent draws give
+    # all.
     assert len(met) > 0.95 * 8 * 16
 
 
 def test_crops_are_drawn_among_those_the_picture_has() -> None:
     drawn = draw(range(600))
     for picture, crops in enumerate((1, 4, 2)):
-        chosen = drawn.crops[drawn.images == picture]
+        chosen = drawn.crop_indices[drawn.images == picture]
         assert set(chosen.tolist()) == set(range(crops))
 
 
@@ -89,7 +93,7 @@ def test_sample_numbers_never_overlap_between_steps_micro_batches_and_processes(
         for step in range(3)
         for micro_batch in range(2)
         for process in range(2)
-        for number in pairs.sample_numbers(
+        for number in sample_draws.sample_numbers(
             step=step,
             micro_batch=micro_batch,
             batch_size=3,
@@ -103,12 +107,12 @@ def test_sample_numbers_never_overlap_between_steps_micro_batches_and_processes(
 
 def test_four_micro_batches_of_one_are_one_of_four() -> None:
     single = [
-        pairs.sample_numbers(
+        sample_draws.sample_numbers(
             step=5, micro_batch=m, batch_size=1, micro_batches=4, process=0, processes=1
         )[0]
         for m in range(4)
     ]
-    whole = pairs.sample_numbers(
+    whole = sample_draws.sample_numbers(
         step=5, micro_batch=0, batch_size=4, micro_batches=1, process=0, processes=1
     )
     assert single == list(whole)

@@ -1,6 +1,6 @@
-"""The pictures of the engine as rows of U-Net calls, and the text that goes with them.
+"""Hold the pictures that the engine works on, and arrange them as rows of U-Net calls.
 
-Legend: B pictures of a call, G of them guided, R rows of a call, L tokens, D text width.
+Legend: L tokens, D text width.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from dreambooth.serving.engine.drawing_jobs import DrawingJob
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class PictureRow:
-    """One picture of a job, from the queue to its last step.
+class PictureInWork:
+    """One picture of a job, from the queue until it is decoded.
 
-    size: (width, height) in pixels. places: the rows of a call that it must have (the negative
-    prompt's, then the prompt's), where the place matters. trajectory: None while it waits.
-    restarts: how often it began anew because a step of its noise scheduler failed halfway.
-    decoding: the VAE's work, once begun; it has taken decoding_s seconds. decoding_failed: it was
-    begun anew, as memory ran out.
+    size: (width, height) in pixels. places: the rows of a call that it must occupy (the negative
+    prompt's, then the prompt's), None where the position does not matter. trajectory: None until
+    the picture begins. exact: False once memory was too short for exact mode. restarts: how often
+    it began again because memory ran out in a step of its noise scheduler. decoding: the VAE's
+    work once begun; it has taken decoding_s seconds so far. decoding_failed: whether memory ran
+    out in it; the next time the job fails.
     """
 
     job: DrawingJob
@@ -46,19 +47,20 @@ class PictureRow:
 
     @property
     def request(self) -> SamplingRequest:
-        """What was asked for."""
+        """Return the request for this picture."""
         return self.job.requests[self.index]
 
     @property
     def unet_rows(self) -> int:
-        """Rows of a U-Net call: 2 with guidance, else 1."""
+        """Return how many rows of a U-Net call the picture occupies: 2 with guidance, else 1."""
         return 2 if self.request.guided else 1
 
 
 def places_of(request: SamplingRequest, rows: int) -> tuple[int, ...]:
-    """Return the rows that a picture has in every call of `rows` rows: its seed decides.
+    """Return the rows that a picture occupies in every call of `rows` rows, chosen by its seed.
 
-    Consecutive seeds, as the pictures of one request have, get different rows.
+    The pictures of one request have consecutive seeds, so up to rows // 2 guided ones, or `rows`
+    unguided ones, get different rows.
     """
     if not request.guided:
         return (request.seed % rows,)
@@ -67,10 +69,13 @@ def places_of(request: SamplingRequest, rows: int) -> tuple[int, ...]:
 
 
 class TextCache:
-    """Encoded strings, each encoded alone so that no neighbour can change it; the latest stay."""
+    """A cache of the most recently used strings in encoded form.
+
+    Each string is encoded alone, so that no other string in a batch can change its bits.
+    """
 
     def __init__(self, model: DiffusionModel, *, most: int = 128) -> None:
-        """`most`: strings to remember; one takes 2 * L * D bytes in half precision (158 kB)."""
+        """most: how many strings to keep; one takes 2 * L * D bytes in half precision (158 kB)."""
         self._model = model
         self._most = most
         self._known: OrderedDict[str, Tensor] = OrderedDict()
@@ -90,25 +95,25 @@ class TextCache:
         return self._known[string]
 
     def clear(self) -> None:
-        """Forget all strings: memory is short."""
+        """Drop all strings to free memory."""
         self._known.clear()
 
 
-def gather(rows: Sequence[PictureRow], *, call_rows: int | None) -> TextRows:
-    """Return the text of a call's pictures; `call_rows` pads it to so many rows.
+def gather(pictures: Sequence[PictureInWork], *, call_rows: int | None) -> TextRows:
+    """Return the text of a call's pictures, padded to `call_rows` rows if that is given.
 
-    Every picture has its text. With `call_rows`, pictures that have places get them.
+    Every picture must have its encoded text. With `call_rows`, pictures with `places` get them.
     """
-    guided = [i for i, row in enumerate(rows) if row.request.guided]
-    hidden = [rows[i].negative_prompt for i in guided] + [row.prompt for row in rows]
+    guided = [i for i, each in enumerate(pictures) if each.request.guided]
+    hidden = [pictures[i].negative_prompt for i in guided] + [each.prompt for each in pictures]
     text = [each for each in hidden if each is not None]
-    assert len(text) == len(guided) + len(rows)
+    assert len(text) == len(guided) + len(pictures)
     device = text[0].device
     placement = None
     if call_rows is not None:
         places = list(range(len(text)))
-        if any(row.places is not None for row in rows):
-            of_each = [row.places or () for row in rows]
+        if any(each.places is not None for each in pictures):
+            of_each = [each.places or () for each in pictures]
             places = [of_each[i][0] for i in guided] + [each[-1] for each in of_each]
         sources = [0] * call_rows
         for source, place in enumerate(places):
@@ -117,7 +122,7 @@ def gather(rows: Sequence[PictureRow], *, call_rows: int | None) -> TextRows:
         placement = Placement(
             places=torch.tensor(places, device=device), sources=torch.tensor(sources, device=device)
         )
-    scales = [rows[i].request.guidance_scale for i in guided]
+    scales = [pictures[i].request.guidance_scale for i in guided]
     return TextRows(
         encoder_hidden_states=torch.stack(text),
         guided=torch.tensor(guided, dtype=torch.int64, device=device),

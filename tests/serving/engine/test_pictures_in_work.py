@@ -10,7 +10,7 @@ from dreambooth.diffusion import model as models
 from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.diffusion.sampling_request import SamplingRequest
 from dreambooth.serving.engine.drawing_jobs import DrawingJob
-from dreambooth.serving.engine.picture_rows import PictureRow, TextCache, gather, places_of
+from dreambooth.serving.engine.pictures_in_work import PictureInWork, TextCache, gather, places_of
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +22,11 @@ def request(seed: int = 0, **options: Any) -> SamplingRequest:
     return SamplingRequest(prompt="a cat", seed=seed, **options)
 
 
-def row(number: int, *, guided: bool, places: tuple[int, ...] | None = None) -> PictureRow:
-    """A picture whose text tells it apart: `number`, and its negative for the negative prompt."""
+def row(number: int, *, guided: bool, places: tuple[int, ...] | None = None) -> PictureInWork:
+    """Return a row whose text is filled with `number`, and its negative prompt with -`number`."""
     scale = 2.0 + number if guided else 1.0
     job = DrawingJob([request(guidance_scale=scale)])
-    return PictureRow(
+    return PictureInWork(
         job=job,
         index=0,
         size=(8, 8),
@@ -107,7 +107,7 @@ def test_the_cache_keeps_the_strings_used_last(model: DiffusionModel) -> None:
     cat = cache.get("cat")
     cache.get("dog")
     cache.get("cat")
-    cache.get("snow")  # dog goes
+    cache.get("snow")  # this removes dog
     assert len(cache) == 2
     assert cache.get("cat") is cat
     cache.clear()
