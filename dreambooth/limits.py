@@ -13,6 +13,11 @@ MIB = 1024 * KIB
 GIB = 1024 * MIB
 
 
+def size_in_words(count: int) -> str:
+    """Return a number of bytes for a reader: in GiB, or in MiB below a tenth of a GiB."""
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / MIB:.1f} MiB"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """Caps on what a job or a request may contain; the names state the units."""

@@ -71,12 +71,10 @@ def optimizer_bytes(memory_plan: str, mixed_precision: str) -> int:
 
     AdamW reads weight, gradient and two states, and writes weight and states. Each has 4 bytes, an
     8-bit state 1. In mixed precision gradients have 2 bytes, and a half-precision copy of the
-    weight is written as well. Weights that are rounded stochastically have 2 bytes and no copy.
+    weight is written as well.
     """
     plan = MEMORY_PLANS[memory_plan]
     states = 4 if plan.use_8bit_adam else 16
-    if plan.rounds_stochastically:
-        return states + 8
     return states + (14 if mixed_precision != "no" else 16)
 
 

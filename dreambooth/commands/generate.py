@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreambooth.errors import ResourceError, UserError
+from dreambooth.process.memory import is_out_of_memory
 from dreambooth.settings.generate_options import GenerateSettings, read
 
 if TYPE_CHECKING:
@@ -76,7 +77,9 @@ def _load(settings: GenerateSettings, workspace: Path) -> DiffusionModel:
     dtype = float_types.dtype_for(settings.precision, device)
     try:
         loaded = model.load(folder, device=device, dtype=dtype)
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise ResourceError(
             "The model does not fit in the GPU's free memory; --precision fp16 halves its need."
         ) from error

@@ -10,9 +10,10 @@ Legend: N cached crops of all pictures, B batch, C latent channels, h w latent c
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -99,6 +100,7 @@ def build(
     stream: str,
     encode_image: EncodeImage,
     known: Callable[[Path], torch.Tensor | None] = lambda path: None,
+    sha256: Mapping[Path, bytes] = MappingProxyType({}),
     on_image: Callable[[int], None] = lambda done: None,
 ) -> LatentPosteriors:
     """Encode every picture, with one picture in memory at a time.
@@ -109,8 +111,8 @@ def build(
     was decoded from, or None. Known latents replace the posterior, with std 0, and the picture is
     not opened. (Encoding it would return the same up to the VAE's own error, and the std is smaller
     than that error.)
-    on_image: called with the number of pictures done.
-    Raises DatasetError, which names the file, for a picture that cannot be read.
+    sha256: the hashes of the files when they were checked. on_image: called with the number of
+    pictures done. Raises DatasetError, which names the file, for a picture that cannot be read.
     """
     means, stds = _Rows(), _Rows()
     first_rows: list[int] = []
@@ -124,7 +126,7 @@ def build(
             stds.append(torch.zeros_like(latents))
             on_image(number + 1)
             continue
-        picture = images.resize(images.open_image(path), resolution)
+        picture = images.resize(images.open_image(path, sha256=sha256.get(path)), resolution)
         boxes = crop_boxes(
             picture.size,
             resolution=resolution,

@@ -9,9 +9,7 @@ Legend: H W pixels, uint8 0..255; C latent channels, h w latent cells.
 
 from __future__ import annotations
 
-import errno
 import io
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +19,11 @@ import numpy.typing as npt
 from PIL import Image, PngImagePlugin
 
 from dreambooth.data import class_latents
-from dreambooth.data.images import check_image, read_note
+from dreambooth.data.images import read_note
 from dreambooth.data.picture_files import PictureError, printable
 from dreambooth.data.seeds import derive_seed
-from dreambooth.errors import DatasetError, ResourceError
+from dreambooth.errors import DatasetError
+from dreambooth.process import files
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -115,7 +114,7 @@ def _note(fingerprint: str, seed: int, index: int, attempt: int) -> str:
 
 def _is_kept(path: Path, notes: set[str]) -> bool:
     try:
-        return read_note(path, _NOTE_KEY) in notes and check_image(path) is not None
+        return read_note(path, _NOTE_KEY) in notes
     except PictureError:
         return False
 
@@ -134,27 +133,15 @@ def _write(path: Path, sampled: Sampled, *, note: str, fingerprint: str) -> None
     Image.fromarray(sampled.picture).save(png, "PNG", pnginfo=text)
     picture = png.getvalue()
     latents = class_latents.content(sampled.latents, picture=picture, origin=fingerprint)
-    try:
-        _write_whole(class_latents.place_of(path), latents)
-        _write_whole(path, picture)
-    except OSError as error:
-        cause = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        raise ResourceError(
-            f"The class image {printable(path)} cannot be written ({cause}): free some space, "
-            "lower num_class_images, or give another folder with --output_data_dir or "
-            "--checkpoint_dir."
-        ) from error
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write to a temporary name, then rename it: a killed run leaves no half-written file."""
-    part = path.with_name(f".{path.name}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(part, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    with files.disk_faults_named(
+        f"The class image {printable(path.name)}",
+        printable(path.parent),
+        elsewhere="give another folder with --output_data_dir or --checkpoint_dir",
+        smaller="lower num_class_images",
+    ):
+        for place, content in ((class_latents.place_of(path), latents), (path, picture)):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            files.write_whole(place, content)
 
 
 def _refused(index: int) -> str:

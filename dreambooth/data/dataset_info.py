@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from dreambooth.process import addresses
 class DatasetInfo:
     """The content of a training folder; all listed pictures have been decoded once as a check.
 
-    Paths are sorted; `instance_facts[i]` is the upright size of `instance_images[i]`.
+    Paths are sorted; `instance_facts[i]` belongs to `instance_images[i]`, `class_facts` likewise.
     `class_prompt` is None if the folder gives none; `warnings` are whole sentences.
     """
 
@@ -37,6 +38,14 @@ class DatasetInfo:
     class_images: tuple[Path, ...]
     warnings: tuple[str, ...]
     instance_facts: tuple[ImageFacts, ...] = ()
+    class_facts: tuple[ImageFacts, ...] = ()
+
+    @property
+    def sha256(self) -> Mapping[Path, bytes]:
+        """Return the hashes of all picture files, taken when they were checked."""
+        images = (*self.instance_images, *self.class_images)
+        facts = (*self.instance_facts, *self.class_facts)
+        return {path: each.sha256 for path, each in zip(images, facts, strict=True)}
 
 
 def read(
@@ -63,7 +72,7 @@ def read(
     if not found.paths:
         raise DatasetError(_no_pictures(folder, found))
     notes = [*prompts.warnings, *skipped(found, "the training folder")]
-    class_images: tuple[Path, ...] = ()
+    class_images: Pictures | None = None
     if with_prior_preservation and needs_class_images:
         class_images, class_notes = _class_images(folder, class_folder, limits)
         notes += class_notes
@@ -73,7 +82,8 @@ def read(
         class_prompt=prompts.class_prompt,
         instance_images=found.paths,
         instance_facts=found.facts,
-        class_images=class_images,
+        class_images=class_images.paths if class_images else (),
+        class_facts=class_images.facts if class_images else (),
         warnings=tuple(notes),
     )
 
@@ -105,9 +115,9 @@ def _require_folder(folder: Path) -> None:
 
 def _class_images(
     folder: Path, class_folder: Path, limits: Limits
-) -> tuple[tuple[Path, ...], list[str]]:
+) -> tuple[Pictures | None, list[str]]:
     if "\0" not in str(class_folder) and not os.path.lexists(class_folder):
-        return (), []
+        return None, []
     if not class_folder.is_dir():
         raise DatasetError(
             f"class_data_dir points at {printable(class_folder)}, which is not a folder: "
@@ -119,7 +129,7 @@ def _class_images(
             "put the class images into a folder of their own."
         )
     found = read_pictures(class_folder, most=limits.max_class_images, limits=limits)
-    return found.paths, skipped(found, f"the class images' folder {printable(class_folder)}")
+    return found, skipped(found, f"the class images' folder {printable(class_folder)}")
 
 
 def _no_pictures(folder: Path, found: Pictures) -> str:

@@ -13,14 +13,12 @@ _STRIDE_BYTES = 1 << 24
 
 
 def of_dataset(dataset: DatasetInfo) -> str:
-    """Hash the prompts, and the names and bytes of all pictures, into 16 hex digits."""
+    """Hash the prompts, and the names and hashes of all pictures, into 16 hex digits."""
     digest = hashlib.sha256()
     for text in (dataset.instance_prompt, dataset.class_prompt or ""):
         digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
-    for path in (*dataset.instance_images, *dataset.class_images):
-        digest.update(path.name.encode("utf-8", "surrogateescape") + b"\0")
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    for path, sha256 in dataset.sha256.items():
+        digest.update(path.name.encode("utf-8", "surrogateescape") + b"\0" + sha256)
     return digest.hexdigest()[:16]
 
 

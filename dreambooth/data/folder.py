@@ -8,12 +8,10 @@ from pathlib import Path
 
 from dreambooth.data.images import ImageFacts, check_images
 from dreambooth.data.picture_files import (
-    FORMATS,
-    FORMATS_TEXT,
+    NotAPictureError,
     PictureError,
     listed,
     printable,
-    sniff,
     why,
 )
 from dreambooth.data.prompts import INFO_NAME
@@ -41,41 +39,50 @@ class Pictures:
 def read_pictures(
     folder: Path, *, ignored: str = "", most: int, limits: Limits = LIMITS
 ) -> Pictures:
-    """Sort the entries of a folder by their first bytes, then check that the pictures decode.
+    """Sort the entries of a folder by their first bytes, and check that the pictures decode.
 
     `ignored` is the name of a sub-folder (the class images') that is not mentioned. Raises
     DatasetError for a folder that cannot be listed, or that holds more than `most` pictures or too
     many entries.
     """
-    candidates: list[Path] = []
-    unusable: list[str] = []
+    files: list[Path] = []
     others: list[str] = []
     for entry in _entries(folder, limits):
-        path = Path(entry.path)
         if entry.name == INFO_NAME or (entry.name == ignored and _is_folder(entry)):
             continue
-        verdict = _verdict(entry, limits)
-        if verdict == "picture":
-            candidates.append(path)
-        elif verdict == "":
+        if entry.name.startswith(".") or entry.name.lower() in _JUNK or _is_folder(entry):
             others.append(printable(entry.name) + ("/" if _is_folder(entry) else ""))
         else:
-            unusable.append(f"{printable(entry.name)} ({verdict})")
-    if len(candidates) > most:
-        raise DatasetError(
-            f"The folder {printable(folder)} holds {len(candidates)} pictures, more than the "
-            f"{most} allowed: DreamBooth wants 4 to 20 good pictures of one subject."
-        )
-    paths, facts = [], []
-    for path, result in zip(candidates, check_images(candidates, limits=limits), strict=True):
-        if isinstance(result, PictureError):
+            files.append(Path(entry.path))
+    _refuse_too_many(folder, sum(map(_is_named_as_picture, files)), most)
+    paths, facts, unusable = [], [], []
+    for path, result in zip(files, check_images(files, limits=limits), strict=True):
+        if isinstance(result, NotAPictureError) and not _is_named_as_picture(path):
+            others.append(printable(path.name))
+        elif isinstance(result, PictureError):
             unusable.append(f"{printable(path.name)} ({result.reason})")
         else:
             paths.append(path)
             facts.append(result)
+    _refuse_too_many(folder, len(paths), most)
     return Pictures(
-        paths=tuple(paths), facts=tuple(facts), unusable=tuple(unusable), others=tuple(others)
+        paths=tuple(paths),
+        facts=tuple(facts),
+        unusable=tuple(unusable),
+        others=tuple(sorted(others)),
     )
+
+
+def _refuse_too_many(folder: Path, pictures: int, most: int) -> None:
+    if pictures > most:
+        raise DatasetError(
+            f"The folder {printable(folder)} holds {pictures} pictures, more than the {most} "
+            "allowed: DreamBooth wants 4 to 20 good pictures of one subject."
+        )
+
+
+def _is_named_as_picture(path: Path) -> bool:
+    return path.suffix.lower() in _PICTURE_SUFFIXES
 
 
 def _entries(folder: Path, limits: Limits) -> list[os.DirEntry[str]]:
@@ -95,22 +102,6 @@ def _entries(folder: Path, limits: Limits) -> list[os.DirEntry[str]]:
             "check its permissions."
         ) from error
     return sorted(found, key=lambda entry: entry.name)
-
-
-def _verdict(entry: os.DirEntry[str], limits: Limits) -> str:
-    """Return "picture", "" for an entry that is no picture, or why a picture cannot be used."""
-    if entry.name.startswith(".") or entry.name.lower() in _JUNK or _is_folder(entry):
-        return ""
-    named_as_picture = Path(entry.name).suffix.lower() in _PICTURE_SUFFIXES
-    try:
-        kind = sniff(Path(entry.path), limits=limits)
-    except PictureError as error:
-        return error.reason if named_as_picture else ""
-    if kind in FORMATS:
-        return "picture"
-    if kind is not None:
-        return f"{kind} is not read: save it as one of {FORMATS_TEXT}"
-    return "holds no known picture format" if named_as_picture else ""
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

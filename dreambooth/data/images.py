@@ -7,6 +7,8 @@ file. Legend: H W pixels, uint8 0..255.
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import struct
 import warnings
@@ -14,10 +16,10 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +37,7 @@ from dreambooth.data.colour_profiles import to_srgb
 from dreambooth.data.picture_files import (
     FORMATS,
     FORMATS_TEXT,
+    NotAPictureError,
     PictureError,
     format_of,
     opened,
@@ -82,42 +85,49 @@ _TURNS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageFacts:
-    """The size of a picture in pixels, after it has been turned upright."""
+    """A picture that was checked: its upright size in pixels, and the SHA-256 of its file."""
 
     width: int
     height: int
+    sha256: bytes = field(default=b"", compare=False)
 
 
-def open_image(path: Path, *, limits: Limits = LIMITS) -> Image.Image:
+def open_image(path: Path, *, sha256: bytes | None = None, limits: Limits = LIMITS) -> Image.Image:
     """Decode a picture: mode RGB, upright, transparency on white, first frame of animations.
 
     16-bit pictures are scaled (65535 -> 255), not clipped; an embedded colour profile other than
-    sRGB is converted. Raises PictureError (a DatasetError), which names the file, if it is no
-    picture, damaged, truncated or too large.
+    sRGB is converted. sha256: that of the file when it was checked. Raises PictureError (a
+    DatasetError), which names the file, if it is no picture, damaged, truncated or too large, or
+    has changed since the check.
     """
-    with _quiet():
-        return _decoded(path, limits, lambda image: _upright_rgb(image, limits))
+    with _quiet(), opened(path, limits=limits) as file:
+        content: BinaryIO = file
+        if sha256 is not None:
+            content = io.BytesIO(file.read())
+            if hashlib.sha256(content.getbuffer()).digest() != sha256:
+                raise PictureError(path, "has changed since the job began")
+        return _decoded(content, path, limits, lambda image: _upright_rgb(image, limits))
 
 
 def check_image(path: Path, *, limits: Limits = LIMITS) -> ImageFacts:
-    """Return the size of a picture, after checking that it decodes.
+    """Return the size and the hash of a picture, after checking that it decodes.
 
     JPEGs are decoded at an eighth of their size (30 ms for 12 megapixels), all others in full
     (0.2 s for a PNG of 12 megapixels), because checksums may be right around a broken stream.
     Raises PictureError as `open_image` does.
     """
     with _quiet():
-        return _decoded(path, limits, _facts)
+        return _checked(path, limits)
 
 
 def check_images(
     paths: Sequence[Path], *, limits: Limits = LIMITS
 ) -> list[ImageFacts | PictureError]:
-    """Check many files in parallel; return sizes and errors in the order given, raising nothing."""
+    """Check many files in parallel; return facts and errors in the order given, raising nothing."""
 
     def check(path: Path) -> ImageFacts | PictureError:
         try:
-            return _decoded(path, limits, _facts)
+            return _checked(path, limits)
         except PictureError as error:
             return error
 
@@ -126,17 +136,18 @@ def check_images(
 
 
 def read_note(path: Path, key: str, *, limits: Limits = LIMITS) -> str | None:
-    """Return the text that a PNG carries under a key in front of its pixels, or None.
+    """Return the text that a PNG, which must decode, carries in front of its pixels; None if none.
 
     Raises PictureError as `open_image` does.
     """
 
     def find(image: ImageFile.ImageFile) -> str | None:
-        note = image.info.get(key)
+        note = image.info.get(key)  # before the pixels are read, which may add text from behind
+        image.load()
         return str(note) if isinstance(note, str) else None
 
-    with _quiet():
-        return _decoded(path, limits, find)
+    with _quiet(), opened(path, limits=limits) as file:
+        return _decoded(file, path, limits, find)
 
 
 def resized_size(width: int, height: int, resolution: int) -> tuple[int, int]:
@@ -213,25 +224,33 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _decoded(path: Path, limits: Limits, finish: Callable[[ImageFile.ImageFile], T]) -> T:
-    """Open a file by its content, check the size in its header, then let `finish` decode it."""
+def _checked(path: Path, limits: Limits) -> ImageFacts:
     with opened(path, limits=limits) as file:
-        kind = format_of(file)
-        if kind is None:
-            empty = os.fstat(file.fileno()).st_size == 0
-            raise PictureError(path, "is empty" if empty else "holds no known picture format")
-        if kind not in FORMATS:
-            raise PictureError(path, f"is in {kind} format (save it as one of {FORMATS_TEXT})")
-        try:
-            with Image.open(file, formats=(kind,)) as image:
-                _refuse_bomb(path, *image.size, limits)
-                return finish(image)
-        except Image.DecompressionBombError as error:
-            raise PictureError(path, "has too many pixels to be opened safely") from error
-        except MemoryError as error:
-            raise PictureError(path, "needs more memory than there is") from error
-        except _DECODER_FAULTS as error:
-            raise PictureError(path, f"is damaged ({why(error)})") from error
+        facts = _decoded(file, path, limits, _facts)
+        file.seek(0)
+        return replace(facts, sha256=hashlib.file_digest(file, "sha256").digest())
+
+
+def _decoded(
+    file: BinaryIO, path: Path, limits: Limits, finish: Callable[[ImageFile.ImageFile], T]
+) -> T:
+    """Open a file by its content, check the size in its header, then let `finish` decode it."""
+    kind = format_of(file)
+    if kind is None:
+        empty = file.seek(0, os.SEEK_END) == 0
+        raise NotAPictureError(path, "is empty" if empty else "holds no known picture format")
+    if kind not in FORMATS:
+        raise PictureError(path, f"is in {kind} format (save it as one of {FORMATS_TEXT})")
+    try:
+        with Image.open(file, formats=(kind,)) as image:
+            _refuse_bomb(path, *image.size, limits)
+            return finish(image)
+    except Image.DecompressionBombError as error:
+        raise PictureError(path, "has too many pixels to be opened safely") from error
+    except MemoryError as error:
+        raise PictureError(path, "needs more memory than there is") from error
+    except _DECODER_FAULTS as error:
+        raise PictureError(path, f"is damaged ({why(error)})") from error
 
 
 def _refuse_bomb(path: Path, width: int, height: int, limits: Limits) -> None:

@@ -12,6 +12,7 @@ import stat
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
@@ -48,6 +49,10 @@ class PictureError(DatasetError):
         return type(self), (self.path, self.reason)
 
 
+class NotAPictureError(PictureError):
+    """The file cannot be read, or its first bytes are not those of a picture."""
+
+
 def printable(path: Path | str) -> str:
     """Return a path for a message or a log line: printable, on one line."""
     return one_line(os.fspath(path), 1_000)
@@ -60,41 +65,30 @@ def listed(names: Sequence[str]) -> str:
     return f"{text} and {rest} more" if rest > 0 else text
 
 
-def sniff(path: Path, *, limits: Limits = LIMITS) -> str | None:
-    """Return the picture format that the first bytes show, or None if they show none.
-
-    Also names some formats that are not in `FORMATS` ("HEIC", "JPEG XL", "JPEG 2000", "Photoshop"),
-    so that a message can mention them. Raises PictureError for a file that is not regular, too
-    large or cannot be read.
-    """
-    with opened(path, limits=limits) as file:
-        return format_of(file)
-
-
 @contextmanager
-def opened(path: Path, *, limits: Limits = LIMITS) -> Iterator[BinaryIO]:
+def opened(path: Path, *, limits: Limits = LIMITS) -> Iterator[BufferedReader]:
     """Open a regular file for reading; never block on a FIFO and never touch a device.
 
-    Raises PictureError for a file that is not regular, too large or cannot be opened, and for an
-    OSError inside the `with` block.
+    Raises NotAPictureError for a file that is not regular, too large or cannot be opened, and for
+    an OSError inside the `with` block.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise PictureError(path, "is not a regular file")
+            raise NotAPictureError(path, "is not a regular file")
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
-        raise PictureError(path, f"cannot be opened ({why(error)})") from error
+        raise NotAPictureError(path, f"cannot be opened ({why(error)})") from error
     with os.fdopen(descriptor, "rb") as file:
         found = os.fstat(descriptor)  # again: the name may stand for another file by now
         if not stat.S_ISREG(found.st_mode):
-            raise PictureError(path, "is not a regular file")
+            raise NotAPictureError(path, "is not a regular file")
         if found.st_size > limits.max_image_file_bytes:
             cap = limits.max_image_file_bytes
-            raise PictureError(path, f"has {found.st_size} bytes, more than the {cap} allowed")
+            raise NotAPictureError(path, f"has {found.st_size} bytes, more than the {cap} allowed")
         try:
             yield file
         except OSError as error:
-            raise PictureError(path, f"cannot be read ({why(error)})") from error
+            raise NotAPictureError(path, f"cannot be read ({why(error)})") from error
 
 
 def why(error: BaseException) -> str:
@@ -108,7 +102,11 @@ def why(error: BaseException) -> str:
 
 
 def format_of(file: BinaryIO) -> str | None:
-    """Return what `sniff` returns, for a file that is open at its beginning."""
+    """Return the picture format that the first bytes of an open file show, or None.
+
+    Also names some formats that are not in `FORMATS` ("HEIC", "JPEG XL", "JPEG 2000", "Photoshop"),
+    so that a message can mention them.
+    """
     start = file.read(_SNIFF_BYTES)
     for magic, name in (
         (b"\x89PNG\r\n\x1a\n", "PNG"),

@@ -220,7 +220,9 @@ def _build(config: dict[str, Any], path: Path) -> Any:
             )
     try:
         with init_empty_weights(include_buffers=False):
-            return StableDiffusionSafetyChecker(CLIPConfig.from_dict(config))
+            return StableDiffusionSafetyChecker(
+                CLIPConfig.from_dict(layout.without_code_settings(config))
+            )
     except _BUILD_ERRORS as error:
         reason = " ".join(str(error).split())[:300].rstrip(".")
         raise ModelArtifactError(

@@ -33,6 +33,7 @@ from dreambooth.diffusion.step_tables import timesteps_of
 from dreambooth.diffusion.trajectories import Trajectory
 from dreambooth.errors import RequestError, ResourceError
 from dreambooth.limits import LIMITS, Limits
+from dreambooth.process.memory import is_out_of_memory
 
 
 def generate(
@@ -42,6 +43,8 @@ def generate(
     batch_size: int = 4,
     on_step: Callable[[int, int], None] | None = None,
     text: Mapping[str, Tensor] | None = None,
+    schedules: Schedules | None = None,
+    on_latents: Callable[[Tensor], None] = lambda latents: None,
     limits: Limits = LIMITS,
 ) -> Iterator[np.ndarray | None]:
     """Sample every request; yield uint8 [H, W, 3] pictures (0..255) in the order of the requests.
@@ -51,7 +54,9 @@ def generate(
     prompts may differ. A picture depends on its own request alone: those that share its calls
     change it by rounding only (at most 2/255 in float32). on_step(done, total) is called after each
     U-Net call, counted over all batches (`count_steps`). text: ready encoder_hidden_states ([L, D]
-    or [1, L, D]) by prompt; the text encoder is needed only for prompts that it lacks.
+    or [1, L, D]) by prompt; the text encoder is needed only for prompts that it lacks. schedules:
+    as `schedules_of` returns them, kept by a caller that samples again. on_latents is called with
+    the clean latents of each picture, float32 [1, C, h, w], before they are decoded.
 
     The model is left as it was (train or eval mode, gradients) and the global random generators are
     not used, so a preview may run in the middle of training.
@@ -66,15 +71,27 @@ def generate(
         raise RequestError(
             f"batch_size must lie between 1 and {limits.max_generated_batch}, not {batch_size}."
         )
-    return _generate(model, requests, batch_size, on_step, dict(text or {}))
+    schedules = schedules or schedules_of(model)
+    return _generate(
+        model,
+        requests,
+        batch_size,
+        schedules,
+        dict(text or {}),
+        on_step=on_step,
+        on_latents=on_latents,
+    )
 
 
 def _generate(
     model: DiffusionModel,
     requests: Sequence[SamplingRequest],
     batch_size: int,
-    on_step: Callable[[int, int], None] | None,
+    schedules: Schedules,
     text: dict[str, Tensor],
+    *,
+    on_step: Callable[[int, int], None] | None,
+    on_latents: Callable[[Tensor], None],
 ) -> Iterator[np.ndarray | None]:
     total = count_steps(model, requests, batch_size=batch_size)
     done = 0
@@ -85,9 +102,9 @@ def _generate(
         if on_step is not None:
             on_step(done, total)
 
-    schedules = schedules_of(model)
     for batch in _batches(model, requests, batch_size):
         for latents in _denoise(model, batch, schedules, text, stepped):
+            on_latents(latents)
             # Decode one picture at a time: that takes more memory than a step of several.
             yield _decode(model, latents)
 
@@ -192,7 +209,9 @@ def _denoise(
             while not pictures[0].finished:
                 advance(model.unet, pictures, rows)
                 stepped()
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         width, height = picture_size(sampling_facts(model), batch[0])
         knob = "batch_size" if len(batch) > 1 else "width and height"
         raise ResourceError(
@@ -208,7 +227,9 @@ def _decode(model: DiffusionModel, latents: Tensor) -> np.ndarray | None:
     try:
         with _evaluating(model.vae):
             pictures = decode(model, latents)
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise ResourceError(
             "The device ran out of memory while decoding one picture; lower width and height."
         ) from error

@@ -33,7 +33,7 @@ from dreambooth.errors import ModelArtifactError, in_one_line, quoted
 from dreambooth.limits import LIMITS, Limits
 from dreambooth.model_folder import vocabulary
 from dreambooth.model_folder.component_classes import BERT, XLM_ROBERTA, TextFamily
-from dreambooth.model_folder.layout import CODE_SETTINGS, read_json
+from dreambooth.model_folder.layout import read_json, without_code_settings
 from dreambooth.model_folder.sentencepiece_model import SentencePieceModel
 from dreambooth.model_folder.weight_names import CLIP_PREFIX, bert_name
 
@@ -86,7 +86,7 @@ class RobertaSeries(torch.nn.Module):
 
 def build(family: TextFamily, config: dict[str, Any]) -> Any:
     """Build the network of a configuration, untrained. Raises any of BUILD_ERRORS."""
-    config = {key: v for key, v in config.items() if key.lstrip("_") not in CODE_SETTINGS}
+    config = without_code_settings(config)
     positions = config.get("max_position_embeddings", 1)
     if type(positions) is not int or not 0 < positions <= _MAX_POSITIONS:
         raise ValueError(f"max_position_embeddings is {quoted(positions)}")

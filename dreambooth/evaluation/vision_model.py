@@ -110,8 +110,9 @@ def _vision_settings(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 def _harmless(config: dict[str, Any]) -> dict[str, Any]:
     """Drop settings that would download a kernel, or change the weights as they are read."""
-    unwanted = (*layout.CODE_SETTINGS, *_FLOAT_TYPES, "quantization_config")
-    return {key: value for key, value in config.items() if key.lstrip("_") not in unwanted}
+    unwanted = (*_FLOAT_TYPES, "quantization_config")
+    kept = layout.without_code_settings(config)
+    return {key: value for key, value in kept.items() if key.lstrip("_") not in unwanted}
 
 
 def _image_size(path: Path, config: dict[str, Any]) -> tuple[int, int]:

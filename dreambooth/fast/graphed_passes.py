@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from dreambooth.fast.cuda_graphs import CapturedCall
-from dreambooth.training import out_of_memory
+from dreambooth.process.memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class GraphedPasses:
         try:
             return self._capture(self._call, self._drop_gradients)
         except RuntimeError as error:
-            if out_of_memory.ran_out(error):
+            if is_out_of_memory(error):
                 raise
             log.warning(
                 "The passes of a step cannot be captured as a CUDA graph (%s: %s): they are "

@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreambooth.diffusion.device_memory import free_caches, is_out_of_memory
+from dreambooth.diffusion.device_memory import free_caches
 from dreambooth.fast.cuda_graphs import GraphCapturer
+from dreambooth.process.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +164,7 @@ class GraphedUNet(torch.nn.Module):
             return held(inputs)
         except Exception as error:
             # If the device is lost, the plain call that follows raises the error again.
-            if _any_out_of_memory(error):
+            if is_out_of_memory(error):
                 why = f"memory ran out with {len(self._held)} of them"
             else:
                 why = f"a call of {key[0]} row(s) failed ({type(error).__name__}: {error})"
@@ -198,15 +199,3 @@ def _call(unet: Any, inputs: Inputs) -> Tensor:
     latents, timesteps, text = inputs
     output: Tensor = unet(latents, timesteps, encoder_hidden_states=text, return_dict=False)[0]
     return output
-
-
-def _any_out_of_memory(error: BaseException | None) -> bool:
-    """Return whether an error, or an earlier one in its chain, means that memory ran out.
-
-    The chain matters because ending a failed capture raises another error.
-    """
-    while error is not None:
-        if is_out_of_memory(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

@@ -15,11 +15,9 @@ from dreambooth.data import class_images, class_latents, fingerprint
 from dreambooth.data.class_images import Sampled
 from dreambooth.diffusion import model as models
 from dreambooth.diffusion import sampling
-from dreambooth.diffusion.decoding import decode
-from dreambooth.diffusion.denoising import advance
 from dreambooth.diffusion.device_memory import free_caches
 from dreambooth.diffusion.model import DiffusionModel
-from dreambooth.diffusion.sampling_request import SamplingRequest, check
+from dreambooth.diffusion.sampling_request import SamplingRequest
 from dreambooth.diffusion.schedules import Schedules
 from dreambooth.errors import ModelArtifactError, ResourceError
 from dreambooth.fast.cuda_graphs import CudaGraphCapturer, GraphCapturer
@@ -27,6 +25,7 @@ from dreambooth.fast.graphed_unet import GraphedUNet
 from dreambooth.job import outputs
 from dreambooth.job.task import Task
 from dreambooth.model_folder.facts import read_facts
+from dreambooth.process.memory import is_out_of_memory
 from dreambooth.process.progress import Progress
 from dreambooth.training import expected_memory
 from dreambooth.training.device import DeviceFacts
@@ -60,7 +59,7 @@ def class_image_paths(
     where pictures are missing, and is unloaded again. capture_on: device -> what captures the
     U-Net's calls there, used where the training plan has the fast step.
     """
-    if not task.trains_on_class_images:
+    if not task.hyperparameters.trains_on_class_images:
         return ()
     missing = task.plan.class_images_to_sample
     if missing <= 0:
@@ -191,7 +190,6 @@ class _Sampler:
         self._model: DiffusionModel | None = None
         self._schedules: Schedules | None = None
         self._steps = NUM_INFERENCE_STEPS
-        self._text: dict[str, torch.Tensor] = {}
         self._most = pictures_per_call(task)
         self._pictures, self._seconds = 0, 0.0
 
@@ -204,7 +202,9 @@ class _Sampler:
                     for start in range(0, len(seeds), most)
                     for sampled in self._timed(seeds[start : start + most])
                 ]
-            except torch.OutOfMemoryError as error:
+            except (RuntimeError, MemoryError, ResourceError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 if most == 1:
                     raise ResourceError(
                         "The device ran out of memory while sampling one class image: lower "
@@ -225,7 +225,6 @@ class _Sampler:
         self._pictures += len(made)
         return made
 
-    @torch.no_grad()
     def _sample(
         self, model: DiffusionModel, schedules: Schedules, seeds: Sequence[int]
     ) -> list[Sampled | None]:
@@ -240,12 +239,20 @@ class _Sampler:
             )
             for seed in seeds
         ]
-        check(sampling.sampling_facts(model), requests[0])  # the others differ only in their seeds
-        text = sampling.text_rows(model, requests, self._text)
-        pictures = [sampling.start(model, request, schedules) for request in requests]
-        while not pictures[0].finished:
-            advance(model.unet, pictures, text)
-        return [self._decoded(model, picture.latents) for picture in pictures]
+        latents: list[torch.Tensor] = []
+        pictures = sampling.generate(
+            model,
+            requests,
+            batch_size=len(requests),
+            schedules=schedules,
+            on_latents=latents.append,
+        )
+        return [
+            None
+            if picture is None
+            else Sampled(picture=picture, latents=latents[-1][0].float().cpu().numpy())
+            for picture in pictures
+        ]
 
     def _loaded(self) -> tuple[DiffusionModel, Schedules]:
         if self._model is None or self._schedules is None:
@@ -257,17 +264,9 @@ class _Sampler:
             self._schedules = sampling.schedules_of(self._model)
         return self._model, self._schedules
 
-    @staticmethod
-    def _decoded(model: DiffusionModel, latents: torch.Tensor) -> Sampled | None:
-        pictures = decode(model, latents)
-        if pictures is None:
-            return None
-        return Sampled(picture=pictures[0], latents=latents[0].float().cpu().numpy())
-
     def unload(self) -> None:
         """Free the model's memory before training begins, and log how long sampling took."""
         if self._pictures:
             log.info("%d class images sampled in %.2f s", self._pictures, self._seconds)
         self._model = self._schedules = None
-        self._text.clear()
         free_caches()

@@ -40,6 +40,7 @@ def encode(
             stream=stream,
             encode_image=lambda pixels: models.encode_posterior(model, pixels),
             known=known_latents,
+            sha256=dataset.sha256,
             on_image=lambda count: progress.update(done + count),
         ).to(task.device)
 

@@ -99,9 +99,10 @@ def choose_network(task: Task, model: DiffusionModel) -> features.FeatureNetwork
 
 def _instance_images(task: Task) -> Iterator[Picture]:
     """Yield the instance images uint8 [H,W,3], resized and centre-cropped to the resolution."""
+    sha256 = task.dataset.sha256
     for path in task.dataset.instance_images:
         try:
-            picture = images.resize(images.open_image(path), task.resolution)
+            picture = images.resize(images.open_image(path, sha256=sha256[path]), task.resolution)
         except DatasetError as error:  # it was readable before training: a flaky mount
             log.warning("left out of fid_score: %s", error)
             continue

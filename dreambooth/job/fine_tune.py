@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import logging
 import os
 import signal
@@ -22,6 +21,7 @@ from PIL import Image
 from torch import nn
 
 from dreambooth.diffusion import model as models
+from dreambooth.diffusion.device_memory import free_caches
 from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.errors import ResourceError
 from dreambooth.fast import captured_loop
@@ -32,10 +32,13 @@ from dreambooth.job.checkpoints import Checkpoints
 from dreambooth.job.previews import Previews
 from dreambooth.job.run_report import RunReport
 from dreambooth.job.task import Task
+from dreambooth.limits import size_in_words
 from dreambooth.model_folder import export
+from dreambooth.process.memory import is_out_of_memory
 from dreambooth.process.stop import Stopped, StopSignals
 from dreambooth.report.timings import peak_memory_bytes
-from dreambooth.training import freed_gradients, loop, optimizer, out_of_memory
+from dreambooth.training import freed_gradients, loop, optimizer
+from dreambooth.training import plan as plans
 from dreambooth.training import state as states
 from dreambooth.training.gpu_peaks import GpuPeaks
 from dreambooth.training.mixed_precision import Precision
@@ -68,8 +71,10 @@ def run(task: Task, accelerator: Accelerator, stop: StopSignals) -> None:
                 run_report.class_paths = class_sampling.class_image_paths(task)
             stop.check()
             _fine_tune_with_smaller_memory_plans(task, run_report, accelerator, stop, checkpoints)
-    except torch.OutOfMemoryError as error:
-        raise ResourceError(out_of_memory.advice(task.plan)) from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ResourceError(plans.out_of_memory_advice(task.plan)) from error
 
 
 def _fine_tune_with_smaller_memory_plans(
@@ -88,13 +93,13 @@ def _fine_tune_with_smaller_memory_plans(
     while True:
         try:
             return _fine_tune(task, run_report, accelerator, stop, checkpoints)
-        except (RuntimeError, ResourceError) as error:
-            if not out_of_memory.ran_out(error):
+        except (RuntimeError, MemoryError, ResourceError) as error:
+            if not is_out_of_memory(error):
                 raise
             trained = run_report.step is not None and run_report.step >= task.plan.steps
             plan = task.plan.with_smaller_memory_plan()
             if plan is None or trained or accelerator.num_processes > 1:
-                raise ResourceError(out_of_memory.advice(task.plan)) from error
+                raise ResourceError(plans.out_of_memory_advice(task.plan)) from error
         log.warning(
             "memory ran out with memory_plan %s: going on with %s%s, from the last checkpoint or "
             "from the start",
@@ -105,7 +110,7 @@ def _fine_tune_with_smaller_memory_plans(
         task = replace(task, plan=plan)
         run_report.task, run_report.step = task, None
         accelerator.free_memory()
-        _empty_the_cache()
+        free_caches()
 
 
 def _ask_for_determinism() -> None:
@@ -132,7 +137,7 @@ def _fine_tune(
     _move_to_cpu(model, text_encoder=not settings.train_text_encoder)
     state = _training_state(task, model)
     prior_unet = None
-    if settings.with_prior_preservation and not task.trains_on_class_images:
+    if settings.predicts_the_prior:
         prior_unet = state.precision.frozen_copy(model.unet)
     with phase("resuming"):
         checkpoints.resume(state, may_remove=accelerator.is_main_process)
@@ -291,8 +296,8 @@ def _log_memory(task: Task, peaks: GpuPeaks) -> None:
 
     On a GPU the peaks of training and of all phases so far are measured, on a CPU only the latter.
     """
-    expected = f"{task.plan.memory_bytes / 2**30:.2f} GiB"
-    measured = f"{peak_memory_bytes() / 2**30:.2f} GiB of this process"
+    expected = size_in_words(task.plan.memory_bytes)
+    measured = f"{size_in_words(peak_memory_bytes())} of this process"
     if task.device.type == "cuda":
         measured = peaks.in_words()
     log.info("memory: %s expected by the plan, at the peak %s", expected, measured)
@@ -303,14 +308,7 @@ def _move_to_cpu(model: DiffusionModel, *, text_encoder: bool) -> None:
     model.vae.to("cpu")
     if text_encoder:
         model.text_encoder.to("cpu")
-    _empty_the_cache()
-
-
-def _empty_the_cache() -> None:
-    """Free the GPU memory that nothing refers to any more."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_caches()
 
 
 def _training_state(task: Task, model: DiffusionModel) -> states.TrainingState:
@@ -320,8 +318,6 @@ def _training_state(task: Task, model: DiffusionModel) -> states.TrainingState:
     if settings.train_text_encoder:
         trained.append(model.text_encoder)
     for module in trained:
-        if plan.rounds_stochastically:
-            nn.Module.to(module, torch.bfloat16)  # diffusers' own `to` may warn about this cast
         module.requires_grad_(True)
         module.train()
     if plan.gradient_checkpointing:
@@ -335,7 +331,6 @@ def _training_state(task: Task, model: DiffusionModel) -> states.TrainingState:
             trained,
             settings,
             use_8bit_adam=plan.use_8bit_adam,
-            rounds_stochastically=plan.rounds_stochastically,
             fast_step=plan.fast_step,
         ),
         precision=Precision.for_plan(plan, task.device),

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dreambooth.errors import HyperparameterError, ResourceError
+from dreambooth.limits import size_in_words
 from dreambooth.model_folder.destination import ENTRIES, PARTIAL
 from dreambooth.settings.container import Environment
 from dreambooth.training.plan import TrainingPlan
-
-_GIB = 2**30
 
 
 def check(environment: Environment, model: Path | None) -> None:
@@ -136,8 +135,8 @@ def check_room_to_unpack(archive: Path, workspace: Path) -> None:
     size, free = archive.stat().st_size, shutil.disk_usage(workspace).free
     if size > free:
         raise ResourceError(
-            f"{archive} ({_gib(size)}) cannot be unpacked: the disk of {workspace} has "
-            f"{_gib(free)} free. Free some, or let TMPDIR name a folder on a larger disk."
+            f"{archive} ({size_in_words(size)}) cannot be unpacked: the disk of {workspace} has "
+            f"{size_in_words(free)} free. Free some, or let TMPDIR name a folder on a larger disk."
         )
 
 
@@ -157,11 +156,12 @@ def _check_disk(needs: list[_Need]) -> None:
     free = shutil.disk_usage(folder).free
     if more <= free:
         return
-    named = ", ".join(f"{need.what} {_gib(need.bytes)}" for need in needs if need.bytes)
+    named = ", ".join(f"{need.what} {size_in_words(need.bytes)}" for need in needs if need.bytes)
     raise ResourceError(
-        f"The disk of {folder} has {_gib(free)} free, and this run needs {_gib(more)} more there "
-        f"({named}): free some space, lower checkpoints_total_limit, set export_precision=fp16, or "
-        "give folders on a larger disk (--model_dir, --output_data_dir, --checkpoint_dir)."
+        f"The disk of {folder} has {size_in_words(free)} free, and this run needs "
+        f"{size_in_words(more)} more there ({named}): free some space, lower "
+        "checkpoints_total_limit, set export_precision=fp16, or give folders on a larger disk "
+        "(--model_dir, --output_data_dir, --checkpoint_dir)."
     )
 
 
@@ -188,10 +188,6 @@ def _existing(folder: Path) -> Path:
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return folder
-
-
-def _gib(count: int) -> str:
-    return f"{count / _GIB:.2f} GiB" if count >= _GIB / 10 else f"{count / 2**20:.1f} MiB"
 
 
 def _lies_in(folder: Path, place: Path) -> bool:

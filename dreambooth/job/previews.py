@@ -19,7 +19,7 @@ from dreambooth.errors import in_one_line
 from dreambooth.job.task import Task
 from dreambooth.limits import LIMITS
 from dreambooth.process import failure
-from dreambooth.training import out_of_memory
+from dreambooth.process.memory import is_out_of_memory
 from dreambooth.training.mixed_precision import Precision
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ GUIDANCE_SCALE = 7.5
 
 def failure_reason(error: Exception) -> str:
     """Return in one line why something could not be drawn, for a warning."""
-    if out_of_memory.ran_out(error):
+    if is_out_of_memory(error):
         return "memory ran out while it was drawn"
     known = failure.for_the_user(error)
     if known is not None:

@@ -118,7 +118,7 @@ def _prepare(environment: container.Environment, environ: Mapping[str, str], sta
         environment.training,
         class_data_dir=settings.class_data_dir,
         with_prior_preservation=settings.with_prior_preservation,
-        needs_class_images=settings.prior_preservation_mode == "images",
+        needs_class_images=settings.trains_on_class_images,
     )
     for warning in dataset.warnings:
         log.warning(warning)

@@ -23,6 +23,8 @@ import dreambooth
 from dreambooth.data import cache, dataset_info, fingerprint, images
 from dreambooth.errors import TrainingDivergedError
 from dreambooth.job.task import Task
+from dreambooth.limits import size_in_words
+from dreambooth.process.memory import is_out_of_memory
 from dreambooth.report import page, report_data
 from dreambooth.report.report_data import InstancePicture, ReportData, Rows
 from dreambooth.report.timings import Timings, peak_memory_bytes
@@ -33,7 +35,6 @@ log = logging.getLogger(__name__)
 
 REPORT_NAME = "report.html"
 _SHORTEST_S = 0.001  # shorter phases were skipped, such as class images in a run without them
-_GIB = 2**30
 
 
 @dataclass(slots=True, kw_only=True)
@@ -99,7 +100,7 @@ class RunReport:
                 yield
         except Exception as error:
             # Out of memory need not end the job: a smaller memory plan may follow, and is logged.
-            if not self._failed and not isinstance(error, torch.OutOfMemoryError):
+            if not self._failed and not is_out_of_memory(error):
                 self._failed = True
                 log.info("the job fails here")
             raise
@@ -232,18 +233,14 @@ def _step_pictures(folder: Path) -> tuple[tuple[int, Path], ...]:
 
 
 def _memory(task: Task, peaks: GpuPeaks) -> Rows:
-    rows = [("peak memory", _size(peak_memory_bytes()))]
+    rows = [("peak memory", size_in_words(peak_memory_bytes()))]
     if task.device.type == "cuda":
         rows += [
-            ("peak GPU memory, reserved", _size(peaks.whole.reserved)),
-            ("peak GPU memory, allocated in training", _size(peaks.training.allocated)),
+            ("peak GPU memory, reserved", size_in_words(peaks.whole.reserved)),
+            ("peak GPU memory, allocated in training", size_in_words(peaks.training.allocated)),
         ]
     where = "GPU memory" if task.device.type == "cuda" else "training memory"
-    rows.append((f"{where} expected by the plan", _size(task.plan.memory_bytes)))
+    expected = task.plan.memory_bytes
+    words = size_in_words(expected) if expected else "unknown"
+    rows.append((f"{where} expected by the plan", words))
     return tuple(rows)
-
-
-def _size(count: int) -> str:
-    if count <= 0:
-        return "unknown"
-    return f"{count / _GIB:.2f} GiB" if count >= _GIB / 10 else f"{count / 2**20:.0f} MiB"

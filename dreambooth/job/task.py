@@ -55,12 +55,6 @@ class Task:
         """Return the prompt of sample pictures, by default the instance prompt."""
         return self.hyperparameters.sample_prompt or self.dataset.instance_prompt
 
-    @property
-    def trains_on_class_images(self) -> bool:
-        """Return whether the run trains on class images."""
-        settings = self.hyperparameters
-        return settings.with_prior_preservation and settings.prior_preservation_mode == "images"
-
     def model_fingerprint(self) -> str:
         """Return a hash of the weights of the base model's U-Net, VAE and text encoder."""
         files = [

@@ -9,7 +9,6 @@ compression ratio. Standard library only.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ from typing import Final
 from dreambooth.errors import ModelArtifactError, ResourceError, quoted
 from dreambooth.limits import LIMITS, Limits
 from dreambooth.model_folder.tar_stream import Member, Tar
+from dreambooth.process import files
 
 _MAX_NAME_PART_BYTES: Final = 255  # of a file name on ext4, XFS and overlayfs
 
@@ -85,10 +85,10 @@ def _extract(archive: Path, destination: Path, limits: Limits) -> None:
                     "files and folders are unpacked."
                 )
             parts = names.add(member)
-            try:
+            with files.disk_faults_named(
+                f"{quoted(member.name)} of {archive}", destination, elsewhere="use a larger volume"
+            ):
                 _write(tar, destination, parts, member.is_folder)
-            except OSError as error:
-                raise _cannot_write(archive, member, destination, error) from error
         tar.finish()
     if not names.files:
         raise ModelArtifactError(f"{archive} holds no files.")
@@ -106,20 +106,6 @@ def _write(tar: Tar, destination: Path, parts: tuple[str, ...], is_folder: bool)
     with open(os.open(folder / parts[-1], flags, 0o644), "wb") as file:
         for chunk in tar.content():
             file.write(chunk)
-
-
-def _cannot_write(
-    archive: Path, member: Member, destination: Path, error: OSError
-) -> ResourceError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ResourceError(
-            f"The disk is full: {archive} cannot be unpacked into {destination}; free some space "
-            "or use a larger volume."
-        )
-    return ResourceError(
-        f"{quoted(member.name)} of {archive} cannot be written into {destination}: "
-        f"{error.strerror or error}."
-    )
 
 
 def _empty(folder: Path) -> None:

@@ -7,20 +7,16 @@ the mark are someone else's and are left alone.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import logging
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from dreambooth.errors import ModelArtifactError, ResourceError, UserError
+from dreambooth.errors import ModelArtifactError, UserError
 from dreambooth.model_folder import layout
+from dreambooth.process import files
 from dreambooth.process.files import fsync
 
 logger = logging.getLogger(__name__)
@@ -34,10 +30,6 @@ ENTRIES = (
     *(*layout.OPTIONAL_PARTS, layout.INDEX),
 )
 PARTIAL = ".partial-"
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-_NO_FOLDER = (errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 def clear(model_dir: Path, *, base_folder: Path | None = None) -> None:
@@ -104,32 +96,14 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def disk_faults_named(model_dir: Path) -> Iterator[None]:
-    """Turn a disk error into a ResourceError that says what is wrong and what to do."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        number = _number(error)
-        if number in _FULL:
-            why, more = (
-                "the disk is full",
-                (
-                    "free some space there, choose another --model_dir, or set "
-                    "export_precision=fp16, which halves the model's size"
-                ),
-            )
-        else:
-            more = "choose another --model_dir"
-            if number in _FORBIDDEN:
-                why = "it is not writable"
-            elif number in _NO_FOLDER:
-                why = "it is not a folder, and none can be made there"
-            else:
-                why = "the disk is at fault"
-        raise ResourceError(
-            f"The model could not be written to {model_dir}: {why} ({error}); {more}."
-        ) from error
+def disk_faults_named(model_dir: Path) -> AbstractContextManager[None]:
+    """Turn a disk's errors in the block into a ResourceError that says what to do."""
+    return files.disk_faults_named(
+        "The model",
+        model_dir,
+        elsewhere="choose another --model_dir",
+        smaller="set export_precision=fp16, which halves the model's size",
+    )
 
 
 def _probe(model_dir: Path) -> None:
@@ -140,13 +114,6 @@ def _probe(model_dir: Path) -> None:
         probe = Path(stage) / "probe"
         probe.write_text("a small file, to see whether it can be written\n", encoding="utf-8")
         fsync(probe)
-
-
-def _number(error: OSError | SafetensorError) -> int | None:
-    if isinstance(error, OSError):
-        return error.errno
-    found = re.search(r"os error (\d+)", str(error))
-    return int(found[1]) if found else None
 
 
 def _present(model_dir: Path) -> list[str]:

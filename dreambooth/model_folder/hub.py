@@ -7,7 +7,6 @@ is not in the standard library and slow to import, so it is imported only when i
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import queue
@@ -23,6 +22,7 @@ from dreambooth.model_folder.layout import (
     TRAINED_PARTS,
     choose_weights,
 )
+from dreambooth.process import files
 
 # A reachable hub answers in a fraction of this.
 _SECONDS = 6.0
@@ -48,18 +48,20 @@ def download(name: str) -> Path:
     nothing_here = f"There is no folder or file {name} in {os.getcwd()}"
     with _quiet(_LOGGERS):
         try:
-            files = needed_files(_file_names(name))
-            return Path(snapshot_download(name, allow_patterns=files))
+            wanted = needed_files(_file_names(name))
+            return Path(snapshot_download(name, allow_patterns=wanted))
         except (RepositoryNotFoundError, GatedRepoError, HFValidationError) as error:
             raise ModelArtifactError(
                 f"{nothing_here}, and the hub has no model of that name that can be read without "
                 "logging in: check the path or the name, or log in with `hf auth login`."
             ) from error
         except (HTTPError, OSError, ValueError) as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise ResourceError(
-                    f"The disk is full before the model {name} is downloaded ({error}): free some "
-                    "space, or set HF_HOME to a folder on another disk."
+            if files.is_disk_full(error):
+                raise files.disk_fault(
+                    f"The download of {name}",
+                    "the hub's cache",
+                    error,
+                    elsewhere="set HF_HOME to a folder on another disk",
                 ) from error
         # No network, or the hub is down: an earlier download may be there.
         try:

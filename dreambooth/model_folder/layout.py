@@ -37,7 +37,7 @@ LEADS_OUT = (
 OTHER_FILES = ("hyperparameters.json", "README.md")
 OPTIONAL_PARTS = ("safety_checker", "feature_extractor")
 # Settings by which a configuration could make transformers download and run a kernel.
-CODE_SETTINGS = ("attn_implementation", "experts_implementation")
+_CODE_SETTINGS = ("attn_implementation", "experts_implementation")
 
 _STEM = r"(?P<stem>diffusion_pytorch_model|pytorch_model|model)"
 _WEIGHTS = re.compile(_STEM + r"(?:\.(?P<variant>[\w-]+))?\.(?P<suffix>safetensors|bin)")
@@ -148,6 +148,15 @@ def read_json(path: Path, *, limits: Limits = LIMITS) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelArtifactError(f"{path} must hold one JSON object.")
     return content
+
+
+def without_code_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration, and those inside it, without the settings that would run code."""
+    return {
+        key: without_code_settings(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key.lstrip("_") not in _CODE_SETTINGS
+    }
 
 
 def component_config(folder: Path, part: str, *, limits: Limits = LIMITS) -> dict[str, Any]:

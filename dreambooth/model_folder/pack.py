@@ -8,7 +8,6 @@ gives the same bytes: names are sorted, times and owners are fixed.
 from __future__ import annotations
 
 import contextlib
-import errno
 import gzip
 import io
 import logging
@@ -16,15 +15,14 @@ import os
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from dreambooth.errors import ModelArtifactError, ResourceError, UserError
-from dreambooth.limits import GIB, LIMITS, MIB, Limits
+from dreambooth.errors import ModelArtifactError, UserError
+from dreambooth.limits import LIMITS, MIB, Limits, size_in_words
 from dreambooth.model_folder import code_folder, destination, headers, layout, source
-from dreambooth.process.files import fsync
+from dreambooth.process import files
 from dreambooth.process.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -66,7 +64,9 @@ def write(model: str, out: Path, *, with_code: bool = False, limits: Limits = LI
     if os.path.lexists(out):
         raise UserError(f"{out} is there already: remove it, or give another name.")
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_disk_faults_named(out))
+        stack.enter_context(
+            files.disk_faults_named("The archive", out, elsewhere="choose another place")
+        )
         out.parent.mkdir(parents=True, exist_ok=True)
         workspace = Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix=".partial-", dir=out.parent))
@@ -80,9 +80,7 @@ def write(model: str, out: Path, *, with_code: bool = False, limits: Limits = LI
         _check_size(folder, members, limits)
         packed = workspace / "packed"
         _write(packed, members)
-        fsync(packed)
-        os.replace(packed, out)
-        fsync(out.parent)
+        files.put_in_place(packed, out)
 
 
 def _names(folder: Path, limits: Limits) -> list[str]:
@@ -140,8 +138,8 @@ def _check_size(folder: Path, members: list[_Member], limits: Limits) -> None:
     size = sum(member.size for member in members)
     if size > limits.archive_max_bytes:
         raise ModelArtifactError(
-            f"{folder} comes to {size / GIB:.1f} GiB, more than the "
-            f"{limits.archive_max_bytes / GIB:.1f} GiB of the largest archive that is unpacked "
+            f"{folder} comes to {size_in_words(size)}, more than the "
+            f"{size_in_words(limits.archive_max_bytes)} of the largest archive that is unpacked "
             "again: is it the right folder?"
         )
     if len(members) > limits.archive_max_members:
@@ -190,13 +188,3 @@ class _Counted:
         self._done += len(data)
         self._progress.update(self._done // MIB)
         return data
-
-
-@contextlib.contextmanager
-def _disk_faults_named(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        what = "free some space there, or choose another place" if full else "choose another place"
-        raise ResourceError(f"{out} could not be written ({error}): {what}.") from error

@@ -8,7 +8,6 @@ runs no code.
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import json
 import logging
@@ -24,10 +23,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dreambooth.errors import ModelArtifactError, ResourceError, one_line, quoted
+from dreambooth.errors import ModelArtifactError, one_line, quoted
 from dreambooth.limits import LIMITS, Limits
 from dreambooth.model_folder import layout, source
 from dreambooth.model_folder.headers import read_header
+from dreambooth.process import files
 
 logger = logging.getLogger(__name__)
 
@@ -228,7 +228,11 @@ def convert(origin: Path | str, destination: Path, *, limits: Limits = LIMITS) -
         )
     parent = destination.absolute().parent
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_disk_faults_named(destination))
+        stack.enter_context(
+            files.disk_faults_named(
+                "The converted model", destination, elsewhere="choose another place"
+            )
+        )
         parent.mkdir(parents=True, exist_ok=True)
         workspace = stack.enter_context(tempfile.TemporaryDirectory(prefix=".partial-", dir=parent))
         folder = source.open_source(found, Path(workspace) / "opened", limits=limits)
@@ -239,19 +243,7 @@ def convert(origin: Path | str, destination: Path, *, limits: Limits = LIMITS) -
         layout.validate_folder(whole, limits=limits)
         if destination.exists():
             destination.rmdir()
-        whole.rename(destination)
-
-
-@contextlib.contextmanager
-def _disk_faults_named(destination: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        full = isinstance(error, SafetensorError) or error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise ResourceError(
-            f"{destination} could not be written ({error}): "
-            + ("free some space, or choose another place." if full else "choose another place.")
-        ) from error
+        files.put_in_place(whole, destination)
 
 
 def _convert_folder(folder: Path, target: Path, home: str, limits: Limits) -> None:

@@ -7,7 +7,6 @@ AWS, "How Amazon SageMaker AI Processes Training Output". Standard library only.
 
 from __future__ import annotations
 
-import errno
 import os
 import traceback
 from collections.abc import Sequence
@@ -15,15 +14,11 @@ from pathlib import Path
 from typing import Final
 
 from dreambooth.errors import DreamBoothError, HyperparameterError, ResourceError, one_line
+from dreambooth.process.files import disk_fault, is_disk_full
+from dreambooth.process.memory import is_out_of_memory
 
 # SageMaker shows this much of the failure file as FailureReason.
 MAX_FAILURE_BYTES: Final = 1024
-
-
-# The disk is full, the quota used up, or the file larger than allowed.
-_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# In the message of the RuntimeError that torch raises when the CPU has no memory left.
-_TORCH_WITHOUT_MEMORY: Final = "DefaultCPUAllocator"
 
 
 def for_the_user(error: Exception) -> DreamBoothError | None:
@@ -33,12 +28,10 @@ def for_the_user(error: Exception) -> DreamBoothError | None:
     """
     if isinstance(error, DreamBoothError):
         return error
-    if isinstance(error, OSError) and error.errno in _FULL:
-        where = f" ({error.filename})" if error.filename else ""
-        return ResourceError(
-            f"The disk is full{where}: free some space, or give folders on a larger disk."
-        )
-    if isinstance(error, MemoryError) or _TORCH_WITHOUT_MEMORY in str(error):
+    if is_disk_full(error):
+        where = getattr(error, "filename", None) or "the disk"
+        return disk_fault("A file", where, error, elsewhere="give folders on a larger disk")
+    if is_out_of_memory(error):
         return ResourceError(
             "The machine ran out of memory: lower batch_size or resolution, or take a larger one."
         )

@@ -1,9 +1,21 @@
-"""Flush files and folders to the disk, so that a later rename is never stored before them."""
+"""Write files whole or not at all, and say in one sentence why the disk did not take them."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+from dreambooth.errors import ResourceError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NO_FOLDER = (errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 def fsync(path: Path) -> None:
@@ -13,3 +25,69 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file beside its place, then rename it: a killed process leaves no half of it.
+
+    Raises OSError, with nothing left behind.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_bytes(content)
+        put_in_place(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def put_in_place(part: Path, path: Path) -> None:
+    """Flush a file or folder to the disk, rename it to `path` and flush that name too."""
+    fsync(part)
+    os.replace(part, path)
+    fsync(path.parent)
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Return whether an error says that a disk is full, a quota used up or a file too large."""
+    return _number(error) in _FULL
+
+
+@contextlib.contextmanager
+def disk_faults_named(
+    what: str, where: Path | str, *, elsewhere: str, smaller: str = ""
+) -> Iterator[None]:
+    """Turn a disk's errors in the block into the ResourceError of `disk_fault`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise disk_fault(what, where, error, elsewhere=elsewhere, smaller=smaller) from error
+
+
+def disk_fault(
+    what: str, where: Path | str, error: Exception, *, elsewhere: str, smaller: str = ""
+) -> ResourceError:
+    """Return an error that says what could not be written, where, why, and what to do.
+
+    elsewhere, smaller: clauses on how to write to another place, and how to write less.
+    """
+    number = _number(error)
+    advice = elsewhere
+    if number in _FULL:
+        reason = "the disk is full"
+        advice = ", ".join(["free some space there", *filter(None, [smaller]), f"or {elsewhere}"])
+    elif number in _FORBIDDEN:
+        reason = "it is not writable"
+    elif number in _NO_FOLDER:
+        reason = "it is not a folder, and none can be made there"
+    else:
+        reason = "the disk is at fault"
+    return ResourceError(f"{what} cannot be written to {where}: {reason} ({error}); {advice}.")
+
+
+def _number(error: Exception) -> int | None:
+    """Return the errno of an error; safetensors gives it in its message."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else None

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from dreambooth.errors import ResourceError
+from dreambooth.process import files
 
 _NEW, _JOB = "dreambooth-new-", "dreambooth-job-"  # renamed once it is locked
 
@@ -22,7 +22,9 @@ _NEW, _JOB = "dreambooth-new-", "dreambooth-job-"  # renamed once it is locked
 @contextlib.contextmanager
 def temporary() -> Iterator[Path]:
     """Yield an empty folder, removed after the block. Raises ResourceError if none can be made."""
-    try:
+    with files.disk_faults_named(
+        "The temporary folder", "TMPDIR or /tmp", elsewhere="let TMPDIR name another folder"
+    ):
         root = Path(tempfile.gettempdir())
         _sweep(root)
         new = Path(tempfile.mkdtemp(prefix=_NEW, dir=root))
@@ -30,11 +32,6 @@ def temporary() -> Iterator[Path]:
         _lock(lock)
         folder = new.with_name(_JOB + new.name.removeprefix(_NEW))
         new.rename(folder)
-    except OSError as error:
-        raise ResourceError(
-            f"No temporary folder can be made ({error}): free some disk, or let TMPDIR name "
-            "another folder."
-        ) from error
     try:
         yield folder
     finally:

@@ -7,11 +7,11 @@ the network, needs no JavaScript and is readable on a phone.
 from __future__ import annotations
 
 import math
-import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from dreambooth.process import files
 from dreambooth.report import charts, pictures
 from dreambooth.report.html import STYLE, duration, section, table, text
 from dreambooth.report.pictures import Thumbnails
@@ -26,13 +26,7 @@ MAX_WARNINGS = 40
 def write(path: Path, data: ReportData, *, max_picture_bytes: int = MAX_PICTURE_BYTES) -> None:
     """Write the page, wholly or not at all. Raises OSError where it cannot be written."""
     page = render(data, max_picture_bytes=max_picture_bytes)
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_bytes(page.encode("utf-8", "backslashreplace"))
-        os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
+    files.write_whole(path, page.encode("utf-8", "backslashreplace"))
 
 
 def render(data: ReportData, *, max_picture_bytes: int = MAX_PICTURE_BYTES) -> str:

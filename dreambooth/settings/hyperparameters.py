@@ -32,36 +32,25 @@ class MemoryPlan(NamedTuple):
 
     frees_gradients: each gradient is used and freed as it arrives. Every forward and backward pass
     then runs twice, because the norm of all gradients must be known before any is clipped.
-    rounds_stochastically: bf16 weights without an fp32 copy.
     """
 
     use_8bit_adam: bool
     gradient_checkpointing: bool
     frees_gradients: bool = False
-    rounds_stochastically: bool = False
-
-    @property
-    def is_automatic(self) -> bool:
-        """Return whether memory_plan=auto may choose it: its updates follow those of fp32 AdamW."""
-        return not self.rounds_stochastically
 
     @property
     def can_step_fast(self) -> bool:
         """Return whether fast_step works with it: no recomputation, and gradients stay in place."""
-        return not (
-            self.gradient_checkpointing or self.frees_gradients or self.rounds_stochastically
-        )
+        return not (self.gradient_checkpointing or self.frees_gradients)
 
 
-# Fastest first; of two that run the same passes, fp32 states come first. Those that auto may choose
-# come before those that must be named.
+# Fastest first; of two that run the same passes, fp32 states come first.
 MEMORY_PLANS: Final[Mapping[str, MemoryPlan]] = {
     "fp32_adamw": MemoryPlan(False, False),
     "8bit_adamw": MemoryPlan(True, False),
     "8bit_adamw_checkpointing": MemoryPlan(True, True),
     "fp32_adamw_in_backward": MemoryPlan(False, True, frees_gradients=True),
     "8bit_adamw_in_backward": MemoryPlan(True, True, frees_gradients=True),
-    "8bit_adamw_stochastic_rounding": MemoryPlan(True, False, rounds_stochastically=True),
 }
 
 
@@ -181,8 +170,7 @@ class Hyperparameters:
     )
     memory_plan: str = ours(
         "auto",
-        "auto takes the fastest plan that fits the GPU, never 8bit_adamw_stochastic_rounding: its "
-        "weights move at cosine 0.27 with fp32's, those of others at 0.999.",
+        "auto takes the fastest plan that fits the GPU; all of them learn the same up to rounding.",
         choices=("auto", *MEMORY_PLANS),
     )
     export_precision: str = ours(
@@ -206,6 +194,16 @@ class Hyperparameters:
         "On CUDA: passes in half precision beside fp32 master weights, replayed as a CUDA graph, "
         "losses read every 10 steps; no GPU has measured it yet.",
     )
+
+    @property
+    def trains_on_class_images(self) -> bool:
+        """Return whether the job needs class images: given ones, or some that it samples."""
+        return self.with_prior_preservation and self.prior_preservation_mode == "images"
+
+    @property
+    def predicts_the_prior(self) -> bool:
+        """Return whether the frozen base model's prediction is the target of the class half."""
+        return self.with_prior_preservation and self.prior_preservation_mode == "prediction"
 
 
 KNOBS: Final = tuple(Knob.of(entry) for entry in fields(Hyperparameters))
@@ -294,8 +292,6 @@ def _memory_plan_conflicts(
         ("use_8bit_adam", plan.use_8bit_adam, given.use_8bit_adam),
         ("gradient_checkpointing", plan.gradient_checkpointing, given.gradient_checkpointing),
     ]
-    if plan.rounds_stochastically:
-        fixed.append(("mixed_precision", "bf16", given.mixed_precision))
     found: list[tuple[tuple[str, ...], str]] = [
         (
             ("memory_plan", name),

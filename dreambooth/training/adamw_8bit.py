@@ -11,16 +11,11 @@ from typing import Any
 import torch
 from bitsandbytes import functional
 from bitsandbytes.optim import AdamW8bit
-from torch import nn
-
-from dreambooth.data.seeds import derive_seed
 
 __all__ = [
     "AdamW8bit",
     "NonBlockingAdamW8bit",
-    "StochasticRoundingAdamW8bit",
     "from_fp32",
-    "round_stochastically",
     "to_fp32",
 ]
 
@@ -67,50 +62,6 @@ class NonBlockingAdamW8bit(AdamW8bit):  # type: ignore[misc]
             for device in devices
             if device.type == "cuda"
         )
-
-
-class StochasticRoundingAdamW8bit(AdamW8bit):  # type: ignore[misc]
-    """8-bit AdamW for bf16 weights without fp32 copies; updates are rounded stochastically.
-
-    At the published learning rate updates are far below bf16's resolution: rounding to nearest
-    would lose all of them, stochastic rounding preserves their mean. The random bits are a function
-    of the seed, the step and the weight's index.
-    """
-
-    def __init__(self, groups: list[dict[str, object]], *, seed: int, **settings: object) -> None:
-        super().__init__(groups, **settings)
-        self._seed = seed
-
-    @torch.no_grad()
-    def update_step(self, group: dict[str, Any], p: nn.Parameter, gindex: int, pindex: int) -> None:
-        """Run AdamW on an fp32 copy of the weight that exists only during this call."""
-        weight, gradient = p.data, p.grad
-        assert gradient is not None
-        p.grad = None
-        p.data = weight.float()
-        p.grad = gradient.float()
-        super().update_step(group, p, gindex, pindex)
-        updated = p.data
-        p.grad = None
-        p.data = weight
-        step = self.state[p]["step"]
-        generator = torch.Generator(weight.device).manual_seed(
-            derive_seed(self._seed, "rounding", step, gindex, pindex)
-        )
-        weight.copy_(round_stochastically(updated, generator))
-
-
-def round_stochastically(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Round float32 values to a neighbouring bfloat16; the nearer neighbour is the likelier one.
-
-    bf16 is the upper half of fp32's bits: random lower bits are added, then the lower half is
-    cleared.
-    """
-    bits = torch.randint(
-        0, 1 << 16, values.shape, dtype=torch.int32, generator=generator, device=values.device
-    )
-    bits.add_(values.contiguous().view(torch.int32)).bitwise_and_(-(1 << 16))
-    return bits.view(torch.float32).to(torch.bfloat16)
 
 
 def from_fp32(state: Mapping[str, Any]) -> dict[str, Any]:

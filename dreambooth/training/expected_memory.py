@@ -35,7 +35,6 @@ ROW_TENSORS = 4.3
 ENCODED_PIXEL, DECODED_PIXEL = 640, 768
 
 CLASS_BATCH = 8  # 16 U-Net rows with guidance; more gain little on any device
-_GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,12 +60,11 @@ def of_step(
     if facts is None:
         return 0
     trained = _trained_parameters(hyperparameters, facts)
-    half_weights = memory_plan.rounds_stochastically or fast_step
-    under_autocast = mixed_precision != "no" and not half_weights
-    weights = _weights(hyperparameters, facts, mixed_precision, memory_plan, fast_step)
-    gradients = (2 if half_weights else 4) * trained
+    under_autocast = mixed_precision != "no" and not fast_step
+    weights = _weights(hyperparameters, facts, mixed_precision, fast_step)
+    gradients = (2 if fast_step else 4) * trained
     optimizer = states_bytes(memory_plan) * trained
-    each = AUTOCAST_BYTES if under_autocast else HALF_BYTES if half_weights else FP32_BYTES
+    each = AUTOCAST_BYTES if under_autocast else HALF_BYTES if fast_step else FP32_BYTES
     whole = each * _saved_activations(hyperparameters, facts)
     kept, block = whole, 0.0
     if memory_plan.gradient_checkpointing:
@@ -112,7 +110,7 @@ def of_phases(
         fast_step=fast_step,
     )
     found.append(("training", step))
-    weights = _weights(hyperparameters, facts, mixed_precision, memory_plan, fast_step=False)
+    weights = _weights(hyperparameters, facts, mixed_precision, fast_step=False)
     drawing = weights + _drawing(hyperparameters, facts, mixed_precision, memory_plan)
     beside = 0.0
     if hyperparameters.sample_steps:
@@ -122,13 +120,6 @@ def of_phases(
     if hyperparameters.compute_fid:
         found.append(("fid_score", drawing))
     return tuple(PhasePeak(phase=name, bytes=int(count)) for name, count in found)
-
-
-def shown(count: int) -> str:
-    """Return bytes as the training plan prints them."""
-    if count == 0:
-        return "known once the model is unpacked"
-    return f"{count / _GIB:.2f} GiB" if count >= _GIB / 10 else f"{count / 2**20:.0f} MiB"
 
 
 def largest(phases: Sequence[PhasePeak]) -> PhasePeak | None:
@@ -215,7 +206,6 @@ def _weights(
     hyperparameters: Hyperparameters,
     facts: ModelFacts,
     mixed_precision: str,
-    memory_plan: MemoryPlan,
     fast_step: bool,
 ) -> float:
     """Return the bytes of the weights in memory.
@@ -224,10 +214,10 @@ def _weights(
     class target.
     """
     trained = _trained_parameters(hyperparameters, facts)
-    weights = (2 if memory_plan.rounds_stochastically else 4) * trained
+    weights = 4.0 * trained
     if fast_step:
         weights += 2 * trained
-    if _predicts_the_prior(hyperparameters):  # by a frozen copy
+    if hyperparameters.predicts_the_prior:  # by a frozen copy
         weights += (4 if mixed_precision == "no" else 2) * facts.unet_parameters
     return weights
 
@@ -244,8 +234,7 @@ def _autocast_copies(
 
     They are not kept with gradient checkpointing: each block makes its own again.
     """
-    half_weights = memory_plan.rounds_stochastically or fast_step
-    makes = mixed_precision != "no" and not half_weights and not memory_plan.gradient_checkpointing
+    makes = mixed_precision != "no" and not fast_step and not memory_plan.gradient_checkpointing
     return 2 * trained if makes else 0
 
 
@@ -266,13 +255,6 @@ def _saved_activations(hyperparameters: Hyperparameters, facts: ModelFacts) -> f
 def _pixels(hyperparameters: Hyperparameters, facts: ModelFacts) -> int:
     """Return the pixels of one picture."""
     return (hyperparameters.resolution or facts.resolution) ** 2
-
-
-def _predicts_the_prior(hyperparameters: Hyperparameters) -> bool:
-    return (
-        hyperparameters.with_prior_preservation
-        and hyperparameters.prior_preservation_mode == "prediction"
-    )
 
 
 def _trained_parameters(hyperparameters: Hyperparameters, facts: ModelFacts) -> int:

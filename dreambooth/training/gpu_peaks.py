@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from dreambooth.limits import size_in_words
+
 
 class GpuPeak(NamedTuple):
     """Peak bytes; reserved includes what the allocator holds without anyone using it."""
@@ -50,8 +52,9 @@ class GpuPeaks:
         """Return both peaks as text for the log, to compare with the expected ones."""
         training, whole = self.training, self.whole
         return (
-            f"{_gib(training.allocated)} allocated, {_gib(training.reserved)} reserved in "
-            f"training, {_gib(whole.reserved)} reserved in all phases so far"
+            f"{size_in_words(training.allocated)} allocated, "
+            f"{size_in_words(training.reserved)} reserved in training, "
+            f"{size_in_words(whole.reserved)} reserved in all phases so far"
         )
 
     def _note(self) -> None:
@@ -64,10 +67,6 @@ class GpuPeaks:
 
 def _larger(one: GpuPeak, other: GpuPeak) -> GpuPeak:
     return GpuPeak(*map(max, one, other))
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB"
 
 
 def _torch_peak() -> GpuPeak:

@@ -149,7 +149,7 @@ def _candidates(hyperparameters: Hyperparameters, processes: int) -> Sequence[Me
     found: list[MemoryPlan] = []
     adds_up = hyperparameters.gradient_accumulation_steps > 1 or processes > 1
     for memory_plan in MEMORY_PLANS.values():
-        if not memory_plan.is_automatic or (memory_plan.frees_gradients and adds_up):
+        if memory_plan.frees_gradients and adds_up:
             continue
         memory_plan = _with_what_is_set(memory_plan, hyperparameters)
         # After 8-bit states, fp32 states would cost more memory than freeing the gradients saves.
@@ -168,13 +168,8 @@ def _with_what_is_set(memory_plan: MemoryPlan, hyperparameters: Hyperparameters)
     return memory_plan
 
 
-def _size(memory_plan: MemoryPlan) -> tuple[float, bool, bool]:
-    """Return a key that orders memory plans by memory: bytes per weight, then activations."""
-    weight = 2 if memory_plan.rounds_stochastically else 4
-    gradient = 0 if memory_plan.frees_gradients else weight
+def _size(memory_plan: MemoryPlan) -> tuple[float, bool]:
+    """Return a key that orders memory plans by memory: bytes beside a weight, then activations."""
+    gradient = 0 if memory_plan.frees_gradients else 4
     states = expected_memory.states_bytes(memory_plan)
-    return (
-        weight + gradient + states,
-        not memory_plan.rounds_stochastically,
-        not memory_plan.gradient_checkpointing,
-    )
+    return gradient + states, not memory_plan.gradient_checkpointing

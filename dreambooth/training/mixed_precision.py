@@ -1,8 +1,4 @@
-"""Mixed precision: autocast for forward passes, loss scaling for fp16, fp32 master weights.
-
-Weights that are bf16 themselves (stochastic rounding) need neither; everything is then computed in
-bf16.
-"""
+"""Mixed precision: autocast for forward passes, loss scaling for fp16, fp32 master weights."""
 
 from __future__ import annotations
 
@@ -30,12 +26,11 @@ class Precision:
         mixed_precision: str,
         device: torch.device,
         *,
-        half_weights: bool = False,
         keeps_copies: bool = True,
     ) -> None:
         self.dtype = DTYPES[mixed_precision]
         self.device = device
-        self._casts = self.dtype != torch.float32 and not half_weights
+        self._casts = self.dtype != torch.float32
         self._keeps_copies = keeps_copies
         self.scaler = torch.amp.GradScaler(device.type, enabled=mixed_precision == "fp16")
 
@@ -49,7 +44,6 @@ class Precision:
         return cls(
             plan.mixed_precision,
             device,
-            half_weights=plan.rounds_stochastically,
             keeps_copies=not plan.gradient_checkpointing,
         )
 

@@ -40,14 +40,12 @@ def build(
     hyperparameters: Hyperparameters,
     *,
     use_8bit_adam: bool,
-    rounds_stochastically: bool = False,
     fast_step: bool = False,
 ) -> torch.optim.Optimizer:
     """Return AdamW (Loshchilov and Hutter 2019) with the published hyperparameters.
 
-    rounds_stochastically: use 8-bit states, for bf16 weights. fast_step: update 8-bit states
-    without waiting for the kernels. Raises ResourceError if 8-bit states are asked for and
-    bitsandbytes cannot be loaded.
+    fast_step: update 8-bit states without waiting for the kernels. Raises ResourceError if 8-bit
+    states are asked for and bitsandbytes cannot be loaded.
     """
     groups = decay_groups(modules, hyperparameters.adam_weight_decay)
     settings = {
@@ -55,7 +53,7 @@ def build(
         "betas": (hyperparameters.adam_beta1, hyperparameters.adam_beta2),
         "eps": hyperparameters.adam_epsilon,
     }
-    if use_8bit_adam or rounds_stochastically:
+    if use_8bit_adam:
         try:
             from dreambooth.training import adamw_8bit
         except (ImportError, RuntimeError, OSError) as error:
@@ -63,10 +61,6 @@ def build(
                 f"8-bit AdamW needs bitsandbytes, which cannot be loaded here ({error}); "
                 "install it or set use_8bit_adam to False."
             ) from error
-        if rounds_stochastically:
-            return adamw_8bit.StochasticRoundingAdamW8bit(
-                groups, seed=hyperparameters.seed, **settings
-            )
         kind = adamw_8bit.NonBlockingAdamW8bit if fast_step else adamw_8bit.AdamW8bit
         plain: torch.optim.Optimizer = kind(groups, **settings)
         return plain

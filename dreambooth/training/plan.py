@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dreambooth.data.dataset_info import DatasetInfo
+from dreambooth.limits import size_in_words
 from dreambooth.model_folder.facts import ModelFacts
-from dreambooth.settings.hyperparameters import MEMORY_PLANS, Hyperparameters
+from dreambooth.settings.hyperparameters import Hyperparameters, MemoryPlan
 from dreambooth.training import (
     disk,
     expected_memory,
@@ -21,9 +22,10 @@ from dreambooth.training import (
 )
 from dreambooth.training.device import DeviceFacts
 from dreambooth.training.disk import DiskBudget
-from dreambooth.training.expected_memory import PhasePeak, shown
+from dreambooth.training.expected_memory import PhasePeak
 from dreambooth.training.memory_plan import MemoryChoice
 
+_UNKNOWN = "known once the model is unpacked"
 MAX_CACHED_CROPS = 8  # random crops per picture that is not square
 CHECKPOINT_MINUTES = 10.0  # used if a checkpoint folder is given, but no interval
 
@@ -61,7 +63,6 @@ class TrainingPlan:
     disk: DiskBudget
     warnings: tuple[str, ...] = ()
     frees_gradients: bool = False
-    rounds_stochastically: bool = False
     fast_step: bool = False
     phases: tuple[PhasePeak, ...] = ()
     smaller: tuple[MemoryChoice, ...] = ()
@@ -108,13 +109,10 @@ def make(
     instances = len(dataset.instance_images)
     steps = count_steps(hyperparameters, instances, processes)
     samples = steps * samples_per_step(hyperparameters, processes)
-    needs_class_images = (
-        hyperparameters.with_prior_preservation
-        and hyperparameters.prior_preservation_mode == "images"
-    )
+    needs_class_images = hyperparameters.trains_on_class_images
     given = len(dataset.class_images) if needs_class_images else 0
     class_images = max(given, hyperparameters.num_class_images) if needs_class_images else 0
-    mixed_precision = _mixed_precision(hyperparameters, device)
+    mixed_precision = hyperparameters.mixed_precision or device.mixed_precision
     prior_precision = _prior_precision(hyperparameters, device)
     chosen, *smaller = memory_plan.choose(
         hyperparameters,
@@ -180,19 +178,11 @@ def _memory_plan_fields(chosen: MemoryChoice, *smaller: MemoryChoice) -> dict[st
         "use_8bit_adam": chosen.memory_plan.use_8bit_adam,
         "gradient_checkpointing": chosen.memory_plan.gradient_checkpointing,
         "frees_gradients": chosen.memory_plan.frees_gradients,
-        "rounds_stochastically": chosen.memory_plan.rounds_stochastically,
         "fast_step": chosen.fast_step,
         "memory_bytes": chosen.expected_bytes,
         "phases": chosen.phases,
         "smaller": smaller,
     }
-
-
-def _mixed_precision(hyperparameters: Hyperparameters, device: DeviceFacts) -> str:
-    if hyperparameters.mixed_precision is not None:
-        return hyperparameters.mixed_precision
-    named = MEMORY_PLANS.get(hyperparameters.memory_plan)
-    return "bf16" if named is not None and named.rounds_stochastically else device.mixed_precision
 
 
 def _prior_precision(hyperparameters: Hyperparameters, device: DeviceFacts) -> str:
@@ -202,8 +192,8 @@ def _prior_precision(hyperparameters: Hyperparameters, device: DeviceFacts) -> s
 
 def describe(plan: TrainingPlan, hyperparameters: Hyperparameters) -> str:
     """Return the training plan as the lines that the job prints first."""
-    shown = (f"  {name:<16} {text}" for name, text in rows(plan, hyperparameters))
-    return "\n".join(["Plan", *shown])
+    lines = (f"  {name:<16} {text}" for name, text in rows(plan, hyperparameters))
+    return "\n".join(["Plan", *lines])
 
 
 def rows(plan: TrainingPlan, hyperparameters: Hyperparameters) -> list[tuple[str, str]]:
@@ -262,9 +252,7 @@ def _pictures_line(plan: TrainingPlan) -> str:
 
 def _precision_line(plan: TrainingPlan) -> str:
     name = {"no": "fp32", "fp16": "fp16 with loss scaling", "bf16": "bf16"}[plan.mixed_precision]
-    weights = "stochastically rounded" if plan.rounds_stochastically else "fp32"
-    if plan.fast_step:
-        weights = "half weights beside fp32"
+    weights = "half weights beside fp32" if plan.fast_step else "fp32"
     line = f"{name}, {weights} weights, " + ("8-bit AdamW" if plan.use_8bit_adam else "AdamW")
     line += ", replayed as a CUDA graph" if plan.fast_step else ""
     return line + (", gradient checkpointing" if plan.gradient_checkpointing else "")
@@ -283,10 +271,10 @@ def _expected_line(plan: TrainingPlan) -> str:
     """Return the expected memory of a step, and that of the phase that takes the most."""
     most = expected_memory.largest(plan.phases)
     if most is None:
-        return shown(0)
-    line = f"{shown(plan.memory_bytes)} in training"
+        return _UNKNOWN
+    line = f"{size_in_words(plan.memory_bytes)} in training"
     if most.bytes > plan.memory_bytes:
-        return f"{line}; the most, {shown(most.bytes)}, in {most.phase}"
+        return f"{line}; the most, {size_in_words(most.bytes)}, in {most.phase}"
     return f"{line}, the most of all phases"
 
 
@@ -298,5 +286,20 @@ def _disk_line(budget: DiskBudget) -> str:
         ("class images", budget.class_images),
         ("the rest", budget.rest),
     ]
-    named = ", ".join(f"{name} {shown(count)}" for name, count in parts if count)
-    return f"{shown(budget.total)}: {named}" if budget.model else shown(0)
+    named = ", ".join(f"{name} {size_in_words(count)}" for name, count in parts if count)
+    return f"{size_in_words(budget.total)}: {named}" if budget.model else _UNKNOWN
+
+
+def out_of_memory_advice(plan: TrainingPlan) -> str:
+    """Return the sentence for a user whose job ended because the GPU ran out of memory."""
+    running = MemoryPlan(
+        plan.use_8bit_adam,
+        plan.gradient_checkpointing,
+        frees_gradients=plan.frees_gradients,
+    )
+    smaller = list(memory_plan.smaller_than(running))
+    by_plan = f", or set memory_plan to {' or '.join(smaller)}" if smaller else ""
+    return (
+        f"The GPU ran out of memory (memory_plan {plan.memory_plan}): lower batch_size or "
+        f"resolution{by_plan}."
+    )

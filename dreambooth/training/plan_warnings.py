@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dreambooth.limits import size_in_words
 from dreambooth.settings.hyperparameters import Hyperparameters
 from dreambooth.training import expected_memory, memory_plan
 from dreambooth.training.device import DeviceFacts, host_memory_bytes
-from dreambooth.training.expected_memory import PhasePeak, shown
+from dreambooth.training.expected_memory import PhasePeak
 from dreambooth.training.memory_plan import MemoryChoice
 
 
@@ -20,8 +21,9 @@ def memory_warnings(device: DeviceFacts, phases: Sequence[PhasePeak]) -> tuple[s
         return ()
     smaller = ", or choose a smaller memory_plan" * expected_memory.depends_on_the_memory_plan(most)
     return (
-        f"The run is expected to take {shown(most.bytes)} of memory in {most.phase}, and "
-        f"{device.name} has {shown(there)} to give: lower batch_size or resolution{smaller}.",
+        f"The run is expected to take {size_in_words(most.bytes)} of memory in {most.phase}, and "
+        f"{device.name} has {size_in_words(there)} to give: "
+        f"lower batch_size or resolution{smaller}.",
     )
 
 

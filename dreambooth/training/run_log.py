@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -16,8 +16,7 @@ from typing import Any, TextIO
 
 from PIL import Image
 
-from dreambooth.errors import ResourceError
-from dreambooth.process import logs
+from dreambooth.process import files, logs
 from dreambooth.process.progress import Progress
 from dreambooth.training.plan import TrainingPlan
 from dreambooth.training.step_metrics import StepMetrics
@@ -50,7 +49,7 @@ class RunLog:
         self._sample_steps = sample_steps
         self._draw_sample = draw_sample
         self._clock = clock
-        with _writing(folder):
+        with _disk_faults_named(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._metrics = _open_metrics(folder / "metrics.jsonl", first_step)
             with ExitStack() as undo:
@@ -92,7 +91,7 @@ class RunLog:
         del row["read_with"]
         row["steps_per_second"] = round(1.0 / self._seconds, 4)
         row["time"] = round(time.time() - (self._read_until - metrics.step) * self._seconds, 3)
-        with _writing(self._folder):
+        with _disk_faults_named(self._folder):
             self._metrics.write(json.dumps(row) + "\n")
             self._metrics.flush()
         self._progress.update(
@@ -141,9 +140,11 @@ class RunLog:
         if picture is None:
             return
         path = self._folder / "samples" / f"step-{step:06d}.png"
-        with _writing(self._folder):
+        with _disk_faults_named(self._folder):
             path.parent.mkdir(exist_ok=True)
-            picture.save(path)
+            png = io.BytesIO()
+            picture.save(png, "PNG")
+            files.write_whole(path, png.getvalue())
 
 
 def plain_decimal(value: float) -> str:
@@ -151,16 +152,10 @@ def plain_decimal(value: float) -> str:
     return f"{value:.8f}"
 
 
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Raise a ResourceError of one sentence if the disk is full or cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise ResourceError(
-            f"The output folder {folder} cannot be written: {error.strerror or error}. "
-            "Free some disk or give another --output_data_dir."
-        ) from error
+def _disk_faults_named(folder: Path) -> AbstractContextManager[None]:
+    return files.disk_faults_named(
+        "The log of the run", folder, elsewhere="give another --output_data_dir"
+    )
 
 
 def _open_metrics(path: Path, first_step: int) -> TextIO:
@@ -173,9 +168,7 @@ def _open_metrics(path: Path, first_step: int) -> TextIO:
                 continue  # the line that was being written when the run was killed
             if row["step"] <= first_step:
                 kept.append(line + "\n")
-    part = path.with_name(f".{path.name}.part")  # a run that is killed here keeps its rows
-    part.write_text("".join(kept))
-    os.replace(part, path)
+    files.write_whole(path, "".join(kept).encode())  # a run that is killed here keeps its rows
     return path.open("a")
 
 

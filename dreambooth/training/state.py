@@ -26,7 +26,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dreambooth.errors import HyperparameterError, ResourceError, TrainingDivergedError
+from dreambooth.errors import HyperparameterError, TrainingDivergedError
+from dreambooth.process import files
 from dreambooth.process.files import fsync
 from dreambooth.training import optimizer as optimizers
 from dreambooth.training.mixed_precision import Precision
@@ -94,21 +95,20 @@ def save(state: TrainingState, folder: Path, *, identity: Mapping[str, str], kee
     final = folder / folder_name(state.step)
     partial = folder / f"{_PARTIAL}{final.name}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove_partial(folder)
-        partial.mkdir(exist_ok=True)  # a marker added during the removal keeps the folder
-        _write_files(state, partial, identity)
-        if final.exists():  # damaged, or from a run that started over
-            aside = tempfile.mkdtemp(prefix=f"{partial.name}-", dir=folder)
-            final.rename(aside)
-        partial.rename(final)
-        fsync(folder)
-    except (OSError, SafetensorError) as error:
-        raise ResourceError(
-            f"The checkpoint of step {state.step} cannot be written to {folder}: "
-            f"{getattr(error, 'strerror', None) or error}. Free some disk, lower "
-            "checkpoints_total_limit, or give another --checkpoint_dir."
-        ) from error
+        with files.disk_faults_named(
+            f"The checkpoint of step {state.step}",
+            folder,
+            elsewhere="give another --checkpoint_dir",
+            smaller="lower checkpoints_total_limit",
+        ):
+            folder.mkdir(parents=True, exist_ok=True)
+            _remove_partial(folder)
+            partial.mkdir(exist_ok=True)  # a marker added during the removal keeps the folder
+            _write_files(state, partial, identity)
+            if final.exists():  # damaged, or from a run that started over
+                aside = tempfile.mkdtemp(prefix=f"{partial.name}-", dir=folder)
+                final.rename(aside)
+            files.put_in_place(partial, final)
     finally:
         _remove_partial(folder)
     state.checkpoint = final

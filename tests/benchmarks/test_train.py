@@ -285,7 +285,6 @@ def test_the_work_of_the_full_size_is_what_was_counted_for_it() -> None:
         ("fp32_adamw", "bf16", 30),
         ("8bit_adamw", "fp16", 18),
         ("fp32_adamw", "no", 32),
-        ("8bit_adamw_stochastic_rounding", "bf16", 12),
     ],
 )
 def test_the_optimizer_moves_so_many_bytes(plan: str, mixed_precision: str, expected: int) -> None:

@@ -109,7 +109,7 @@ def test_where_a_picture_is_its_latents_are(
         moved.append(Path(target).suffix)
         original(source, target)
 
-    monkeypatch.setattr("dreambooth.data.class_images.os.replace", replace)
+    monkeypatch.setattr("dreambooth.process.files.os.replace", replace)
     run(tmp_path, Sampler(), count=2)
     assert moved == [".safetensors", ".png"] * 2  # so a kill between the two loses nothing
 

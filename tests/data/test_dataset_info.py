@@ -4,13 +4,15 @@ import json
 import os
 import struct
 import zlib
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from io import BufferedReader
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from dreambooth.data import dataset_info
+from dreambooth.data import dataset_info, fingerprint, images, picture_files
 from dreambooth.data.images import ImageFacts
 from dreambooth.errors import DatasetError
 from dreambooth.limits import LIMITS
@@ -50,6 +52,22 @@ def test_a_plain_folder(folder: Path) -> None:
     assert info.instance_facts == (ImageFacts(width=80, height=60),) * 3
     assert info.class_images == ()
     assert info.warnings == ()
+
+
+def test_every_file_is_opened_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "notes.txt").write_text("no picture")
+    opened: list[Path] = []
+
+    def open_once(path: Path, **options: object) -> AbstractContextManager[BufferedReader]:
+        opened.append(path)
+        return picture_files.opened(path, **options)
+
+    monkeypatch.setattr(images, "opened", open_once)
+    fingerprint.of_dataset(dataset_info.read(folder))
+    assert sorted(opened) == [
+        *(folder / f"{number}.jpg" for number in range(3)),
+        folder / "notes.txt",
+    ]
 
 
 def test_class_images_are_read_with_prior_preservation_only(folder: Path) -> None:

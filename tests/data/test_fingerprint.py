@@ -3,10 +3,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
+from PIL import Image
 
-from dreambooth.data import fingerprint
-from dreambooth.data.dataset_info import DatasetInfo
+from dreambooth.data import dataset_info, fingerprint
 
 
 def test_fingerprints_change_with_every_part() -> None:
@@ -19,29 +18,26 @@ def test_fingerprints_change_with_every_part() -> None:
     assert len(fingerprint.of_texts()) == 16
 
 
-@pytest.fixture
-def dataset(tmp_path: Path) -> DatasetInfo:
-    for name in ("a.png", "b.png"):
-        (tmp_path / name).write_bytes(name.encode())
-    return DatasetInfo(
-        folder=tmp_path,
-        instance_prompt="a photo of x",
-        class_prompt=None,
-        instance_images=(tmp_path / "a.png", tmp_path / "b.png"),
-        class_images=(),
-        warnings=(),
-    )
-
-
-def test_a_data_set_is_its_prompts_names_and_bytes(dataset: DatasetInfo) -> None:
+def test_a_data_set_is_its_prompts_names_and_bytes(tmp_path: Path) -> None:
+    for number, name in enumerate(("a.png", "b.png")):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / name)
+    (tmp_path / "dataset_info.json").write_text('{"instance_prompt": "a photo of x"}')
+    dataset = dataset_info.read(tmp_path)
     first = fingerprint.of_dataset(dataset)
     assert first == fingerprint.of_dataset(dataset)
-    others = [replace(dataset, instance_prompt="y"), replace(dataset, class_prompt="a photo")]
-    others.append(replace(dataset, instance_images=dataset.instance_images[:1]))
-    found = {first, *map(fingerprint.of_dataset, others)}
-    (dataset.folder / "b.png").write_bytes(b"other")
-    found.add(fingerprint.of_dataset(dataset))
-    assert len(found) == 5
+    found = {
+        first,
+        fingerprint.of_dataset(replace(dataset, instance_prompt="y")),
+        fingerprint.of_dataset(replace(dataset, class_prompt="a photo")),
+    }
+    Image.new("RGB", (8, 8), (7, 0, 0)).save(tmp_path / "b.png")
+    assert fingerprint.of_dataset(dataset) == first  # of the pictures that were checked
+    found.add(fingerprint.of_dataset(dataset_info.read(tmp_path)))
+    (tmp_path / "b.png").rename(tmp_path / "c.png")
+    found.add(fingerprint.of_dataset(dataset_info.read(tmp_path)))
+    (tmp_path / "c.png").unlink()
+    found.add(fingerprint.of_dataset(dataset_info.read(tmp_path)))
+    assert len(found) == 6
 
 
 def test_weights_differ_by_names_sizes_and_blocks_throughout(tmp_path: Path) -> None:

@@ -72,9 +72,9 @@ def test_damaged_and_foreign_pictures_are_named_with_the_reason(tmp_path: Path) 
     found = read(tmp_path)
     assert [path.name for path in found.paths] == ["good.png"]
     text = "; ".join(found.unusable)
-    for name in ("half.jpg (is damaged", "empty.png (holds no", "page.jpg (holds no"):
+    for name in ("half.jpg (is damaged", "empty.png (is empty)", "page.jpg (holds no"):
         assert name in text
-    assert "phone.heic (HEIC is not read" in text
+    assert "phone.heic (is in HEIC format (save it as one of" in text
     assert "pipe.jpg (is not a regular file)" in text
     assert "loop.jpg (cannot be opened" in text
     (line,) = skipped(found, "the folder")

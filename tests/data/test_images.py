@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import random
@@ -507,3 +508,15 @@ def test_a_note_is_read_back_from_a_png(tmp_path: Path) -> None:
     path = save(corners(), tmp_path / "a.png", pnginfo=info)
     assert images.read_note(path, "key") == "value"
     assert images.read_note(path, "other") is None
+
+
+def test_a_picture_that_has_changed_since_its_check_is_refused(tmp_path: Path) -> None:
+    path = save(corners(), tmp_path / "a.png")
+    facts = images.check_image(path)
+    assert facts.sha256 == hashlib.sha256(path.read_bytes()).digest()
+    assert np.array_equal(
+        images.open_image(path, sha256=facts.sha256), np.asarray(images.open_image(path))
+    )
+    save(noise(48, 32), path)
+    with pytest.raises(PictureError, match="has changed since the job began"):
+        images.open_image(path, sha256=facts.sha256)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import pickle
 import struct
 from pathlib import Path
@@ -8,16 +9,16 @@ import pytest
 from PIL import Image, features
 
 from dreambooth.data import picture_files
-from dreambooth.data.picture_files import FORMATS, PictureError, listed, printable, sniff
+from dreambooth.data.picture_files import FORMATS, PictureError, format_of, listed, printable
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_what_pillow_writes_is_recognised(tmp_path: Path, kind: str) -> None:
+def test_what_pillow_writes_is_recognised(kind: str) -> None:
     if kind == "AVIF" and not features.check("avif"):
         pytest.skip("this Pillow has no AVIF")
-    path = tmp_path / "x"
-    Image.new("RGB", (20, 20)).save(path, kind)
-    assert sniff(path) == kind
+    file = io.BytesIO()
+    Image.new("RGB", (20, 20)).save(file, kind)
+    assert format_of(io.BytesIO(file.getvalue())) == kind
 
 
 @pytest.mark.parametrize(
@@ -34,10 +35,8 @@ def test_what_pillow_writes_is_recognised(tmp_path: Path, kind: str) -> None:
         (b"", None),
     ],
 )
-def test_the_first_bytes_decide(tmp_path: Path, start: bytes, kind: str | None) -> None:
-    path = tmp_path / "a.jpg"
-    path.write_bytes(start)
-    assert sniff(path) == kind
+def test_the_first_bytes_decide(start: bytes, kind: str | None) -> None:
+    assert format_of(io.BytesIO(start)) == kind
 
 
 def test_names_are_made_fit_for_a_log_line() -> None:

@@ -127,6 +127,20 @@ def test_a_checker_that_yields_no_numbers_hides_the_picture(
     assert "not finite" in caplog.text
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_a_configuration_cannot_ask_for_a_kernel(make_folder: Maker, key: str) -> None:
+    evil = {key: "someone/evil-kernel"}
+    vision = {**CONFIG["vision_config"], **evil}
+    checker = safety.load(
+        make_folder(vision_config=vision, **evil), device=CPU, dtype=torch.float32
+    )
+    assert checker is not None
+    config = checker._network.config
+    assert (
+        "evil" not in f"{config._attn_implementation} {config.vision_config._attn_implementation}"
+    )
+
+
 def test_a_folder_without_a_checker_has_none(small_model_folder: Path) -> None:
     assert safety.load(small_model_folder, device=CPU, dtype=torch.float32) is None
 

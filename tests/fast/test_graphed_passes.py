@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from dreambooth.fast.cuda_graphs import CapturedCall
 from dreambooth.fast.graphed_passes import GraphedPasses, OnePass, without_capture
-from dreambooth.training import loop, out_of_memory
+from dreambooth.process.memory import is_out_of_memory
+from dreambooth.training import loop
 
 Make = Callable[..., Any]
 
@@ -135,4 +136,4 @@ def test_running_out_of_memory_is_left_to_the_memory_plans(make_training: Make) 
     training = make_training(fast_step=True, mixed_precision="bf16")
     with pytest.raises(RuntimeError, match="previous error during capture") as caught:
         next(training.steps(fails))
-    assert out_of_memory.ran_out(caught.value)
+    assert is_out_of_memory(caught.value)

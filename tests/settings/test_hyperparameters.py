@@ -197,8 +197,6 @@ def test_every_wrong_value_is_reported_at_once() -> None:
         ("8bit_adamw_in_backward", "gradient_accumulation_steps", "2", False),
         ("8bit_adamw_in_backward", "mixed_precision", "fp16", True),
         ("8bit_adamw_checkpointing", "gradient_accumulation_steps", "2", True),
-        ("8bit_adamw_stochastic_rounding", "mixed_precision", "fp16", False),
-        ("8bit_adamw_stochastic_rounding", "mixed_precision", "bf16", True),
         ("auto", "gradient_checkpointing", "True", True),
     ],
 )
@@ -225,7 +223,6 @@ def test_a_memory_plan_may_not_contradict_what_it_fixes(
         ("mixed_precision", "fp16", True),
         ("memory_plan", "8bit_adamw_checkpointing", False),
         ("memory_plan", "8bit_adamw_in_backward", False),
-        ("memory_plan", "8bit_adamw_stochastic_rounding", False),
         ("memory_plan", "8bit_adamw", True),
         ("use_8bit_adam", "True", True),
     ],

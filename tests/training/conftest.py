@@ -101,9 +101,6 @@ def make_training(loaded_small_model: models.DiffusionModel) -> Callable[..., Tr
             plan = replace(plan, frees_gradients=True)
         if settings.fast_step:  # the CPU allows everything of the fast step except the capture
             plan = replace(plan, fast_step=True)
-        if plan.rounds_stochastically:
-            for module in trained:
-                torch.nn.Module.to(module, torch.bfloat16)
         if plan.gradient_checkpointing:
             model.unet.enable_gradient_checkpointing()
         with_class = settings.with_prior_preservation
@@ -126,7 +123,6 @@ def make_training(loaded_small_model: models.DiffusionModel) -> Callable[..., Tr
                 trained,
                 settings,
                 use_8bit_adam=plan.use_8bit_adam,
-                rounds_stochastically=plan.rounds_stochastically,
             ),
             precision=Precision.for_plan(plan, CPU),
         )

@@ -106,52 +106,6 @@ def test_states_of_other_weights_are_refused() -> None:
         optimizer.load(other, saved.state_dict())
 
 
-def test_rounding_is_right_on_average_and_never_further_than_a_neighbour() -> None:
-    values = torch.tensor([1.0, 1.001, -1.001, 3e-5, -0.0]).repeat_interleave(20_000)
-    rounded = adamw_8bit.round_stochastically(values, torch.Generator().manual_seed(0)).float()
-    distance = (rounded - values).abs()
-    assert bool((distance <= values.abs() * 2**-7).all())
-    for one, mean in zip(values.view(5, -1)[:, 0], rounded.view(5, -1).mean(dim=1), strict=True):
-        assert float(mean) == pytest.approx(float(one), abs=float(one.abs()) * 1e-4)
-    assert torch.equal(rounded[:20_000], values[:20_000])  # bf16 can hold these
-
-
-def test_rounded_weights_keep_updates_that_the_nearest_would_lose() -> None:
-    lost, kept = (nn.Linear(128, 128, bias=False) for _ in range(2))
-    for module in (lost, kept):
-        nn.init.constant_(module.weight, 1.0)
-        module.to(torch.bfloat16)
-    settings = Hyperparameters(learning_rate=1e-4, adam_weight_decay=0.0)
-    for module, rounds in ((lost, False), (kept, True)):
-        adamw = optimizer.build(
-            [module], settings, use_8bit_adam=True, rounds_stochastically=rounds
-        )
-        for _ in range(10):
-            module.weight.grad = torch.ones_like(module.weight)
-            adamw.step()
-        assert module.weight.dtype == torch.bfloat16
-    assert bool((lost.weight == 1).all())
-    assert (1 - kept.weight.float()).mean().item() == pytest.approx(1e-3, rel=0.1)
-
-
-def test_rounding_is_a_function_of_seed_and_step() -> None:
-    def weights(seed: int) -> torch.Tensor:
-        module = network().to(torch.bfloat16)
-        adamw = optimizer.build(
-            [module],
-            Hyperparameters(learning_rate=1e-4, seed=seed),
-            use_8bit_adam=True,
-            rounds_stochastically=True,
-        )
-        torch.manual_seed(seed + 7)
-        for number in range(3):
-            step(module, adamw, number)
-        return torch.cat([parameter.flatten() for parameter in module.parameters()])
-
-    assert torch.equal(weights(1), weights(1))
-    assert not torch.equal(weights(1), weights(2))
-
-
 class RefusesToWait(TorchDispatchMode):
     """Fails if a value is copied to the host, which would wait for a GPU."""
 

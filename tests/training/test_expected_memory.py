@@ -135,7 +135,6 @@ def test_training_decides_in_plans_that_keep_gradients_and_drawing_in_those_that
         "8bit_adamw_checkpointing": "training",
         "fp32_adamw_in_backward": "sample pictures",
         "8bit_adamw_in_backward": "sample pictures",
-        "8bit_adamw_stochastic_rounding": "encoding",
     }
 
 

@@ -61,9 +61,6 @@ def chosen(device: DeviceFacts, processes: int = 1, **changes: object) -> list[s
         (MemoryPlan(True, True), 2, 8.3),
         (MemoryPlan(False, True, frees_gradients=True), 2, 10.4),
         (MemoryPlan(True, True, frees_gradients=True), 2, 5.6),
-        (MemoryPlan(True, False, rounds_stochastically=True), 2, 5.4),
-        (MemoryPlan(True, False, frees_gradients=True, rounds_stochastically=True), 2, 5.0),
-        (MemoryPlan(True, True, frees_gradients=True, rounds_stochastically=True), 2, 3.7),
     ],
 )
 def test_expected_memory_is_near_the_derived_figures(

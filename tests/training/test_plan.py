@@ -109,14 +109,6 @@ def test_out_of_memory_there_is_a_smaller_plan_until_the_last() -> None:
     assert make(A10G, memory_plan="fp32_adamw").with_smaller_memory_plan() is None
 
 
-def test_stochastic_rounding_means_bf16_weights() -> None:
-    plan = make(T4, memory_plan="8bit_adamw_stochastic_rounding")
-    assert plan.mixed_precision == "bf16"
-    assert plan.rounds_stochastically
-    assert any("computes bf16 slowly" in warning for warning in plan.warnings)
-    assert "stochastically rounded weights" in plans.describe(plan, Hyperparameters())
-
-
 def test_the_memory_plan_is_printed_with_its_price_and_its_expected_bytes() -> None:
     text = plans.describe(make(replace(T4, memory_bytes=6 * GIB)), Hyperparameters())
     assert "8bit_adamw_in_backward, gradients freed as they arrive: every pass is made" in text

@@ -27,14 +27,13 @@ FAST = {"fast_step": True, "checkpointing_steps": 3}
         {"train_text_encoder": True},
         {"memory_plan": "8bit_adamw_checkpointing"},
         {"memory_plan": "8bit_adamw_in_backward", "mixed_precision": "fp16"},
-        {"memory_plan": "8bit_adamw_stochastic_rounding"},
         {**FAST, "mixed_precision": "bf16"},
         {**FAST, "mixed_precision": "fp16"},
         {**FAST, "mixed_precision": "bf16", "use_8bit_adam": True},
     ],
     ids=[
         *("plain", "8-bit", "fp16", "text encoder"),
-        *("checkpointing", "in backward, fp16", "stochastic rounding"),
+        *("checkpointing", "in backward, fp16"),
         *("fast step", "fast step, fp16", "fast step, 8-bit"),
     ],
 )

@@ -6,7 +6,8 @@ import math
 
 import torch
 
-from dreambooth.diffusion.device_memory import free_caches, is_out_of_memory
+from dreambooth.diffusion.device_memory import free_caches
+from dreambooth.process.memory import is_out_of_memory
 
 __all__ = ["RowLimit", "advice", "free_caches", "is_device_lost", "is_out_of_memory"]
 

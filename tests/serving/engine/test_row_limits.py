@@ -8,30 +8,7 @@ from dreambooth.serving.engine.row_limits import (
     CALLS_BEFORE_RAISE,
     RowLimit,
     advice,
-    is_out_of_memory,
 )
-
-
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
-        (torch.OutOfMemoryError("x"), True),
-        (MemoryError(), True),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"), True),
-        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), True),
-        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), True),
-        (RuntimeError("shapes do not fit"), False),
-        (ValueError("out of memory"), False),
-    ],
-)
-def test_what_counts_as_out_of_memory(error: Exception, expected: bool) -> None:
-    assert is_out_of_memory(error) is expected
-
-
-def test_the_allocator_of_the_cpu_is_understood() -> None:
-    with pytest.raises(RuntimeError) as caught:
-        torch.empty(1 << 60)
-    assert is_out_of_memory(caught.value)
 
 
 def test_a_lost_device_is_distinguished_from_full_memory() -> None:
