@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser, knobs: Iterable[Knob]) -> Non
 
     Options that are not given are absent from the namespace.
     """
-    for heading, rows in groupby(knobs, key=lambda knob: knob.group):
-        group = parser.add_argument_group(heading) if heading else parser
+    for origin, rows in groupby(knobs, key=lambda knob: knob.origin):
+        group = parser.add_argument_group(f"hyperparameters, {origin}") if origin else parser
         for knob in rows:
             default = "" if knob.default in (MISSING, "") else f"; default: {knob.default}"
             how: dict[str, Any] = {"action": "append"} if knob.is_repeated else {}

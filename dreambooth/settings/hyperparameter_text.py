@@ -30,8 +30,8 @@ def as_json(hyperparameters: Hyperparameters | None = None) -> str:
 def as_text() -> str:
     """Return the table for a terminal, in the order of the class, under three headings."""
     lines: list[str] = []
-    for heading, knobs in groupby(KNOBS, key=lambda knob: knob.group):
-        lines.append(f"{heading}:")
+    for origin, knobs in groupby(KNOBS, key=lambda knob: knob.origin):
+        lines.append(f"{origin}:")
         for knob in knobs:
             lines.append(f"  {knob.name} = {knob.default}   ({knob.values})")
             lines.append(f"      {knob.sentence}")
@@ -43,7 +43,7 @@ def as_markdown() -> str:
     """Return the README's table; a tick marks the published names."""
     rows = ["| published | name | default | values | what it does |", "|:-:|---|---|---|---|"]
     for knob in KNOBS:
-        tick = "✓" if knob.group == PUBLISHED else ""
+        tick = "✓" if knob.origin == PUBLISHED else ""
         rows.append(
             f"| {tick} | `{knob.name}` | `{knob.default}` | {knob.values} | {knob.sentence} |"
         )

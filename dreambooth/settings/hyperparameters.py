@@ -18,10 +18,10 @@ from dreambooth.errors import HyperparameterError, UserError, quoted
 from dreambooth.limits import LIMITS, Limits
 from dreambooth.settings.knob import knobs_of, option
 
-PUBLISHED: Final = "hyperparameters, published"
-published = partial(option, group=PUBLISHED)
-accepted = partial(option, group="hyperparameters, accepted by JumpStart, not published")
-ours = partial(option, group="hyperparameters, ours")
+PUBLISHED: Final = "published"
+published = partial(option, origin=PUBLISHED)
+accepted = partial(option, origin="accepted by JumpStart, not published")
+ours = partial(option, origin="ours")
 
 LR_SCHEDULERS: Final = (
     "linear",

@@ -52,8 +52,8 @@ def knobs_of(table: type) -> tuple[Knob, ...]:
 class Knob:
     """One row of a table of options.
 
-    default: ``dataclasses.MISSING`` if the option must be given. group: the heading under which it
-    is printed. alias: a second name on the command line. variables: give the value where the
+    default: ``dataclasses.MISSING`` if the option must be given. origin: who named it, if it is a
+    hyperparameter. alias: a second name on the command line. variables: give the value where the
     command line does not; the first one counts most. max_characters: None if it may have as many as
     a hyperparameter. is_repeated: whether it may be given several times.
     """
@@ -62,7 +62,7 @@ class Knob:
     kind: str
     default: Any
     sentence: str
-    group: str = ""
+    origin: str = ""
     alias: str = ""
     variables: tuple[str, ...] = ()
     minimum: float | None = None

@@ -36,7 +36,7 @@ def test_markdown_has_one_row_per_knob() -> None:
         assert row.count("|") == 6
         assert f"`{knob.name}`" in row
         assert f"`{knob.default}`" in row
-        assert ("✓" in row) == (knob.group == PUBLISHED)
+        assert ("✓" in row) == (knob.origin == PUBLISHED)
 
 
 def test_text_names_every_knob_and_value() -> None:

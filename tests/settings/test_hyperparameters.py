@@ -20,7 +20,7 @@ from dreambooth.settings import (
     serve_options,
 )
 from dreambooth.settings.hyperparameters import KNOBS, Hyperparameters, parse
-from dreambooth.settings.hyperparameters import PUBLISHED as PUBLISHED_GROUP
+from dreambooth.settings.hyperparameters import PUBLISHED as PUBLISHED_ORIGIN
 
 # Names and defaults as the article's retrieve_default() prints them, and compute_fid.
 PUBLISHED = {
@@ -127,7 +127,7 @@ def test_names_order_and_defaults_are_the_published_ones() -> None:
         *ACCEPTED.items(),
         *OURS.items(),
     ]
-    assert [knob.name for knob in KNOBS if knob.group == PUBLISHED_GROUP] == list(PUBLISHED)
+    assert [knob.name for knob in KNOBS if knob.origin == PUBLISHED_ORIGIN] == list(PUBLISHED)
 
 
 def test_defaults_parse_to_themselves() -> None:
