@@ -26,7 +26,7 @@ from dreambooth.settings.sources import DRY_RUN, LOG_LEVEL, LOG_LEVELS
 DEFAULT_ROOT: Final = "/opt/ml"
 _BASE: Final = "SAGEMAKER_BASE_DIR"
 
-# Only the platform names it, so that no option and no hyperparameter may.
+# The platform alone names this folder: no option is called so, with a blank.
 _MODEL_CHANNEL: Final = Knob(
     name="model channel",
     kind="Path",
