@@ -4,7 +4,7 @@
 
     DreamBoothError                 the message says what is wrong, where, and what to do
     ├── UserError                   the user's input: exit code 1, the failure file; HTTP 4xx
-    │   ├── HyperparameterError     names every wrong setting of the job
+    │   ├── HyperparameterError     names every wrong option of a command
     │   ├── DatasetError            names the file or folder
     │   ├── ModelArtifactError      wrong layout, unsafe archive, a pickle that is more than weights
     │   └── RequestError            400 · 406 Accept · 413 too large · 415 content type
@@ -65,7 +65,7 @@ class UserError(DreamBoothError):
 
 
 class HyperparameterError(UserError):
-    """One or more settings of the job are wrong; one message names them all."""
+    """One or more options of a command are wrong; one message names them all."""
 
     def __init__(self, faults: Sequence[str] | str) -> None:
         """Take one sentence per fault; a single string counts as one fault."""

@@ -97,8 +97,7 @@ def _check_steps(steps: int, folder: Path) -> None:
     most = sampling_request.max_steps(layout.component_config(folder, "scheduler"))
     if steps > most:
         raise UserError(
-            f"--num_inference_steps must be a whole number from 1 to {most} with this model, not "
-            f"{steps}."
+            f"--num_inference_steps must be at most {most} with this model, not {steps}."
         )
 
 

@@ -12,26 +12,28 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from dreambooth.errors import HyperparameterError, UserError, quoted
 from dreambooth.limits import LIMITS, Limits
 from dreambooth.process import addresses
-from dreambooth.settings import hyperparameter_text, hyperparameters, sources
+from dreambooth.settings import command_line, hyperparameters, sources
+from dreambooth.settings.knob import Knob, knobs_of, option
 from dreambooth.settings.sources import DRY_RUN, LOG_LEVEL, LOG_LEVELS
 
 DEFAULT_ROOT: Final = "/opt/ml"
 _BASE: Final = "SAGEMAKER_BASE_DIR"
 
-_PATH_OPTIONS: Final = {
-    "train": "folder with the instance images and dataset_info.json",
-    "model_dir": "folder for the trained model",
-    "output_data_dir": "folder for metrics, report and sample pictures",
-    "checkpoint_dir": "folder for checkpoints, from which a stopped run goes on",
-}
-_OPTIONS: Final = (*_PATH_OPTIONS, LOG_LEVEL, DRY_RUN)
+# The platform alone names this folder: no option is called so, with a blank.
+_MODEL_CHANNEL: Final = Knob(
+    name="model channel",
+    kind="Path",
+    default=None,
+    sentence="Folder of the model to start from.",
+    variables=("SM_CHANNEL_MODEL",),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,16 +45,33 @@ class Environment:
     """
 
     root: Path
-    training: Path
+    training: Path = option(
+        MISSING,
+        "Folder with the instance images and dataset_info.json.",
+        name="train",
+        variables=("SM_CHANNEL_TRAINING",),
+    )
     model_channel: Path | None
-    model_dir: Path
-    output_data_dir: Path
+    model_dir: Path = option(MISSING, "Folder for the trained model.", variables=("SM_MODEL_DIR",))
+    output_data_dir: Path = option(
+        MISSING,
+        "Folder for metrics, report and sample pictures.",
+        variables=("SM_OUTPUT_DATA_DIR",),
+    )
     failure_file: Path
-    checkpoint_dir: Path | None
+    checkpoint_dir: Path | None = option(
+        None, "Folder for checkpoints, from which a stopped run goes on."
+    )
     settings: Mapping[str, object]
-    dry_run: bool
-    log_level: str
+    dry_run: bool = option(False, "Prints the plan and stops.")
+    log_level: str = option(
+        "info", "What the log holds.", choices=LOG_LEVELS, variables=("SM_LOG_LEVEL",)
+    )
     warnings: tuple[str, ...] = ()
+
+
+OPTIONS: Final = knobs_of(Environment)
+_NAMES: Final = frozenset(knob.name for knob in OPTIONS)
 
 
 def read(
@@ -68,38 +87,37 @@ def read(
     if _asks_for_help(argv):
         parser().print_help()
         raise SystemExit(0)
-    root = _root(environ)
     faults: list[str] = []
-    _check_root(environ, faults)
+    root = _root(environ, faults)
     arguments = sources.from_arguments(argv, faults)
     variables = sources.from_variables(environ, faults, limits)
     file = sources.from_file(root / "input" / "config" / "hyperparameters.json", faults, limits)
     settings = {
         name: value
         for name, value in {**file, **variables, **arguments}.items()
-        if name not in _OPTIONS
+        if name not in _NAMES
     }
     chosen = sources.OptionValues(
-        arguments, variables, environ, file, faults, in_container=_is_container(root)
+        (*OPTIONS, _MODEL_CHANNEL),
+        *(arguments, variables, environ, file, faults),
+        in_container=_is_container(root),
     )
-    dry_run = _dry_run(chosen.text(DRY_RUN), faults)
-    log_level = _log_level(chosen.text(LOG_LEVEL), faults)
-    named_channel = chosen.path(sources.MODEL_CHANNEL)
+    named_channel = chosen.value(_MODEL_CHANNEL.name)
     channel = named_channel or root / "input" / "data" / "model"
-    checkpoints = chosen.path("checkpoint_dir")
+    checkpoints = chosen.value("checkpoint_dir")
     if checkpoints is None and (root / "checkpoints").is_dir():
         checkpoints = root / "checkpoints"
     environment = Environment(
         root=root,
-        training=chosen.path("train") or root / "input" / "data" / "training",
+        training=chosen.value("train") or root / "input" / "data" / "training",
         model_channel=channel if named_channel or channel.exists() else None,
-        model_dir=chosen.path("model_dir") or root / "model",
-        output_data_dir=chosen.path("output_data_dir") or _default_output(chosen, root),
+        model_dir=chosen.value("model_dir") or root / "model",
+        output_data_dir=chosen.value("output_data_dir") or _default_output(chosen, root),
         failure_file=failure_file(environ),
         checkpoint_dir=checkpoints,
         settings=settings,
-        dry_run=dry_run,
-        log_level=log_level,
+        dry_run=chosen.value(DRY_RUN) or False,
+        log_level=chosen.value(LOG_LEVEL) or "info",
     )
     if faults:
         faults = list(dict.fromkeys(faults))
@@ -123,7 +141,7 @@ def _is_container(root: Path) -> bool:
 
 def failure_file(environ: Mapping[str, str]) -> Path:
     """Return where SageMaker reads the reason of a failure: ``<root>/output/failure``."""
-    return _root(environ) / "output" / "failure"
+    return _root(environ, []) / "output" / "failure"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -135,29 +153,17 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     made.usage = "%(prog)s --train FOLDER --pretrained-model MODEL --model_dir FOLDER [options]"
-    for name, sentence in _PATH_OPTIONS.items():
-        made.add_argument(f"--{name}", metavar="FOLDER", help=sentence)
-    made.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    made.add_argument(
-        "--log_level", metavar="LEVEL", help=f"{', '.join(LOG_LEVELS)} (default: info)"
-    )
-    hyperparameter_text.add_arguments(made)
+    command_line.add_arguments(made, (*OPTIONS, *hyperparameters.KNOBS))
     return made
 
 
-def _root(environ: Mapping[str, str]) -> Path:
-    """Return the root, or the default one if the variable is no path (see `_check_root`)."""
+def _root(environ: Mapping[str, str], faults: list[str]) -> Path:
+    """Return the root; if the variable is no path, tell the fault and return the default one."""
     try:
         return addresses.to_path(environ.get(_BASE, "").strip() or DEFAULT_ROOT, _BASE)
-    except UserError:
-        return Path(DEFAULT_ROOT)
-
-
-def _check_root(environ: Mapping[str, str], faults: list[str]) -> None:
-    try:
-        addresses.to_path(environ.get(_BASE, "").strip() or DEFAULT_ROOT, _BASE)
     except UserError as error:
         faults.append(str(error))
+        return Path(DEFAULT_ROOT)
 
 
 def _default_output(chosen: sources.OptionValues, root: Path) -> Path:
@@ -166,9 +172,8 @@ def _default_output(chosen: sources.OptionValues, root: Path) -> Path:
     A root without ``input`` is no container; there a model_dir given by the user outranks the
     platform's variable.
     """
-    model_dir = chosen.path("model_dir") or root / "model"
-    by_user = chosen.named("model_dir") is not None
-    if _is_container(root) or (not by_user and chosen.platform("model_dir")):
+    model_dir = chosen.value("model_dir") or root / "model"
+    if _is_container(root) or chosen.is_platforms("model_dir"):
         return root / "output" / "data"
     return _beside(model_dir)
 
@@ -190,17 +195,3 @@ def _wrong_hyperparameters(settings: Mapping[str, object], limits: Limits) -> tu
     except HyperparameterError as error:
         return error.faults
     return ()
-
-
-def _dry_run(given: str | None, faults: list[str]) -> bool:
-    text = (given or "False").lower()
-    if text not in ("true", "false"):
-        faults.append(f"{DRY_RUN} must be True or False, not {quoted(given)}.")
-    return text == "true"
-
-
-def _log_level(given: str | None, faults: list[str]) -> str:
-    level = sources.level_of(given or "info")
-    if level is None:
-        faults.append(f"{LOG_LEVEL} must be one of {', '.join(LOG_LEVELS)}, not {quoted(given)}.")
-    return level or "info"

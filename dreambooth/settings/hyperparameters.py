@@ -10,12 +10,18 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, NamedTuple
 
-from dreambooth.errors import HyperparameterError, quoted
+from dreambooth.errors import HyperparameterError, UserError, quoted
 from dreambooth.limits import LIMITS, Limits
-from dreambooth.settings.knob import Knob, accepted, ours, published
+from dreambooth.settings.knob import knobs_of, option
+
+PUBLISHED: Final = "published"
+published = partial(option, origin=PUBLISHED)
+accepted = partial(option, origin="accepted by JumpStart, not published")
+ours = partial(option, origin="ours")
 
 LR_SCHEDULERS: Final = (
     "linear",
@@ -206,7 +212,7 @@ class Hyperparameters:
         return self.with_prior_preservation and self.prior_preservation_mode == "prediction"
 
 
-KNOBS: Final = tuple(Knob.of(entry) for entry in fields(Hyperparameters))
+KNOBS: Final = knobs_of(Hyperparameters)
 _BY_NAME: Final = {knob.name: knob for knob in KNOBS}
 
 
@@ -239,7 +245,7 @@ def parse(raw: Mapping[str, object], *, limits: Limits = LIMITS) -> ParsedHyperp
         try:
             values[name] = knob.parse(value, limits)
             faults.pop(name, None)
-        except ValueError as fault:
+        except UserError as fault:
             faults[name] = str(fault)
     hyperparameters = Hyperparameters(**values)
     wrong = [

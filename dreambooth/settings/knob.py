@@ -1,8 +1,8 @@
-"""Describe one setting of a job, and parse its value from what a client sends.
+"""Describe one option of a verb, and parse its value from what a client sends or a user types.
 
-SageMaker's clients send a value as a Python value, its ``str()``, its JSON, or JSON of its
-``str()``; a `Knob` reads all of them. The table of all knobs is `Hyperparameters`; `published`,
-`accepted` and `ours` declare its fields. Standard library only.
+The options of a verb are a frozen dataclass whose fields are declared with `option`; `knobs_of`
+returns its rows. SageMaker's clients send a value as a Python value, its ``str()``, its JSON, or
+JSON of its ``str()``; a `Knob` reads all of them. Standard library only.
 """
 
 from __future__ import annotations
@@ -10,18 +10,14 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import re
-from dataclasses import Field, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
-from dreambooth.errors import quoted
+from dreambooth.errors import UserError, quoted
 from dreambooth.limits import LIMITS, Limits
-
-PUBLISHED: Final = "published"
-ACCEPTED: Final = "accepted by JumpStart, not published"
-OURS: Final = "ours"
-
-Value = bool | int | float | str | None
+from dreambooth.process import addresses
 
 
 class BareFlag:
@@ -31,63 +27,61 @@ class BareFlag:
 BARE_FLAG: Final = BareFlag()
 
 
-def published(default: Value, sentence: str, **rules: object) -> Any:
-    """Declare a knob with a published name and default; ``rules`` are attributes of Knob."""
-    return _declared(default, sentence, PUBLISHED, rules)
+def option(default: Any, sentence: str, **rules: object) -> Any:
+    """Declare a field that a user sets; ``rules`` are other attributes of its Knob."""
+    return field(default=default, metadata={"sentence": sentence, **rules})
 
 
-def accepted(default: Value, sentence: str, **rules: object) -> Any:
-    """Declare a knob that JumpStart accepts without having published it."""
-    return _declared(default, sentence, ACCEPTED, rules)
-
-
-def ours(default: Value, sentence: str, **rules: object) -> Any:
-    """Declare a knob of our own."""
-    return _declared(default, sentence, OURS, rules)
-
-
-def _declared(default: Value, sentence: str, origin: str, rules: dict[str, object]) -> Any:
-    return field(default=default, metadata={"sentence": sentence, "origin": origin, **rules})
+def knobs_of(table: type) -> tuple[Knob, ...]:
+    """Return the rows of a table of options, one per field that was declared with `option`."""
+    return tuple(
+        Knob(
+            **{
+                "name": entry.name,
+                "kind": str(entry.type).removesuffix(" | None"),
+                "default": entry.default,
+                **entry.metadata,
+            }
+        )
+        for entry in fields(table)
+        if entry.metadata
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Knob:
-    """One row of the table of knobs."""
+    """One row of a table of options.
+
+    default: ``dataclasses.MISSING`` if the option must be given. origin: who named it, if it is a
+    hyperparameter. alias: a second name on the command line. variables: give the value where the
+    command line does not; the first one counts most. max_characters: None if it may have as many as
+    a hyperparameter. is_repeated: whether it may be given several times.
+    """
 
     name: str
     kind: str
-    default: Value
+    default: Any
     sentence: str
-    origin: str
+    origin: str = ""
+    alias: str = ""
+    variables: tuple[str, ...] = ()
     minimum: float | None = None
     maximum: float | None = None
     above: float | None = None
     below: float | None = None
     multiple_of: int | None = None
     choices: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, entry: Field[Any]) -> Knob:
-        """Return the row that a field of the table declares."""
-        return cls(
-            name=entry.name,
-            kind=str(entry.type).removesuffix(" | None"),
-            default=entry.default,  # type: ignore[arg-type]  # every field has one
-            **entry.metadata,
-        )
-
-    @property
-    def published(self) -> bool:
-        """Return whether JumpStart published this name and default."""
-        return self.origin == PUBLISHED
+    max_characters: int | None = None
+    is_printable: bool = False
+    is_repeated: bool = False
 
     @property
     def values(self) -> str:
         """Return the allowed values in words: ``a whole number, at least 1``."""
         if self.choices:
             return "one of " + ", ".join(self.choices)
-        if self.kind == "str":
-            return "a text"
+        if self.is_printable:
+            return "a printable text"
         bounds = (
             ("above {}", self.above),
             ("at least {}", self.minimum),
@@ -98,41 +92,61 @@ class Knob:
         limits = [words.format(_number(bound)) for words, bound in bounds if bound is not None]
         return ", ".join([_KIND_IN_WORDS[self.kind], *limits])
 
-    def parse(self, raw: object, limits: Limits = LIMITS) -> Value:
-        """Return the typed value of what a client sent; raise ValueError if it is not allowed.
+    def parse(
+        self, raw: object, limits: Limits = LIMITS, *, source: str = "", is_typed: bool = False
+    ) -> Any:
+        """Return the typed value of what was given; raise UserError, with one sentence, if wrong.
 
-        An empty value means the default. The message of the error is one sentence.
+        source: the option or variable that gave it, if not the name alone. An empty value means the
+        default. A text that a user typed (is_typed) is taken as it stands, also if it is empty.
         """
+        source = source or self.name
         if isinstance(raw, BareFlag):
             if self.kind == "bool":
                 return True
-            raise ValueError(f"{self.name} needs a value: {self.values}.")
-        if isinstance(raw, str) and len(raw) > limits.max_hyperparameter_characters:
-            longest = limits.max_hyperparameter_characters
-            raise ValueError(f"{self.name} has {len(raw)} characters; at most {longest} are read.")
-        text = unwrapped(raw)
-        if text in ("", "None", "null"):
+            raise UserError(f"{source} needs a value: {self.values}.")
+        longest = self.max_characters or limits.max_hyperparameter_characters
+        if isinstance(raw, str) and len(raw) > longest:
+            raise UserError(f"{source} has {len(raw)} characters; at most {longest} are read.")
+        if not is_typed and is_unset(raw):
             return self.default
+        is_text = self.kind in ("str", "Path")
+        text = str(raw) if is_typed and is_text else unwrapped(raw)
         value = None if text is None else _PARSERS[self.kind](text)
         if value is None or not self._allows(value):
-            raise ValueError(f"{self.name} must be {self.values}, not {quoted(raw)}.")
-        return value
+            raise UserError(f"{source} must be {self.values}, not {quoted(raw)}.")
+        return addresses.to_path(str(value), source) if self.kind == "Path" else value
 
     def _allows(self, value: bool | int | float | str) -> bool:
         if self.choices:
             return value in self.choices
-        if isinstance(value, (bool, str)):
+        if isinstance(value, str):
+            return not self.is_printable or (value != "" and value.isprintable())
+        if isinstance(value, bool):
             return True
         return (
             (self.above is None or value > self.above)
             and (self.below is None or value < self.below)
             and (self.minimum is None or value >= self.minimum)
-            and (self.maximum is None or value <= self.maximum)
+            and value <= (self.maximum if self.maximum is not None else _GREATEST[self.kind])
             and (self.multiple_of is None or value % self.multiple_of == 0)
         )
 
 
-_KIND_IN_WORDS: Final = {"bool": "True or False", "int": "a whole number", "float": "a number"}
+_KIND_IN_WORDS: Final = {
+    "bool": "True or False",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a text",
+    "Path": "the path of a file or folder",
+}
+# Of numbers without a bound of their own.
+_GREATEST: Final = {"int": 10**18 - 1, "float": math.inf}
+
+
+def is_unset(raw: object) -> bool:
+    """Return whether a client's value says nothing: it is empty, None or null."""
+    return unwrapped(raw) in ("", "None", "null")
 
 
 def unwrapped(raw: object) -> str | None:
@@ -162,7 +176,7 @@ def _bool(text: str) -> bool | None:
 
 def _int(text: str) -> int | None:
     """Parse a whole number, also one written as ``400.0`` or ``4e2`` (tuners send floats)."""
-    if re.fullmatch(r"[+-]?[0-9]{1,18}", text):
+    if re.fullmatch(r"[+-]?[0-9]{1,20}", text):
         return int(text)
     number = _float(text)
     if number is None or not number.is_integer() or abs(number) >= 2**53:
@@ -182,7 +196,14 @@ def _str(text: str) -> str | None:
     return text if storable else None
 
 
-_PARSERS: Final = {"bool": _bool, "int": _int, "float": _float, "str": _str}
+def _path(text: str) -> str | None:
+    try:
+        return text if b"\0" not in os.fsencode(text) else None
+    except UnicodeEncodeError:
+        return None
+
+
+_PARSERS: Final = {"bool": _bool, "int": _int, "float": _float, "str": _str, "Path": _path}
 
 
 def _number(bound: float) -> str:

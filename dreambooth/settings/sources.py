@@ -8,33 +8,21 @@ no hyperparameter. Precedence: argument > ``SM_*`` variable > file under the roo
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from dreambooth.errors import UserError, quoted
+from dreambooth.errors import UserError
 from dreambooth.limits import Limits
 from dreambooth.process import addresses
 from dreambooth.settings import hyperparameters
-from dreambooth.settings.knob import BARE_FLAG, unwrapped
+from dreambooth.settings.knob import BARE_FLAG, Knob, is_unset, unwrapped
 
 LOG_LEVELS: Final = ("debug", "info", "warning", "error", "critical")
 LOG_LEVEL: Final = "log_level"
 DRY_RUN: Final = "dry_run"
-MODEL_CHANNEL: Final = "model channel"  # no option: only the platform names it
 _OUTPUTS: Final = ("model_dir", "output_data_dir", "checkpoint_dir")
-
-# Variables that the platform sets on its own. SM_HPS and SM_HP_<NAME>, which hold what the user
-# set, outrank them.
-_PLATFORM_VARIABLES: Final = {
-    "train": "SM_CHANNEL_TRAINING",
-    MODEL_CHANNEL: "SM_CHANNEL_MODEL",
-    "model_dir": "SM_MODEL_DIR",
-    "output_data_dir": "SM_OUTPUT_DATA_DIR",
-    LOG_LEVEL: "SM_LOG_LEVEL",
-}
 
 
 class OptionValues:
@@ -47,6 +35,7 @@ class OptionValues:
 
     def __init__(
         self,
+        knobs: Iterable[Knob],
         arguments: Mapping[str, object],
         variables: Mapping[str, object],
         environ: Mapping[str, str],
@@ -55,60 +44,47 @@ class OptionValues:
         *,
         in_container: bool,
     ) -> None:
-        self._user_sources = (arguments, variables)
-        self._environ = environ
-        self._file = file
+        self._knobs = {knob.name: knob for knob in knobs}
+        # The platform sets these variables on its own; what the user set outranks them.
+        self._platform = {
+            knob.name: environ.get(variable, "")
+            for knob in self._knobs.values()
+            for variable in knob.variables
+        }
+        if not level_of(self._platform.get(LOG_LEVEL, "").strip()):
+            self._platform.pop(LOG_LEVEL, None)
+        self._sources = (arguments, variables, self._platform, file)
         self._faults = faults
         self._in_container = in_container
         self.set_aside: dict[str, str] = {}
 
-    def named(self, name: str) -> str | None:
-        """Return what the user gave in an argument or in a hyperparameter's variable."""
-        return self._first(name, self._user_sources)
-
-    def platform(self, name: str) -> str | None:
-        """Return the platform's own variable; an invalid log level counts as unset."""
-        value = self._environ.get(_PLATFORM_VARIABLES.get(name, ""), "").strip() or None
-        if value is None or (name == LOG_LEVEL and not level_of(value)):
+    def value(self, name: str) -> Any:
+        """Return the parsed value of an option, None if no source gives one or it is wrong."""
+        raw = self._source(name).get(name)
+        if is_unset(raw):
             return None
-        return None if self._is_set_aside(name, value) else value
-
-    def text(self, name: str) -> str | None:
-        """Return the value of the first source that gives one."""
-        return self.named(name) or self.platform(name) or self._first(name, (self._file,))
-
-    def path(self, name: str) -> Path | None:
-        """Return the same value as a path; ``~`` and ``file://`` are resolved."""
-        text = self.text(name)
-        if not text:
-            return None
+        if name == LOG_LEVEL:
+            raw = level_of(unwrapped(raw) or "") or raw
         try:
-            path = addresses.to_path(text, name)
-        except UserError as error:
-            self._faults.append(str(error))
+            return self._knobs[name].parse(raw)
+        except UserError as fault:
+            self._faults.append(str(fault))
             return None
-        if not _can_be_path(str(path)):
-            self._faults.append(f"{name} must be the path of a folder, not {quoted(text)}.")
-            return None
-        return path
 
-    def _first(self, name: str, sources: Sequence[Mapping[str, object]]) -> str | None:
-        for source in sources:
-            value = source.get(name)
-            if value is BARE_FLAG:
-                if name == DRY_RUN:
-                    return "True"
-                self._faults.append(f"--{name} needs a value.")
-                return None
-            text = unwrapped(value)
-            if text is None:
-                self._faults.append(f"{name} must be one text, not {quoted(value)}.")
-            elif text not in ("", "None", "null") and not self._is_set_aside(name, text):
-                return text
-        return None
+    def is_platforms(self, name: str) -> bool:
+        """Return whether the value of an option is the platform's own variable."""
+        return self._source(name) is self._platform
 
-    def _is_set_aside(self, name: str, text: str) -> bool:
-        if not (self._in_container and name in _OUTPUTS and addresses.is_remote(text)):
+    def _source(self, name: str) -> Mapping[str, object]:
+        """Return the first source that gives the option a value, an empty one if none does."""
+        for source in self._sources:
+            raw = source.get(name)
+            if not is_unset(raw) and not self._is_set_aside(name, unwrapped(raw)):
+                return source
+        return {}
+
+    def _is_set_aside(self, name: str, text: str | None) -> bool:
+        if not (self._in_container and name in _OUTPUTS and text and addresses.is_remote(text)):
             return False
         self.set_aside.setdefault(name, text)
         return True
@@ -197,10 +173,3 @@ def level_of(text: str) -> str | None:
     if re.fullmatch("[1-5]0", text):
         return LOG_LEVELS[int(text) // 10 - 1]
     return text.lower() if text.lower() in LOG_LEVELS else None
-
-
-def _can_be_path(text: str) -> bool:
-    try:
-        return "\0" not in text and bool(os.fsencode(text))
-    except UnicodeEncodeError:
-        return False

@@ -1,15 +1,14 @@
 from __future__ import annotations
 
-import argparse
 import json
 
-from dreambooth.settings import hyperparameter_text
-from dreambooth.settings.hyperparameters import KNOBS, Hyperparameters, parse
+from dreambooth.settings import command_line, hyperparameter_text
+from dreambooth.settings.hyperparameters import KNOBS, PUBLISHED, Hyperparameters, parse
 
 
 def test_options_of_argparse_in_both_spellings() -> None:
-    parser = argparse.ArgumentParser()
-    hyperparameter_text.add_arguments(parser)
+    parser = command_line.Parser()
+    command_line.add_arguments(parser, KNOBS)
 
     raw = vars(parser.parse_args(["--max-steps", "4", "--batch_size=2", "--center-crop"]))
 
@@ -37,7 +36,7 @@ def test_markdown_has_one_row_per_knob() -> None:
         assert row.count("|") == 6
         assert f"`{knob.name}`" in row
         assert f"`{knob.default}`" in row
-        assert ("✓" in row) == knob.published
+        assert ("✓" in row) == (knob.origin == PUBLISHED)
 
 
 def test_text_names_every_knob_and_value() -> None:

@@ -12,8 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dreambooth.errors import HyperparameterError
-from dreambooth.settings import hyperparameter_text, hyperparameters
+from dreambooth.settings import (
+    container,
+    generate_options,
+    hyperparameter_text,
+    hyperparameters,
+    serve_options,
+)
 from dreambooth.settings.hyperparameters import KNOBS, Hyperparameters, parse
+from dreambooth.settings.hyperparameters import PUBLISHED as PUBLISHED_ORIGIN
 
 # Names and defaults as the article's retrieve_default() prints them, and compute_fid.
 PUBLISHED = {
@@ -120,7 +127,7 @@ def test_names_order_and_defaults_are_the_published_ones() -> None:
         *ACCEPTED.items(),
         *OURS.items(),
     ]
-    assert [knob.name for knob in KNOBS if knob.published] == list(PUBLISHED)
+    assert [knob.name for knob in KNOBS if knob.origin == PUBLISHED_ORIGIN] == list(PUBLISHED)
 
 
 def test_defaults_parse_to_themselves() -> None:
@@ -316,7 +323,7 @@ def test_whatever_is_sent_gives_settings_or_one_error(raw: dict[str, object]) ->
 
 
 def test_sentences_are_short_and_whole() -> None:
-    for knob in KNOBS:
+    for knob in (*KNOBS, *container.OPTIONS, *serve_options.KNOBS, *generate_options.KNOBS):
         assert len(knob.sentence) < 160
         assert knob.sentence.endswith(".")
 

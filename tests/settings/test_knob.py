@@ -138,3 +138,9 @@ def test_a_bare_flag_is_true_for_booleans_and_a_fault_elsewhere() -> None:
     for name in ("max_steps", "learning_rate", "sample_prompt", "resume"):
         (fault,) = faults_of({name: BARE_FLAG})
         assert fault.startswith(f"{name} needs a value: ")
+
+
+@pytest.mark.parametrize("raw", ["9" * 19, "1" + "0" * 18])
+def test_a_number_without_a_bound_of_its_own_has_at_most_18_digits(raw: str) -> None:
+    assert value_of("max_steps", "9" * 18) == 10**18 - 1
+    assert faults_of({"max_steps": raw})[0].startswith("max_steps must be ")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -59,6 +60,7 @@ def test_every_option_and_its_variable_arrive(name: str) -> None:
     assert getattr(read(f"--{name.replace('_', '-')}={text}"), name) == value
     variable = f"DREAMBOOTH_{name.upper()}"
     assert getattr(read(environ={variable: text}), name) == value
+    assert getattr(read(environ={variable: json.dumps(text)}), name) == value
     assert read(environ={variable: " "}) == read(), "an empty variable says nothing"
 
 
@@ -70,6 +72,8 @@ def test_every_switch_and_its_variable_arrive(name: str) -> None:
     assert getattr(read(f"--{name.replace('_', '-')}"), field) is switched
     variable = f"DREAMBOOTH_{name.upper()}"
     assert getattr(read(environ={variable: "True"}), field) is switched
+    assert getattr(read(environ={variable: "1"}), field) is switched
+    assert getattr(read(environ={variable: "0"}), field) is not switched
     assert getattr(read(environ={variable: "false"}), field) is not switched
 
 
@@ -100,8 +104,11 @@ def test_an_option_counts_before_its_variable_before_the_platform() -> None:
     [
         ("model", ""),
         ("model", "a\0b"),
+        ("model", "a\nb"),
+        ("host", "\x1b[2J"),
         ("port", "65536"),
         ("port", "-1"),
+        ("port", ""),
         ("port", "8_080"),
         ("port", "٨٠"),
         ("port", "9" * 5000),
@@ -127,8 +134,9 @@ def test_all_faults_are_reported_at_once_and_a_variables_by_its_own_name() -> No
         read("--max_queue", "none", environ=environ)
     message = str(caught.value)
     assert "SAGEMAKER_BIND_TO_PORT must be a whole number" in message
-    assert "DREAMBOOTH_NO_SAFETY_CHECKER must be true or false" in message
-    assert "--max_queue" in message
+    assert "DREAMBOOTH_NO_SAFETY_CHECKER must be True or False" in message
+    assert "--max_queue must be a whole number, at least 1, at most 100000, not 'none'." in message
+    assert message.startswith("3 settings are wrong: (1) ")
 
 
 def test_the_command_line_tells_a_fault_in_one_sentence() -> None:
@@ -139,4 +147,6 @@ def test_the_command_line_tells_a_fault_in_one_sentence() -> None:
         cwd=ROOT,
     )
     assert done.returncode == 1
-    assert done.stderr == "error: --port must be a whole number from 0 to 65535, not 'x'.\n"
+    assert (
+        done.stderr == "error: --port must be a whole number, at least 0, at most 65535, not 'x'.\n"
+    )

@@ -4,7 +4,7 @@ import pytest
 
 from dreambooth.limits import LIMITS
 from dreambooth.settings import sources
-from dreambooth.settings.knob import BARE_FLAG
+from dreambooth.settings.knob import BARE_FLAG, Knob
 
 
 def test_arguments_keep_every_name_and_tell_stray_words() -> None:
@@ -38,11 +38,17 @@ def test_levels(text: str, level: str | None) -> None:
 def test_the_platform_stands_between_the_users_variables_and_the_file() -> None:
     faults: list[str] = []
     environ = {"SM_MODEL_DIR": "/platform"}
+    rows = {"train": (), "model_dir": ("SM_MODEL_DIR",), "checkpoint_dir": ()}
+    knobs = [
+        Knob(name=name, kind="str", default=None, sentence="", variables=variables)
+        for name, variables in rows.items()
+    ]
     chosen = sources.OptionValues(
-        {}, {"train": "/hp"}, environ, {"model_dir": "/file"}, faults, in_container=False
+        *(knobs, {}, {"train": "/hp"}, environ, {"model_dir": "/file"}, faults), in_container=False
     )
-    assert chosen.text("model_dir") == "/platform"
-    assert chosen.named("model_dir") is None
-    assert chosen.named("train") == "/hp"
-    assert chosen.path("checkpoint_dir") is None
+    assert chosen.value("model_dir") == "/platform"
+    assert chosen.is_platforms("model_dir")
+    assert chosen.value("train") == "/hp"
+    assert not chosen.is_platforms("train")
+    assert chosen.value("checkpoint_dir") is None
     assert faults == []
