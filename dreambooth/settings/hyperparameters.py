@@ -178,6 +178,10 @@ class Hyperparameters:
         "auto",
         "auto takes the fastest plan that fits the GPU; all of them learn the same up to rounding.",
         choices=("auto", *MEMORY_PLANS),
+        removed={
+            "8bit_adamw_stochastic_rounding": "it saved memory and did not learn; the nearest plan "
+            "is 8bit_adamw_in_backward"
+        },
     )
     export_precision: str = ours(
         "fp32", "Number format of the exported weights.", choices=("fp32", "fp16")

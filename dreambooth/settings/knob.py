@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
@@ -55,7 +56,8 @@ class Knob:
     default: ``dataclasses.MISSING`` if the option must be given. origin: who named it, if it is a
     hyperparameter. alias: a second name on the command line. variables: give the value where the
     command line does not; the first one counts most. max_characters: None if it may have as many as
-    a hyperparameter. is_repeated: whether it may be given several times.
+    a hyperparameter. is_repeated: whether it may be given several times. removed: choices of
+    earlier versions, each with a clause that says what to choose instead.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Knob:
     max_characters: int | None = None
     is_printable: bool = False
     is_repeated: bool = False
+    removed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def values(self) -> str:
@@ -113,6 +116,8 @@ class Knob:
         is_text = self.kind in ("str", "Path")
         text = str(raw) if is_typed and is_text else unwrapped(raw)
         value = None if text is None else _PARSERS[self.kind](text)
+        if text is not None and text in self.removed:
+            raise UserError(f"{source}={text} is gone: {self.removed[text]}.")
         if value is None or not self._allows(value):
             raise UserError(f"{source} must be {self.values}, not {quoted(raw)}.")
         return addresses.to_path(str(value), source) if self.kind == "Path" else value

@@ -190,6 +190,12 @@ def test_every_wrong_value_is_reported_at_once() -> None:
     ]
 
 
+def test_a_memory_plan_that_is_gone_names_the_nearest_one() -> None:
+    (fault,) = faults_of({"memory_plan": '"8bit_adamw_stochastic_rounding"'})
+    assert fault.startswith("memory_plan=8bit_adamw_stochastic_rounding is gone: ")
+    assert fault.endswith("the nearest plan is 8bit_adamw_in_backward.")
+
+
 @pytest.mark.parametrize(
     ("plan", "knob", "value", "fits"),
     [
