@@ -48,7 +48,7 @@ class Schedules:
         read, reader = self._unread
         try:
             schedule = reader.read_on(most_steps)
-        except Exception:
+        except Exception:  # of diffusers' code; whoever wants this schedule gets it
             self._unread = None
             if read == wanted:
                 raise

@@ -124,7 +124,7 @@ class GraphedUNet(torch.nn.Module):
         if self._held:
             try:
                 return self.unet(*inputs, return_dict=return_dict, **others)
-            except Exception as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
             self.release("memory ran out in a call that has none")

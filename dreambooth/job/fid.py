@@ -47,7 +47,7 @@ def print_score(task: Task, model: DiffusionModel, previews: Previews) -> float 
     """
     try:
         return _print_score(task, model, previews)
-    except Exception as error:
+    except Exception as error:  # a score is not worth failing the job
         log.warning("no fid_score: %s", failure_reason(error))
         return None
 

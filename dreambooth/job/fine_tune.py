@@ -201,7 +201,7 @@ def _errors_only_logged() -> Iterator[None]:
     """Log an error in the block instead of raising it, because the model is already written."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # the model is worth more than what comes after it
         log.warning("the model is whole, but not what comes after it: %s", error)
         log.debug("what went wrong after the export", exc_info=True)
 

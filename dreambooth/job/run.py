@@ -83,7 +83,7 @@ def _run(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return stopped.exit_code
-    except Exception as error:
+    except Exception as error:  # the job's end: every error becomes its exit code
         known = failure.for_the_user(error)
         failure.write_failure(failure_file, known or error)
         if known is None:

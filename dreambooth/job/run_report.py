@@ -98,7 +98,7 @@ class RunReport:
         try:
             with self.timings.phase(name):
                 yield
-        except Exception as error:
+        except Exception as error:  # it is logged and raised again
             # Out of memory need not end the job: a smaller memory plan may follow, and is logged.
             if not self._failed and not is_out_of_memory(error):
                 self._failed = True

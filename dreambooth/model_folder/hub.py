@@ -107,7 +107,7 @@ def _file_names(name: str) -> list[str]:
         try:
             found = HfApi().model_info(name, timeout=_SECONDS).siblings or ()
             answers.put([file.rfilename for file in found])
-        except Exception as error:
+        except Exception as error:  # it is raised again in the thread that asked
             answers.put(error)
 
     # The client's own timeout starts anew for each address of the hub and leaves out name lookup.

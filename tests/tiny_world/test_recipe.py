@@ -115,7 +115,7 @@ def test_weights_of_timesteps_rise_with_noise_up_to_the_cap() -> None:
     assert weights.max() == 8.0
 
 
-def test_the_pace_warms_up_then_falls_and_ends_with_its_time() -> None:
+def test_the_lr_schedule_warms_up_then_falls_and_ends_with_its_time() -> None:
     now = [0.0]
     schedule = TimedLrSchedule(100.0, 1.0, spent=0.0, clock=lambda: now[0])
     rates = []
