@@ -117,7 +117,7 @@ def test_weights_of_timesteps_rise_with_noise_up_to_the_cap() -> None:
 
 def test_the_lr_schedule_warms_up_then_falls_and_ends_with_its_time() -> None:
     now = [0.0]
-    schedule = TimedLrSchedule(100.0, 1.0, spent=0.0, clock=lambda: now[0])
+    schedule = TimedLrSchedule(100.0, 1.0, spent_s=0.0, clock=lambda: now[0])
     rates = []
     for second in range(100):
         now[0] = float(second)
