@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import json
 import logging
 import os
 import signal
@@ -40,6 +41,7 @@ from dreambooth.serving.supervision.messages import (
 )
 from dreambooth.serving.supervision.send_queue import SendQueue
 from dreambooth.serving.supervision.wire import WireError
+from dreambooth.settings.serve_options import ServeSettings
 
 if TYPE_CHECKING:
     from dreambooth.serving.engine.drawing_jobs import DrawingJob
@@ -63,22 +65,21 @@ def main(argv: Sequence[str]) -> int:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries that print
     os.set_inheritable(arguments.fd, False)
     with logs.non_blocking_streams() as dropped_lines:
-        logs.to_stderr(arguments.log_level)
-        return _Child(socket.socket(fileno=arguments.fd), dropped_lines).run(arguments)
+        logs.to_stderr(arguments.settings.log_level)
+        child = _Child(socket.socket(fileno=arguments.fd), dropped_lines)
+        return child.run(arguments.model, arguments.settings)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m dreambooth.serving.supervision.child")
     parser.add_argument("--fd", type=int, required=True, help="number of the inherited socket")
     parser.add_argument("--model", type=Path, required=True, help="model folder")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="auto")
-    parser.add_argument("--batch-rows", type=int)
-    parser.add_argument("--no-safety-checker", action="store_true")
-    parser.add_argument("--cuda-graphs", action="store_true")
-    parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--log-level", default="info")
+    parser.add_argument("--settings", type=_settings, required=True, help="ServeSettings in JSON")
     return parser
+
+
+def _settings(text: str) -> ServeSettings:
+    return ServeSettings(**json.loads(text))
 
 
 def _die_with_parent() -> None:
@@ -103,7 +104,7 @@ class _Child:
         self._ended = threading.Event()
         self._code = 0
 
-    def run(self, arguments: argparse.Namespace) -> int:
+    def run(self, folder: Path, settings: ServeSettings) -> int:
         """Load the engine, serve it and return the exit code.
 
         The Status messages begin before torch is imported.
@@ -111,7 +112,7 @@ class _Child:
         for work in (self._read, self._send):
             threading.Thread(target=work, name=work.__name__, daemon=True).start()
         try:
-            engine = _open(arguments)
+            engine = _open(folder, settings)
         except Exception as error:
             if not isinstance(error, DreamBoothError):
                 log.exception("the engine cannot be opened")
@@ -216,12 +217,12 @@ class _Child:
                 self._end(1)
 
 
-def _open(arguments: argparse.Namespace) -> Engine:
+def _open(folder: Path, settings: ServeSettings) -> Engine:
     import torch
 
-    from dreambooth.serving.engine.engine import EngineSettings, open_engine
+    from dreambooth.serving.engine.engine import open_engine
 
-    if arguments.device == "auto" and not torch.cuda.is_available():
+    if settings.device == "auto" and not torch.cuda.is_available():
         unused = gpu_driver.why_unused(
             os.environ,
             gpu_driver.inspect_machine(),
@@ -230,15 +231,7 @@ def _open(arguments: argparse.Namespace) -> Engine:
         )
         if unused is not None:
             log.warning("%s", unused)
-    return open_engine(
-        arguments.model,
-        settings=EngineSettings(batch_rows=arguments.batch_rows),
-        device=None if arguments.device == "auto" else torch.device(arguments.device),
-        precision=arguments.precision,
-        safety_checker=not arguments.no_safety_checker,
-        cuda_graphs=arguments.cuda_graphs,
-        channels_last=arguments.channels_last,
-    )
+    return open_engine(folder, settings)
 
 
 def _ready(engine: Engine) -> Ready:

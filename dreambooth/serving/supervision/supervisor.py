@@ -34,7 +34,7 @@ from dreambooth.serving.supervision.counters import (
     State,
     SupervisorStatus,
 )
-from dreambooth.serving.supervision.engine_process import COMMAND, EngineProcess, options
+from dreambooth.serving.supervision.engine_process import COMMAND, EngineProcess, arguments
 from dreambooth.serving.supervision.messages import (
     Cancel,
     Close,
@@ -92,7 +92,7 @@ class Supervisor(Listener):
             max_queue=settings.max_queue, request_timeout_s=settings.request_timeout_s
         )
         self._restart_policy = RestartPolicy(
-            (*command, *options(folder, settings)), timeouts or EngineTimeouts(), self
+            (*command, *arguments(folder, settings)), timeouts or EngineTimeouts(), self
         )
         self._state: State = "loading"
         self._reason = "The model is being loaded."

@@ -15,6 +15,7 @@ import pytest
 
 from dreambooth import tiny
 from dreambooth.diffusion.sampling_request import SamplingRequest
+from dreambooth.serving.supervision import engine_process
 from dreambooth.serving.supervision.engine_process import COMMAND, EngineProcess
 from dreambooth.serving.supervision.messages import (
     Cancel,
@@ -28,9 +29,15 @@ from dreambooth.serving.supervision.messages import (
     Ready,
     Status,
 )
+from dreambooth.settings.serve_options import ServeSettings
 
 LONG_S = 240.0
-TINY = (*COMMAND, f"--model={tiny.WEIGHTS}")
+TINY = tiny.WEIGHTS
+
+
+def command(folder: Path, **settings: bool) -> list[str]:
+    chosen = ServeSettings(model="x", **settings)  # type: ignore[arg-type]
+    return [*COMMAND, *engine_process.arguments(folder, chosen)]
 
 
 class Talk:
@@ -79,7 +86,7 @@ def talks(runner: asyncio.Runner) -> Iterator[list[Talk]]:
 def talk(runner: asyncio.Runner, talks: list[Talk]) -> Talk:
     """Return the messages of an engine process that is ready and idle."""
     if not talks or talks[-1].process.exited:
-        talks.append(Talk(runner, runner.run(EngineProcess.spawn(TINY))))
+        talks.append(Talk(runner, runner.run(EngineProcess.spawn(command(TINY)))))
         talks[-1].loading = talks[-1].until(lambda message: isinstance(message, Ready))
     talks[-1].until(idle)
     return talks[-1]
@@ -159,7 +166,7 @@ def test_close_ends_it_with_0(talk: Talk, runner: asyncio.Runner) -> None:
 def test_a_model_that_cannot_be_loaded_is_reported_before_it_ends(
     runner: asyncio.Runner, tmp_path: Path
 ) -> None:
-    process = runner.run(EngineProcess.spawn((*COMMAND, f"--model={tmp_path}")))
+    process = runner.run(EngineProcess.spawn(command(tmp_path)))
     failed = Talk(runner, process).until(lambda message: isinstance(message, LoadFailed))[-1]
     assert isinstance(failed, LoadFailed)
     assert failed.fault.error == "ModelArtifactError"
@@ -172,7 +179,8 @@ def test_a_model_that_cannot_be_loaded_is_reported_before_it_ends(
 def test_options_for_speed_are_taken_and_graphs_left_out_without_a_gpu(
     runner: asyncio.Runner,
 ) -> None:
-    process = runner.run(EngineProcess.spawn((*TINY, "--cuda-graphs", "--channels-last")))
+    fast = command(TINY, cuda_graphs=True, channels_last=True)
+    process = runner.run(EngineProcess.spawn(fast))
     talk = Talk(runner, process)
     talk.until(lambda message: isinstance(message, Ready))
     talk.say(Generate.of(1, pictures(1), None))
@@ -182,7 +190,7 @@ def test_options_for_speed_are_taken_and_graphs_left_out_without_a_gpu(
 
 
 def test_it_ends_when_its_socket_is_closed_even_while_it_loads(runner: asyncio.Runner) -> None:
-    process = runner.run(EngineProcess.spawn(TINY))
+    process = runner.run(EngineProcess.spawn(command(TINY)))
     Talk(runner, process).until(lambda message: isinstance(message, Status))
     process.disconnect()
     assert runner.run(process.wait(LONG_S))
@@ -208,7 +216,7 @@ asyncio.run(main())
 def test_it_does_not_outlive_a_parent_that_is_killed() -> None:
     root = Path(tiny.__file__).parents[2]
     with subprocess.Popen(
-        [sys.executable, "-c", PARENT, *TINY], stdout=subprocess.PIPE, text=True, cwd=root
+        [sys.executable, "-c", PARENT, *command(TINY)], stdout=subprocess.PIPE, text=True, cwd=root
     ) as parent:
         assert parent.stdout is not None
         child = Path("/proc") / parent.stdout.readline().strip()

@@ -4,6 +4,7 @@ import asyncio
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 from dreambooth.serving.supervision import child, engine_process
@@ -65,35 +66,33 @@ def test_it_is_seen_to_be_gone_though_its_own_child_holds_the_socket() -> None:
     asyncio.run(talk())
 
 
-def test_the_engine_gets_every_setting_that_concerns_it() -> None:
-    def read(settings: ServeSettings) -> dict[str, object]:
-        options = engine_process.options(Path("/models/dog"), settings)
-        return vars(child._parser().parse_args(["--fd", "3", *options]))
-
+def test_the_engine_gets_every_setting() -> None:
     odd = ServeSettings(
         model="dog",
+        host="::1",
+        port=1,
+        request_timeout_s=1.5,
+        max_queue=2,
         batch_rows=4,
+        max_response_bytes=3,
+        max_body_bytes=4,
+        max_connections=5,
         safety_checker=False,
         device="cpu",
         precision="bf16",
         cuda_graphs=True,
         channels_last=True,
         log_level="debug",
+        model_is_platforms=True,
     )
-    assert read(odd) == {
-        "fd": 3,
-        "model": Path("/models/dog"),
-        "device": "cpu",
-        "precision": "bf16",
-        "batch_rows": 4,
-        "no_safety_checker": True,
-        "cuda_graphs": True,
-        "channels_last": True,
-        "log_level": "debug",
-    }
-    usual = read(ServeSettings(model="dog"))
-    assert usual["batch_rows"] is None
-    assert not any(usual[name] for name in ("no_safety_checker", "cuda_graphs", "channels_last"))
+    usual = ServeSettings(model='\u00e9 \\ " tiny')
+    assert all(
+        getattr(odd, field.name) != getattr(usual, field.name) for field in fields(ServeSettings)
+    )
+    for settings in (odd, usual):
+        arguments = engine_process.arguments(Path("/models/dog"), settings)
+        read = child._parser().parse_args([*arguments, "--fd", "3"])
+        assert vars(read) == {"fd": 3, "model": Path("/models/dog"), "settings": settings}
 
 
 def test_what_lies_in_the_current_folder_is_not_imported(tmp_path: Path) -> None:
