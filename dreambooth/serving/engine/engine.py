@@ -18,7 +18,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Final
@@ -34,6 +33,7 @@ from dreambooth.diffusion.sampling_request import SamplingRequest, check
 from dreambooth.errors import ResourceError, UnavailableError, UserError
 from dreambooth.fast import served_unet
 from dreambooth.limits import LIMITS, Limits
+from dreambooth.serving.contract.engine_status import EngineStatus
 from dreambooth.serving.engine.drawing_jobs import DrawingJob, OnPicture
 from dreambooth.serving.engine.row_limits import free_caches, is_out_of_memory
 from dreambooth.serving.engine.warm_up import WarmUp
@@ -46,27 +46,6 @@ _RETRY_AFTER_S = 5.0
 MAX_ROWS: Final = 16  # of an elastic call
 # About how many seconds the warm-up measures U-Net calls.
 _WARM_UP_BUDGET_S = 10.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineStatus:
-    """A snapshot of the engine.
-
-    queued_pictures: pictures that have not begun. running_rows: U-Net rows of those that still
-    take steps. undecoded: pictures that wait for the VAE. calls_total: rounds with a U-Net call (or
-    its halves, where memory was short). seconds_per_call: (rows, seconds) of recent calls at
-    the model's own resolution. broken: the error that ended the engine's thread, else None.
-    """
-
-    queued_pictures: int
-    running_rows: int
-    undecoded: int
-    calls_total: int
-    pictures_total: int
-    out_of_memory_total: int
-    seconds_per_call: tuple[tuple[int, float], ...]
-    seconds_per_decode: float
-    broken: str | None
 
 
 class Engine:
@@ -111,7 +90,7 @@ class Engine:
         self._inbox_pictures = 0
         self._closing = False
         self._draining = False
-        self._broken: str | None = None
+        self.broken: str | None = None  # the error that ended the thread
         self._warm_up: Future[WarmUp] = Future()
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
@@ -155,7 +134,7 @@ class Engine:
             on_cancel=self._job_cancelled,
         )
         with self._changed:
-            if self._broken is not None:
+            if self.broken is not None:
                 raise UnavailableError("The engine is down.", _RETRY_AFTER_S)
             if self._closing:
                 raise UnavailableError("The engine is closing.", _RETRY_AFTER_S)
@@ -176,7 +155,7 @@ class Engine:
         atexit.unregister(self._abandon)
 
     def status(self) -> EngineStatus:
-        """Return a snapshot without waiting for the device."""
+        """Return a snapshot without waiting for the device; it says nothing of the process."""
         worker = self._worker
         return EngineStatus(
             queued_pictures=self._inbox_pictures + worker.batch_queue.waiting_count,
@@ -187,7 +166,6 @@ class Engine:
             out_of_memory_total=worker.unet_caller.out_of_memory_total,
             seconds_per_call=tuple(sorted(worker.seconds_per_call.copy().items())),
             seconds_per_decode=worker.seconds_per_decode,
-            broken=self._broken,
         )
 
     def __enter__(self) -> Engine:
@@ -244,7 +222,7 @@ class Engine:
             logger.critical("The engine's thread is broken.", exc_info=error)
         down = UnavailableError("The engine is down.", _RETRY_AFTER_S)
         with self._changed:
-            self._broken = f"{type(error).__name__}: {error}"
+            self.broken = f"{type(error).__name__}: {error}"
             jobs = list(self._inbox)
             self._inbox.clear()
             self._inbox_pictures = 0

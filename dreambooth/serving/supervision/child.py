@@ -20,12 +20,14 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from dreambooth.errors import DreamBoothError
 from dreambooth.process import gpu_driver, logs
+from dreambooth.serving.contract.engine_status import EngineStatus
 from dreambooth.serving.contract.reply import Picture
 from dreambooth.serving.supervision import wire
 from dreambooth.serving.supervision.messages import (
@@ -37,7 +39,6 @@ from dreambooth.serving.supervision.messages import (
     Generate,
     LoadFailed,
     Ready,
-    Status,
 )
 from dreambooth.serving.supervision.send_queue import SendQueue
 from dreambooth.serving.supervision.wire import WireError
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     from dreambooth.serving.engine.engine import Engine
 
 STATUS_S: Final = 0.5
-# When several requests end at about the same time, one Status covers them all.
+# When several requests end at about the same time, one status covers them all.
 _SHORTEST_STATUS_S: Final = 0.02
 _FLUSH_S: Final = 5.0
 _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
@@ -92,7 +93,7 @@ def _die_with_parent() -> None:
 
 
 class _Child:
-    """Serves the engine on a socket; one thread reads, one writes, one queues Status messages."""
+    """Serves the engine on a socket; one thread reads, one writes, one queues status messages."""
 
     def __init__(self, connection: socket.socket, dropped_lines: Callable[[], int]) -> None:
         self._connection = connection
@@ -107,7 +108,7 @@ class _Child:
     def run(self, folder: Path, settings: ServeSettings) -> int:
         """Load the engine, serve it and return the exit code.
 
-        The Status messages begin before torch is imported.
+        The status messages begin before torch is imported.
         """
         for work in (self._read, self._send):
             threading.Thread(target=work, name=work.__name__, daemon=True).start()
@@ -201,19 +202,17 @@ class _Child:
         self._send_queue.put(Failed(request_id=number, fault=Fault.of(error)))
 
     def _send(self) -> None:
-        """Send a Status about twice a second and whenever a request has ended."""
+        """Send a status about twice a second and whenever a request has ended."""
         while not self._ended.is_set():
             self._changed.wait(STATUS_S)
             self._ended.wait(_SHORTEST_STATUS_S)
             self._changed.clear()
-            if self._engine is None:
-                dropped = self._dropped_lines()
-                self._send_queue.put(Status(dropped_lines_total=dropped, rss_bytes=_rss_bytes()))
-                continue
-            self._send_queue.put(_status(self._engine, self._dropped_lines()))
-            broken = self._engine.status().broken
-            if broken is not None:
-                log.error("the engine is broken and its process ends: %s", broken)
+            status = EngineStatus() if self._engine is None else self._engine.status()
+            self._send_queue.put(
+                replace(status, dropped_lines_total=self._dropped_lines(), rss_bytes=_rss_bytes())
+            )
+            if self._engine is not None and self._engine.broken is not None:
+                log.error("the engine is broken and its process ends: %s", self._engine.broken)
                 self._end(1)
 
 
@@ -239,22 +238,6 @@ def _ready(engine: Engine) -> Ready:
         seconds_per_call=engine.warm_up.seconds_per_call,
         seconds_per_decode=engine.warm_up.seconds_per_decode,
         rows=engine.warm_up.rows,
-    )
-
-
-def _status(engine: Engine, dropped_lines: int) -> Status:
-    status = engine.status()
-    return Status(
-        queued_pictures=status.queued_pictures,
-        running_rows=status.running_rows,
-        undecoded=status.undecoded,
-        calls_total=status.calls_total,
-        pictures_total=status.pictures_total,
-        out_of_memory_total=status.out_of_memory_total,
-        dropped_lines_total=dropped_lines,
-        seconds_per_call=status.seconds_per_call,
-        seconds_per_decode=status.seconds_per_decode,
-        rss_bytes=_rss_bytes(),
     )
 
 

@@ -2,8 +2,8 @@
 
 The server sends Generate, Cancel and Close. The engine sends Ready or LoadFailed once, then a Drawn
 per picture as each is finished, and a Done or a Failed at the end of each request that was not
-cancelled. From its start on it sends a Status about twice a second, and whenever a request ends.
-`wire` turns messages into bytes.
+cancelled. From its start on it sends an EngineStatus about twice a second, and whenever a request
+ends. `wire` turns messages into bytes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dreambooth.errors import (
     UnavailableError,
     UserError,
 )
+from dreambooth.serving.contract.engine_status import EngineStatus
 from dreambooth.serving.contract.reply import FinishReason
 
 
@@ -184,29 +185,5 @@ class Failed:
     fault: Fault
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Status:
-    """A sign of life with the engine's gauges and counters.
-
-    queued_pictures: not begun. undecoded: all steps done. calls_total (in U-Net calls) and
-    pictures_total count from the first request of this process on, out_of_memory_total from its
-    warm-up on. seconds_per_call: (rows, seconds) of recent calls at the model's own resolution,
-    seconds_per_decode of a picture there. dropped_lines_total: lines of this process's log that
-    were dropped because nobody read them. While the engine loads, only dropped_lines_total and
-    rss_bytes are set.
-    """
-
-    queued_pictures: int = 0
-    running_rows: int = 0
-    undecoded: int = 0
-    calls_total: int = 0
-    pictures_total: int = 0
-    out_of_memory_total: int = 0
-    dropped_lines_total: int = 0
-    seconds_per_call: tuple[tuple[int, float], ...] = ()
-    seconds_per_decode: float = 0.0
-    rss_bytes: int = 0
-
-
 ToEngine = Generate | Cancel | Close
-FromEngine = Ready | LoadFailed | Drawn | Done | Failed | Status
+FromEngine = Ready | LoadFailed | Drawn | Done | Failed | EngineStatus

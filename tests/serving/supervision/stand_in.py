@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from dreambooth.errors import ModelArtifactError
+from dreambooth.serving.contract.engine_status import EngineStatus
 from dreambooth.serving.supervision import wire
 from dreambooth.serving.supervision.messages import (
     Done,
@@ -22,7 +23,6 @@ from dreambooth.serving.supervision.messages import (
     Generate,
     LoadFailed,
     Ready,
-    Status,
 )
 
 READY = Ready(seconds_per_call=((1, 1e-4),), seconds_per_decode=1e-4, rows=8)
@@ -55,7 +55,7 @@ def main(mode: str, marker: Path, connection: socket.socket) -> None:
 
     def beat() -> None:
         while True:
-            send(Status(running_rows=0 if behaves or mode == "never_ready" else 1))
+            send(EngineStatus(running_rows=0 if behaves or mode == "never_ready" else 1))
             time.sleep(0.05)
 
     if behaves or mode != "never_ready":

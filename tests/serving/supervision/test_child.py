@@ -15,6 +15,7 @@ import pytest
 
 from dreambooth import tiny
 from dreambooth.diffusion.sampling_request import SamplingRequest
+from dreambooth.serving.contract.engine_status import EngineStatus
 from dreambooth.serving.supervision import engine_process
 from dreambooth.serving.supervision.engine_process import COMMAND, EngineProcess
 from dreambooth.serving.supervision.messages import (
@@ -27,7 +28,6 @@ from dreambooth.serving.supervision.messages import (
     Generate,
     LoadFailed,
     Ready,
-    Status,
 )
 from dreambooth.settings.serve_options import ServeSettings
 
@@ -98,14 +98,14 @@ def pictures(count: int, **fields: object) -> list[SamplingRequest]:
 
 
 def idle(message: FromEngine) -> bool:
-    return isinstance(message, Status) and not (
+    return isinstance(message, EngineStatus) and not (
         message.running_rows or message.queued_pictures or message.undecoded
     )
 
 
 def test_it_gives_signs_of_life_while_it_loads_then_says_how_fast_it_is(talk: Talk) -> None:
     *before, ready = talk.loading
-    assert any(isinstance(message, Status) and message.rss_bytes > 0 for message in before)
+    assert any(isinstance(message, EngineStatus) and message.rss_bytes > 0 for message in before)
     assert isinstance(ready, Ready)
     rows = [rows for rows, _ in ready.seconds_per_call]
     assert rows[0] == 1
@@ -117,7 +117,7 @@ def test_it_gives_signs_of_life_while_it_loads_then_says_how_fast_it_is(talk: Ta
 
 def test_pictures_come_one_by_one_and_then_it_is_done(talk: Talk) -> None:
     before = talk.until(idle)[-1]
-    assert isinstance(before, Status)
+    assert isinstance(before, EngineStatus)
     talk.say(Generate.of(7, pictures(3, width=32, height=40), None))
     heard = talk.until(lambda message: isinstance(message, Done))
     assert heard[-1] == Done(request_id=7)
@@ -129,7 +129,7 @@ def test_pictures_come_one_by_one_and_then_it_is_done(talk: Talk) -> None:
         assert message.finish_reason == "SUCCESS"
         assert any(message.pixels)
     status = talk.until(idle)[-1]
-    assert isinstance(status, Status)
+    assert isinstance(status, EngineStatus)
     assert status.pictures_total - before.pictures_total == 3
     assert status.calls_total - before.calls_total >= 3
 
@@ -144,7 +144,7 @@ def test_what_the_model_cannot_draw_is_refused_in_its_words(talk: Talk) -> None:
 
 def test_a_cancelled_request_stops_and_sends_no_more(talk: Talk) -> None:
     talk.say(Generate.of(9, pictures(4, num_inference_steps=900), None))
-    talk.until(lambda message: isinstance(message, Status) and message.running_rows > 0)
+    talk.until(lambda message: isinstance(message, EngineStatus) and message.running_rows > 0)
     talk.say(Cancel(request_id=9), Cancel(request_id=9), Cancel(request_id=12345))
     heard = talk.until(idle)
     assert not any(isinstance(message, Drawn | Done | Failed) for message in heard)
@@ -191,7 +191,7 @@ def test_options_for_speed_are_taken_and_graphs_left_out_without_a_gpu(
 
 def test_it_ends_when_its_socket_is_closed_even_while_it_loads(runner: asyncio.Runner) -> None:
     process = runner.run(EngineProcess.spawn(command(TINY)))
-    Talk(runner, process).until(lambda message: isinstance(message, Status))
+    Talk(runner, process).until(lambda message: isinstance(message, EngineStatus))
     process.disconnect()
     assert runner.run(process.wait(LONG_S))
     assert process.exit_reason == "exit code 1"

@@ -7,18 +7,19 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+from dreambooth.serving.contract.engine_status import EngineStatus
 from dreambooth.serving.supervision import child, engine_process
 from dreambooth.serving.supervision.engine_process import COMMAND, EngineProcess
-from dreambooth.serving.supervision.messages import Cancel, Status
+from dreambooth.serving.supervision.messages import Cancel
 from dreambooth.settings.serve_options import ServeSettings
 
 LONG_S = 60.0
 SAY_AND = """
 import socket, subprocess, sys, time
 from dreambooth.serving.supervision import wire
-from dreambooth.serving.supervision.messages import Status
+from dreambooth.serving.contract.engine_status import EngineStatus
 connection = socket.socket(fileno=int(sys.argv[-1]))
-connection.sendall(b"".join(wire.pack(Status(rss_bytes=5))))
+connection.sendall(b"".join(wire.pack(EngineStatus(rss_bytes=5))))
 """
 
 
@@ -29,7 +30,7 @@ def program(text: str) -> list[str]:
 def test_it_talks_to_a_process_and_says_how_that_ended() -> None:
     async def talk() -> None:
         process = await EngineProcess.spawn(program("sys.exit(3)"))
-        assert await process.receive() == Status(rss_bytes=5)
+        assert await process.receive() == EngineStatus(rss_bytes=5)
         assert await process.receive() is None
         assert await process.wait(LONG_S)
         assert process.exited

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from dreambooth.diffusion.sampling_request import SamplingRequest
 from dreambooth.limits import LIMITS
+from dreambooth.serving.contract.engine_status import EngineStatus
 from dreambooth.serving.supervision import wire
 from dreambooth.serving.supervision.link import Link
 from dreambooth.serving.supervision.messages import (
@@ -26,13 +27,12 @@ from dreambooth.serving.supervision.messages import (
     Generate,
     LoadFailed,
     Ready,
-    Status,
     ToEngine,
 )
 from dreambooth.serving.supervision.wire import WireError
 
 FAULT = Fault(error="RequestError", message="no", status=400)
-STATUS = Status(
+STATUS = EngineStatus(
     queued_pictures=1,
     running_rows=2,
     calls_total=3,
