@@ -159,7 +159,7 @@ class _Child:
         try:
             assert self._engine is not None  # nothing is requested before Ready
             job = self._engine.submit(
-                message.sampling_requests(),
+                message.pictures,
                 most_pictures=message.batch_size,
                 on_picture=partial(self._drawn, number),
             )
@@ -170,19 +170,7 @@ class _Child:
         job.add_done_callback(partial(self._done, number))
 
     def _drawn(self, number: int, index: int, picture: Picture) -> None:
-        height, width, _ = picture.pixels.shape
-        self._send_queue.put(
-            Drawn(
-                request_id=number,
-                index=index,
-                width=width,
-                height=height,
-                seed=picture.seed,
-                finish_reason=picture.finish_reason,
-                exact=picture.exact,
-                pixels=picture.pixels.tobytes(),
-            )
-        )
+        self._send_queue.put(Drawn(request_id=number, index=index, picture=picture))
 
     def _done(self, number: int, job: DrawingJob) -> None:
         self._jobs.pop(number, None)

@@ -8,7 +8,6 @@ ends. `wire` turns messages into bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dreambooth.diffusion.sampling_request import SamplingRequest
@@ -21,7 +20,7 @@ from dreambooth.errors import (
     UserError,
 )
 from dreambooth.serving.contract.engine_status import EngineStatus
-from dreambooth.serving.contract.reply import FinishReason
+from dreambooth.serving.contract.reply import Picture
 
 
 class EngineFaultError(RuntimeError):
@@ -29,68 +28,15 @@ class EngineFaultError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PictureOrder:
-    """A SamplingRequest whose two texts are indices into the `texts` of its Generate message."""
-
-    prompt: int
-    negative_prompt: int
-    num_inference_steps: int
-    guidance_scale: float
-    width: int | None
-    height: int | None
-    seed: int
-    eta: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Generate:
     """The command to draw the pictures of one request.
 
-    texts: all prompts and negative prompts, equal ones once. batch_size: the most pictures of this
-    request in one U-Net call, None without a limit.
+    batch_size: the most of them in one U-Net call, None without a limit.
     """
 
     request_id: int
-    texts: tuple[str, ...]
-    orders: tuple[PictureOrder, ...]
+    pictures: tuple[SamplingRequest, ...]
     batch_size: int | None
-
-    @classmethod
-    def of(
-        cls, request_id: int, pictures: Sequence[SamplingRequest], batch_size: int | None
-    ) -> Generate:
-        """Return the message that asks for these pictures."""
-        table: dict[str, int] = {}
-        orders = tuple(
-            PictureOrder(
-                prompt=table.setdefault(picture.prompt, len(table)),
-                negative_prompt=table.setdefault(picture.negative_prompt, len(table)),
-                num_inference_steps=picture.num_inference_steps,
-                guidance_scale=picture.guidance_scale,
-                width=picture.width,
-                height=picture.height,
-                seed=picture.seed,
-                eta=picture.eta,
-            )
-            for picture in pictures
-        )
-        return cls(request_id=request_id, texts=tuple(table), orders=orders, batch_size=batch_size)
-
-    def sampling_requests(self) -> tuple[SamplingRequest, ...]:
-        """Return the pictures; raise IndexError if an order points beyond `texts`."""
-        return tuple(
-            SamplingRequest(
-                prompt=self.texts[order.prompt],
-                negative_prompt=self.texts[order.negative_prompt],
-                num_inference_steps=order.num_inference_steps,
-                guidance_scale=order.guidance_scale,
-                width=order.width,
-                height=order.height,
-                seed=order.seed,
-                eta=order.eta,
-            )
-            for order in self.orders
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,16 +66,11 @@ class Ready:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawn:
-    """One finished picture; `pixels` are its RGB bytes, row by row, sent outside the JSON."""
+    """One finished picture of a request."""
 
     request_id: int
     index: int
-    width: int
-    height: int
-    seed: int
-    finish_reason: FinishReason
-    exact: bool
-    pixels: bytes | bytearray
+    picture: Picture
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,7 @@ class SendQueue:
         """Start the thread that writes to `connection`, a blocking socket."""
         self._connection = connection
         self._most_bytes = most_bytes
-        self._frames: deque[tuple[bytes, bytes]] = deque()
+        self._frames: deque[tuple[bytes, bytes | memoryview]] = deque()
         self._bytes = 0  # of the frames that are queued or being written
         self._closed = False
         self._changed = threading.Condition()
@@ -73,7 +73,7 @@ class SendQueue:
                 self._bytes -= sum(map(len, parts))
                 self._changed.notify_all()
 
-    def _send(self, parts: list[bytes]) -> None:
+    def _send(self, parts: list[bytes | memoryview]) -> None:
         """Write all parts, in one call if the socket takes them: each call may wake the server."""
         views = [memoryview(part) for part in parts if part]
         while views:

@@ -178,7 +178,11 @@ class Supervisor(Listener):
         try:
             async with asyncio.timeout(allowed_s):
                 await process.send(
-                    Generate.of(pending_request.request_id, pictures, request.batch_size)
+                    Generate(
+                        request_id=pending_request.request_id,
+                        pictures=pictures,
+                        batch_size=request.batch_size,
+                    )
                 )
                 return await pending_request.result
         except TimeoutError as error:

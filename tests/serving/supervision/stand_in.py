@@ -12,8 +12,11 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
+
 from dreambooth.errors import ModelArtifactError
 from dreambooth.serving.contract.engine_status import EngineStatus
+from dreambooth.serving.contract.reply import Picture
 from dreambooth.serving.supervision import wire
 from dreambooth.serving.supervision.messages import (
     Done,
@@ -72,22 +75,13 @@ def answer(mode: str, message: Generate, connection: socket.socket, send: object
     if mode == "nonsense":
         connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
         return
-    for i, order in enumerate(message.orders if mode != "too_few" else ()):
-        width, height = order.width or 8, order.height or 8
+    for i, wanted in enumerate(message.pictures if mode != "too_few" else ()):
+        width, height = wanted.width or 8, wanted.height or 8
         if mode == "wrong_size":
             width += 8
-        send(
-            Drawn(
-                request_id=message.request_id,
-                index=i,
-                width=width,
-                height=height,
-                seed=order.seed,
-                finish_reason="BLACK",
-                exact=True,
-                pixels=bytes(3 * width * height),
-            )
-        )
+        black = np.zeros((height, width, 3), np.uint8)
+        picture = Picture(pixels=black, seed=wanted.seed, finish_reason="BLACK")
+        send(Drawn(request_id=message.request_id, index=i, picture=picture))
     send(Done(request_id=message.request_id))
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,9 +93,10 @@ def talk(runner: asyncio.Runner, talks: list[Talk]) -> Talk:
     return talks[-1]
 
 
-def pictures(count: int, **fields: object) -> list[SamplingRequest]:
-    settings: dict[str, object] = {"prompt": "a cat", "num_inference_steps": 3, **fields}
-    return [SamplingRequest(seed=i, **settings) for i in range(count)]  # type: ignore[arg-type]
+def generate(request_id: int, count: int, **fields: object) -> Generate:
+    settings: dict[str, Any] = {"prompt": "a cat", "num_inference_steps": 3, **fields}
+    pictures = tuple(SamplingRequest(seed=i, **settings) for i in range(count))
+    return Generate(request_id=request_id, pictures=pictures, batch_size=None)
 
 
 def idle(message: FromEngine) -> bool:
@@ -118,16 +120,16 @@ def test_it_gives_signs_of_life_while_it_loads_then_says_how_fast_it_is(talk: Ta
 def test_pictures_come_one_by_one_and_then_it_is_done(talk: Talk) -> None:
     before = talk.until(idle)[-1]
     assert isinstance(before, EngineStatus)
-    talk.say(Generate.of(7, pictures(3, width=32, height=40), None))
+    talk.say(generate(7, 3, width=32, height=40))
     heard = talk.until(lambda message: isinstance(message, Done))
     assert heard[-1] == Done(request_id=7)
     drawn = [message for message in heard if isinstance(message, Drawn)]
     assert sorted(message.index for message in drawn) == [0, 1, 2]
     for message in drawn:
-        assert (message.request_id, message.seed) == (7, message.index)
-        assert (message.width, message.height, len(message.pixels)) == (32, 40, 3 * 32 * 40)
-        assert message.finish_reason == "SUCCESS"
-        assert any(message.pixels)
+        assert (message.request_id, message.picture.seed) == (7, message.index)
+        assert message.picture.pixels.shape == (40, 32, 3)
+        assert message.picture.finish_reason == "SUCCESS"
+        assert message.picture.pixels.any()
     status = talk.until(idle)[-1]
     assert isinstance(status, EngineStatus)
     assert status.pictures_total - before.pictures_total == 3
@@ -135,7 +137,7 @@ def test_pictures_come_one_by_one_and_then_it_is_done(talk: Talk) -> None:
 
 
 def test_what_the_model_cannot_draw_is_refused_in_its_words(talk: Talk) -> None:
-    talk.say(Generate.of(8, pictures(1, width=33), None))
+    talk.say(generate(8, 1, width=33))
     failed = talk.until(lambda message: isinstance(message, Failed))[-1]
     assert isinstance(failed, Failed)
     assert (failed.request_id, failed.fault.error, failed.fault.status) == (8, "RequestError", 400)
@@ -143,7 +145,7 @@ def test_what_the_model_cannot_draw_is_refused_in_its_words(talk: Talk) -> None:
 
 
 def test_a_cancelled_request_stops_and_sends_no_more(talk: Talk) -> None:
-    talk.say(Generate.of(9, pictures(4, num_inference_steps=900), None))
+    talk.say(generate(9, 4, num_inference_steps=900))
     talk.until(lambda message: isinstance(message, EngineStatus) and message.running_rows > 0)
     talk.say(Cancel(request_id=9), Cancel(request_id=9), Cancel(request_id=12345))
     heard = talk.until(idle)
@@ -151,14 +153,14 @@ def test_a_cancelled_request_stops_and_sends_no_more(talk: Talk) -> None:
 
 
 def test_signals_that_a_platform_sends_to_all_do_not_stop_it(talk: Talk) -> None:
-    talk.say(Generate.of(10, pictures(1), None))
+    talk.say(generate(10, 1))
     for number in (signal.SIGTERM, signal.SIGINT):
         os.kill(talk.process.pid, number)
     assert talk.until(lambda message: isinstance(message, Done))[-1] == Done(request_id=10)
 
 
 def test_close_ends_it_with_0(talk: Talk, runner: asyncio.Runner) -> None:
-    talk.say(Generate.of(11, pictures(1, num_inference_steps=900), None), Close())
+    talk.say(generate(11, 1, num_inference_steps=900), Close())
     assert runner.run(talk.process.wait(LONG_S))
     assert talk.process.exit_reason == "exit code 0"
 
@@ -183,7 +185,7 @@ def test_options_for_speed_are_taken_and_graphs_left_out_without_a_gpu(
     process = runner.run(EngineProcess.spawn(fast))
     talk = Talk(runner, process)
     talk.until(lambda message: isinstance(message, Ready))
-    talk.say(Generate.of(1, pictures(1), None))
+    talk.say(generate(1, 1))
     heard = talk.until(lambda message: isinstance(message, Done))
     assert any(isinstance(message, Drawn) for message in heard)
     runner.run(process.end())

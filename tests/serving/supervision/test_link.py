@@ -6,8 +6,11 @@ import asyncio
 import socket
 from collections.abc import Awaitable, Callable
 
+import numpy as np
 import pytest
 
+from dreambooth.diffusion.sampling_request import SamplingRequest
+from dreambooth.serving.contract.reply import Picture
 from dreambooth.serving.supervision import link, wire
 from dreambooth.serving.supervision.link import Link
 from dreambooth.serving.supervision.messages import Cancel, Done, Drawn, Generate
@@ -17,20 +20,19 @@ LONG_S = 30.0
 
 
 def picture(number: int, width: int = 300) -> Drawn:
-    return Drawn(
-        request_id=1,
-        index=number,
-        width=width,
-        height=200,
-        seed=number,
-        finish_reason="SUCCESS",
-        exact=True,
-        pixels=bytes([number % 256, 1, 2]) * width * 200,
-    )
+    pixels = np.full((200, width, 3), (number % 256, 1, 2), np.uint8)
+    drawn = Picture(pixels=pixels, seed=number, finish_reason="SUCCESS")
+    return Drawn(request_id=1, index=number, picture=drawn)
 
 
 def sent(*messages: Drawn | Done) -> bytes:
     return b"".join(part for message in messages for part in wire.pack(message))
+
+
+async def received(one: Link) -> Drawn | Done:
+    message = await one.receive()
+    assert isinstance(message, Drawn | Done)
+    return message
 
 
 def linked(work: Callable[[Link, socket.socket], Awaitable[None]]) -> None:
@@ -62,7 +64,7 @@ def test_frames_arrive_whole_however_their_bytes_are_cut(piece: int) -> None:
                 await asyncio.sleep(0)
 
         writing = asyncio.create_task(write())
-        assert [await one.receive() for _ in messages] == messages
+        assert sent(*[await received(one) for _ in messages]) == sent(*messages)
         await writing
 
     linked(work)
@@ -79,7 +81,7 @@ def test_an_engine_that_sends_while_nobody_reads_has_to_wait(
         writing = asyncio.create_task(loop.sock_sendall(theirs, sent(*messages)))
         _, unfinished = await asyncio.wait([writing], timeout=0.3)
         assert unfinished
-        assert [await one.receive() for _ in messages] == messages
+        assert sent(*[await received(one) for _ in messages]) == sent(*messages)
         await writing
 
     linked(work)
@@ -114,7 +116,11 @@ def test_a_sender_waits_for_an_engine_that_does_not_read_and_no_longer_than_it_l
     text = "p" * 4_000_000
 
     async def work(one: Link, theirs: socket.socket) -> None:
-        one.send(Generate(request_id=1, texts=(text,), orders=(), batch_size=None))
+        one.send(
+            Generate(
+                request_id=1, pictures=(SamplingRequest(prompt=text, seed=1),), batch_size=None
+            )
+        )
         draining = asyncio.create_task(one.drain())
         _, unfinished = await asyncio.wait([draining], timeout=0.2)
         assert unfinished

@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from dreambooth.diffusion.sampling_request import SamplingRequest
 from dreambooth.errors import ModelArtifactError, RequestError, ResourceError, UnavailableError
-from dreambooth.serving.supervision.messages import EngineFaultError, Fault, Generate
+from dreambooth.serving.supervision.messages import EngineFaultError, Fault
 
 
 @pytest.mark.parametrize(
@@ -32,19 +31,3 @@ def test_of_unknown_exceptions_only_the_class_is_reported() -> None:
 
 def test_an_error_class_that_nobody_knows_is_a_fault_of_the_engine() -> None:
     assert isinstance(Fault(error="SystemExit", message="x").exception(), EngineFaultError)
-
-
-def test_pictures_come_back_field_by_field() -> None:
-    pictures = (
-        SamplingRequest(prompt="a", negative_prompt="b", seed=1, width=8, height=16, eta=0.5),
-        SamplingRequest(prompt="b", num_inference_steps=3, guidance_scale=0.1, seed=2**64 - 1),
-    )
-    message = Generate.of(1, pictures, 2)
-    assert message.texts == ("a", "b", "")
-    assert message.sampling_requests() == pictures
-
-
-def test_an_order_beyond_the_table_of_texts_is_an_error() -> None:
-    message = Generate.of(1, [SamplingRequest(prompt="a", seed=1)], None)
-    with pytest.raises(IndexError):
-        Generate(request_id=1, texts=(), orders=message.orders, batch_size=None).sampling_requests()

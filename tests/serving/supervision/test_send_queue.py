@@ -5,6 +5,9 @@ import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+
+from dreambooth.serving.contract.reply import Picture
 from dreambooth.serving.supervision import wire
 from dreambooth.serving.supervision.link import Link
 from dreambooth.serving.supervision.messages import Done, Drawn, FromEngine
@@ -81,26 +84,18 @@ def test_pictures_that_the_socket_takes_in_pieces_arrive_whole() -> None:
     ours, theirs = socket.socketpair()
     theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
     send_queue = SendQueue(theirs)
-    pictures = [
-        Drawn(
-            request_id=1,
-            index=i,
-            width=40 + i,
-            height=300,
-            seed=i,
-            finish_reason="SUCCESS",
-            exact=True,
-            pixels=bytes([i]) * 3 * (40 + i) * 300,
-        )
-        for i in range(100)
-    ]
+    pixels = [np.full((300, 40 + i, 3), i, np.uint8) for i in range(100)]
     with ThreadPoolExecutor() as pool:
-        for picture in pictures:
-            send_queue.put(picture)
+        for i, each in enumerate(pixels):
+            picture = Picture(pixels=each, seed=i, finish_reason="SUCCESS")
+            send_queue.put(Drawn(request_id=1, index=i, picture=picture))
         reading = pool.submit(received, ours)
         send_queue.close(LONG_S)
         theirs.close()
-        assert reading.result(LONG_S) == pictures
+        drawn = [one.picture for one in reading.result(LONG_S) if isinstance(one, Drawn)]
+    assert [picture.seed for picture in drawn] == list(range(100))
+    for picture, sent in zip(drawn, pixels, strict=True):
+        assert np.array_equal(picture.pixels, sent)
 
 
 def test_nobody_waits_for_a_server_that_is_gone() -> None:

@@ -7,6 +7,7 @@ import socket
 import struct
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from dreambooth.diffusion.sampling_request import SamplingRequest
 from dreambooth.limits import LIMITS
 from dreambooth.serving.contract.engine_status import EngineStatus
+from dreambooth.serving.contract.reply import Picture
 from dreambooth.serving.supervision import wire
 from dreambooth.serving.supervision.link import Link
 from dreambooth.serving.supervision.messages import (
@@ -43,20 +45,31 @@ STATUS = EngineStatus(
     seconds_per_decode=0.125,
     rss_bytes=6,
 )
+PIXELS = b"\x00\xffDBf1"
 DRAWN = Drawn(
     request_id=1,
     index=2,
-    width=2,
-    height=1,
-    seed=2**64 - 1,
-    finish_reason="BLACK",
-    exact=False,
-    pixels=b"\x00\xffDBf1",
+    picture=Picture(
+        pixels=np.frombuffer(PIXELS, np.uint8).reshape(1, 2, 3),
+        seed=2**64 - 1,
+        finish_reason="BLACK",
+        exact=False,
+    ),
 )
+
+
+def generate(*pictures: SamplingRequest, batch_size: int | None = None) -> Generate:
+    return Generate(request_id=1, pictures=pictures, batch_size=batch_size)
+
+
 EVERY_MESSAGE: list[Any] = [
-    Generate.of(1, [SamplingRequest(prompt="a cat", seed=2**64 - 1, width=64, height=8)], 3),
-    Generate.of(2, [SamplingRequest(prompt="\ud800 \U0001f600 \x00", seed=0)], None),
-    Generate.of(4, [SamplingRequest(prompt="", seed=0, guidance_scale=-1.7e308)], None),
+    generate(
+        SamplingRequest(prompt="a", negative_prompt="b", seed=1, width=8, height=16, eta=0.5),
+        SamplingRequest(prompt="b", num_inference_steps=3, guidance_scale=0.1, seed=2**64 - 1),
+        batch_size=3,
+    ),
+    generate(SamplingRequest(prompt="\ud800 \ud83d\ude00 \U0001f600 \x00 \u2028 \x7f", seed=0)),
+    generate(SamplingRequest(prompt="", seed=0, guidance_scale=-1.7e308)),
     Cancel(request_id=3),
     Close(),
     Ready(seconds_per_call=((1, 0.1), (2, 0.15)), seconds_per_decode=0.2, rows=2),
@@ -70,6 +83,19 @@ EVERY_MESSAGE: list[Any] = [
 
 def sent(message: Any) -> bytes:
     return b"".join(wire.pack(message))
+
+
+def same(one: Any, other: Any) -> bool:
+    """Return whether two messages are equal, the pixels of pictures too."""
+    if isinstance(one, Drawn) and isinstance(other, Drawn):
+        pictures = (one.picture, other.picture)
+        named = [(p.seed, p.finish_reason, p.exact, p.pixels.dtype) for p in pictures]
+        return (one.request_id, one.index, named[0]) == (
+            other.request_id,
+            other.index,
+            named[1],
+        ) and np.array_equal(pictures[0].pixels, pictures[1].pixels)
+    return bool(one == other)
 
 
 def split(data: bytes) -> tuple[bytes, bytes]:
@@ -97,7 +123,7 @@ async def read(data: bytes) -> FromEngine | None:
 @pytest.mark.parametrize("message", EVERY_MESSAGE, ids=lambda message: type(message).__name__)
 def test_every_message_arrives_as_it_was_sent(message: Any) -> None:
     kinds = ToEngine if isinstance(message, ToEngine) else FromEngine
-    assert wire.unpack(*split(sent(message)), kinds) == message
+    assert same(wire.unpack(*split(sent(message)), kinds), message)
 
 
 def test_every_kind_of_message_is_in_this_test() -> None:
@@ -118,7 +144,7 @@ def test_messages_follow_each_other_over_a_socket_in_both_directions() -> None:
                     assert await asyncio.to_thread(wire.to_engine, theirs) == message
                 else:
                     theirs.sendall(sent(message))
-                    assert await link.receive() == message
+                    assert same(await link.receive(), message)
             link.abort()
             await link.wait_closed()
             assert wire.to_engine(theirs) is None
@@ -139,31 +165,26 @@ def test_a_frame_that_breaks_off_is_the_end(length: int) -> None:
 def test_a_picture_of_the_largest_size_fits_into_a_frame() -> None:
     width = LIMITS.max_generated_side_pixels
     height = LIMITS.max_generated_pixels // width
-    pixels = bytes(3 * width * height)
-    message = Drawn(
-        request_id=1,
-        index=0,
-        width=width,
-        height=height,
-        seed=0,
-        finish_reason="SUCCESS",
-        exact=True,
-        pixels=pixels,
-    )
-    assert asyncio.run(read(sent(message))) == message
+    pixels = np.zeros((height, width, 3), np.uint8)
+    picture = Picture(pixels=pixels, seed=0, finish_reason="SUCCESS")
+    message = Drawn(request_id=1, index=0, picture=picture)
+    assert same(asyncio.run(read(sent(message))), message)
 
 
-def test_texts_travel_once_however_many_pictures_have_them() -> None:
-    pictures = [SamplingRequest(prompt="p" * 10_000, seed=i) for i in range(64)]
-    message = Generate.of(1, pictures, None)
-    assert len(sent(message)) < 25_000
-    assert message.sampling_requests() == tuple(pictures)
+@pytest.mark.parametrize("character", ["\0", "\U0001f600"])
+def test_the_longest_texts_of_a_request_fit_into_a_frame(character: str) -> None:
+    text = character * LIMITS.max_prompt_characters
+    pictures = [
+        SamplingRequest(prompt=text, negative_prompt=text, seed=i)
+        for i in range(LIMITS.max_request_pictures)
+    ]
+    assert 4 * len(sent(generate(*pictures))) < wire.MAX_HEADER_BYTES
 
 
 def test_a_message_that_no_frame_can_hold_is_not_sent() -> None:
     picture = SamplingRequest(prompt="p" * wire.MAX_HEADER_BYTES, seed=1)
     with pytest.raises(WireError, match="too long"):
-        wire.pack(Generate.of(1, [picture], None))
+        wire.pack(generate(picture))
 
 
 @pytest.mark.parametrize(
@@ -219,17 +240,33 @@ def test_a_header_that_is_none_of_the_engines_messages_is_refused(header: bytes)
 @pytest.mark.parametrize(
     "fields",
     [
-        {"width": 3},
-        {"width": -2, "height": -1},
-        {"width": 0, "height": 0},
+        {"pixels": [1, 3, 3]},
+        {"pixels": [-1, -2, 3]},
+        {"pixels": [0, 0, 3]},
+        {"pixels": [1, 2, 1]},
+        {"pixels": [2, 1, 3, 1]},
+        {"pixels": [1.0, 2, 3]},
+        {"pixels": [True, 2, 3]},
+        {"pixels": 6},
+        {"pixels": "AP8="},
+        {"pixels": {}},
+        {"width": 2},
         {"finish_reason": "FINE"},
         {"finish_reason": ["BLACK"]},
         {"exact": 1},
     ],
 )
 def test_a_picture_that_is_none_is_refused(fields: dict[str, object]) -> None:
+    picture = json.loads(split(sent(DRAWN))[0])["picture"]
+    assert same(wire.unpack(changed(DRAWN, picture=picture), PIXELS, FromEngine), DRAWN)
     with pytest.raises(WireError):
-        wire.unpack(changed(DRAWN, **fields), DRAWN.pixels, FromEngine)
+        wire.unpack(changed(DRAWN, picture=picture | fields), PIXELS, FromEngine)
+
+
+@pytest.mark.parametrize("payload", [b"", PIXELS[1:], PIXELS + b"x"])
+def test_a_picture_with_other_bytes_than_its_shape_has_is_refused(payload: bytes) -> None:
+    with pytest.raises(WireError):
+        wire.unpack(split(sent(DRAWN))[0], payload, FromEngine)
 
 
 def test_a_payload_beside_a_message_without_one_is_refused() -> None:
