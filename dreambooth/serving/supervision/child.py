@@ -29,7 +29,7 @@ from dreambooth.errors import DreamBoothError
 from dreambooth.process import gpu_driver, logs
 from dreambooth.serving.contract.engine_status import EngineStatus
 from dreambooth.serving.contract.reply import Picture
-from dreambooth.serving.supervision import wire
+from dreambooth.serving.supervision.link import SendQueue, read_blocking
 from dreambooth.serving.supervision.messages import (
     Cancel,
     Done,
@@ -39,9 +39,8 @@ from dreambooth.serving.supervision.messages import (
     Generate,
     LoadFailed,
     Ready,
+    WireError,
 )
-from dreambooth.serving.supervision.send_queue import SendQueue
-from dreambooth.serving.supervision.wire import WireError
 from dreambooth.settings.serve_options import ServeSettings
 
 if TYPE_CHECKING:
@@ -138,7 +137,7 @@ class _Child:
     def _read(self) -> None:
         while not self._ended.is_set():
             try:
-                message = wire.to_engine(self._connection)
+                message = read_blocking(self._connection)
             except WireError:
                 log.exception("the server sent a malformed message")
                 logs.write_last_lines()

@@ -45,11 +45,11 @@ from dreambooth.serving.supervision.messages import (
     Generate,
     LoadFailed,
     Ready,
+    WireError,
 )
 from dreambooth.serving.supervision.pending_requests import PendingRequest, PendingRequests
 from dreambooth.serving.supervision.restart_policy import Listener, RestartPolicy
 from dreambooth.serving.supervision.watchdog import EngineTimeouts
-from dreambooth.serving.supervision.wire import WireError
 from dreambooth.settings.serve_options import ServeSettings
 
 __all__ = ["State", "Supervisor", "SupervisorStatus"]

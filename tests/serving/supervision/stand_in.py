@@ -6,6 +6,8 @@ and misbehaves as MODE says; later starts answer every request with black pictur
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import sys
 import threading
@@ -17,7 +19,7 @@ import numpy as np
 from dreambooth.errors import ModelArtifactError
 from dreambooth.serving.contract.engine_status import EngineStatus
 from dreambooth.serving.contract.reply import Picture
-from dreambooth.serving.supervision import wire
+from dreambooth.serving.supervision.link import read_blocking
 from dreambooth.serving.supervision.messages import (
     Done,
     Drawn,
@@ -26,6 +28,7 @@ from dreambooth.serving.supervision.messages import (
     Generate,
     LoadFailed,
     Ready,
+    pack,
 )
 
 READY = Ready(seconds_per_call=((1, 1e-4),), seconds_per_decode=1e-4, rows=8)
@@ -36,6 +39,7 @@ MODES = (
     "hangs_in_a_step",
     "never_ready",
     "nonsense",
+    "stops_in_a_frame",
     "too_few",
     "wrong_size",
 )
@@ -45,9 +49,17 @@ def main(mode: str, marker: Path, connection: socket.socket) -> None:
     behaves = marker.exists()
     marker.touch()
 
+    sending = threading.Lock()
+
     def send(*messages: FromEngine) -> None:
         for message in messages:
-            connection.sendall(b"".join(wire.pack(message)))
+            data = b"".join(pack(message))
+            with sending:
+                if mode == "stops_in_a_frame" and isinstance(message, Drawn):
+                    connection.sendall(data[: len(data) // 2])
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                    data = data[len(data) // 2 :]
+                connection.sendall(data)
 
     if mode == "cannot_load":  # at every attempt
         send(LoadFailed(fault=Fault.of(OverflowError("an int too big to convert"))))
@@ -65,7 +77,7 @@ def main(mode: str, marker: Path, connection: socket.socket) -> None:
         send(READY)
     if behaves or mode != "hangs_silently":
         threading.Thread(target=beat, daemon=True).start()
-    while (message := wire.to_engine(connection)) is not None:
+    while (message := read_blocking(connection)) is not None:
         if isinstance(message, Generate) and (behaves or not mode.startswith("hangs")):
             answer(mode if not behaves else "", message, connection, send)
 

@@ -16,10 +16,10 @@ from dreambooth.settings.serve_options import ServeSettings
 LONG_S = 60.0
 SAY_AND = """
 import socket, subprocess, sys, time
-from dreambooth.serving.supervision import wire
+from dreambooth.serving.supervision.messages import pack
 from dreambooth.serving.contract.engine_status import EngineStatus
 connection = socket.socket(fileno=int(sys.argv[-1]))
-connection.sendall(b"".join(wire.pack(EngineStatus(rss_bytes=5))))
+connection.sendall(b"".join(pack(EngineStatus(rss_bytes=5))))
 """
 
 

@@ -364,6 +364,33 @@ def test_an_engine_that_is_frozen_is_down_until_it_resumes(
     runner.run(live())
 
 
+def test_an_engine_that_stops_in_the_middle_of_a_picture_delays_nobody_else(
+    runner: asyncio.Runner, tmp_path: Path
+) -> None:
+    async def live() -> None:
+        supervisor = misbehaving("stops_in_a_frame", tmp_path, EngineTimeouts(quiet_s=1.0))
+        await supervisor.start()
+        pid = supervisor.status().engine_pid
+        assert pid is not None
+        asking = asyncio.create_task(supervisor.generate(request(width=256, height=256), 1))
+        turns_s = []
+        while supervisor.status().state == "ready":  # as /ping asks
+            began = time.monotonic()
+            await asyncio.sleep(0.001)
+            turns_s.append(time.monotonic() - began)
+        assert "no sign of life" in supervisor.status().reason
+        assert sorted(turns_s)[len(turns_s) // 2] < 0.05
+        assert not asking.done()
+        os.kill(pid, signal.SIGCONT)
+        async with asyncio.timeout(LONG_S):
+            (picture,) = await asking
+        assert picture.pixels.shape == (256, 256, 3)
+        assert supervisor.status().engine_pid == pid
+        await supervisor.close()
+
+    runner.run(live())
+
+
 def test_an_engine_that_was_ready_is_replaced_at_once_however_often_it_dies(
     runner: asyncio.Runner, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
