@@ -16,14 +16,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from dreambooth.errors import DreamBoothError
 from dreambooth.model_folder import layout
 from dreambooth.serving.contract import error_reply, reply
 from dreambooth.serving.contract.reply import Picture
 from dreambooth.serving.contract.request import GenerationRequest, media_type, parse
-from dreambooth.serving.engine.engine import Engine, EngineSettings, open_engine
+from dreambooth.serving.engine.engine import Engine, open_engine
 from dreambooth.settings import serve_options
 
 _ANY_FORMAT = ", ".join(offered.media_type for offered in reply.FORMATS)
@@ -65,16 +63,9 @@ def model_fn(model_dir: str) -> Model:
     settings = serve_options.read(options.parse_args([]), os.environ)
     folder = Path(model_dir)
     layout.validate_folder(folder, linked_weights=False)
-    engine = open_engine(
-        folder,
-        settings=EngineSettings(batch_rows=settings.batch_rows),
-        device=None if settings.device == "auto" else torch.device(settings.device),
-        precision=settings.precision,
-        safety_checker=settings.safety_checker,
-        cuda_graphs=settings.cuda_graphs,
-        channels_last=settings.channels_last,
+    return Model(
+        engine=open_engine(folder, settings), max_response_bytes=settings.max_response_bytes
     )
-    return Model(engine=engine, max_response_bytes=settings.max_response_bytes)
 
 
 def input_fn(request_body: bytes | bytearray | str, content_type: str) -> Body:

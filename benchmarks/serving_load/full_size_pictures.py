@@ -26,7 +26,7 @@ from dreambooth.diffusion.model import DiffusionModel, sampling_scheduler
 from dreambooth.diffusion.sampling_request import SamplingRequest
 from dreambooth.fast import served_unet
 from dreambooth.fast.served_unet import GraphedUNet
-from dreambooth.serving.engine.engine import Engine, EngineSettings
+from dreambooth.serving.engine.engine import MAX_ROWS, Engine
 from dreambooth.serving.engine.row_limits import free_caches
 
 AT_ONCE: Final = 8
@@ -127,16 +127,14 @@ def _measure_way(
     model = dataclasses.replace(model)  # a copy, because its U-Net may be replaced
     served_unet.prepare(model, cuda_graphs=way.cuda_graphs, channels_last=way.channels_last)
     calls = full_size_calls.time_calls(model, eager, calls=effort.calls)
-    settings = EngineSettings(warm_up_budget_s=effort.warm_up_budget_s)
     if way.cuda_graphs:
-        full_size_calls.record(model, settings.max_rows)
-    with Engine(model, settings=settings) as engine:
+        full_size_calls.record(model, MAX_ROWS)
+    with Engine(model, warm_up_budget_s=effort.warm_up_budget_s) as engine:
         rows = engine.start().rows
         _pictures_s(engine, effort, pictures=1, at_once=1)
         times = [_pictures_s(engine, effort, pictures=1, at_once=1) for _ in range(effort.alone)]
         burst_s = _pictures_s(engine, effort, pictures=effort.burst, at_once=AT_ONCE)
-    exact = EngineSettings(batch_rows=effort.batch_rows, warm_up_budget_s=0.0)
-    with Engine(model, settings=exact) as engine:
+    with Engine(model, batch_rows=effort.batch_rows, warm_up_budget_s=0.0) as engine:
         engine.start()
         agreement = redrawing.compare(engine, pictures=effort.redrawn, seed=0)
     return WayFigures(

@@ -27,7 +27,7 @@ from dreambooth.diffusion.float_types import dtype_for
 from dreambooth.diffusion.model import DiffusionModel, encode_text, tokenize
 from dreambooth.diffusion.model import load as load_model
 from dreambooth.diffusion.sampling_request import SamplingRequest
-from dreambooth.serving.engine.engine import Engine, EngineSettings
+from dreambooth.serving.engine.engine import Engine
 from dreambooth.serving.engine.warm_up import WarmUp
 
 
@@ -85,8 +85,7 @@ def measure_loads(
     say(what): called with what is measured next.
     """
     model = load_model(folder, device=device, dtype=dtype_for("auto", device))
-    settings = EngineSettings(warm_up_budget_s=scale.warm_up_budget_s)
-    with Engine(model, settings=settings) as engine:
+    with Engine(model, warm_up_budget_s=scale.warm_up_budget_s) as engine:
         warm_up = engine.start()
         runs = _policies(engine, model, warm_up.rows)
         alone = [
@@ -137,8 +136,7 @@ def measure_agreement(
         ("elastic bf16", "bf16", None, max(1, scale.redrawn // 4)),
     ):
         model = load_model(folder, device=device, dtype=dtype_for(precision, device))
-        settings = EngineSettings(batch_rows=batch_rows, warm_up_budget_s=0.0)
-        with Engine(model, settings=settings) as engine:
+        with Engine(model, batch_rows=batch_rows, warm_up_budget_s=0.0) as engine:
             engine.start()
             found[mode] = redrawing.compare(engine, pictures=pictures, seed=seed)
     return found

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.diffusion.sampling_request import SamplingRequest
-from dreambooth.serving.engine.engine import Engine, EngineSettings
+from dreambooth.serving.engine.engine import Engine
 
 CELLS = 64  # per side of a latent: Stable Diffusion at 512 x 512
 ROWS = (1, 2, 4, 8)
@@ -50,7 +50,8 @@ def measure(model: DiffusionModel, *, rows: int, guided: bool, steps: int) -> fl
     unet = NoUNet(model.unet)
     engine = Engine(
         dataclasses.replace(model, unet=unet),
-        settings=EngineSettings(max_rows=max(rows, 2), warm_up_budget_s=0.0),
+        max_rows=max(rows, 2),
+        warm_up_budget_s=0.0,
     )
     with engine:
         engine.start()

@@ -27,7 +27,7 @@ from dreambooth.diffusion.sampling_request import SamplingRequest
 from dreambooth.serving.engine import warm_up
 from dreambooth.serving.engine.batch_queue import DECODING_SHARE, BatchQueue
 
-MOST_ROWS = 16  # of a call, as in EngineSettings
+MOST_ROWS = 16  # of a call, as in `engine.MAX_ROWS`
 # Decoding a picture of 512 x 512 (2.515e12 operations) / a guided U-Net call of one (1.608e12).
 _DECODE_PICTURES = 1.56
 _DECODE_PARTS = 18  # the decoder's layers, taken to be equally long

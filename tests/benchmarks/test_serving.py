@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,10 @@ from benchmarks.serving_load.traffic import Arrival
 from dreambooth.diffusion import model as models
 from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.diffusion.sampling_request import SamplingRequest
-from dreambooth.serving.engine.engine import Engine, EngineSettings
+from dreambooth.serving.engine.engine import Engine
 from dreambooth.serving.engine.warm_up import WarmUp
 
-EXACT = EngineSettings(batch_rows=4, warm_up_budget_s=0.0)
+exact_engine = partial(Engine, batch_rows=4, warm_up_budget_s=0.0)
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_one_run_measures_everything_and_ends_in_one_json_line(
 
 
 def test_exact_pictures_drawn_again_in_traffic_differ_in_no_byte(model: DiffusionModel) -> None:
-    with Engine(model, settings=EXACT) as engine:
+    with exact_engine(model) as engine:
         engine.start()
         found = redrawing.compare(engine, pictures=16, seed=3)
     assert found == Agreement(pictures=16, bytes_differing=0, largest_difference=0, not_exact=0)
@@ -70,7 +71,7 @@ def test_pictures_that_change_are_seen(model: DiffusionModel) -> None:
     model.vae.decoder.conv_out.register_forward_hook(
         lambda _, inputs, output: output + torch.randn_like(output)
     )
-    with Engine(model, settings=EXACT) as engine:
+    with exact_engine(model) as engine:
         engine.start()
         found = redrawing.compare(engine, pictures=4, seed=0)
     assert found.bytes_differing > 1000

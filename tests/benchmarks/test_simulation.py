@@ -25,7 +25,7 @@ from dreambooth.diffusion import model as models
 from dreambooth.diffusion.model import DiffusionModel, encode_text, tokenize
 from dreambooth.diffusion.sampling_request import SamplingRequest
 from dreambooth.serving.engine.drawing_jobs import DrawingJob
-from dreambooth.serving.engine.engine import Engine, EngineSettings
+from dreambooth.serving.engine.engine import Engine
 
 ROOT = Path(__file__).parents[2]
 WORDS = ("cat", "dog", "beach", "snow", "sketch", "black", "white")
@@ -79,9 +79,11 @@ class CountedTime:
         assert len(self._numbers) == len(PROMPTS)
         unet = NoUNet(model.unet)
         decode_parts = len(layers_of(model))
-        settings = EngineSettings(max_rows=most_rows, warm_up_budget_s=0.0)
         self.engine = Engine(
-            dataclasses.replace(model, unet=unet), settings=settings, clock=lambda: self._clock
+            dataclasses.replace(model, unet=unet),
+            max_rows=most_rows,
+            warm_up_budget_s=0.0,
+            clock=lambda: self._clock,
         )
         with self.engine:
             self.engine.start()

@@ -19,8 +19,9 @@ from dreambooth.diffusion.safety import ClipInput
 from dreambooth.diffusion.sampling_request import SamplingRequest
 from dreambooth.errors import ModelArtifactError
 from dreambooth.serving.engine.drawing_jobs import DrawingJob
-from dreambooth.serving.engine.engine import EngineSettings, open_engine
+from dreambooth.serving.engine.engine import open_engine
 from dreambooth.serving.engine.worker import Worker
+from dreambooth.settings.serve_options import ServeSettings
 
 CPU = torch.device("cpu")
 SIDE = 32
@@ -163,8 +164,8 @@ def test_the_engine_says_what_was_hidden(make_folder: Maker, threshold: float) -
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_the_checker_can_be_switched_off(make_folder: Maker, wanted: bool) -> None:
-    settings = EngineSettings(warm_up_budget_s=0)
-    with open_engine(make_folder(threshold=-2.0), settings=settings, safety_checker=wanted) as e:
+    settings = ServeSettings(model="", safety_checker=wanted)
+    with open_engine(make_folder(threshold=-2.0), settings, warm_up_budget_s=0.0) as e:
         request = SamplingRequest(prompt="a cat", num_inference_steps=1, seed=1)
         (drawn,) = e.submit([request]).result(60)
     assert drawn.finish_reason == ("CONTENT_FILTERED" if wanted else "SUCCESS")

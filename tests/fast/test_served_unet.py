@@ -14,7 +14,7 @@ from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.diffusion.sampling_request import SamplingRequest
 from dreambooth.fast import served_unet
 from dreambooth.fast.served_unet import GraphedUNet
-from dreambooth.serving.engine.engine import Engine, EngineSettings
+from dreambooth.serving.engine.engine import Engine
 from tests.fast.graph_stand_in import Recalls, call, inputs
 
 
@@ -38,8 +38,7 @@ def test_other_work_out_of_memory_takes_the_graphs_memory(
 
 def test_warming_up_captures_every_row_count_of_the_curve(model: DiffusionModel) -> None:
     model.unet = graphed = GraphedUNet(model.unet, Recalls())
-    settings = EngineSettings(max_rows=4, warm_up_budget_s=100.0)
-    with Engine(model, settings=settings) as engine:
+    with Engine(model, max_rows=4, warm_up_budget_s=100.0) as engine:
         warm_up = engine.start()
     assert [rows for rows, _ in warm_up.seconds_per_call] == [1, 2, 4]
     assert {key[0] for key in graphed.graphs} == {1, 2, 4}
@@ -53,8 +52,7 @@ def test_exact_pictures_are_the_same_bytes_with_and_without_graphs_in_any_traffi
     drawn = []
     for unet in (model.unet, GraphedUNet(model.unet, capturer)):
         model.unet = unet
-        settings = EngineSettings(batch_rows=4, warm_up_budget_s=0.0)
-        with Engine(model, settings=settings) as engine:
+        with Engine(model, batch_rows=4, warm_up_budget_s=0.0) as engine:
             engine.start()
             drawn.append(engine.submit([request]).result()[0].pixels.tobytes())
             found = redrawing.compare(engine, pictures=6, seed=1)

@@ -18,9 +18,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Final
 
 import torch
 
@@ -33,61 +33,19 @@ from dreambooth.diffusion.sampling_request import SamplingRequest, check
 from dreambooth.errors import ResourceError, UnavailableError, UserError
 from dreambooth.fast import served_unet
 from dreambooth.limits import LIMITS, Limits
+from dreambooth.serving.contract.engine_status import EngineStatus
 from dreambooth.serving.engine.drawing_jobs import DrawingJob, OnPicture
 from dreambooth.serving.engine.row_limits import free_caches, is_out_of_memory
 from dreambooth.serving.engine.warm_up import WarmUp
 from dreambooth.serving.engine.worker import Worker
+from dreambooth.settings.serve_options import ServeSettings
 
 logger = logging.getLogger(__name__)
 
 _RETRY_AFTER_S = 5.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineSettings:
-    """The settings of batching: a guided picture takes two rows of a U-Net call, others take one.
-
-    batch_rows: None for elastic mode; N, at least 2, for exact mode, where every U-Net call is
-    padded to N rows. max_rows: the most rows of an elastic call; the warm-up chooses fewer if
-    more do not pay. warm_up_budget_s: about how many seconds it measures; with 0 max_rows is used
-    as it is.
-    """
-
-    batch_rows: int | None = None
-    max_rows: int = 16
-    warm_up_budget_s: float = 10.0
-
-    def __post_init__(self) -> None:
-        """Raise UserError for numbers of rows out of range."""
-        for name, least, rows in (
-            ("batch_rows", 2, self.batch_rows),
-            ("max_rows", 1, self.max_rows),
-        ):
-            if rows is not None and not least <= rows <= LIMITS.max_generated_batch:
-                raise UserError(
-                    f"{name} must lie between {least} and {LIMITS.max_generated_batch}, not {rows}."
-                )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineStatus:
-    """A snapshot of the engine.
-
-    queued_pictures: pictures that have not begun. running_rows: U-Net rows of those that still
-    take steps. undecoded: pictures that wait for the VAE. calls_total: rounds with a U-Net call (or
-    its halves, where memory was short). seconds_per_call: (rows, seconds) of recent calls at
-    the model's own resolution. broken: the error that ended the engine's thread, else None.
-    """
-
-    queued_pictures: int
-    running_rows: int
-    undecoded: int
-    calls_total: int
-    pictures_total: int
-    out_of_memory_total: int
-    seconds_per_call: tuple[tuple[int, float], ...]
-    seconds_per_decode: float
-    broken: str | None
+MAX_ROWS: Final = 16  # of an elastic call
+# About how many seconds the warm-up measures U-Net calls.
+_WARM_UP_BUDGET_S = 10.0
 
 
 class Engine:
@@ -97,18 +55,32 @@ class Engine:
         self,
         model: DiffusionModel,
         *,
-        settings: EngineSettings | None = None,
+        batch_rows: int | None = None,
+        max_rows: int = MAX_ROWS,
+        warm_up_budget_s: float = _WARM_UP_BUDGET_S,
         safety_checker: SafetyChecker | None = None,
         limits: Limits = LIMITS,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Take a model, which nothing else may use from now on; clock: as in `Worker`."""
-        self.settings = settings or EngineSettings()
+        """Take a model, which nothing else may use from now on.
+
+        A guided picture takes two rows of a U-Net call, others take one. batch_rows: None for
+        elastic mode; N, at least 2, for exact mode, where every U-Net call is padded to N rows.
+        max_rows: the most rows of an elastic call; the warm-up chooses fewer if more do not pay.
+        warm_up_budget_s: about how many seconds it measures; with 0 max_rows is used as it is.
+        clock: as in `Worker`. Raises UserError for numbers of rows out of range.
+        """
+        for name, least, rows in (("batch_rows", 2, batch_rows), ("max_rows", 1, max_rows)):
+            if rows is not None and not least <= rows <= LIMITS.max_generated_batch:
+                raise UserError(
+                    f"{name} must lie between {least} and {LIMITS.max_generated_batch}, not {rows}."
+                )
         self._limits = limits
+        self._warm_up_budget_s = warm_up_budget_s
         self._worker = Worker(
             model,
-            batch_rows=self.settings.batch_rows,
-            max_rows=self.settings.max_rows,
+            batch_rows=batch_rows,
+            max_rows=max_rows,
             safety_checker=safety_checker,
             clock=clock,
         )
@@ -118,7 +90,7 @@ class Engine:
         self._inbox_pictures = 0
         self._closing = False
         self._draining = False
-        self._broken: str | None = None
+        self.broken: str | None = None  # the error that ended the thread
         self._warm_up: Future[WarmUp] = Future()
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
@@ -162,7 +134,7 @@ class Engine:
             on_cancel=self._job_cancelled,
         )
         with self._changed:
-            if self._broken is not None:
+            if self.broken is not None:
                 raise UnavailableError("The engine is down.", _RETRY_AFTER_S)
             if self._closing:
                 raise UnavailableError("The engine is closing.", _RETRY_AFTER_S)
@@ -183,7 +155,7 @@ class Engine:
         atexit.unregister(self._abandon)
 
     def status(self) -> EngineStatus:
-        """Return a snapshot without waiting for the device."""
+        """Return a snapshot without waiting for the device; it says nothing of the process."""
         worker = self._worker
         return EngineStatus(
             queued_pictures=self._inbox_pictures + worker.batch_queue.waiting_count,
@@ -194,7 +166,6 @@ class Engine:
             out_of_memory_total=worker.unet_caller.out_of_memory_total,
             seconds_per_call=tuple(sorted(worker.seconds_per_call.copy().items())),
             seconds_per_decode=worker.seconds_per_decode,
-            broken=self._broken,
         )
 
     def __enter__(self) -> Engine:
@@ -211,7 +182,7 @@ class Engine:
     def _main(self) -> None:
         worker = self._worker
         try:
-            self._warm_up.set_result(worker.warm_up(self.settings.warm_up_budget_s))
+            self._warm_up.set_result(worker.warm_up(self._warm_up_budget_s))
             while self._take_work():
                 worker.run_round()
         except BaseException as error:
@@ -251,7 +222,7 @@ class Engine:
             logger.critical("The engine's thread is broken.", exc_info=error)
         down = UnavailableError("The engine is down.", _RETRY_AFTER_S)
         with self._changed:
-            self._broken = f"{type(error).__name__}: {error}"
+            self.broken = f"{type(error).__name__}: {error}"
             jobs = list(self._inbox)
             self._inbox.clear()
             self._inbox_pictures = 0
@@ -270,37 +241,43 @@ class Engine:
 
 def open_engine(
     folder: Path,
+    settings: ServeSettings,
     *,
-    settings: EngineSettings | None = None,
-    device: torch.device | None = None,
-    precision: str = "auto",
-    safety_checker: bool = True,
-    cuda_graphs: bool = False,
-    channels_last: bool = False,
+    warm_up_budget_s: float = _WARM_UP_BUDGET_S,
     limits: Limits = LIMITS,
 ) -> Engine:
-    """Load a model folder, on a GPU if there is one, and start an engine for it.
+    """Load a model folder as the settings say, and start an engine for it.
 
-    precision: "auto", "fp32", "fp16" or "bf16". cuda_graphs, channels_last: see
-    `served_unet.prepare`. Raises ModelArtifactError for a folder that is not a Stable Diffusion
-    model, ResourceError if it does not fit into memory, UserError if there is no such device.
+    Raises ModelArtifactError for a folder that is not a Stable Diffusion model, ResourceError if it
+    does not fit into memory, UserError for settings that no engine can have here.
     """
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = settings.device
+    if chosen == "auto":
+        chosen = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(chosen)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "The device cuda is asked for, and no GPU can be used here: see that the container is "
             "given one and that the driver fits this torch, or choose the device auto or cpu."
         )
-    dtype = dtype_for(precision, device)
+    dtype = dtype_for(settings.precision, device)
     try:
         model = models.load(folder, device=device, dtype=dtype, limits=limits)
         for warning in model.facts.warnings:
             logger.warning(warning)
-        served_unet.prepare(model, cuda_graphs=cuda_graphs, channels_last=channels_last)
+        served_unet.prepare(
+            model, cuda_graphs=settings.cuda_graphs, channels_last=settings.channels_last
+        )
         checker = None
-        if safety_checker:
+        if settings.safety_checker:
             checker = safety.load(folder, device=device, dtype=dtype, limits=limits)
-        engine = Engine(model, settings=settings, safety_checker=checker, limits=limits)
+        engine = Engine(
+            model,
+            batch_rows=settings.batch_rows,
+            warm_up_budget_s=warm_up_budget_s,
+            safety_checker=checker,
+            limits=limits,
+        )
         engine.start()
         return engine
     except Exception as error:

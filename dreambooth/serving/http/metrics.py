@@ -108,7 +108,7 @@ class _DreamBoothCollector(Collector):
             ("finish_reason",),
             (((reason,), n) for reason, n in ours.pictures.items()),
         )
-        of_the_engine = ours.status().dropped_lines_total if ours.status else 0
+        of_the_engine = ours.status().engine.dropped_lines_total if ours.status else 0
         yield _counter(
             "log_lines_dropped",
             "Lines of the log that nobody read.",
@@ -132,15 +132,19 @@ class _DreamBoothCollector(Collector):
 
 def _engine_metrics(status: SupervisorStatus, refused_before: Counter[str]) -> Iterator[Metric]:
     yield _gauge("ready", "1 where pictures can be asked for.", int(status.state == "ready"))
+    engine = status.engine
     gauges = {
-        "pictures_in_flight": "Pictures accepted and not yet answered.",
-        "queued_pictures": "Pictures that wait for a row.",
-        "running_rows": "U-Net rows of all pictures that take steps.",
-        "engine_rss_bytes": "Resident memory of the engine's process.",
+        "pictures_in_flight": (
+            "Pictures accepted and not yet answered.",
+            status.pictures_in_flight,
+        ),
+        "queued_pictures": ("Pictures that wait for a row.", engine.queued_pictures),
+        "running_rows": ("U-Net rows of all pictures that take steps.", engine.running_rows),
+        "engine_rss_bytes": ("Resident memory of the engine's process.", engine.rss_bytes),
+        "engine_pid": ("Process id of the engine; 0 without one.", status.engine_pid or 0),
     }
-    for name, sentence in gauges.items():
-        yield _gauge(name, sentence, getattr(status, name))
-    yield _gauge("engine_pid", "Process id of the engine; 0 without one.", status.engine_pid or 0)
+    for name, (sentence, value) in gauges.items():
+        yield _gauge(name, sentence, value)
     if status.load_seconds is not None:
         yield _gauge(
             "engine_load_seconds", "From the engine's start to its test.", status.load_seconds
@@ -148,10 +152,10 @@ def _engine_metrics(status: SupervisorStatus, refused_before: Counter[str]) -> I
     counters = {
         "steps": (
             "Rounds with a U-Net call, each a step of every picture in it.",
-            status.calls_total,
+            engine.calls_total,
         ),
-        "engine_pictures": ("Pictures that the engine finished.", status.pictures_total),
-        "out_of_memory": ("Times that the engine ran out of memory.", status.out_of_memory_total),
+        "engine_pictures": ("Pictures that the engine finished.", engine.pictures_total),
+        "out_of_memory": ("Times that the engine ran out of memory.", engine.out_of_memory_total),
         "engine_restarts": ("Starts of the engine after the first.", status.restarts_total),
     }
     for name, (sentence, value) in counters.items():
@@ -171,7 +175,7 @@ def _engine_metrics(status: SupervisorStatus, refused_before: Counter[str]) -> I
     seconds_per_call = GaugeMetricFamily(
         "dreambooth_seconds_per_step", "Seconds of a recent U-Net call.", labels=("rows",)
     )
-    for rows, seconds in status.seconds_per_call:
+    for rows, seconds in engine.seconds_per_call:
         seconds_per_call.add_metric((str(rows),), seconds)
     yield seconds_per_call
 

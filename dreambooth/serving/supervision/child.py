@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import json
 import logging
 import os
 import signal
@@ -19,14 +20,16 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from dreambooth.errors import DreamBoothError
 from dreambooth.process import gpu_driver, logs
+from dreambooth.serving.contract.engine_status import EngineStatus
 from dreambooth.serving.contract.reply import Picture
-from dreambooth.serving.supervision import wire
+from dreambooth.serving.supervision.link import SendQueue, read_blocking
 from dreambooth.serving.supervision.messages import (
     Cancel,
     Done,
@@ -36,17 +39,16 @@ from dreambooth.serving.supervision.messages import (
     Generate,
     LoadFailed,
     Ready,
-    Status,
+    WireError,
 )
-from dreambooth.serving.supervision.send_queue import SendQueue
-from dreambooth.serving.supervision.wire import WireError
+from dreambooth.settings.serve_options import ServeSettings
 
 if TYPE_CHECKING:
     from dreambooth.serving.engine.drawing_jobs import DrawingJob
     from dreambooth.serving.engine.engine import Engine
 
 STATUS_S: Final = 0.5
-# When several requests end at about the same time, one Status covers them all.
+# When several requests end at about the same time, one status covers them all.
 _SHORTEST_STATUS_S: Final = 0.02
 _FLUSH_S: Final = 5.0
 _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
@@ -63,22 +65,21 @@ def main(argv: Sequence[str]) -> int:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries that print
     os.set_inheritable(arguments.fd, False)
     with logs.non_blocking_streams() as dropped_lines:
-        logs.to_stderr(arguments.log_level)
-        return _Child(socket.socket(fileno=arguments.fd), dropped_lines).run(arguments)
+        logs.to_stderr(arguments.settings.log_level)
+        child = _Child(socket.socket(fileno=arguments.fd), dropped_lines)
+        return child.run(arguments.model, arguments.settings)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m dreambooth.serving.supervision.child")
     parser.add_argument("--fd", type=int, required=True, help="number of the inherited socket")
     parser.add_argument("--model", type=Path, required=True, help="model folder")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="auto")
-    parser.add_argument("--batch-rows", type=int)
-    parser.add_argument("--no-safety-checker", action="store_true")
-    parser.add_argument("--cuda-graphs", action="store_true")
-    parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--log-level", default="info")
+    parser.add_argument("--settings", type=_settings, required=True, help="ServeSettings in JSON")
     return parser
+
+
+def _settings(text: str) -> ServeSettings:
+    return ServeSettings(**json.loads(text))
 
 
 def _die_with_parent() -> None:
@@ -91,7 +92,7 @@ def _die_with_parent() -> None:
 
 
 class _Child:
-    """Serves the engine on a socket; one thread reads, one writes, one queues Status messages."""
+    """Serves the engine on a socket; one thread reads, one writes, one queues status messages."""
 
     def __init__(self, connection: socket.socket, dropped_lines: Callable[[], int]) -> None:
         self._connection = connection
@@ -103,15 +104,15 @@ class _Child:
         self._ended = threading.Event()
         self._code = 0
 
-    def run(self, arguments: argparse.Namespace) -> int:
+    def run(self, folder: Path, settings: ServeSettings) -> int:
         """Load the engine, serve it and return the exit code.
 
-        The Status messages begin before torch is imported.
+        The status messages begin before torch is imported.
         """
         for work in (self._read, self._send):
             threading.Thread(target=work, name=work.__name__, daemon=True).start()
         try:
-            engine = _open(arguments)
+            engine = _open(folder, settings)
         except Exception as error:
             if not isinstance(error, DreamBoothError):
                 log.exception("the engine cannot be opened")
@@ -136,7 +137,7 @@ class _Child:
     def _read(self) -> None:
         while not self._ended.is_set():
             try:
-                message = wire.to_engine(self._connection)
+                message = read_blocking(self._connection)
             except WireError:
                 log.exception("the server sent a malformed message")
                 logs.write_last_lines()
@@ -157,7 +158,7 @@ class _Child:
         try:
             assert self._engine is not None  # nothing is requested before Ready
             job = self._engine.submit(
-                message.sampling_requests(),
+                message.pictures,
                 most_pictures=message.batch_size,
                 on_picture=partial(self._drawn, number),
             )
@@ -168,19 +169,7 @@ class _Child:
         job.add_done_callback(partial(self._done, number))
 
     def _drawn(self, number: int, index: int, picture: Picture) -> None:
-        height, width, _ = picture.pixels.shape
-        self._send_queue.put(
-            Drawn(
-                request_id=number,
-                index=index,
-                width=width,
-                height=height,
-                seed=picture.seed,
-                finish_reason=picture.finish_reason,
-                exact=picture.exact,
-                pixels=picture.pixels.tobytes(),
-            )
-        )
+        self._send_queue.put(Drawn(request_id=number, index=index, picture=picture))
 
     def _done(self, number: int, job: DrawingJob) -> None:
         self._jobs.pop(number, None)
@@ -200,28 +189,26 @@ class _Child:
         self._send_queue.put(Failed(request_id=number, fault=Fault.of(error)))
 
     def _send(self) -> None:
-        """Send a Status about twice a second and whenever a request has ended."""
+        """Send a status about twice a second and whenever a request has ended."""
         while not self._ended.is_set():
             self._changed.wait(STATUS_S)
             self._ended.wait(_SHORTEST_STATUS_S)
             self._changed.clear()
-            if self._engine is None:
-                dropped = self._dropped_lines()
-                self._send_queue.put(Status(dropped_lines_total=dropped, rss_bytes=_rss_bytes()))
-                continue
-            self._send_queue.put(_status(self._engine, self._dropped_lines()))
-            broken = self._engine.status().broken
-            if broken is not None:
-                log.error("the engine is broken and its process ends: %s", broken)
+            status = EngineStatus() if self._engine is None else self._engine.status()
+            self._send_queue.put(
+                replace(status, dropped_lines_total=self._dropped_lines(), rss_bytes=_rss_bytes())
+            )
+            if self._engine is not None and self._engine.broken is not None:
+                log.error("the engine is broken and its process ends: %s", self._engine.broken)
                 self._end(1)
 
 
-def _open(arguments: argparse.Namespace) -> Engine:
+def _open(folder: Path, settings: ServeSettings) -> Engine:
     import torch
 
-    from dreambooth.serving.engine.engine import EngineSettings, open_engine
+    from dreambooth.serving.engine.engine import open_engine
 
-    if arguments.device == "auto" and not torch.cuda.is_available():
+    if settings.device == "auto" and not torch.cuda.is_available():
         unused = gpu_driver.why_unused(
             os.environ,
             gpu_driver.inspect_machine(),
@@ -230,15 +217,7 @@ def _open(arguments: argparse.Namespace) -> Engine:
         )
         if unused is not None:
             log.warning("%s", unused)
-    return open_engine(
-        arguments.model,
-        settings=EngineSettings(batch_rows=arguments.batch_rows),
-        device=None if arguments.device == "auto" else torch.device(arguments.device),
-        precision=arguments.precision,
-        safety_checker=not arguments.no_safety_checker,
-        cuda_graphs=arguments.cuda_graphs,
-        channels_last=arguments.channels_last,
-    )
+    return open_engine(folder, settings)
 
 
 def _ready(engine: Engine) -> Ready:
@@ -246,22 +225,6 @@ def _ready(engine: Engine) -> Ready:
         seconds_per_call=engine.warm_up.seconds_per_call,
         seconds_per_decode=engine.warm_up.seconds_per_decode,
         rows=engine.warm_up.rows,
-    )
-
-
-def _status(engine: Engine, dropped_lines: int) -> Status:
-    status = engine.status()
-    return Status(
-        queued_pictures=status.queued_pictures,
-        running_rows=status.running_rows,
-        undecoded=status.undecoded,
-        calls_total=status.calls_total,
-        pictures_total=status.pictures_total,
-        out_of_memory_total=status.out_of_memory_total,
-        dropped_lines_total=dropped_lines,
-        seconds_per_call=status.seconds_per_call,
-        seconds_per_decode=status.seconds_per_decode,
-        rss_bytes=_rss_bytes(),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
@@ -151,24 +153,9 @@ class EngineProcess:
             os.killpg(self.pid, signal.SIGKILL)
 
 
-def options(folder: Path, settings: ServeSettings) -> list[str]:
-    """Return the settings that concern the engine as command-line options of `child`."""
-    options = [
-        f"--model={folder}",
-        f"--device={settings.device}",
-        f"--precision={settings.precision}",
-        f"--log-level={settings.log_level}",
-    ]
-    if settings.batch_rows is not None:
-        options.append(f"--batch-rows={settings.batch_rows}")
-    for option, wanted in (
-        ("--no-safety-checker", not settings.safety_checker),
-        ("--cuda-graphs", settings.cuda_graphs),
-        ("--channels-last", settings.channels_last),
-    ):
-        if wanted:
-            options.append(option)
-    return options
+def arguments(folder: Path, settings: ServeSettings) -> tuple[str, ...]:
+    """Return the arguments of `child`: the model's folder and all settings as one JSON."""
+    return f"--model={folder}", f"--settings={json.dumps(asdict(settings))}"
 
 
 def _environment(environ: Mapping[str, str]) -> dict[str, str]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 
-import numpy as np
-
 from dreambooth.errors import UnavailableError
 from dreambooth.serving.contract.reply import Picture
 from dreambooth.serving.supervision import admission
@@ -40,18 +38,13 @@ class PendingRequest:
         if not 0 <= message.index < len(self.work) or self._pictures[message.index] is not None:
             raise ProtocolError(f"picture {message.index} of a request was not expected")
         work = self.work[message.index]
-        if (message.width, message.height) != work.size:
+        height, width, _ = message.picture.pixels.shape
+        if (width, height) != work.size:
             raise ProtocolError(
-                f"a picture of {message.width} x {message.height} pixels came where "
+                f"a picture of {width} x {height} pixels came where "
                 f"{work.width} x {work.height} were asked for"
             )
-        pixels = np.frombuffer(message.pixels, np.uint8)
-        self._pictures[message.index] = Picture(
-            pixels=pixels.reshape(message.height, message.width, 3),
-            seed=message.seed,
-            finish_reason=message.finish_reason,
-            exact=message.exact,
-        )
+        self._pictures[message.index] = message.picture
         if not self.missing() and not self.result.done():
             self.result.set_result([one for one in self._pictures if one is not None])
 

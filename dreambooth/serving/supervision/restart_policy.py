@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from typing import Final, Protocol
 
 from dreambooth.serving.supervision.engine_process import EngineProcess
-from dreambooth.serving.supervision.messages import FromEngine, LoadFailed, Ready
+from dreambooth.serving.supervision.messages import FromEngine, LoadFailed, Ready, WireError
 from dreambooth.serving.supervision.pending_requests import ProtocolError
 from dreambooth.serving.supervision.watchdog import EngineTimeouts, Watchdog
-from dreambooth.serving.supervision.wire import WireError
 
 _FIRST_BACKOFF_S: Final = 0.25
 _LONGEST_BACKOFF_S: Final = 8.0

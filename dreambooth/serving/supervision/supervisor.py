@@ -16,25 +16,26 @@ import contextlib
 import itertools
 import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Final, get_args
 
 from dreambooth.diffusion.sampling_request import SamplingFacts, SamplingRequest, read_facts
 from dreambooth.errors import ModelArtifactError, RequestError, UnavailableError, UserError
+from dreambooth.serving.contract.engine_status import EngineStatus
 from dreambooth.serving.contract.reply import Picture
 from dreambooth.serving.contract.request import GenerationRequest
 from dreambooth.serving.supervision import admission
 from dreambooth.serving.supervision.admission import Bounds, EngineSpeed, Work
 from dreambooth.serving.supervision.counters import (
-    Counters,
     LossReason,
     RefusalReason,
     State,
     SupervisorStatus,
 )
-from dreambooth.serving.supervision.engine_process import COMMAND, EngineProcess, options
+from dreambooth.serving.supervision.engine_process import COMMAND, EngineProcess, arguments
 from dreambooth.serving.supervision.messages import (
     Cancel,
     Close,
@@ -44,12 +45,11 @@ from dreambooth.serving.supervision.messages import (
     Generate,
     LoadFailed,
     Ready,
-    Status,
+    WireError,
 )
 from dreambooth.serving.supervision.pending_requests import PendingRequest, PendingRequests
 from dreambooth.serving.supervision.restart_policy import Listener, RestartPolicy
 from dreambooth.serving.supervision.watchdog import EngineTimeouts
-from dreambooth.serving.supervision.wire import WireError
 from dreambooth.settings.serve_options import ServeSettings
 
 __all__ = ["State", "Supervisor", "SupervisorStatus"]
@@ -92,7 +92,7 @@ class Supervisor(Listener):
             max_queue=settings.max_queue, request_timeout_s=settings.request_timeout_s
         )
         self._restart_policy = RestartPolicy(
-            (*command, *options(folder, settings)), timeouts or EngineTimeouts(), self
+            (*command, *arguments(folder, settings)), timeouts or EngineTimeouts(), self
         )
         self._state: State = "loading"
         self._reason = "The model is being loaded."
@@ -101,7 +101,10 @@ class Supervisor(Listener):
         self._load_s: float | None = None
         self._pending = PendingRequests()
         self._request_ids = itertools.count(1)
-        self._counters = Counters()
+        self._refusals: Counter[RefusalReason] = Counter(dict.fromkeys(get_args(RefusalReason), 0))
+        self._losses: Counter[LossReason] = Counter(dict.fromkeys(get_args(LossReason), 0))
+        self._engine = EngineStatus()
+        self._ended = EngineStatus()  # the counters of the engines before it
         self._failure: UserError | EngineFaultError | None = None
         self._given_up = asyncio.Event()
         self._load_faults = self._silent_exits = 0  # failed loads since an engine was last ready
@@ -175,11 +178,15 @@ class Supervisor(Listener):
         try:
             async with asyncio.timeout(allowed_s):
                 await process.send(
-                    Generate.of(pending_request.request_id, pictures, request.batch_size)
+                    Generate(
+                        request_id=pending_request.request_id,
+                        pictures=pictures,
+                        batch_size=request.batch_size,
+                    )
                 )
                 return await pending_request.result
         except TimeoutError as error:
-            self._counters.losses["late"] += 1
+            self._losses["late"] += 1
             raise UnavailableError(
                 "The pictures were not done within the "
                 f"{self._settings.request_timeout_s:g} s of --request_timeout_s: the server is "
@@ -189,7 +196,7 @@ class Supervisor(Listener):
         except WireError as error:
             raise RequestError("The request's texts are too long.", 413) from error
         except asyncio.CancelledError:
-            self._counters.losses["cancelled"] += 1
+            self._losses["cancelled"] += 1
             raise
         finally:
             self._pending.remove(pending_request)
@@ -198,14 +205,18 @@ class Supervisor(Listener):
 
     def status(self) -> SupervisorStatus:
         """Return a snapshot without waiting for the engine."""
-        return self._counters.snapshot(
+        process = self._restart_policy.process
+        return SupervisorStatus(
             state=self.state,
             reason=self.reason,
             requests_in_flight=len(self._pending),
             pictures_in_flight=self._pending.picture_count,
-            load_seconds=self._load_s,
             restarts_total=self._restart_policy.restarts,
-            engine_pid=self._restart_policy.process.pid if self._restart_policy.process else None,
+            refusals=tuple(self._refusals.items()),
+            losses=tuple(self._losses.items()),
+            load_seconds=self._load_s,
+            engine_pid=process.pid if process is not None else None,
+            engine=self._engine.after(self._ended),
         )
 
     async def close(self, grace_s: float = 25.0) -> None:
@@ -259,17 +270,18 @@ class Supervisor(Listener):
             self._ready(message)
         elif isinstance(message, LoadFailed):
             self._load_failed(message.fault.exception())
-        elif isinstance(message, Status):
+        elif isinstance(message, EngineStatus):
             self._note(message)
         else:
             if isinstance(message, Failed):
-                self._counters.losses["engine_error"] += 1
+                self._losses["engine_error"] += 1
             self._pending.take(message)
 
     def lost(self) -> None:
         """Fail every pending request at once, since the engine is gone."""
         self._engine_speed = None
-        self._counters.engine_ended()
+        self._ended = EngineStatus().after(self._engine.after(self._ended))
+        self._engine = EngineStatus()
         if not self._load_reported:
             self._died_silently()
         if not self.finished:
@@ -294,8 +306,8 @@ class Supervisor(Listener):
         log.info("the engine is ready after %.1f s", self._load_s)
         self._first_start_over.set()
 
-    def _note(self, status: Status) -> None:
-        before, self._counters.engine = self._counters.engine, status
+    def _note(self, status: EngineStatus) -> None:
+        before, self._engine = self._engine, status
         if self._engine_speed is None:
             return
         calls_made = status.calls_total - before.calls_total
@@ -331,7 +343,7 @@ class Supervisor(Listener):
             self._give_up(EngineFaultError(message))
 
     def _fail_pending(self, reason: LossReason, message: str) -> None:
-        self._counters.losses[reason] += self._pending.fail_all(message, self._retry_after_s())
+        self._losses[reason] += self._pending.fail_all(message, self._retry_after_s())
 
     def _give_up(self, error: UserError | EngineFaultError) -> None:
         if self._first_start_over.is_set():  # otherwise `start` raises it
@@ -383,7 +395,7 @@ class Supervisor(Listener):
     def _refused(
         self, reason: RefusalReason, message: str, retry_after_s: float
     ) -> UnavailableError:
-        self._counters.refusals[reason] += 1
+        self._refusals[reason] += 1
         return UnavailableError(message, retry_after_s)
 
     def _retry_after_s(self) -> float:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dreambooth.serving.supervision.messages import FromEngine, Status
+from dreambooth.serving.contract.engine_status import EngineStatus
+from dreambooth.serving.supervision.messages import FromEngine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,9 +48,9 @@ class Watchdog:
         self._step_s = max(self._step_s, step_s)
 
     def received(self, now: float, message: FromEngine) -> None:
-        """Note a message, and if it is a Status whether the work makes progress."""
+        """Note a message, and if it is a status whether the work makes progress."""
         self._last_message = now
-        if not isinstance(message, Status):
+        if not isinstance(message, EngineStatus):
             return
         counted = (message.calls_total, message.pictures_total)
         idle = not (message.running_rows or message.queued_pictures or message.undecoded)

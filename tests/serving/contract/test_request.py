@@ -15,8 +15,7 @@ from dreambooth.limits import KIB, LIMITS, MIB
 from dreambooth.serving.contract import request
 from dreambooth.serving.contract.request import SEED_COUNT, GenerationRequest, parse
 from dreambooth.serving.http.guard import GuardLimits
-from dreambooth.serving.supervision import wire
-from dreambooth.serving.supervision.messages import Generate, ToEngine
+from dreambooth.serving.supervision.messages import Generate, ToEngine, pack, unpack
 from dreambooth.settings.serve_options import ServeSettings
 
 FACTS = SamplingFacts(resolution=512, unit=8, max_steps=999)
@@ -432,11 +431,10 @@ def test_any_values_of_any_keys_are_parsed_or_refused(
 def test_what_is_accepted_survives_the_way_to_the_engine(extreme: dict[str, Any]) -> None:
     body = json.dumps({"prompt": CAT} | extreme, ensure_ascii=False).encode()
     pictures = parse("application/json", body, FACTS).sampling_requests(SEED_COUNT - 1)
-    message = Generate.of(1, pictures, batch_size=None)
-    header, payload = wire.pack(message)
-    read = wire.unpack(header[12:], payload, ToEngine)
-    assert isinstance(read, Generate)
-    assert read.sampling_requests() == pictures
+    message = Generate(request_id=1, pictures=pictures, batch_size=None)
+    header, payload = pack(message)
+    read = unpack(header[12:], payload, ToEngine)
+    assert read == message
 
 
 def test_the_limits_of_the_readme_are_these() -> None:

@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,14 @@ from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.diffusion.sampling_request import SamplingRequest
 from dreambooth.errors import ModelArtifactError, RequestError, UnavailableError, UserError
 from dreambooth.serving.contract.reply import Picture
-from dreambooth.serving.engine.engine import Engine, EngineSettings, open_engine
+from dreambooth.serving.engine.engine import Engine, open_engine
+from dreambooth.settings.serve_options import ServeSettings
 from dreambooth.tiny import WEIGHTS
 
 CPU = torch.device("cpu")
 PATIENCE_S = 60
-QUICK = EngineSettings(max_rows=4, warm_up_budget_s=0.0)
+SETTINGS = ServeSettings(model="", device="cpu")
+quick_engine = partial(Engine, max_rows=4, warm_up_budget_s=0.0)
 
 
 @pytest.fixture
@@ -37,7 +40,7 @@ def model(small_model_folder: Path) -> DiffusionModel:
 
 @pytest.fixture
 def engine(model: DiffusionModel) -> Iterator[Engine]:
-    engine = Engine(model, settings=QUICK)
+    engine = quick_engine(model)
     engine.start()
     yield engine
     engine.close(drain=False)
@@ -80,11 +83,11 @@ def test_requests_of_several_threads_get_their_own_pictures(
     status = engine.status()
     assert (status.queued_pictures, status.running_rows, status.undecoded) == (0, 0, 0)
     assert status.pictures_total == 12
-    assert status.broken is None
+    assert engine.broken is None
 
 
 def test_warm_up_draws_and_measures(model: DiffusionModel) -> None:
-    engine = Engine(model, settings=EngineSettings(max_rows=4))
+    engine = Engine(model, max_rows=4)
     warm = engine.start()
     try:
         assert [rows for rows, _ in warm.seconds_per_call] == [1, 2, 4]
@@ -101,10 +104,10 @@ def test_warm_up_draws_and_measures(model: DiffusionModel) -> None:
 def test_a_model_that_cannot_draw_is_reported_at_the_start(model: DiffusionModel) -> None:
     for parameter in model.unet.conv_out.parameters():
         parameter.fill_(float("nan"))
-    engine = Engine(model, settings=QUICK)
+    engine = quick_engine(model)
     with pytest.raises(ModelArtifactError, match="not finite"):
         engine.start()
-    assert engine.status().broken is not None
+    assert engine.broken is not None
     with pytest.raises(UnavailableError):
         engine.submit([request()])
     held = weakref.ref(engine)
@@ -127,7 +130,7 @@ def test_a_folder_that_says_what_no_network_can_do_is_reported_at_the_start(
     path = make_model_folder() / file
     path.write_text(json.dumps(json.loads(path.read_text()) | setting))
     with pytest.raises(ModelArtifactError, match="draws no picture"):
-        open_engine(path.parents[1], settings=QUICK, device=CPU)
+        open_engine(path.parents[1], SETTINGS, warm_up_budget_s=0.0)
 
 
 def test_what_the_model_cannot_draw_is_refused_before_any_work(engine: Engine) -> None:
@@ -155,7 +158,7 @@ def test_a_job_given_up_frees_its_rows_at_the_next_step(engine: Engine) -> None:
 
 
 def test_a_job_given_up_before_the_engine_has_it_leaves_nothing(model: DiffusionModel) -> None:
-    engine = Engine(model, settings=QUICK)
+    engine = quick_engine(model)
     job = engine.submit([request()])
     job.cancel()
     engine.start()
@@ -166,7 +169,7 @@ def test_a_job_given_up_before_the_engine_has_it_leaves_nothing(model: Diffusion
 def test_a_device_lost_while_a_job_is_taken_in_leaves_nobody_waiting(
     model: DiffusionModel,
 ) -> None:
-    engine = Engine(model, settings=EngineSettings(batch_rows=2))
+    engine = Engine(model, batch_rows=2)
     engine.start()
 
     def lose_device(*_: object) -> None:
@@ -199,7 +202,7 @@ def test_pictures_are_reported_one_by_one(engine: Engine) -> None:
 
 
 def test_close_finishes_what_was_submitted_when_it_drains(model: DiffusionModel) -> None:
-    engine = Engine(model, settings=QUICK)
+    engine = quick_engine(model)
     engine.start()
     jobs = [engine.submit([request(seed)]) for seed in range(5)]
     engine.close(drain=True)
@@ -209,7 +212,7 @@ def test_close_finishes_what_was_submitted_when_it_drains(model: DiffusionModel)
 
 
 def test_close_gives_up_what_is_left_when_it_does_not_drain(model: DiffusionModel) -> None:
-    engine = Engine(model, settings=QUICK)
+    engine = quick_engine(model)
     engine.start()
     jobs = [engine.submit([request(seed, num_inference_steps=900)]) for seed in range(5)]
     engine.close(drain=False)
@@ -229,8 +232,8 @@ def test_a_thread_that_breaks_is_seen_and_leaves_nobody_waiting(
     model.unet.register_forward_pre_hook(lose_device)
     with pytest.raises(UnavailableError, match="down"):
         engine.submit([request()]).result(PATIENCE_S)
-    until(lambda: engine.status().broken is not None)
-    assert "the device is lost" in str(engine.status().broken)
+    until(lambda: engine.broken is not None)
+    assert "the device is lost" in str(engine.broken)
     with pytest.raises(UnavailableError, match="down"):
         engine.submit([request()])
     assert engine.status().queued_pictures == engine.status().running_rows == 0
@@ -239,7 +242,7 @@ def test_a_thread_that_breaks_is_seen_and_leaves_nobody_waiting(
 def test_the_global_random_generator_is_not_touched(model: DiffusionModel) -> None:
     model.scheduler_class = "EulerAncestralDiscreteScheduler"
     before = torch.random.get_rng_state()
-    with Engine(model, settings=QUICK) as engine:
+    with quick_engine(model) as engine:
         engine.start()
         engine.submit([request(), request(1)]).result(PATIENCE_S)
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -248,11 +251,11 @@ def test_the_global_random_generator_is_not_touched(model: DiffusionModel) -> No
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_device_that_is_not_there_is_reported(small_model_folder: Path) -> None:
     with pytest.raises(UserError, match="no GPU can be used"):
-        open_engine(small_model_folder, device=torch.device("cuda"))
+        open_engine(small_model_folder, ServeSettings(model="", device="cuda"))
 
 
 def test_the_embedded_model_opens_and_draws() -> None:
-    with open_engine(WEIGHTS, settings=QUICK) as engine:
+    with open_engine(WEIGHTS, ServeSettings(model=""), warm_up_budget_s=0.0) as engine:
         (picture,) = engine.submit([request()]).result(PATIENCE_S)
     assert picture.pixels.shape == (64, 64, 3)
     assert picture.pixels.flags["C_CONTIGUOUS"]
@@ -261,7 +264,7 @@ def test_the_embedded_model_opens_and_draws() -> None:
 
 def test_a_folder_that_is_no_model_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ModelArtifactError):
-        open_engine(tmp_path)
+        open_engine(tmp_path, SETTINGS)
 
 
 @pytest.mark.parametrize(
@@ -272,6 +275,8 @@ def test_a_folder_that_is_no_model_is_reported(tmp_path: Path) -> None:
         ({"max_rows": 0}, "max_rows must lie between 1 and 256, not 0"),
     ],
 )
-def test_numbers_that_no_call_can_have_are_refused(options: dict[str, int], words: str) -> None:
+def test_numbers_that_no_call_can_have_are_refused(
+    model: DiffusionModel, options: dict[str, int], words: str
+) -> None:
     with pytest.raises(UserError, match=words):
-        EngineSettings(**options)
+        Engine(model, **options)  # type: ignore[arg-type]

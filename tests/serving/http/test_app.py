@@ -15,6 +15,7 @@ import pytest
 
 from dreambooth.diffusion.sampling_request import SamplingFacts
 from dreambooth.errors import RequestError, ResourceError, UnavailableError
+from dreambooth.serving.contract.engine_status import EngineStatus
 from dreambooth.serving.contract.reply import FinishReason, Picture
 from dreambooth.serving.contract.request import GenerationRequest
 from dreambooth.serving.http.app import ATTRIBUTES, App
@@ -61,7 +62,7 @@ class Engine:
 
     def status(self) -> SupervisorStatus:
         nothing: dict[str, Any] = dict.fromkeys((f.name for f in fields(SupervisorStatus)), 0)
-        nothing |= {"refusals": (), "losses": (), "seconds_per_call": ()}
+        nothing |= {"refusals": (), "losses": (), "engine": EngineStatus()}
         reason = "" if self.state == "ready" else f"The engine is {self.state}."
         return SupervisorStatus(**nothing | {"state": self.state, "reason": reason})
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from dreambooth.serving.contract.engine_status import EngineStatus
 from dreambooth.serving.contract.reply import Picture
 from dreambooth.serving.http.metrics import Metrics
 from dreambooth.serving.supervision.counters import SupervisorStatus
@@ -28,18 +29,22 @@ def status() -> SupervisorStatus:
     nothing: dict[str, Any] = dict.fromkeys((f.name for f in fields(SupervisorStatus)), 0)
     known = {
         "state": "ready",
-        "queued_pictures": 3,
-        "running_rows": 4,
         "pictures_in_flight": 6,
-        "calls_total": 100,
-        "pictures_total": 9,
         "restarts_total": 2,
         "refusals": (("deadline", 5), ("loading", 0)),
         "losses": (("engine_died", 1),),
-        "seconds_per_call": ((1, 0.25), (4, 0.5)),
         "load_seconds": 1.5,
         "engine_pid": 4711,
-        "engine_rss_bytes": 1000,
+        "engine": EngineStatus(
+            queued_pictures=3,
+            running_rows=4,
+            calls_total=100,
+            pictures_total=9,
+            out_of_memory_total=8,
+            dropped_lines_total=20,
+            seconds_per_call=((1, 0.25), (4, 0.5)),
+            rss_bytes=1000,
+        ),
     }
     return SupervisorStatus(**nothing | known)
 
@@ -49,6 +54,7 @@ def test_what_the_supervisor_knows_is_on_the_page() -> None:
     metrics.status = status
     metrics.connections = lambda: (12, Counter({"slow head": 7}))
     metrics.refused("loading")
+    metrics.dropped_lines = lambda: 1
     found = samples(metrics)
     expected = {
         "dreambooth_ready": 1,
@@ -61,7 +67,8 @@ def test_what_the_supervisor_knows_is_on_the_page() -> None:
         "dreambooth_engine_pid": 4711,
         "dreambooth_engine_rss_bytes": 1000,
         "dreambooth_engine_load_seconds": 1.5,
-        "dreambooth_out_of_memory_total": 0,
+        "dreambooth_out_of_memory_total": 8,
+        "dreambooth_log_lines_dropped_total": 21,
         "dreambooth_refusals_total{reason=deadline}": 5,
         "dreambooth_refusals_total{reason=loading}": 1,
         "dreambooth_losses_total{reason=engine_died}": 1,

@@ -6,14 +6,20 @@ and misbehaves as MODE says; later starts answer every request with black pictur
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import sys
 import threading
 import time
 from pathlib import Path
 
+import numpy as np
+
 from dreambooth.errors import ModelArtifactError
-from dreambooth.serving.supervision import wire
+from dreambooth.serving.contract.engine_status import EngineStatus
+from dreambooth.serving.contract.reply import Picture
+from dreambooth.serving.supervision.link import read_blocking
 from dreambooth.serving.supervision.messages import (
     Done,
     Drawn,
@@ -22,7 +28,7 @@ from dreambooth.serving.supervision.messages import (
     Generate,
     LoadFailed,
     Ready,
-    Status,
+    pack,
 )
 
 READY = Ready(seconds_per_call=((1, 1e-4),), seconds_per_decode=1e-4, rows=8)
@@ -33,6 +39,7 @@ MODES = (
     "hangs_in_a_step",
     "never_ready",
     "nonsense",
+    "stops_in_a_frame",
     "too_few",
     "wrong_size",
 )
@@ -42,9 +49,17 @@ def main(mode: str, marker: Path, connection: socket.socket) -> None:
     behaves = marker.exists()
     marker.touch()
 
+    sending = threading.Lock()
+
     def send(*messages: FromEngine) -> None:
         for message in messages:
-            connection.sendall(b"".join(wire.pack(message)))
+            data = b"".join(pack(message))
+            with sending:
+                if mode == "stops_in_a_frame" and isinstance(message, Drawn):
+                    connection.sendall(data[: len(data) // 2])
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                    data = data[len(data) // 2 :]
+                connection.sendall(data)
 
     if mode == "cannot_load":  # at every attempt
         send(LoadFailed(fault=Fault.of(OverflowError("an int too big to convert"))))
@@ -55,14 +70,14 @@ def main(mode: str, marker: Path, connection: socket.socket) -> None:
 
     def beat() -> None:
         while True:
-            send(Status(running_rows=0 if behaves or mode == "never_ready" else 1))
+            send(EngineStatus(running_rows=0 if behaves or mode == "never_ready" else 1))
             time.sleep(0.05)
 
     if behaves or mode != "never_ready":
         send(READY)
     if behaves or mode != "hangs_silently":
         threading.Thread(target=beat, daemon=True).start()
-    while (message := wire.to_engine(connection)) is not None:
+    while (message := read_blocking(connection)) is not None:
         if isinstance(message, Generate) and (behaves or not mode.startswith("hangs")):
             answer(mode if not behaves else "", message, connection, send)
 
@@ -72,22 +87,13 @@ def answer(mode: str, message: Generate, connection: socket.socket, send: object
     if mode == "nonsense":
         connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
         return
-    for i, order in enumerate(message.orders if mode != "too_few" else ()):
-        width, height = order.width or 8, order.height or 8
+    for i, wanted in enumerate(message.pictures if mode != "too_few" else ()):
+        width, height = wanted.width or 8, wanted.height or 8
         if mode == "wrong_size":
             width += 8
-        send(
-            Drawn(
-                request_id=message.request_id,
-                index=i,
-                width=width,
-                height=height,
-                seed=order.seed,
-                finish_reason="BLACK",
-                exact=True,
-                pixels=bytes(3 * width * height),
-            )
-        )
+        black = np.zeros((height, width, 3), np.uint8)
+        picture = Picture(pixels=black, seed=wanted.seed, finish_reason="BLACK")
+        send(Drawn(request_id=message.request_id, index=i, picture=picture))
     send(Done(request_id=message.request_id))
 
 

@@ -4,20 +4,22 @@ import asyncio
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
+from dreambooth.serving.contract.engine_status import EngineStatus
 from dreambooth.serving.supervision import child, engine_process
 from dreambooth.serving.supervision.engine_process import COMMAND, EngineProcess
-from dreambooth.serving.supervision.messages import Cancel, Status
+from dreambooth.serving.supervision.messages import Cancel
 from dreambooth.settings.serve_options import ServeSettings
 
 LONG_S = 60.0
 SAY_AND = """
 import socket, subprocess, sys, time
-from dreambooth.serving.supervision import wire
-from dreambooth.serving.supervision.messages import Status
+from dreambooth.serving.supervision.messages import pack
+from dreambooth.serving.contract.engine_status import EngineStatus
 connection = socket.socket(fileno=int(sys.argv[-1]))
-connection.sendall(b"".join(wire.pack(Status(rss_bytes=5))))
+connection.sendall(b"".join(pack(EngineStatus(rss_bytes=5))))
 """
 
 
@@ -28,7 +30,7 @@ def program(text: str) -> list[str]:
 def test_it_talks_to_a_process_and_says_how_that_ended() -> None:
     async def talk() -> None:
         process = await EngineProcess.spawn(program("sys.exit(3)"))
-        assert await process.receive() == Status(rss_bytes=5)
+        assert await process.receive() == EngineStatus(rss_bytes=5)
         assert await process.receive() is None
         assert await process.wait(LONG_S)
         assert process.exited
@@ -65,35 +67,33 @@ def test_it_is_seen_to_be_gone_though_its_own_child_holds_the_socket() -> None:
     asyncio.run(talk())
 
 
-def test_the_engine_gets_every_setting_that_concerns_it() -> None:
-    def read(settings: ServeSettings) -> dict[str, object]:
-        options = engine_process.options(Path("/models/dog"), settings)
-        return vars(child._parser().parse_args(["--fd", "3", *options]))
-
+def test_the_engine_gets_every_setting() -> None:
     odd = ServeSettings(
         model="dog",
+        host="::1",
+        port=1,
+        request_timeout_s=1.5,
+        max_queue=2,
         batch_rows=4,
+        max_response_bytes=3,
+        max_body_bytes=4,
+        max_connections=5,
         safety_checker=False,
         device="cpu",
         precision="bf16",
         cuda_graphs=True,
         channels_last=True,
         log_level="debug",
+        model_is_platforms=True,
     )
-    assert read(odd) == {
-        "fd": 3,
-        "model": Path("/models/dog"),
-        "device": "cpu",
-        "precision": "bf16",
-        "batch_rows": 4,
-        "no_safety_checker": True,
-        "cuda_graphs": True,
-        "channels_last": True,
-        "log_level": "debug",
-    }
-    usual = read(ServeSettings(model="dog"))
-    assert usual["batch_rows"] is None
-    assert not any(usual[name] for name in ("no_safety_checker", "cuda_graphs", "channels_last"))
+    usual = ServeSettings(model='\u00e9 \\ " tiny')
+    assert all(
+        getattr(odd, field.name) != getattr(usual, field.name) for field in fields(ServeSettings)
+    )
+    for settings in (odd, usual):
+        arguments = engine_process.arguments(Path("/models/dog"), settings)
+        read = child._parser().parse_args([*arguments, "--fd", "3"])
+        assert vars(read) == {"fd": 3, "model": Path("/models/dog"), "settings": settings}
 
 
 def test_what_lies_in_the_current_folder_is_not_imported(tmp_path: Path) -> None:

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from dreambooth.errors import ResourceError, UnavailableError
+from dreambooth.serving.contract.reply import Picture
 from dreambooth.serving.supervision.admission import EngineSpeed, Work
 from dreambooth.serving.supervision.messages import Done, Drawn, Failed, Fault
 from dreambooth.serving.supervision.pending_requests import (
@@ -28,17 +28,12 @@ def pending_request(request_id: int = 1, pictures: int = 2, steps: int = 10) -> 
     return PendingRequest((work,) * pictures)
 
 
-def drawn(index: int, request_id: int = 1, value: int = 7) -> Drawn:
-    return Drawn(
-        request_id=request_id,
-        index=index,
-        width=8,
-        height=16,
-        seed=40 + index,
-        finish_reason="SUCCESS",
-        exact=False,
-        pixels=bytes([value]) * (3 * 8 * 16),
-    )
+def drawn(
+    index: int, request_id: int = 1, value: int = 7, shape: tuple[int, int] = (16, 8)
+) -> Drawn:
+    pixels = np.full((*shape, 3), value, np.uint8)
+    picture = Picture(pixels=pixels, seed=40 + index, finish_reason="SUCCESS", exact=False)
+    return Drawn(request_id=request_id, index=index, picture=picture)
 
 
 @in_a_loop
@@ -85,7 +80,7 @@ async def test_an_engine_that_breaks_the_protocol_gets_an_error() -> None:
         drawn(0),
         drawn(2),
         drawn(-1),
-        replace(drawn(1), width=16, height=8),
+        drawn(1, shape=(8, 16)),
         Done(request_id=1),
     ):
         with pytest.raises(ProtocolError):

@@ -97,7 +97,7 @@ async def in_time(task: asyncio.Task[None]) -> None:
 async def at_work(supervisor: Supervisor, *requests: GenerationRequest) -> list[Working]:
     """Start tasks for these requests; return them once the engine is drawing."""
     tasks = [asyncio.create_task(supervisor.generate(each, i)) for i, each in enumerate(requests)]
-    await until(supervisor, lambda status: status.running_rows > 0)
+    await until(supervisor, lambda status: status.engine.running_rows > 0)
     return tasks
 
 
@@ -113,7 +113,7 @@ def ready(status: SupervisorStatus) -> bool:
 
 def idle(status: SupervisorStatus) -> bool:
     gauges = (status.requests_in_flight, status.pictures_in_flight)
-    return not any((*gauges, status.queued_pictures, status.running_rows))
+    return not any((*gauges, status.engine.queued_pictures, status.engine.running_rows))
 
 
 def refusals(supervisor: Supervisor) -> dict[str, int]:
@@ -141,7 +141,7 @@ def test_pictures_come_in_order_with_their_seeds(
     assert supervisor.facts.resolution == 64
     assert status.reason == ""
     assert status.load_seconds is not None
-    assert status.seconds_per_call
+    assert status.engine.seconds_per_call
 
 
 def test_the_engines_refusal_reaches_the_one_who_asked(
@@ -250,7 +250,7 @@ def test_an_engine_that_is_killed_under_load_is_replaced_and_every_request_answe
         runner.run(kill())
     after = supervisor.status()
     assert after.restarts_total - before.restarts_total == 3
-    assert after.calls_total > before.calls_total  # the counters continue
+    assert after.engine.calls_total > before.engine.calls_total  # the counters continue
     assert dict(after.losses)["engine_died"] - dict(before.losses)["engine_died"] == 12
 
 
@@ -358,6 +358,33 @@ def test_an_engine_that_is_frozen_is_down_until_it_resumes(
         os.kill(pid, signal.SIGCONT)
         await until(supervisor, ready)
         assert (await supervisor.generate(request(), 1))[0].finish_reason == "BLACK"
+        assert supervisor.status().engine_pid == pid
+        await supervisor.close()
+
+    runner.run(live())
+
+
+def test_an_engine_that_stops_in_the_middle_of_a_picture_delays_nobody_else(
+    runner: asyncio.Runner, tmp_path: Path
+) -> None:
+    async def live() -> None:
+        supervisor = misbehaving("stops_in_a_frame", tmp_path, EngineTimeouts(quiet_s=1.0))
+        await supervisor.start()
+        pid = supervisor.status().engine_pid
+        assert pid is not None
+        asking = asyncio.create_task(supervisor.generate(request(width=256, height=256), 1))
+        turns_s = []
+        while supervisor.status().state == "ready":  # as /ping asks
+            began = time.monotonic()
+            await asyncio.sleep(0.001)
+            turns_s.append(time.monotonic() - began)
+        assert "no sign of life" in supervisor.status().reason
+        assert sorted(turns_s)[len(turns_s) // 2] < 0.05
+        assert not asking.done()
+        os.kill(pid, signal.SIGCONT)
+        async with asyncio.timeout(LONG_S):
+            (picture,) = await asking
+        assert picture.pixels.shape == (256, 256, 3)
         assert supervisor.status().engine_pid == pid
         await supervisor.close()
 
