@@ -125,17 +125,17 @@ def bounded(document: dict[str, Any]) -> dict[str, Any]:
     """Return the description with small pictures and few steps; num_inference_steps is required."""
     smaller = copy.deepcopy(document)
     schemas = smaller["components"]["schemas"]
-    as_json, as_huggingface = schemas["JsonRequest"], schemas["HuggingFaceRequest"]
-    parameters = as_huggingface["properties"]["parameters"]["anyOf"][0]
-    for owner in (as_json, parameters):
-        owner["required"] = [*owner.get("required", ()), "num_inference_steps"]
-        for name, most in _BOUNDS.items():
-            owner["properties"][name]["maximum"] = most
-    as_huggingface["required"] = [*as_huggingface["required"], "parameters"]
-    for owner, name in ((as_json, "prompt"), (as_huggingface, "inputs")):
-        for choice in owner["properties"][name]["oneOf"]:
-            if choice["type"] == "array":
-                choice["maxItems"] = _MOST_PROMPTS
+    parameters = schemas["Parameters"]
+    for name, most in _BOUNDS.items():
+        parameters["properties"][name]["maximum"] = most
+    for name, key in (
+        *(("JsonRequest", "num_inference_steps"), ("Parameters", "num_inference_steps")),
+        ("HuggingFaceRequest", "parameters"),
+    ):
+        schemas[name]["required"] = [*schemas[name].get("required", ()), key]
+    for choice in schemas["Prompts"]["oneOf"]:
+        if choice["type"] == "array":
+            choice["maxItems"] = _MOST_PROMPTS
     return smaller
 
 

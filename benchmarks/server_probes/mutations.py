@@ -11,16 +11,19 @@ import random
 from dataclasses import dataclass
 from typing import Final
 
-from dreambooth.serving.contract.openapi import JSON_EXAMPLES
+from dreambooth.serving.contract import openapi
 
 _SMALL: Final = {"width": 64, "height": 64, "num_inference_steps": 1, "num_images_per_prompt": 1}
+_EVERY_KEY: Final = openapi.document()["paths"]["/invocations"]["post"]["requestBody"]["content"][
+    "application/json"
+]["examples"]["every key"]
 _BODIES: Final = (
     b"a cat",
     b'"a cat"',
     json.dumps({"prompt": "a cat", **_SMALL}).encode(),
     json.dumps({"prompt": ["a", "b"], "negative_prompt": ["c", "d"], **_SMALL}).encode(),
     json.dumps({"inputs": "a cat", "parameters": {**_SMALL, "seed": 2**64 - 1}}).encode(),
-    json.dumps({**JSON_EXAMPLES["every key"], **_SMALL, "prompt": "a", "eta": 0.5}).encode(),
+    json.dumps({**_EVERY_KEY["value"], **_SMALL, "prompt": "a", "eta": 0.5}).encode(),
 )
 _TYPES: Final = (
     *("application/json", "application/json; charset=utf-8", "APPLICATION/JSON;charset=UTF-8"),

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from dreambooth.model_folder.component_classes import (
     TEXT_FAMILIES,
     TextFamily,
 )
-from dreambooth.model_folder.headers import int_of_at_most
 
 INDEX = "model_index.json"
 MODEL_INFO = "__model_info__.json"
@@ -134,7 +133,7 @@ def read_json(path: Path, *, limits: Limits = LIMITS) -> dict[str, Any]:
 
     Raises ModelArtifactError for a file that is missing, too large or not a JSON object.
     """
-    number = int_of_at_most(limits.max_json_number_characters)
+    number = _int_of_at_most(limits.max_json_number_characters)
     try:
         if not path.is_file():
             raise ModelArtifactError(f"The model has no {path.parent.name}/{path.name} ({path}).")
@@ -157,6 +156,20 @@ def without_code_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in config.items()
         if key.lstrip("_") not in _CODE_SETTINGS
     }
+
+
+def _int_of_at_most(digits: int) -> Callable[[str], int]:
+    """Return a parser for the whole numbers of JSON that raises ValueError for longer ones.
+
+    They are refused before anything is computed with them, which could take very long.
+    """
+
+    def read(text: str) -> int:
+        if len(text) > digits:
+            raise ValueError(f"a number has {len(text)} digits")
+        return int(text)
+
+    return read
 
 
 def component_config(folder: Path, part: str, *, limits: Limits = LIMITS) -> dict[str, Any]:

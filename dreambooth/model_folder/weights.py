@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 _HARMLESS = "position_ids"
 _OTHER_PICKLES = (".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 _NAMED_AT_MOST = 3
-# The types that safetensors headers may name (`headers.DTYPE_BYTES`).
+# The types that safetensors headers may name (`headers.DTYPES`).
 _DTYPES = frozenset(
     (
         *(torch.float64, torch.float32, torch.float16, torch.bfloat16),

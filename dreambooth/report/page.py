@@ -1,7 +1,7 @@
 """Writes `report.html`, one page that shows what a training run did.
 
 The page contains everything itself (style, SVG charts, pictures as data URIs), loads nothing from
-the network, needs no JavaScript and is readable on a phone.
+the network, needs no JavaScript and is readable on a phone. `page.html.jinja` is its template.
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+import jinja2
+from markupsafe import Markup, escape
+
 from dreambooth.process import files
 from dreambooth.report import charts, pictures
-from dreambooth.report.html import STYLE, duration, section, table, text
-from dreambooth.report.pictures import Thumbnails
-from dreambooth.report.report_data import MetricsRow, ReportData
-from dreambooth.settings.hyperparameters import KNOBS, Hyperparameters
+from dreambooth.report.report_data import ReportData
+from dreambooth.settings.hyperparameters import KNOBS
 
 MAX_PICTURE_BYTES = 8_000_000
 """Of all data URIs together: several times what an ordinary run takes; a phone still opens it."""
 MAX_WARNINGS = 40
+MAX_TEXT = 2_000  # characters of one prompt, name or setting
 
 
 def write(path: Path, data: ReportData, *, max_picture_bytes: int = MAX_PICTURE_BYTES) -> None:
@@ -35,119 +37,124 @@ def render(data: ReportData, *, max_picture_bytes: int = MAX_PICTURE_BYTES) -> s
     Pictures whose URIs would pass `max_picture_bytes` are left out and counted. Pictures that can
     no longer be read are left out too.
     """
-    thumbnails = Thumbnails(max_picture_bytes)
-    # The smallest sections come first: what they leave of their share goes to the larger ones.
-    with thumbnails.share_of(3):
-        class_images = pictures.class_images(data, thumbnails)
-    with thumbnails.share_of(2):
-        drawn = pictures.drawn(data, thumbnails)
-    with thumbnails.share_of(1):
-        instance_images = pictures.instance_images(data, thumbnails)
-    sections = [
-        _head(data),
-        _warnings(data.warnings),
-        drawn,
-        _curves(data),
-        instance_images,
-        class_images,
-        '<div class="twin">',
-        section("Time and memory", _costs(data)),
-        section("Plan", table(data.plan)),
-        section("Hyperparameters", _hyperparameters(data.settings)),
-        section("Versions", _versions(data)),
-        "</div>",
-    ]
-    if thumbnails.left_out:
-        sections.append(
-            f'<p class="note">{thumbnails.left_out} more pictures are left out to keep this page '
-            f"small ({max_picture_bytes / 1e6:g} MB of pictures at most).</p>"
-        )
+    outside = data.seconds - sum(seconds for _, seconds in data.phases)
+    phases = [("before and between the phases", max(0.0, outside)), *data.phases]
+    settings = [(knob, getattr(data.settings, knob.name)) for knob in KNOBS]
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        # The browser enforces that the page loads nothing and runs no script.
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
-        "img-src data:; style-src 'unsafe-inline'\">"
-        f"<title>{text(data.instance_prompt)} – training report</title>"
-        f"<style>{STYLE}</style></head>\n<body><main>\n"
-        + "\n".join(part for part in sections if part)
-        + "\n</main></body></html>\n"
+        templates()
+        .get_template("page.html.jinja")
+        .render(
+            data=data,
+            tiles=_tiles(data),
+            max_warnings=MAX_WARNINGS,
+            pictures=pictures.choose(data, max_bytes=max_picture_bytes),
+            max_crops=pictures.MAX_CROPS,
+            max_picture_bytes=max_picture_bytes,
+            curves=_curves(data),
+            smoothing_window=charts.smoothing_window(len(data.metrics)),
+            phases=phases,
+            longest=max(seconds for _, seconds in phases) or 1.0,
+            memory=(*_seconds_per_step(data), *data.memory),
+            settings=[(knob, value, value != knob.default) for knob, value in settings],
+            versions=(*data.versions, ("fingerprint of the data", data.data_fingerprint)),
+        )
     )
 
 
-def _head(data: ReportData) -> str:
-    tiles = [("steps", f"{data.steps}"), ("in all", duration(data.seconds))]
-    if data.steps != data.planned_steps:
-        tiles[0] = ("steps of " + str(data.planned_steps), str(data.steps))
-    per_step = _seconds_per_step(data.metrics)
-    if per_step is not None:
-        tiles.append(("per step (median)", duration(per_step)))
-    average = _average_loss(data)
-    if average is not None:
-        tiles.append(("train_avg_loss", f"{average:.4g}"))
+def templates() -> jinja2.Environment:
+    """Return the room's templates, which pass every value through `printable` and escape it.
+
+    Prompts, file names and settings come from strangers.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        finalize=printable,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"breakable": breakable, "duration": duration}
+    return environment
+
+
+def printable(value: object) -> str:
+    """Return a value's text, printable and cut after MAX_TEXT characters; our own HTML as it is."""
+    if isinstance(value, Markup):
+        return value
+    plain = str(value)
+    if len(plain) > MAX_TEXT:
+        plain = plain[:MAX_TEXT] + " …"
+    return "".join(c if c.isprintable() else _spelled(c) for c in plain)
+
+
+def _spelled(letter: str) -> str:
+    """Return a space or the escape code for a character that must not reach a page as it is.
+
+    These are control characters, writing-direction marks and lone surrogates.
+    """
+    return " " if letter.isspace() else letter.encode("unicode_escape").decode("ascii")
+
+
+def breakable(value: object) -> Markup:
+    """Return a name or value as HTML that a narrow screen may break after underscores."""
+    return escape(printable(value)).replace("_", Markup("_<wbr>"))
+
+
+def duration(seconds: float) -> str:
+    """Return a time with its unit: "34 ms", "8.2 s", "2 min 30 s" or "2 h 1 min"."""
+    if seconds < 1:
+        return f"{1000 * seconds:.0f} ms"
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _tiles(data: ReportData) -> list[tuple[str, str]]:
+    """Return (name, value) of the most important numbers."""
+    ended_early = data.steps != data.planned_steps
+    name = f"steps of {data.planned_steps}" if ended_early else "steps"
+    tiles = [(name, f"{data.steps}"), ("in all", duration(data.seconds))]
+    timed = [row.seconds for row in data.metrics if row.seconds is not None]
+    if timed:
+        tiles.append(("per step (median)", duration(statistics.median(timed))))
+    losses = [row.loss for row in data.metrics]
+    if losses and len(losses) == data.steps:  # else the mean were not the log's
+        tiles.append(("train_avg_loss", f"{statistics.fmean(losses):.4g}"))
     if data.fid_score is not None:
         tiles.append(("fid_score", f"{data.fid_score:.4g}"))
-    tiles += [(name, text) for name, text in data.memory if name.startswith("peak")][-1:]
-    shown_tiles = "".join(
-        f"<div><b>{text(value)}</b><span>{text(name)}</span></div>" for name, value in tiles
-    )
-    stopped = ""
-    if data.stopped is not None:
-        stopped = f'<p class="alarm"><b>The run was stopped.</b> {text(data.stopped[1])}</p>'
-    return (
-        f'<header><p class="kicker">DreamBooth training report</p>'
-        f"<h1>{text(data.instance_prompt)}</h1>"
-        f"<p>Fine-tuned from <b>{text(data.base)}</b> on {text(data.device)}, "
-        f"{text(data.finished_at)}.</p>{stopped}"
-        f'<div class="tiles">{shown_tiles}</div></header>'
-    )
+    return tiles + [(name, text) for name, text in data.memory if name.startswith("peak")][-1:]
 
 
-def _warnings(warnings: Sequence[str]) -> str:
-    if not warnings:
-        return ""
-    items = "".join(f"<li>{text(warning)}</li>" for warning in warnings[:MAX_WARNINGS])
-    if len(warnings) > MAX_WARNINGS:
-        items += f"<li>and {len(warnings) - MAX_WARNINGS} more in the log</li>"
-    return section("Warnings", f'<ul class="warnings">{items}</ul>')
-
-
-def _curves(data: ReportData) -> str:
+def _curves(data: ReportData) -> list[tuple[str, list[tuple[str, str]], str]]:
+    """Return each chart's title, (colour, label) of its legend, and SVG."""
     rows = data.metrics
     steps = [row.step for row in rows]
-    marks = []
-    if data.stopped is not None:
-        marks.append((float(data.stopped[0]), "stopped"))
+    marks = [] if data.stopped is None else [(float(data.stopped[0]), "stopped")]
     losses = [("instance loss", [row.instance_loss for row in rows])]
     if any(row.class_loss is not None for row in rows):
         class_loss = [math.nan if row.class_loss is None else row.class_loss for row in rows]
         losses.append(("class loss", class_loss))
-    curves = [
+    named_curves = [
         ("Loss", losses, True),
         ("Gradient norm", [("before clipping", [row.grad_norm for row in rows])], True),
         ("Learning rate", [("learning rate", [row.learning_rate for row in rows])], False),
     ]
-    figures = []
-    for title, named, smoothed in curves:
+    curves = []
+    for title, named, smoothed in named_curves:
         series = [
             charts.Series(label=label, x=steps, y=values, smoothed=smoothed)
             for label, values in named
         ]
-        chart = charts.line_chart(series, label=_summary(title, named), marks=marks)
-        key = "".join(
-            f'<span class="key"><i style="background:{charts.legend_colour(number)}"></i>'
-            f"{label}</span>"
+        legend = [
+            (charts.legend_colour(number), label)
             for number, (label, _) in enumerate(named)
             if label != title.lower()
-        )
-        figures.append(f"<figure><figcaption><b>{title}</b> {key}</figcaption>{chart}</figure>")
-    window = charts.smoothing_window(len(rows))
-    dots = f"Dots are single steps, lines their means over {window} steps. " if window > 1 else ""
-    note = (
-        f"{dots}The loss hangs mostly on the timestep that a step happens to draw: look at the "
-        "line, and at the pictures more than at either."
-    )
-    return section("Curves", f'<div class="charts">{"".join(figures)}</div>', note)
+        ]
+        chart = charts.line_chart(series, label=_summary(title, named), marks=marks)
+        curves.append((title, legend, chart))
+    return curves
 
 
 def _summary(title: str, named: Sequence[tuple[str, Sequence[float]]]) -> str:
@@ -164,68 +171,10 @@ def _summary(title: str, named: Sequence[tuple[str, Sequence[float]]]) -> str:
     return f"{title} over the steps. " + "; ".join(sentences)
 
 
-def _costs(data: ReportData) -> str:
-    outside = data.seconds - sum(seconds for _, seconds in data.phases)
-    phases = [("before and between the phases", max(0.0, outside)), *data.phases]
-    longest = max(seconds for _, seconds in phases) or 1.0
-    rows = "".join(
-        f'<tr><th>{text(name)}</th><td class="num">{duration(seconds)}</td><td class="bar">'
-        f'<i style="width:{100 * seconds / longest:.1f}%"></i></td></tr>'
-        for name, seconds in phases
-    )
-    more = []
+def _seconds_per_step(data: ReportData) -> list[tuple[str, str]]:
     timed = sorted(row.seconds for row in data.metrics if row.seconds is not None)
-    if timed:
-        slow = timed[min(len(timed) - 1, math.ceil(0.9 * len(timed)) - 1)]
-        more.append(
-            (
-                "seconds per step",
-                f"median {statistics.median(timed):.3g}, nine of ten at most {slow:.3g}",
-            )
-        )
-    return f'<table class="phases">{rows}</table>' + table((*more, *data.memory))
-
-
-def _hyperparameters(settings: Hyperparameters) -> str:
-    rows, changed = [], []
-    for knob in KNOBS:
-        value = getattr(settings, knob.name)
-        kind, note = "", ""
-        if value != knob.default:
-            kind, note = ' class="changed"', f"default {_breakable(knob.default)}"
-        row = (
-            f'<tr{kind}><th title="{text(knob.sentence)}">{_breakable(knob.name)}</th>'
-            f"<td>{_breakable(value)}</td><td>{note}</td></tr>"
-        )
-        rows.append(row)
-        if note:
-            changed.append(row)
-    first = (
-        f'<table class="settings">{"".join(changed)}</table>'
-        if changed
-        else "<p>All are at their defaults.</p>"
-    )
-    return (
-        f"{first}<details><summary>All {len(KNOBS)}; those off their default are marked</summary>"
-        f'<table class="settings">{"".join(rows)}</table></details>'
-    )
-
-
-def _breakable(value: object) -> str:
-    """Return a name or value as HTML that a narrow screen may break after underscores."""
-    return text(value).replace("_", "_<wbr>")
-
-
-def _versions(data: ReportData) -> str:
-    return table((*data.versions, ("fingerprint of the data", data.data_fingerprint)))
-
-
-def _average_loss(data: ReportData) -> float | None:
-    """Return the mean loss of all steps, the log's train_avg_loss; None where steps are missing."""
-    losses = [row.loss for row in data.metrics]
-    return statistics.fmean(losses) if losses and len(losses) == data.steps else None
-
-
-def _seconds_per_step(rows: Sequence[MetricsRow]) -> float | None:
-    timed = [row.seconds for row in rows if row.seconds is not None]
-    return statistics.median(timed) if timed else None
+    if not timed:
+        return []
+    slow = timed[min(len(timed) - 1, math.ceil(0.9 * len(timed)) - 1)]
+    text = f"median {statistics.median(timed):.3g}, nine of ten at most {slow:.3g}"
+    return [("seconds per step", text)]

@@ -1,4 +1,4 @@
-"""Makes the picture sections of the report page from thumbnails under a cap.
+"""Chooses the pictures of the report page and makes their thumbnails under a cap.
 
 Thumbnails are data URIs. One picture is in memory at a time. A picture that can no longer be read
 is left out.
@@ -18,7 +18,6 @@ from PIL import Image
 
 from dreambooth.data import images
 from dreambooth.data.picture_files import PictureError
-from dreambooth.report.html import section, text
 from dreambooth.report.report_data import InstancePicture, ReportData
 
 MAX_INSTANCE_IMAGES = 40
@@ -35,11 +34,43 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Thumbnail:
-    """A shrunk picture. uri: `data:image/...;base64,...`; width, height: in pixels."""
+    """A shrunk picture. uri: `data:image/...;base64,...`; width, height: in pixels; alt: a name."""
 
     uri: str
     width: int
     height: int
+    alt: str
+
+    @property
+    def lossless(self) -> bool:
+        """Return whether it is so small that it is a PNG and is shown with sharp pixels."""
+        return max(self.width, self.height) <= _LOSSLESS_SIDE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """An instance image of `width` x `height` pixels, whole and upright, and some of its crops.
+
+    outlined: the outlines of its crops can be drawn over the whole picture.
+    """
+
+    picture: InstancePicture
+    width: int
+    height: int
+    whole: Thumbnail
+    crops: Sequence[Thumbnail]
+    outlined: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShownPictures:
+    """The pictures of each section. steps: (step, picture). left_out: how many the cap left out."""
+
+    final: Thumbnail | None
+    steps: Sequence[tuple[int, Thumbnail]]
+    instance_images: Sequence[Card]
+    class_images: Sequence[Thumbnail]
+    left_out: int
 
 
 class Thumbnails:
@@ -62,7 +93,7 @@ class Thumbnails:
         yield
         self._kept_bytes = 0
 
-    def make(self, image: Image.Image, *, side: int) -> Thumbnail | None:
+    def make(self, image: Image.Image, *, side: int, alt: str) -> Thumbnail | None:
         """Return an RGB picture of at most `side` pixels, never enlarged; None above the cap."""
         if self._full:
             self.left_out += 1
@@ -77,7 +108,7 @@ class Thumbnails:
             self._full = True  # all that follow are left out, so there are no gaps in the middle
             return None
         self._remaining_bytes -= len(uri)
-        return Thumbnail(uri=uri, width=size[0], height=size[1])
+        return Thumbnail(uri=uri, width=size[0], height=size[1], alt=alt)
 
 
 def _data_uri(image: Image.Image) -> str:
@@ -91,132 +122,72 @@ def _data_uri(image: Image.Image) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
-def drawn(data: ReportData, thumbnails: Thumbnails) -> str:
-    """Return the section of the final sample picture and those over the steps, "" without any."""
-    final, strip = "", []
-    thumbnail = None
-    if data.last_sample is not None:
-        thumbnail = thumbnails.make(data.last_sample, side=_FINAL)
-    if thumbnail is not None:
-        figure = _figure(thumbnail, f"after the last step, {data.steps}", data.sample_prompt)
-        final = f'<div class="final">{figure}</div>'
-    for step, path in _spread(data.step_pictures, MAX_STEP_PICTURES):
-        thumbnail = _thumbnail_of(path, thumbnails, side=_STEP)
-        if thumbnail is not None:
-            strip.append(_figure(thumbnail, f"step {step}", f"{data.sample_prompt}, step {step}"))
-    steps = f'<div class="strip">{"".join(strip)}</div>' if strip else ""
-    if not final and not steps:
-        return ""
-    note = f"Prompt: <q>{text(data.sample_prompt)}</q>; the same seed every time."
-    if len(data.step_pictures) > len(strip):
-        note += f" All {len(data.step_pictures)} are in <code>samples/</code>."
-    if not data.step_pictures:
-        note += " Set <code>sample_steps</code> to see pictures over the steps."
-    both = " both" if final and steps else ""
-    return section("What it draws", f'<div class="drawn{both}">{final}{steps}</div>', note)
-
-
-def instance_images(data: ReportData, thumbnails: Thumbnails) -> str:
-    """Return the section of the instance images, each upright and whole beside its crops."""
-    cards = []
-    for picture in data.instance_pictures[:MAX_INSTANCE_IMAGES]:
-        try:
-            image = images.open_image(picture.path)
-        except PictureError:
-            continue
-        card = _card(picture, image, data.resolution, thumbnails)
-        if card:
-            cards.append(card)
-    note = (
-        "The whole picture, upright, and beside it what the model sees of it: squares of "
-        f"{data.resolution} x {data.resolution} pixels. Outlines show every cached crop, "
-        "coloured ones those beside."
+def choose(data: ReportData, *, max_bytes: int) -> ShownPictures:
+    """Return the pictures of the page, whose URIs take at most `max_bytes` together."""
+    thumbnails = Thumbnails(max_bytes)
+    final = None
+    # The smallest sections come first: what they leave of their share goes to the larger ones.
+    with thumbnails.share_of(3):
+        class_images = [
+            thumbnail
+            for path in _spread(data.class_images, MAX_CLASS_IMAGES)
+            if (thumbnail := _thumbnail_of(path, thumbnails, side=_CLASS, alt=path.name))
+        ]
+    with thumbnails.share_of(2):
+        if data.last_sample is not None:
+            final = thumbnails.make(data.last_sample, side=_FINAL, alt=data.sample_prompt)
+        steps = []
+        for step, path in _spread(data.step_pictures, MAX_STEP_PICTURES):
+            alt = f"{data.sample_prompt}, step {step}"
+            if thumbnail := _thumbnail_of(path, thumbnails, side=_STEP, alt=alt):
+                steps.append((step, thumbnail))
+    with thumbnails.share_of(1):
+        instance_images = [
+            card
+            for picture in data.instance_pictures[:MAX_INSTANCE_IMAGES]
+            if (card := _card(picture, data.resolution, thumbnails))
+        ]
+    return ShownPictures(
+        final=final,
+        steps=steps,
+        instance_images=instance_images,
+        class_images=class_images,
+        left_out=thumbnails.left_out,
     )
-    count = len(data.instance_pictures)
-    if len(cards) < count:
-        note += f" {count} were trained on, {_count_of(cards)} of them here."
-    return section("Instance images", f'<div class="cards">{"".join(cards)}</div>', note)
 
 
-def _card(
-    picture: InstancePicture, image: Image.Image, resolution: int, thumbnails: Thumbnails
-) -> str:
-    """Return one instance image with outlines of its crops, and some crops; "" above the cap."""
-    whole = thumbnails.make(image, side=_WHOLE)
-    if whole is None:
-        return ""
+def _card(picture: InstancePicture, resolution: int, thumbnails: Thumbnails) -> Card | None:
+    """Return an instance image with some crops; None above the cap or where it cannot be read."""
+    try:
+        image = images.open_image(picture.path)
+    except PictureError:
+        return None
     name = picture.path.name
+    whole = thumbnails.make(image, side=_WHOLE, alt=name)
+    if whole is None:
+        return None
     resized = images.resize(image, resolution)
     crops = []
-    for number, (left, top) in enumerate(picture.offsets[:MAX_CROPS]):
-        box = (left, top, left + resolution, top + resolution)
-        crop = thumbnails.make(resized.crop(box), side=_CROP)
-        if crop is not None:
-            crops.append(_image(crop, f"crop {number + 1} of {name}", kind=f"c{number}"))
-    count = len(picture.offsets)
-    crop_count = f"{count} crops" if count > 1 else "1 crop"
-    if count > len(crops):
-        crop_count += f", {_count_of(crops)} of them here"
-    return (
-        f'<figure class="card"><div class="pair"><div class="whole">{_image(whole, name)}'
-        f"{_outlines(picture, image.size, resolution)}</div>"
-        f'<div class="crops n{len(crops)}">{"".join(crops)}</div></div><figcaption>{text(name)} '
-        f"<span>{image.width} x {image.height}, {crop_count}</span></figcaption></figure>"
+    for number, (left, top) in enumerate(picture.offsets[:MAX_CROPS], start=1):
+        crop = resized.crop((left, top, left + resolution, top + resolution))
+        if thumbnail := thumbnails.make(crop, side=_CROP, alt=f"crop {number} of {name}"):
+            crops.append(thumbnail)
+    # Without outlines: only a part of the picture was resized, or the crop is the whole picture.
+    narrow = max(image.size) > images.MAX_SHAPE_RATIO * min(image.size)
+    return Card(
+        picture=picture,
+        width=image.width,
+        height=image.height,
+        whole=whole,
+        crops=crops,
+        outlined=not narrow and max(picture.size) != resolution,
     )
 
 
-def _outlines(picture: InstancePicture, size: tuple[int, int], resolution: int) -> str:
-    """Return the squares of all crops as an overlay for the whole picture of `size`."""
-    if max(size) > images.MAX_SHAPE_RATIO * min(size) or max(picture.size) == resolution:
-        return ""  # only a part of it was resized, or the crop is the whole picture
-    rectangles = []
-    for number, (left, top) in reversed(list(enumerate(picture.offsets))):  # coloured ones on top
-        kind = f' class="here c{number}"' if number < MAX_CROPS else ""
-        rectangles.append(
-            f'<rect{kind} x="{left}" y="{top}" width="{resolution}" height="{resolution}"/>'
-        )
-    width, height = picture.size
-    return (
-        f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none" aria-hidden="true">'
-        f"{''.join(rectangles)}</svg>"
-    )
-
-
-def class_images(data: ReportData, thumbnails: Thumbnails) -> str:
-    """Return the section with a sample of the class images, "" for a run without them."""
-    if not data.class_images:
-        return ""
-    pictures = []
-    for path in _spread(data.class_images, MAX_CLASS_IMAGES):
-        thumbnail = _thumbnail_of(path, thumbnails, side=_CLASS)
-        if thumbnail is not None:
-            pictures.append(_image(thumbnail, path.name))
-    count = len(data.class_images)
-    note = f"Prompt: <q>{text(data.class_prompt or '')}</q>; {count} in all"
-    note += f", {_count_of(pictures)} of them here." if len(pictures) < count else "."
-    return section("Class images", f'<div class="grid">{"".join(pictures)}</div>', note)
-
-
-def _count_of(shown: Sequence[str]) -> str:
-    return str(len(shown) or "none")
-
-
-def _figure(thumbnail: Thumbnail, caption: str, alt: str) -> str:
-    return f"<figure>{_image(thumbnail, alt)}<figcaption>{text(caption)}</figcaption></figure>"
-
-
-def _image(thumbnail: Thumbnail, alt: str, *, kind: str = "") -> str:
-    small = "small" if max(thumbnail.width, thumbnail.height) <= _LOSSLESS_SIDE else ""
-    return (
-        f'<img class="{small} {kind}" src="{thumbnail.uri}" width="{thumbnail.width}" '
-        f'height="{thumbnail.height}" alt="{text(alt)}">'
-    )
-
-
-def _thumbnail_of(path: Path, thumbnails: Thumbnails, *, side: int) -> Thumbnail | None:
+def _thumbnail_of(path: Path, thumbnails: Thumbnails, *, side: int, alt: str) -> Thumbnail | None:
     """Return a file's thumbnail; None above the cap or where it can no longer be read."""
     try:
-        return thumbnails.make(images.open_image(path), side=side)
+        return thumbnails.make(images.open_image(path), side=side, alt=alt)
     except PictureError:
         return None
 

@@ -198,14 +198,13 @@ def test_the_same_seed_makes_the_same_cases() -> None:
 
 def test_good_requests_are_made_small() -> None:
     smaller = generated.bounded(openapi.document())["components"]["schemas"]
-    for owner in (
-        smaller["JsonRequest"],
-        smaller["HuggingFaceRequest"]["properties"]["parameters"]["anyOf"][0],
-    ):
-        assert owner["properties"]["width"]["maximum"] == 64
-        assert owner["properties"]["num_inference_steps"]["maximum"] == 2
-        assert "num_inference_steps" in owner["required"]
-    assert openapi.document()["components"]["schemas"]["JsonRequest"] != smaller["JsonRequest"]
+    for key, most in (("width", 64), ("height", 64), ("num_inference_steps", 2)):
+        assert smaller["Parameters"]["properties"][key]["maximum"] == most
+        place = {"$ref": f"#/components/schemas/Parameters/properties/{key}"}
+        assert smaller["JsonRequest"]["properties"][key] == place
+    for name in ("JsonRequest", "Parameters"):
+        assert "num_inference_steps" in smaller[name]["required"]
+    assert openapi.document()["components"]["schemas"]["Parameters"] != smaller["Parameters"]
 
 
 def test_a_figure_says_whether_it_is_within_its_bound() -> None:

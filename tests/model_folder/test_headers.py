@@ -19,13 +19,16 @@ def entry(begin: object = 0, end: object = 8, dtype: str = "F32", shape: object 
     return {"dtype": dtype, "shape": [2] if shape is None else shape, "data_offsets": [begin, end]}
 
 
+FIELDS = b'"dtype": "F32", "shape": [2], "data_offsets": [0, 8]'
+
+
 def write(path: Path, header: object, data: bytes = b"\0" * 8, length: int | None = None) -> Path:
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(raw) if length is None else length) + raw + data)
     return path
 
 
-def test_entries_come_in_the_order_of_the_data(tmp_path: Path) -> None:
+def test_entries_come_in_the_order_of_the_header(tmp_path: Path) -> None:
     header = {
         "__metadata__": {"format": "pt"},
         "b": entry(8, 12, "F16"),
@@ -34,11 +37,11 @@ def test_entries_come_in_the_order_of_the_data(tmp_path: Path) -> None:
         "ids": entry(12, 28, "I64"),
     }
     found = read_header(write(tmp_path / "x.safetensors", header, b"\0" * 28))
-    assert [(e.name, e.count, e.bytes, e.is_float) for e in found] == [
-        ("a", 2, 8, True),
-        ("b", 2, 4, True),
-        ("empty", 0, 0, True),
-        ("ids", 2, 16, False),
+    assert [(e.name, e.dtype, e.count, e.is_float) for e in found] == [
+        ("b", "F16", 2, True),
+        ("a", "F32", 2, True),
+        ("empty", "F32", 0, True),
+        ("ids", "I64", 2, False),
     ]
 
 
@@ -50,6 +53,13 @@ def test_entries_come_in_the_order_of_the_data(tmp_path: Path) -> None:
         b"[" * 100_000,
         b'{"a": {"dtype": "F32", "shape": [' + b"9" * 5000 + b'], "data_offsets": [0, 8]}}',
         b'{"a": 1, "a": 2}',
+        b'{"a": {%b}, "a": {%b}}' % (FIELDS, FIELDS),
+        b'{"a": {%b}, "\\u0061": {%b}}' % (FIELDS, FIELDS),
+        b'{"a": {"dtype": "F16", %b}}' % FIELDS,
+        b'{"a": {%b}, "__metadata__": {"x": "y", "x": "z"}}' % FIELDS,
+        b'{"\xff": {%b}}' % FIELDS,
+        b'{"\\ud800": {%b}}' % FIELDS,
+        b'{"a": {%b, "more": %b1%b}}' % (FIELDS, b"[" * 100_000, b"]" * 100_000),
         [1],
         {"a": 1},
         {"a": {"dtype": "F32", "shape": [2]}},
@@ -73,15 +83,33 @@ def test_entries_come_in_the_order_of_the_data(tmp_path: Path) -> None:
         {"a": entry(), "b": entry(16, 24)},
         {"a": entry(), "__metadata__": {"x": 1}},
         {"a": entry(), "__metadata__": []},
+        {"a": entry(), "__metadata__": None},
+        {"a": ["F32", [2], [0, 8]]},
+        {"a": None},
+        {"a": entry(shape=[1] * 200_000 + [2])},
+        {"a": entry(0, 1, "F4")},
+        {"a": entry(dtype="C64", shape=[1])},
+        {"a": entry(dtype="x\n\x1b\u202e" * 100_000)},
+        {"a\n\x1b": entry(shape=[3])},
         {},
     ],
-    ids=str,
+    ids=lambda header: str(header)[:60],
 )
 def test_malformed_headers_are_refused_with_the_name_of_the_file(
     tmp_path: Path, header: object
 ) -> None:
     path = write(tmp_path / "bad.safetensors", header)
-    with pytest.raises(ModelArtifactError, match=r"bad\.safetensors"):
+    with pytest.raises(ModelArtifactError, match=r"bad\.safetensors") as caught:
+        read_header(path)
+    assert str(caught.value).isprintable()
+    assert str(caught.value).endswith(".")
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("data", [b"", b"\0" * 7, b"\0" * 9], ids=len)
+def test_data_of_another_length_are_refused(tmp_path: Path, data: bytes) -> None:
+    path = write(tmp_path / "bad.safetensors", {"a": entry()}, data)
+    with pytest.raises(ModelArtifactError, match="not fully covered"):
         read_header(path)
 
 

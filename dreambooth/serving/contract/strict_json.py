@@ -1,7 +1,8 @@
 """Parse JSON from untrusted clients into plain Python values.
 
-It reads RFC 8259 in UTF-8, and refuses what other parsers disagree about: duplicate keys, lone
-surrogates, numbers that a double cannot hold. Nesting is bounded, and time is linear in the length.
+It reads RFC 8259 in UTF-8 with Python's own decoder, and refuses what other parsers disagree about:
+duplicate keys, lone surrogates, numbers that a double cannot hold. Nesting and the number of values
+are bounded, and time is linear in the length.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from typing import Any, NoReturn
 from dreambooth.errors import RequestError
 from dreambooth.limits import LIMITS, Limits
 
-# A whole string, or a bracket or comma outside of all strings. The closing quote is optional, so
-# that an unterminated string is one match to the end and not a new search from every quote in it.
-_TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[][{},]', re.DOTALL)
+# A whole string, or a bracket or comma outside of all strings; the group takes part in those that
+# another value follows. The closing quote is optional, so that an unterminated string is one match
+# to the end and not a new search from every quote in it.
+_TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[\]{},]((?<=,)|(?<=[\[{])(?!\s*[\]}]))?', re.DOTALL)
 _DEPTH_BY_MARK = {"[": 1, "{": 1, "]": -1, "}": -1}
+_TOKENS_PER_VALUE = 4  # at most: its brackets, its key and a comma
 
 
 def loads(body: bytes | bytearray | str, *, limits: Limits = LIMITS) -> Any:
@@ -37,21 +40,30 @@ def loads(body: bytes | bytearray | str, *, limits: Limits = LIMITS) -> Any:
                 f"The body's JSON holds a number of {len(literal)} characters; at most "
                 f"{limits.max_json_number_characters} are read."
             )
+        if not math.isfinite(float(literal)):
+            raise RequestError(
+                f"The body's JSON holds the number {literal}, which is out of range."
+            )
         return literal
 
     try:
         value = json.loads(
             text,
             parse_int=lambda literal: int(number(literal)),
-            parse_float=lambda literal: _finite(number(literal)),
+            parse_float=lambda literal: float(number(literal)),
             parse_constant=_refuse_constant,
             object_pairs_hook=_without_duplicates,
         )
+        # Lone surrogates come from escapes such as \ud800 without their second half.
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
     except json.JSONDecodeError as error:
         raise RequestError(
             f"The body is not valid JSON: {error.msg} (line {error.lineno}, column {error.colno})."
         ) from error
-    _check_strings(value)
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            "The body's JSON holds a lone surrogate, which is no character."
+        ) from error
     return value
 
 
@@ -74,29 +86,20 @@ def _check_size(text: str, limits: Limits) -> None:
     """Refuse too many values and too deep nesting before anything is built.
 
     Python's decoder recurses, but never deeper than the running count of brackets: it stops at the
-    first bracket that does not match.
+    first bracket that does not match. Of valid JSON the count of values is exact; of other texts
+    the decoder never builds more.
     """
-    depth = marks = strings = 0
-    for token in _TOKEN.finditer(text):
-        first = text[token.start()]
-        marks += first != '"'
-        strings += first == '"'
-        # A value takes about two marks or two strings: its brackets, or its key and its text.
-        if max(marks, strings) > 2 * limits.max_json_values:
+    depth, values = 0, 1
+    for tokens, token in enumerate(_TOKEN.finditer(text), start=1):
+        values += token[1] is not None
+        if max(values, tokens / _TOKENS_PER_VALUE) > limits.max_json_values:
             raise RequestError(f"The body's JSON holds more than {limits.max_json_values} values.")
-        depth += _DEPTH_BY_MARK.get(first, 0)
+        depth += _DEPTH_BY_MARK.get(text[token.start()], 0)
         if depth > limits.max_json_depth:
             raise RequestError(
                 f"The body's JSON is nested deeper than {limits.max_json_depth} levels; a request "
                 "needs three."
             )
-
-
-def _finite(literal: str) -> float:
-    value = float(literal)
-    if not math.isfinite(value):
-        raise RequestError(f"The body's JSON holds the number {literal}, which is out of range.")
-    return value
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -110,24 +113,6 @@ def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
             raise RequestError(f"The body's JSON gives the key {printable(key)} twice.")
         found[key] = value
     return found
-
-
-def _check_strings(value: object) -> None:
-    """Refuse lone surrogates: escapes such as \\ud800 without their second half."""
-    if isinstance(value, str):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise RequestError(
-                "The body's JSON holds a lone surrogate, which is no character."
-            ) from error
-    elif isinstance(value, list):
-        for item in value:
-            _check_strings(item)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            _check_strings(key)
-            _check_strings(item)
 
 
 def printable(value: object) -> str:

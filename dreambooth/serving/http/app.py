@@ -34,7 +34,7 @@ from dreambooth.serving.supervision.counters import State, SupervisorStatus
 from dreambooth.settings.serve_options import ServeSettings
 
 JSON: Final = "application/json"
-ATTRIBUTES: Final = openapi.ATTRIBUTES
+ATTRIBUTES: Final = "X-Amzn-SageMaker-Custom-Attributes"
 # AWS, InvokeEndpoint: CustomAttributes, at most 1,024 characters of US-ASCII.
 MAX_ATTRIBUTES_CHARACTERS: Final = 1_024
 # Batch transform sends this many records at once; more would only wait in the queue.

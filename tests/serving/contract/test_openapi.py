@@ -1,3 +1,5 @@
+"""Holds the static document against the code: keys, caps, defaults, formats, statuses, examples."""
+
 from __future__ import annotations
 
 import json
@@ -8,14 +10,34 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dreambooth.diffusion.sampling_request import SamplingFacts
+from dreambooth import __version__
+from dreambooth.diffusion.sampling_request import SMALLEST_UNIT, SamplingFacts
 from dreambooth.errors import RequestError
 from dreambooth.limits import LIMITS
 from dreambooth.serving.contract import openapi, reply, request
 from dreambooth.serving.contract.reply import Picture
+from dreambooth.serving.http import app
 
 FACTS = SamplingFacts(resolution=512, unit=8, max_steps=999)
-DOCUMENT = openapi.document()
+RAW = openapi.document()
+
+
+def resolved(value: Any) -> Any:
+    """Return a part of the document with what its references name in their place."""
+    if isinstance(value, list):
+        return [resolved(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    found: dict[str, Any] = {}
+    if "$ref" in value:
+        place: Any = RAW
+        for key in value["$ref"].removeprefix("#/").split("/"):
+            place = place[key]
+        found = resolved(place)
+    return found | {key: resolved(item) for key, item in value.items() if key != "$ref"}
+
+
+DOCUMENT = resolved(RAW)
 SCHEMAS = DOCUMENT["components"]["schemas"]
 INVOCATIONS = DOCUMENT["paths"]["/invocations"]["post"]
 COMMON_ERRORS = {"405", "408", "431"}  # replies that the routes and the guard may give anywhere
@@ -36,10 +58,12 @@ def examples(content_type: str) -> dict[str, Any]:
     return {name: example["value"] for name, example in content["examples"].items()}
 
 
+TEXT_EXAMPLES = examples("application/x-text")
+JSON_EXAMPLES = examples("application/json")
+
+
 def fits(value: object, schema: dict[str, Any]) -> bool:
     """Return whether a value matches a schema, for the schema keywords that the document uses."""
-    if "$ref" in schema:
-        return fits(value, SCHEMAS[schema["$ref"].rpartition("/")[2]])
     if "oneOf" in schema:
         return sum(fits(value, each) for each in schema["oneOf"]) == 1
     if "anyOf" in schema:
@@ -80,16 +104,16 @@ def nodes(value: object) -> Iterator[dict[str, Any]]:
 
 
 def test_it_is_json_and_every_reference_leads_somewhere() -> None:
-    assert json.loads(json.dumps(DOCUMENT)) == DOCUMENT
-    references = [node["$ref"] for node in nodes(DOCUMENT) if "$ref" in node]
-    assert {name.rpartition("/")[2] for name in references} == set(SCHEMAS)
-    assert all(name.startswith("#/components/schemas/") for name in references)
+    assert json.loads(json.dumps(RAW)) == RAW
+    assert RAW["info"]["version"] == __version__
+    references = {node["$ref"].split("/", 4)[3] for node in nodes(RAW) if "$ref" in node}
+    assert references == set(SCHEMAS) | set(RAW["components"]["responses"])
 
 
 def test_its_own_requests_are_read() -> None:
-    for text in examples("application/x-text").values():
+    for text in TEXT_EXAMPLES.values():
         request.parse("application/x-text", text, FACTS)
-    for payload in examples("application/json").values():
+    for payload in JSON_EXAMPLES.values():
         request.parse("application/json", json.dumps(payload), FACTS)
         schema = INVOCATIONS["requestBody"]["content"]["application/json"]["schema"]
         assert fits(payload, schema)
@@ -101,7 +125,7 @@ def test_every_content_type_key_format_and_status_is_described() -> None:
     huggingface = SCHEMAS["HuggingFaceRequest"]["properties"]
     assert tuple(huggingface) == request.HUGGINGFACE_KEYS
     assert tuple(huggingface["parameters"]["anyOf"][0]["properties"]) == request.PARAMETERS
-    assert set(examples("application/json")["every key"]) == set(request.KEYS)
+    assert set(JSON_EXAMPLES["every key"]) == set(request.KEYS)
     formats = INVOCATIONS["responses"]["200"]["content"]
     assert list(formats) == [format.media_type for format in reply.FORMATS]
     statuses = {"200", "400", "406", "413", "415", "500", "503", "507"}
@@ -138,11 +162,11 @@ def test_its_defaults_are_the_parsers() -> None:
             assert getattr(found, key) == schema["default"]
 
 
-@pytest.mark.parametrize("name", list(openapi.JSON_EXAMPLES) + list(openapi.TEXT_EXAMPLES))
+@pytest.mark.parametrize("name", [*JSON_EXAMPLES, *TEXT_EXAMPLES])
 def test_replies_are_as_described(name: str) -> None:
-    text = openapi.TEXT_EXAMPLES.get(name)
+    text = TEXT_EXAMPLES.get(name)
     kind = "application/json" if text is None else "application/x-text"
-    body = json.dumps(openapi.JSON_EXAMPLES[name]) if text is None else text
+    body = json.dumps(JSON_EXAMPLES[name]) if text is None else text
     asked = replace(request.parse(kind, body, FACTS), width=8, height=8)
     pixels = np.zeros((8, 8, 3), np.uint8)
     pictures = [
@@ -156,7 +180,57 @@ def test_replies_are_as_described(name: str) -> None:
         assert fits(json.loads(content), schema)
 
 
-def test_the_caps_are_those_given() -> None:
-    small = openapi.document(limits=replace(LIMITS, max_generated_side_pixels=640))
-    schemas = small["components"]["schemas"]
-    assert schemas["JsonRequest"]["properties"]["width"]["maximum"] == 640
+def test_its_caps_and_defaults_are_the_codes() -> None:
+    text = {"type": "string", "maxLength": LIMITS.max_prompt_characters}
+    most = LIMITS.max_request_pictures
+    texts = {"type": "array", "items": text, "minItems": 1, "maxItems": most}
+    side = {
+        "type": "integer",
+        "minimum": SMALLEST_UNIT,
+        "maximum": LIMITS.max_generated_side_pixels,
+        "multipleOf": SMALLEST_UNIT,
+    }
+    steps = {"type": "integer", "minimum": 1, "default": request.NUM_INFERENCE_STEPS}
+    guidance_scale = {
+        "type": "number",
+        "minimum": -LIMITS.max_guidance_scale,
+        "maximum": LIMITS.max_guidance_scale,
+        "default": request.GUIDANCE_SCALE,
+    }
+    seed = {"type": "integer", "minimum": 0, "maximum": request.SEED_COUNT - 1}
+    parameters = {
+        "height": side,
+        "width": side,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance_scale,
+        "negative_prompt": {"oneOf": [text, texts]},
+        "num_images_per_prompt": {"type": "integer", "minimum": 1, "maximum": most, "default": 1},
+        "eta": {"type": "number", "minimum": 0, "maximum": 1, "default": 0},
+        "seed": seed,
+        "batch_size": {"type": "integer", "minimum": 1, "maximum": LIMITS.max_generated_batch},
+    }
+    prompt = {"oneOf": [text, texts]}
+    described = SCHEMAS["JsonRequest"]["properties"]
+    bare = {
+        key: {name: bound for name, bound in schema.items() if name != "description"}
+        for key, schema in described.items()
+    }
+    assert bare == {"prompt": prompt, **parameters}
+    assert SCHEMAS["JsonRequest"]["required"] == ["prompt"]
+    huggingface = SCHEMAS["HuggingFaceRequest"]["properties"]
+    assert huggingface["inputs"] == prompt
+    named = {key: described[key] for key in request.PARAMETERS}
+    assert huggingface["parameters"]["anyOf"][0]["properties"] == named
+    assert SCHEMAS["TextRequest"].items() >= text.items()
+    for key in ("height", "width"):
+        assert f"at most {LIMITS.max_generated_pixels}." in described[key]["description"]
+    assert f"at most {most} pictures" in described["num_images_per_prompt"]["description"]
+    for name in ("TextReply", "JsonReply"):
+        facts = SCHEMAS[name]["properties"]
+        assert facts["seeds"]["items"] == seed
+        assert facts["finish_reasons"]["items"]["enum"] == list(reply.FINISH_REASONS)
+
+
+def test_every_reply_to_invocations_names_the_header_of_its_attributes() -> None:
+    for response in INVOCATIONS["responses"].values():
+        assert list(response["headers"]) == [app.ATTRIBUTES]

@@ -106,6 +106,34 @@ def test_what_stands_at_the_bounds_is_read() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("item", "count"),
+    [
+        *(("[]", 999), ("{}", 999), ("[ ]", 999), ("0", 999), ('",[]"', 999), ("null", 999)),
+        *(("[0]", 499), ('{"a": "b"}', 499), ('{"a": {}, "b": [\n]}', 333)),
+    ],
+)
+def test_the_bound_on_values_is_exact(item: str, count: int) -> None:
+    text = ",".join([item] * count)
+    assert len(strict_json.loads(f"[{text}]")) == count
+    assert strict_json.loads(json.dumps({f"k{n}": 0 for n in range(999)}))
+    for more in (f"[{text},[0]]", json.dumps({f"k{n}": 0 for n in range(1000)})):
+        assert "more than 1000 values" in refused(more)
+
+
+@given(values)
+def test_values_are_counted_as_they_are(value: Any) -> None:
+    def count(value: Any) -> int:
+        items = value.values() if isinstance(value, dict) else value
+        return 1 + sum(map(count, items)) if isinstance(value, dict | list) else 1
+
+    text = json.dumps(value)
+    assert strict_json.loads(text, limits=replace(LIMITS, max_json_values=count(value))) == value
+    if count(value) > 1:
+        with pytest.raises(RequestError, match="more than"):
+            strict_json.loads(text, limits=replace(LIMITS, max_json_values=count(value) - 1))
+
+
 def test_the_caps_are_those_given() -> None:
     assert strict_json.loads(b"[[]]", limits=replace(LIMITS, max_json_depth=2)) == [[]]
     with pytest.raises(RequestError, match="deeper than 1 levels"):
@@ -133,7 +161,21 @@ def test_what_is_read_is_what_the_standard_library_reads(body: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "unit", [b"[],", b'"\\"', b'"', b"\\", b"[[[[]]]],", b'{"a":1},', b"1,", b'"\\u0061",', b"{}"]
+    "unit",
+    [
+        b"[],",
+        b"[]",
+        b"]",
+        b"[ ",
+        b'"\\"',
+        b'"',
+        b"\\",
+        b"[[[[]]]],",
+        b'{"a":1},',
+        b"1,",
+        b'"\\u0061",',
+        b"{}",
+    ],
 )
 def test_time_is_linear(unit: bytes) -> None:
     body = b"[" + unit * (LIMITS.max_body_bytes // len(unit)) + b"0]"
