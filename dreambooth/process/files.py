@@ -9,8 +9,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from dreambooth.errors import ResourceError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -60,7 +58,9 @@ def disk_faults_named(
     """Turn a disk's errors in the block into the ResourceError of `disk_fault`."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # safetensors' own class is known by its name, without an import
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+            raise
         raise disk_fault(what, where, error, elsewhere=elsewhere, smaller=smaller) from error
 
 

@@ -293,7 +293,7 @@ def test_a_call_is_as_large_as_the_free_memory_or_the_cap_allows_from_the_first_
         asked.append(len(pictures))
         advance(unet, pictures, text)
 
-    monkeypatch.setattr(class_sampling, "advance", noted)
+    monkeypatch.setattr(sampling, "advance", noted)
     class_image_paths(capped)
     assert asked == [2] * 25 + [1] * 25  # three pictures
     assert "memory ran out" not in caplog.text
@@ -312,7 +312,7 @@ def test_running_out_of_memory_halves_the_batch_and_changes_no_picture(
             raise torch.OutOfMemoryError("CUDA out of memory")
         advance(unet, pictures, text)
 
-    monkeypatch.setattr(class_sampling, "advance", scarce)
+    monkeypatch.setattr(sampling, "advance", scarce)
     room = 1
     paths = class_image_paths(task)
     assert asked[0] == 3
@@ -395,7 +395,7 @@ def test_out_of_memory_takes_the_graphs_memory_before_the_batch_is_halved(
             raise faults.pop()
         return decode(model, latents)
 
-    monkeypatch.setattr(class_sampling, "decode", scarce)
+    monkeypatch.setattr(sampling, "decode", scarce)
     assert len(sampled(fast(task), memory)) == 4
     (capturer,) = memory.capturers
     assert capturer.forgotten == 1

@@ -109,16 +109,16 @@ def test_epochs_and_max_steps(run_job: Start) -> None:
 
 
 def test_batch_size(run_job: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dreambooth.job import class_sampling
+    from dreambooth.diffusion import sampling
 
     batches: list[int] = []
-    original = class_sampling.advance
+    original = sampling.advance
 
     def advance(unet: Any, pictures: Any, text: Any) -> None:
         batches.append(len(pictures))
         original(unet, pictures, text)
 
-    monkeypatch.setattr(class_sampling, "advance", advance)
+    monkeypatch.setattr(sampling, "advance", advance)
     monkeypatch.setattr("dreambooth.training.expected_memory.CLASS_BATCH", 2)
     run = run_job(**PRIOR, num_class_images=5, batch_size=3)
     assert run.metrics[0]["epoch"] == 1.0
