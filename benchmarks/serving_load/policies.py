@@ -81,7 +81,7 @@ def alike(most_rows: int) -> Choose:
 
     def choose(waiting: Sequence[SamplingRequest]) -> list[int]:
         first = waiting[0]
-        most = max(1, most_rows // (2 if first.guided else 1))
+        most = max(1, most_rows // first.unet_rows)
         same = [place for place, other in enumerate(waiting) if key(other) == key(first)]
         return same[:most]
 

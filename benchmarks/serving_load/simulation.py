@@ -169,7 +169,7 @@ def batches(arrivals: Sequence[Arrival], card: Card, choose: Choose) -> list[flo
     clock = VirtualClock()
 
     def draw(requests: Sequence[SamplingRequest]) -> Iterator[None]:
-        rows = sum(_unet_rows(request) for request in requests)
+        rows = sum(request.unet_rows for request in requests)
         clock.seconds += requests[0].num_inference_steps * card.call_s(rows)
         for _ in requests:
             clock.seconds += card.decode_s
@@ -220,11 +220,7 @@ def _seat(number: int, request: SamplingRequest, more_calls: int, decode_parts: 
     return Seat(
         number=number,
         size=(request.width, request.height),
-        unet_rows=_unet_rows(request),
+        unet_rows=request.unet_rows,
         calls_left=request.num_inference_steps + more_calls,
         parts_left=decode_parts,
     )
-
-
-def _unet_rows(request: SamplingRequest) -> int:
-    return 2 if request.guided else 1

@@ -38,8 +38,13 @@ class SamplingRequest:
 
     @property
     def guided(self) -> bool:
-        """Return whether classifier-free guidance applies, which takes two U-Net rows."""
+        """Return whether classifier-free guidance applies."""
         return self.guidance_scale > 1.0
+
+    @property
+    def unet_rows(self) -> int:
+        """Return how many rows of a U-Net call the picture takes: 2 with guidance, else 1."""
+        return 2 if self.guided else 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

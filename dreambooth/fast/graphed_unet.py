@@ -162,7 +162,7 @@ class GraphedUNet(torch.nn.Module):
                     self._held.popitem(last=False)
             self._held.move_to_end(key)
             return held(inputs)
-        except Exception as error:
+        except Exception as error:  # graphs are an extra: without them the call is made anyway
             # If the device is lost, the plain call that follows raises the error again.
             if is_out_of_memory(error):
                 why = f"memory ran out with {len(self._held)} of them"

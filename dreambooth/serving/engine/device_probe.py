@@ -66,7 +66,7 @@ class DeviceProbe:
         try:
             self.call(size, rows)
             return
-        except Exception as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
         free_caches()

@@ -185,7 +185,7 @@ class Engine:
             self._warm_up.set_result(worker.warm_up(self._warm_up_budget_s))
             while self._take_work():
                 worker.run_round()
-        except BaseException as error:
+        except BaseException as error:  # the thread's end: whoever waits for it must be told
             self._give_up(error)
 
     def _take_work(self) -> bool:
@@ -280,7 +280,7 @@ def open_engine(
         )
         engine.start()
         return engine
-    except Exception as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
     free_caches()

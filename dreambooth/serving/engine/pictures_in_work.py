@@ -52,8 +52,8 @@ class PictureInWork:
 
     @property
     def unet_rows(self) -> int:
-        """Return how many rows of a U-Net call the picture occupies: 2 with guidance, else 1."""
-        return 2 if self.request.guided else 1
+        """Return how many rows of a U-Net call the picture occupies."""
+        return self.request.unet_rows
 
 
 def places_of(request: SamplingRequest, rows: int) -> tuple[int, ...]:

@@ -105,7 +105,7 @@ class UNetCaller:
         try:
             text = self._text(pictures)
             preds = predictions(self._unet, moving, text, most_rows=allowed)
-        except Exception as error:
+        except Exception as error:  # of the model's folder: the pictures of this call fail alone
             if not is_out_of_memory(error):
                 logger.exception("A U-Net call of %d picture(s) failed.", len(pictures))
             return error.with_traceback(None)  # the traceback holds the call's tensors

@@ -254,7 +254,7 @@ class Worker:
         try:
             trajectories.step(moving, preds)
             return True
-        except Exception as error:
+        except Exception as error:  # each picture is then stepped alone
             if is_device_lost(error):
                 raise
             short = is_out_of_memory(error)
@@ -269,7 +269,7 @@ class Worker:
         assert picture.trajectory is not None
         try:
             trajectories.step([picture.trajectory], pred)
-        except Exception as error:
+        except (RuntimeError, MemoryError) as error:
             # Half a step cannot be undone, but the picture can be begun again.
             if not is_out_of_memory(error) or picture.restarts >= _MOST_RESTARTS:
                 raise
@@ -320,7 +320,7 @@ class Worker:
                     return
         except StopIteration as last:
             done.append(last.value)
-        except Exception:
+        except Exception:  # `_guarded` handles it
             picture.decoding, picture.decoding_failed = None, True
             raise
 
@@ -336,7 +336,7 @@ class Worker:
             try:
                 work()
                 return
-            except Exception as error:
+            except Exception as error:  # one picture's fault must not reach the others
                 if is_device_lost(error):
                     raise
                 short = is_out_of_memory(error)

@@ -109,7 +109,7 @@ class App:
                 response = await self._respond(exchange)
             except ClientLeft:
                 return
-            except Exception as error:
+            except Exception as error:  # the request's border
                 response = self._refuse(exchange, error)
             status = response.status_code
             await response(scope, receive, send)

@@ -159,7 +159,7 @@ async def _fetch(settings: ServeSettings, workspace: Path) -> Path:
         folder, fault = None, None
         try:
             folder = _folder_of(settings, workspace)
-        except Exception as error:
+        except Exception as error:  # it is raised again in the loop that waits
             fault = error
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             loop.call_soon_threadsafe(settle, folder, fault)

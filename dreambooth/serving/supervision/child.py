@@ -113,7 +113,7 @@ class _Child:
             threading.Thread(target=work, name=work.__name__, daemon=True).start()
         try:
             engine = _open(folder, settings)
-        except Exception as error:
+        except Exception as error:  # the child's border: every error becomes a message
             if not isinstance(error, DreamBoothError):
                 log.exception("the engine cannot be opened")
             self._send_queue.put(LoadFailed(fault=Fault.of(error)))
@@ -162,7 +162,7 @@ class _Child:
                 most_pictures=message.batch_size,
                 on_picture=partial(self._drawn, number),
             )
-        except Exception as error:
+        except Exception as error:  # a request's border: it fails alone
             self._failed(number, error)
             return
         self._jobs[number] = job
@@ -177,7 +177,7 @@ class _Child:
             job.result(timeout=0)
         except CancelledError:
             log.debug("request %d was cancelled", number)
-        except Exception as error:
+        except Exception as error:  # of the job, whatever it is
             self._failed(number, error)
         else:
             self._send_queue.put(Done(request_id=number))

@@ -377,7 +377,7 @@ class Supervisor(Listener):
         work = tuple(
             Work(
                 request_id=request_id,
-                rows=2 if picture.guided else 1,
+                rows=picture.unet_rows,
                 steps=admission.calls(picture.num_inference_steps, self._bounds.calls_per_step),
                 width=request.width,
                 height=request.height,
