@@ -20,7 +20,8 @@ from dreambooth.training.device import DeviceFacts
 _BEGINS = re.compile(r"\[([a-z ]+)(?:, step \d+)?\] begins$")
 _MODEL_WRITTEN = re.compile(r"the model of step \d+ of \d+ is in ")
 _SAMPLED = re.compile(r"(\d+) class images sampled in ([\d.]+) s")
-_EXPECTED = re.compile(r"memory: ([\d.]+) GiB expected by the plan")
+_EXPECTED = re.compile(r"memory: ([\d.]+) ([GM])iB expected by the plan")
+_UNITS = {"G": GIB, "M": GIB / 1024}
 _PLANS = re.compile(r"^  memory plan +(\w+)|: going on with (\w+)")
 BATCH_SIZE = 1
 
@@ -179,7 +180,7 @@ def _figures(ended: Ended, output: Path, scale: Scale) -> Figures:
     written = next(line.seconds for line in ended.lines if _MODEL_WRITTEN.search(line.text))
     sampling_s = begins["loading the model"] - begins["class images"]
     plans = [match[1] or match[2] for match in _all(_PLANS, ended.lines)]
-    expected = [float(match[1]) * GIB for match in _all(_EXPECTED, ended.lines)]
+    expected = [float(match[1]) * _UNITS[match[2]] for match in _all(_EXPECTED, ended.lines)]
     saving = ended.memory.phases.get("checkpoints") if ended.memory else None
     return Figures(
         times=step_times(

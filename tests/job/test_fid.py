@@ -178,8 +178,8 @@ def test_weights_that_cannot_be_used_are_reported_before_training(
     [
         (RuntimeError("something\nodd"), "RuntimeError: something odd"),
         (ModelArtifactError("The folder is gone."), "The folder is gone."),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "memory ran out"),
-        (MemoryError(), "The machine ran out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "memory ran out while it was drawn"),
+        (MemoryError(), "memory ran out while it was drawn"),
         (np.linalg.LinAlgError("SVD did not converge"), "LinAlgError: SVD did not converge"),
     ],
 )

@@ -395,7 +395,7 @@ def test_a_full_disk_leaves_the_earlier_model_and_no_leftovers(
     write(tmp_path, small_model_folder, model)
     before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
     full_disk(size)
-    with pytest.raises(ResourceError, match="could not be written to") as caught:
+    with pytest.raises(ResourceError, match="cannot be written to") as caught:
         write(tmp_path, small_model_folder, trained_model(small_model_folder, seed=2))
     full_disk(resource.RLIM_INFINITY)
     assert "\n" not in str(caught.value)

@@ -215,7 +215,7 @@ def test_the_name_says_what_it_is(small_model_folder: Path, tmp_path: Path) -> N
 
 def test_absurd_sizes_are_refused_before_any_work(small_model_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "model.tar.gz"
-    with pytest.raises(ModelArtifactError, match=r"comes to \S+ GiB, more than the 0\.0 GiB"):
+    with pytest.raises(ModelArtifactError, match=r"comes to \S+ MiB, more than the 0\.0 MiB"):
         pack.write(str(small_model_folder), out, limits=replace(LIMITS, archive_max_bytes=1000))
     with pytest.raises(ModelArtifactError, match="comes to 12 files, more than the 3"):
         pack.write(str(small_model_folder), out, limits=replace(LIMITS, archive_max_members=3))

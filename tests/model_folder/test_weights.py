@@ -371,7 +371,7 @@ def test_convert_asks_for_room_only_where_it_is_short(
 
 def test_convert_tells_where_it_cannot_write(make_model_folder: Make, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ResourceError, match="could not be written"):
+    with pytest.raises(ResourceError, match="cannot be written to"):
         weights.convert(make_model_folder(), tmp_path / "file" / "new")
 
 

@@ -47,10 +47,6 @@ def test_an_overflowing_step_is_skipped_and_the_scale_lowered() -> None:
     assert weight.item() != 1.0
 
 
-def test_half_weights_need_no_autocast() -> None:
-    assert product(Precision("bf16", CPU, half_weights=True)) == torch.float32
-
-
 @pytest.mark.parametrize("keeps", [True, False])
 def test_half_copies_of_weights_outlive_their_use_only_where_they_may(keeps: bool) -> None:
     with Precision("bf16", CPU, keeps_copies=keeps).autocast():
