@@ -1,4 +1,4 @@
-# Two commands do all the set-up: `make demo` and `make test`. See README.md.
+# `make` prints the targets: the sentence behind `##` of each. The README repeats that list.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -14,55 +14,60 @@ BUILD_ARGS ?=
 # `make test-container ONLY="-k fit_deploy"` runs some of them.
 ONLY   ?=
 
-.PHONY: demo test test-real-size test-container check train serve image bench clean
+.PHONY: help demo picture test test-real-size test-container check train serve image bench clean
 
-demo: $(VENV)/.installed
+help:
+	@sed -n 's/^\([a-z][a-z-]*\):.*## /make \1|/p' Makefile | while IFS='|' read -r command sentence; \
+	  do printf '%-21s%s\n' "$$command" "$$sentence"; done
+
+demo: $(VENV)/.installed ## fine-tune the embedded model on eight pictures of a cat, draw a sheet
 	$(BIN)/python -m dreambooth demo
 
-# make train ARGS="--pretrained-model FOLDER --train FOLDER --model_dir FOLDER"
-train: $(VENV)/.installed
+# The first five rows of the sheet, in 256 colours.
+picture: demo ## make the README's picture from that sheet
+	$(BIN)/python -c "from PIL import Image; Image.open('out/demo/sheet.png') \
+	  .crop((0, 0, 1089, 835)).quantize(256, kmeans=1).save('docs/demo.png', optimize=True)"
+
+train: $(VENV)/.installed ## train with ARGS="--pretrained-model FOLDER --train FOLDER --model_dir FOLDER"
 	$(BIN)/python transfer_learning.py $(ARGS)
 
-test: $(VENV)/.installed-dev $(APART:%=$(VENV)/%/.installed)
+test: $(VENV)/.installed-dev $(APART:%=$(VENV)/%/.installed) ## run the tests
 	OMP_NUM_THREADS=1 \
 	  DREAMBOOTH_TRANSFORMERS4=$(CURDIR)/$(VENV)/transformers4 \
 	  DREAMBOOTH_SAGEMAKER_INFERENCE=$(CURDIR)/$(VENV)/sagemaker-inference \
 	  DREAMBOOTH_HUGGINGFACE_TOOLKIT=$(CURDIR)/$(VENV)/huggingface-toolkit \
 	  $(BIN)/python -m pytest -n auto --dist worksteal
 
-# Stable Diffusion 2.1 base with random weights through all commands: minutes, 20 GB of memory.
-test-real-size: $(VENV)/.installed-dev
+check: $(VENV)/.installed-dev ## run ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Stable Diffusion 2.1 base with random weights through all commands.
+test-real-size: $(VENV)/.installed-dev ## run the tests at full size: minutes, 20 GB of memory
 	DREAMBOOTH_REAL_SIZE=1 $(BIN)/python -m pytest -s tests/test_real_size.py
 
-# make serve ARGS="--model FOLDER"
-serve: $(VENV)/.installed
+serve: $(VENV)/.installed ## serve with ARGS="--model FOLDER"
 	$(BIN)/python -m dreambooth serve $(ARGS)
 
-image:
+image: ## build the image
 	DOCKER_BUILDKIT=1 $(DOCKER) build $(BUILD_ARGS) -t $(IMAGE) .
 
-# Builds the image and drives it with docker and with SageMaker's SDKs in local mode.
-test-container: image $(VENV)/.installed-dev $(CLIENTS:%=$(VENV)/%/.client)
+test-container: image $(VENV)/.installed-dev $(CLIENTS:%=$(VENV)/%/.client) ## build the image, drive it with docker and SageMaker's SDKs
 	DOCKER=$(DOCKER) DREAMBOOTH_IMAGE=$(IMAGE) \
 	  DREAMBOOTH_SDK_V2=$(CURDIR)/$(VENV)/sdk-v2/bin/python \
 	  DREAMBOOTH_SDK_V3=$(CURDIR)/$(VENV)/sdk-v3/bin/python \
 	  DREAMBOOTH_TRAINING_TOOLKIT=$(CURDIR)/$(VENV)/training-toolkit/bin/train \
 	  $(BIN)/python -m pytest tests/container $(ONLY)
 
-# The figures of the README: an hour on a quiet machine.
-bench: $(VENV)/.installed-dev
+bench: $(VENV)/.installed-dev ## run the benchmarks of docs/measurements.md: an hour
 	$(BIN)/python -m benchmarks startup
 	$(BIN)/python -m benchmarks train
 	$(BIN)/python -m benchmarks probes
 	$(BIN)/python -m benchmarks serving
 	$(BIN)/python -m benchmarks survive
 
-check: $(VENV)/.installed-dev
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-
-clean:
+clean: ## remove .venv, out and the tools' caches
 	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/bin/python:

@@ -1,4 +1,4 @@
-"""Runs the README's shell blocks as printed: training, drawing, serving and sending requests.
+"""Runs the documents' shell blocks as printed: training, drawing, serving and sending requests.
 
 Their folders are those of the embedded model, and their steps are few. The blocks for docker and
 for SageMaker's SDKs are run by tests/container.
@@ -24,25 +24,19 @@ import pytest
 from PIL import Image
 
 from dreambooth.tiny import DATA, WEIGHTS
+from tests.documents import ROOT, blocks, shell_block
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text("utf-8")
 ADDRESS = "http://127.0.0.1:8080"
 
 
 def workshop(folder: Path) -> Path:
-    """Return a folder in which the README's paths lead to small data and models."""
+    """Return a folder in which the documents' paths lead to small data and models."""
     for name in ("dreambooth", "transfer_learning.py"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "models").mkdir()
     (folder / "models/stable-diffusion-2-1-base").symlink_to(WEIGHTS)
     shutil.copytree(DATA / "cat", folder / "photos")
     return folder
-
-
-def shell_block(word: str) -> str:
-    (block,) = [b for b in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) if word in b]
-    return block
 
 
 def environ() -> dict[str, str]:
@@ -52,7 +46,7 @@ def environ() -> dict[str, str]:
 
 
 def test_the_block_for_ones_own_pictures_plans_trains_and_draws(tmp_path: Path) -> None:
-    block = shell_block("transfer_learning.py")
+    block = shell_block("python transfer_learning.py")
     assert block.count("--max_steps 400") == 2
     script = "set -e\n" + block.replace("--max_steps 400", "--max_steps 4")
     done = subprocess.run(
@@ -118,16 +112,18 @@ def ready(log: Path) -> bool:
 
 
 def requests() -> list[str]:
-    block = shell_block("curl")
-    address, *_ = block.splitlines()
-    assert address == f"U={ADDRESS}/invocations"
-    return [line for line in block.replace("\\\n", " ").splitlines() if line.startswith("curl")]
+    found = [block for block in blocks("sh") if re.search("^curl", block, re.MULTILINE)]
+    assert len(found) == 2
+    lines = "".join(found).replace("\\\n", " ").splitlines()
+    assert f"U={ADDRESS}/invocations" in lines
+    return [line for line in lines if line.startswith("curl")]
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 @pytest.mark.parametrize("line", requests(), ids=lambda line: re.sub(r"\s+", " ", line)[:90])
-def test_a_request_of_the_readme_is_answered(line: str, address: str, tmp_path: Path) -> None:
-    script = f"U={address}/invocations; {line} --fail-with-body"
+def test_a_request_is_answered(line: str, address: str, tmp_path: Path) -> None:
+    assert len(re.findall(rf"\$U |{ADDRESS}/invocations ", line)) == 1
+    script = f"U={address}/invocations; {line.replace(ADDRESS, address)} --fail-with-body"
     done = subprocess.run(
         ["bash", "-c", script],
         cwd=tmp_path,

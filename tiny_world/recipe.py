@@ -21,9 +21,9 @@ Three settings of the environment matter on a CPU: `MALLOC_MMAP_MAX_=0`,
 `MALLOC_TRIM_THRESHOLD_=8589934592` (which avoid page faults for every large tensor) and, where the
 cores are free, `GOMP_SPINCOUNT=30000`. Never use more threads than there are free cores.
 
-`weights/recipe.json` and the README state what the judge reads in its pictures (`python -m
-tiny_world evaluate --record`). `--without MEASURE` leaves out one of the special measures of the
-training, for ablations.
+`weights/recipe.json` and docs/measurements.md state what the judge reads in its pictures
+(`python -m tiny_world evaluate --record`). `--without MEASURE` leaves out one of the special
+measures of the training, for ablations.
 
 DreamBooth training itself is in `dreambooth.job`, for this model as for any other.
 """

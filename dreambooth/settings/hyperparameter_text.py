@@ -40,7 +40,7 @@ def as_text() -> str:
 
 
 def as_markdown() -> str:
-    """Return the README's table; a tick marks the published names."""
+    """Return the table of docs/hyperparameters.md; a tick marks the published names."""
     rows = ["| published | name | default | values | what it does |", "|:-:|---|---|---|---|"]
     for knob in KNOBS:
         tick = "✓" if knob.origin == PUBLISHED else ""

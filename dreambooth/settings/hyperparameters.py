@@ -1,9 +1,9 @@
 """Declare every setting of a training job, once, in the table of knobs.
 
 `Hyperparameters` holds name, type, default, bounds, choices and one sentence of each. The parsing
-of SageMaker's strings, the command line, ``--help``, the README's table and the JSON of defaults
-are derived from it. Published names and defaults are those of SageMaker JumpStart's Stable
-Diffusion fine-tuning. Standard library only.
+of SageMaker's strings, the command line, ``--help``, the table of docs/hyperparameters.md and the
+JSON of defaults are derived from it. Published names and defaults are those of SageMaker
+JumpStart's Stable Diffusion fine-tuning. Standard library only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs the README's blocks for docker and for SageMaker's SDKs as printed.
+"""Runs the blocks of README and docs/ for docker and for SageMaker's SDKs as printed.
 
 Only folders, ports and the image's name are replaced, and steps reduced. A stand-in takes the place
 of AWS's endpoints and notes the calls: they are made by the real SDK and checked by botocore.
@@ -23,10 +23,9 @@ from typing import Any
 import pytest
 
 from dreambooth.tiny import DATA, WEIGHTS
+from tests.documents import blocks, shell_block
 
 HERE = Path(__file__).parent
-README = (HERE.parents[1] / "README.md").read_text("utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 BEFORE = """
 import time
 time.sleep = lambda seconds: None  # between two questions whether a job is done
@@ -48,7 +47,7 @@ Start = Callable[..., str]
 
 
 def python_blocks(*words: str) -> list[str]:
-    return [code for kind, code in BLOCKS if kind == "python" and any(w in code for w in words)]
+    return [code for code in blocks("python") if any(word in code for word in words)]
 
 
 def run_block(variable: str, code: str, **environ: str) -> str:
@@ -117,7 +116,7 @@ def test_the_docker_lines_train_and_serve(image: str, tree: Tree, free_port: int
             ("$PWD/ml", str(root)),
             (" dreambooth ", f" {image} "),
         )
-        for line in re.findall(r"^docker run .*$", README, re.MULTILINE)
+        for line in shell_block("docker run").splitlines()
     )
     subprocess.run(["bash", "-c", train], check=True, capture_output=True, timeout=240)
     serve = replaced(serve, ("-p 8080:", f"-p 127.0.0.1:{free_port}:"))
@@ -231,5 +230,5 @@ def local_data(tmp_path: Path) -> Path:
 
 def test_every_python_block_is_run_by_one_of_these() -> None:
     known = ('"my-endpoint"', "{bucket}", "delete_model()", "LocalSession()", "ModelTrainer(")
-    for kind, code in BLOCKS:
-        assert kind != "python" or sum(word in code for word in known) == 1, code
+    for code in blocks("python"):
+        assert sum(word in code for word in known) == 1, code

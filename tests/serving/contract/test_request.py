@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from dreambooth.serving.contract.request import SEED_COUNT, GenerationRequest, p
 from dreambooth.serving.http.guard import GuardLimits
 from dreambooth.serving.supervision.messages import Generate, ToEngine, pack, unpack
 from dreambooth.settings.serve_options import ServeSettings
+from tests.documents import DOCUMENTS
 
 FACTS = SamplingFacts(resolution=512, unit=8, max_steps=999)
 CAT = "a photo of a cat"
@@ -437,9 +437,9 @@ def test_what_is_accepted_survives_the_way_to_the_engine(extreme: dict[str, Any]
     assert read == message
 
 
-def test_the_limits_of_the_readme_are_these() -> None:
-    readme = (Path(__file__).parents[3] / "README.md").read_text("utf-8")
-    table = readme.partition("| limit | value |")[2].partition("\n\n")[0]
+def test_the_limits_of_the_documents_are_these() -> None:
+    (document,) = [text for text in DOCUMENTS.values() if "| limit | value |" in text]
+    table = document.partition("| limit | value |")[2].partition("\n\n")[0]
     told = {row.split("|")[1].strip(): row.split("|")[2] for row in table.splitlines()[2:]}
     settings, sockets = ServeSettings(model=""), GuardLimits()
     values = {
