@@ -7,7 +7,6 @@ import io
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import stat
@@ -25,6 +24,7 @@ from safetensors.numpy import load_file
 
 from dreambooth.job.run import run_job
 from dreambooth.tiny import DATA
+from tests.documents import shell_lines
 
 ROOT = Path(__file__).parents[2]
 Folder = Callable[..., Path]
@@ -285,9 +285,8 @@ def test_two_processes_equal_one_with_the_doubled_batch(
 ) -> None:
     common = ["--pretrained-model", str(small_model_folder), "--train", str(photos)]
     common += ["--max_steps=5", "--learning_rate=0.0001", "--train_text_encoder", "--compute_fid"]
-    found = re.search(r"`(torchrun [^`]+) \.\.\.`", (ROOT / "README.md").read_text("utf-8"))
-    assert found
-    launch = shlex.split(found[1])
+    (documented,) = [words for words in shell_lines() if words[0] == "torchrun"]
+    launch = documented[:4]
     assert launch == ["torchrun", "--nproc_per_node", "2", "transfer_learning.py"]
     for name, command in (
         ("one", [sys.executable, "transfer_learning.py", *common, "--batch_size=2"]),
