@@ -1,4 +1,4 @@
-"""Writes the model folder (which becomes model.tar.gz) of a finished training.
+"""Write the model folder (which becomes model.tar.gz) of a training, finished or stopped.
 
 The folder is written into `<model_dir>/.partial-*`, on the same file system (model_dir itself may
 be a mount point, which cannot be renamed). It is flushed to the disk and then moved entry by entry,

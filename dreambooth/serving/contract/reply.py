@@ -44,7 +44,7 @@ Codec = Literal["PNG", "JPEG", "WEBP"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplyFormat:
-    """How pictures are written: lists of numbers or base64 text in JSON, or one picture's bytes.
+    """The form of a reply: lists of numbers or base64 text in JSON, or one picture's bytes.
 
     codec: Pillow's name of the picture format, None for numbers. media_type: of the reply.
     """
@@ -252,7 +252,7 @@ def _file(pixels: npt.NDArray[np.uint8], codec: Codec) -> bytes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _ReplyFields:
-    """What a JSON reply says about its pictures beyond the published keys."""
+    """The facts about its pictures that a JSON reply gives beyond the published keys."""
 
     seeds: Sequence[int]
     finish_reasons: Sequence[FinishReason]

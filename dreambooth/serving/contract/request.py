@@ -41,7 +41,7 @@ _SERIALIZER_HINT = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """What one request asks for, after all checks.
+    """A client's request, after all checks.
 
     prompts, negative_prompts: of equal length, "" where there is no negative prompt. echo: the
     prompt as it was sent, a tuple where it was a list. width, height: pixels. seed: None where the
