@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from benchmarks.server_probes import burst, fuzz, half_open, kill, leave, overhead, sigterm, soak
-from benchmarks.server_probes.outcome import Outcome
+from benchmarks.server_probes.outcome import ProbeOutcome
 from benchmarks.server_probes.server import start
 
 QUICK_SOAK_MINUTES = 0.5
@@ -68,7 +68,7 @@ def main(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _print(outcome: Outcome, seconds: float) -> None:
+def _print(outcome: ProbeOutcome, seconds: float) -> None:
     print(f"\n{outcome.probe} ({seconds:.0f} s)")
     for figure in outcome.figures:
         verdict = "" if figure.holds else "  FAILED"
@@ -77,7 +77,7 @@ def _print(outcome: Outcome, seconds: float) -> None:
         print(f"  FAULT: {fault}")
 
 
-def _summary(size: Size, outcomes: list[Outcome], seconds: float) -> dict[str, object]:
+def _summary(size: Size, outcomes: list[ProbeOutcome], seconds: float) -> dict[str, object]:
     return {
         "benchmark": "probes",
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
@@ -97,47 +97,47 @@ def _rounded(value: float) -> float:
     return int(value) if float(value).is_integer() else float(f"{value:.4g}")
 
 
-def _fuzz(size: Size) -> Outcome:
+def _fuzz(size: Size) -> ProbeOutcome:
     with start(size.model, *fuzz.OPTIONS) as server:
         amounts = fuzz.QUICK if size.quick else fuzz.FULL
         return fuzz.run(server, amounts=amounts, seed=size.seed)
 
 
-def _half_open(size: Size) -> Outcome:
+def _half_open(size: Size) -> ProbeOutcome:
     with start(size.model) as server:
         if size.quick:
             return half_open.run(server, half_open=100, dripping=20)
         return half_open.run(server)
 
 
-def _burst(size: Size) -> Outcome:
+def _burst(size: Size) -> ProbeOutcome:
     with start(size.model) as server:
         return burst.run(server, requests=60 if size.quick else 200)
 
 
-def _overhead(size: Size) -> Outcome:
+def _overhead(size: Size) -> ProbeOutcome:
     return overhead.run(size.model, requests=30 if size.quick else 300)
 
 
-def _leave(size: Size) -> Outcome:
+def _leave(size: Size) -> ProbeOutcome:
     with start(size.model, *PATIENT) as server:
         return leave.run(server, clients=20 if size.quick else 200, seed=size.seed)
 
 
-def _kill(size: Size) -> Outcome:
+def _kill(size: Size) -> ProbeOutcome:
     with start(size.model, *PATIENT) as server:
         return kill.run(server, kills=2 if size.quick else 20, seed=size.seed)
 
 
-def _sigterm(size: Size) -> Outcome:
+def _sigterm(size: Size) -> ProbeOutcome:
     return sigterm.run(size.model, rounds=1 if size.quick else 5, seed=size.seed)
 
 
-def _soak(size: Size) -> Outcome:
+def _soak(size: Size) -> ProbeOutcome:
     return soak.run(size.model, minutes=size.soak_minutes)
 
 
-PROBES: dict[str, Callable[[Size], Outcome]] = {
+PROBES: dict[str, Callable[[Size], ProbeOutcome]] = {
     "fuzz": _fuzz,
     "half_open": _half_open,
     "burst": _burst,

@@ -22,7 +22,7 @@ from benchmarks.serving_load.simulation import CardResult
 from dreambooth import tiny
 
 if TYPE_CHECKING:  # these load torch, and `--simulate` needs none
-    from benchmarks.serving_load.measuring import Loads, Overhead, Scale
+    from benchmarks.serving_load.measuring import Loads, LoadScale, Overhead
     from benchmarks.serving_load.redrawing import Agreement
 
 _A_FIFTH = tuple(count // 5 for count in traffic.STEPS)
@@ -108,11 +108,11 @@ def _measure(arguments: argparse.Namespace) -> int:
     return 1 if agreements["exact"].bytes_differing else 0
 
 
-def _scale(arguments: argparse.Namespace) -> Scale:
-    from benchmarks.serving_load.measuring import Scale
+def _scale(arguments: argparse.Namespace) -> LoadScale:
+    from benchmarks.serving_load.measuring import LoadScale
 
     quick: bool = arguments.quick
-    return Scale(
+    return LoadScale(
         seconds=arguments.seconds or (5.0 if quick else 60.0),
         steps=tuple(arguments.steps),
         warm_up_budget_s=0.5 if quick else 10.0,
@@ -126,7 +126,7 @@ def _show(
     loads: Loads,
     overheads: Sequence[Overhead],
     agreements: dict[str, Agreement],
-    scale: Scale,
+    scale: LoadScale,
 ) -> None:
     calls = ", ".join(f"{n}: {1000 * s:.1f}" for n, s in loads.warm_up.seconds_per_call)
     print(f"milliseconds of a U-Net call by rows: {calls}; at most {loads.warm_up.rows} rows")

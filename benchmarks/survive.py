@@ -46,7 +46,7 @@ class Setup:
 
 
 @dataclass(slots=True, kw_only=True)
-class Result:
+class SurvivalResult:
     """The observations of all runs; faults: one sentence each, and there should be none."""
 
     kills: int = 0
@@ -87,7 +87,7 @@ def main(arguments: argparse.Namespace) -> int:
     return 1 if result.faults else 0
 
 
-def run(folder: Path, setup: Setup, *, kills: int, seed: int) -> Result:
+def run(folder: Path, setup: Setup, *, kills: int, seed: int) -> SurvivalResult:
     """Kill `kills` times in the empty `folder`; compare each finished run with the unbroken one."""
     began = time.monotonic()
     # Every start forks a process that has imported what a job needs and done nothing else.
@@ -101,7 +101,7 @@ def run(folder: Path, setup: Setup, *, kills: int, seed: int) -> Result:
     process.join()  # the first start also waits for the imports
     assert process.exitcode == 0, unbroken.last_line()
     expected = _content(unbroken.model)
-    result = Result()
+    result = SurvivalResult()
     shutil.rmtree(unbroken.folder)
     at = time.monotonic()
     unbroken.start().join()
@@ -119,7 +119,11 @@ def run(folder: Path, setup: Setup, *, kills: int, seed: int) -> Result:
 
 
 def _until_done(
-    one: _Run, result: Result, expected: dict[str, str], generator: random.Random, kills: int
+    one: _Run,
+    result: SurvivalResult,
+    expected: dict[str, str],
+    generator: random.Random,
+    kills: int,
 ) -> None:
     """Start the run again and again, killing it while kills are left, until it ends by itself."""
     longest_s = result.unbroken_seconds

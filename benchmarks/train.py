@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.train_step import levers, ours, peer, table
 from benchmarks.train_step.conditions import T4_MEMORY_GIB, Conditions
-from benchmarks.train_step.ours import Outcome, Scale, Setting, Subject
+from benchmarks.train_step.ours import RunOutcome, RunScale, Setting, Subject
 from benchmarks.train_step.peer import PeerOutcome
-from benchmarks.train_step.result import Result, Row
+from benchmarks.train_step.result import Row, TrainResult
 from dreambooth import tiny
 from dreambooth.errors import UserError
 from dreambooth.model_folder.facts import read_facts
@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # these load torch
     from dreambooth.training.device import DeviceFacts
 
 _WARM_UP = 5
-_JOB = Scale(steps=395, warm_up=_WARM_UP, class_images=100)  # as in the goal: 400 steps in all
+_JOB = RunScale(steps=395, warm_up=_WARM_UP, class_images=100)  # as in the goal: 400 steps in all
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,7 +98,7 @@ def main(arguments: argparse.Namespace) -> int:
     conditions = Conditions(memory_gib=arguments.memory_gib, as_t4=arguments.as_t4)
     if conditions.as_t4 and conditions.memory_gib is None:
         conditions = replace(conditions, memory_gib=T4_MEMORY_GIB)
-    scale = Scale(
+    scale = RunScale(
         steps=arguments.steps or (3 if arguments.quick else 50),
         warm_up=1 if arguments.quick else _WARM_UP,
         class_images=2 if arguments.quick else 16,
@@ -166,12 +166,12 @@ def _derive() -> int:
 def measure(
     subject: Subject,
     settings: Sequence[Setting],
-    scale: Scale,
+    scale: RunScale,
     place: Path,
     *,
     script: Path | None,
-    job_scale: Scale | None = None,
-) -> Result:
+    job_scale: RunScale | None = None,
+) -> TrainResult:
     """Measure each setting in a folder of its own in `place`, which is removed afterwards.
 
     script: the peer's script, run where the memory plan is fp32_adamw, its default, but not for
@@ -179,7 +179,7 @@ def measure(
     """
     from benchmarks.train_step import work
 
-    outcomes: list[tuple[Outcome, PeerOutcome | None]] = []
+    outcomes: list[tuple[RunOutcome, PeerOutcome | None]] = []
     for number, setting in enumerate(settings):
         _tell(table.name(setting))
         folder = place / f"setting{number}"
@@ -204,7 +204,7 @@ def measure(
         traffic = parameters * work.optimizer_bytes(_plan(outcome), subject.mixed_precision)
         floor_ms = 1000 * (flops / peak.flop_per_s + traffic / peak.bytes_per_s)
         rows.append(Row(outcome=outcome, flops=flops, floor_ms=floor_ms, peer=theirs))
-    return Result(
+    return TrainResult(
         rows=tuple(rows),
         peak=peak,
         stand_in=script is not None and peer.needs_stand_in(),
@@ -212,7 +212,7 @@ def measure(
     )
 
 
-def _plan(outcome: Outcome) -> str:
+def _plan(outcome: RunOutcome) -> str:
     """Return the memory plan that a job took, or the one that it would have tried first."""
     taken = outcome.figures.memory_plan if outcome.figures else outcome.setting.memory_plan
     return taken if taken in MEMORY_PLANS else next(iter(MEMORY_PLANS))
@@ -238,10 +238,10 @@ def _check_graphs(subject: Subject) -> GraphCheck:
 
 
 def summary(
-    result: Result,
+    result: TrainResult,
     subject: Subject,
-    scale: Scale,
-    job_scale: Scale,
+    scale: RunScale,
+    job_scale: RunScale,
     *,
     model: str,
     found: dict[str, Any],

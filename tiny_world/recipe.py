@@ -49,7 +49,7 @@ from dreambooth.settings.command_line import Parser
 from dreambooth.tiny import WEIGHTS
 from tiny_world import captions, packaging, text_unet_training, tokenizer, vae_training, world
 from tiny_world.brush import SIZE
-from tiny_world.text_unet_training import LatentSet, TextUnetSettings, Trained, Vocabulary
+from tiny_world.text_unet_training import LatentSet, TextUnetSettings, TokenizerFacts, Trained
 from tiny_world.vae_training import VaeSettings
 
 logger = logging.getLogger(__name__)
@@ -204,7 +204,7 @@ class Recipe:
         if seconds is None:
             seconds = settings.minutes * 60 * (1 - settings.vae_share)
         words = self.tokenizer()
-        vocabulary = Vocabulary(
+        vocabulary = TokenizerFacts(
             size=len(words),
             begin=words.bos_token_id,
             end=words.eos_token_id,

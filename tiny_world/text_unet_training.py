@@ -77,7 +77,7 @@ class LatentSet:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Vocabulary:
+class TokenizerFacts:
     """The properties of the tokenizer on which the text encoder depends."""
 
     size: int
@@ -90,7 +90,7 @@ class Trained(nn.Module):
     """The two networks that are trained together, and the probe, which is not exported."""
 
     def __init__(
-        self, settings: TextUnetSettings, vocabulary: Vocabulary, latent_size: int
+        self, settings: TextUnetSettings, vocabulary: TokenizerFacts, latent_size: int
     ) -> None:
         super().__init__()
         self.text_encoder = build_text_encoder(settings, vocabulary)
@@ -98,7 +98,7 @@ class Trained(nn.Module):
         self.probe = nn.Linear(settings.text_width, vocabulary.size)
 
 
-def build_text_encoder(settings: TextUnetSettings, vocabulary: Vocabulary) -> Any:
+def build_text_encoder(settings: TextUnetSettings, vocabulary: TokenizerFacts) -> Any:
     """Return a new, random transformers.CLIPTextModel."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -153,7 +153,7 @@ def timestep_weights(alphas_cumprod: Tensor, cap: float) -> Tensor:
 
 
 def probe_loss(
-    probe: nn.Linear, encoded: Tensor, input_ids: Tensor, vocabulary: Vocabulary
+    probe: nn.Linear, encoded: Tensor, input_ids: Tensor, vocabulary: TokenizerFacts
 ) -> Tensor:
     """Return the binary cross-entropy of the probe.
 
@@ -184,7 +184,7 @@ def losses(
     data: LatentSet,
     settings: TextUnetSettings,
     alphas: Tensor,
-    vocabulary: Vocabulary,
+    vocabulary: TokenizerFacts,
 ) -> tuple[Tensor, Tensor]:
     """Return (weighted noise-prediction loss, probe loss) of one random batch."""
     rows = choose_rows(data, settings)
@@ -215,7 +215,7 @@ def alphas_cumprod() -> Tensor:
 def train(
     data: LatentSet,
     settings: TextUnetSettings,
-    vocabulary: Vocabulary,
+    vocabulary: TokenizerFacts,
     *,
     seconds: float,
     seed: int,

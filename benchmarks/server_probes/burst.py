@@ -7,11 +7,11 @@ import http.client
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-from benchmarks.server_probes.outcome import Figure, Outcome
+from benchmarks.server_probes.outcome import Figure, ProbeOutcome
 from benchmarks.server_probes.server import Reply, Server
 
 
-def run(server: Server, *, requests: int = 200, steps: int = 5) -> Outcome:
+def run(server: Server, *, requests: int = 200, steps: int = 5) -> ProbeOutcome:
     """Request `requests` pictures of `steps` steps at the same moment."""
     together = threading.Barrier(requests)
 
@@ -28,7 +28,7 @@ def run(server: Server, *, requests: int = 200, steps: int = 5) -> Outcome:
     lost = collections.Counter(answer for answer in answers if isinstance(answer, str))
     statuses = collections.Counter(reply.status for reply in replies)
     refusals = [reply.seconds for reply in replies if reply.status == 503]
-    return Outcome(
+    return ProbeOutcome(
         probe="burst",
         figures=(
             Figure(name="requests", value=requests),

@@ -14,7 +14,7 @@ from typing import Final
 
 from benchmarks.server_probes import generated, mutations
 from benchmarks.server_probes.fuzz_verdicts import HANG_S, UNFINISHED_S, Verdicts
-from benchmarks.server_probes.outcome import Figure, Outcome
+from benchmarks.server_probes.outcome import Figure, ProbeOutcome
 from benchmarks.server_probes.raw_client import RawClient
 from benchmarks.server_probes.server import Server
 
@@ -41,7 +41,7 @@ FULL: Final = Amounts()
 QUICK: Final = Amounts(bodies=1_500, heads=150, hypothesis=150, schemathesis=40, least=2_000)
 
 
-def run(server: Server, *, amounts: Amounts = FULL, seed: int = 0) -> Outcome:
+def run(server: Server, *, amounts: Amounts = FULL, seed: int = 0) -> ProbeOutcome:
     """Send all cases to a server that was started with `OPTIONS`."""
     verdicts = Verdicts()
     _bodies(server, amounts.bodies, seed, verdicts)
@@ -53,11 +53,11 @@ def run(server: Server, *, amounts: Amounts = FULL, seed: int = 0) -> Outcome:
     return _outcome(server, verdicts, amounts.least)
 
 
-def _outcome(server: Server, verdicts: Verdicts, least: int) -> Outcome:
+def _outcome(server: Server, verdicts: Verdicts, least: int) -> ProbeOutcome:
     def none(name: str) -> Figure:
         return Figure(name=name, value=verdicts.wrong[name], at_most=0)
 
-    return Outcome(
+    return ProbeOutcome(
         probe="fuzz",
         figures=(
             Figure(name="cases", value=verdicts.cases.total(), at_least=least),

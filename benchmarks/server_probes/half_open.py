@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from benchmarks.server_probes import processes
-from benchmarks.server_probes.outcome import Figure, Outcome, percentile
+from benchmarks.server_probes.outcome import Figure, ProbeOutcome, percentile
 from benchmarks.server_probes.server import Server
 
 CLOSED_S: Final = 10.0
@@ -33,7 +33,7 @@ class _Held:
     received: bytearray = field(default_factory=bytearray)
 
 
-def run(server: Server, *, half_open: int = 1000, dripping: int = 100) -> Outcome:
+def run(server: Server, *, half_open: int = 1000, dripping: int = 100) -> ProbeOutcome:
     """Open the connections and hold them until the server closes them."""
     processes.allow_files(2 * (half_open + dripping) + 256)
     refused_before = _refused(server)
@@ -54,7 +54,7 @@ def run(server: Server, *, half_open: int = 1000, dripping: int = 100) -> Outcom
         if pinging.ident is not None:
             pinging.join()
     closed = [one.closed_s for one in held if one.closed_s is not None]
-    return Outcome(
+    return ProbeOutcome(
         probe="half_open",
         figures=(
             Figure(name="half_open", value=half_open),

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final
 
-from benchmarks.server_probes.outcome import Figure, Outcome
+from benchmarks.server_probes.outcome import Figure, ProbeOutcome
 from benchmarks.server_probes.server import Reply, Server
 
 REPLY_S: Final = 1.0
@@ -39,14 +39,14 @@ class _Seen:
     flaps: int = 0  # 503, 200, 503
 
 
-def run(server: Server, *, kills: int = 20, seed: int = 0) -> Outcome:
+def run(server: Server, *, kills: int = 20, seed: int = 0) -> ProbeOutcome:
     """Kill the engine `kills` times, at random moments, with requests at different steps."""
     generator, seen = random.Random(seed), _Seen()
     restarts = server.metric("engine_restarts_total")
     for _ in range(kills):
         _one(server, generator, seen)
     after = server.draw({"prompt": "a cat", "num_inference_steps": 2}).status
-    return Outcome(
+    return ProbeOutcome(
         probe="kill",
         figures=(
             Figure(name="kills", value=kills),

@@ -12,7 +12,7 @@ import threading
 import time
 from typing import Final
 
-from benchmarks.server_probes.outcome import Figure, Outcome
+from benchmarks.server_probes.outcome import Figure, ProbeOutcome
 from benchmarks.server_probes.server import JSON, JSON_JPEG, Server
 
 WAVE: Final = 10  # clients at a time
@@ -26,7 +26,9 @@ _ASKED: Final = {
 }
 
 
-def run(server: Server, *, clients: int = 200, longest_s: float = 2.0, seed: int = 0) -> Outcome:
+def run(
+    server: Server, *, clients: int = 200, longest_s: float = 2.0, seed: int = 0
+) -> ProbeOutcome:
     """Send requests in waves; each client leaves within `longest_s`; count the U-Net calls after
     that.
     """
@@ -54,7 +56,7 @@ def run(server: Server, *, clients: int = 200, longest_s: float = 2.0, seed: int
     def grown(name: str) -> float:
         return after.get(name, 0.0) - before.get(name, 0.0)
 
-    return Outcome(
+    return ProbeOutcome(
         probe="leave",
         figures=(
             Figure(name="clients", value=clients),

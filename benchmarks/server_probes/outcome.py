@@ -32,7 +32,7 @@ class Figure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class ProbeOutcome:
     """The figures of one probe; faults: one sentence each, and there should be none."""
 
     probe: str

@@ -13,7 +13,7 @@ from typing import Final
 
 import numpy as np
 
-from benchmarks.server_probes.outcome import Figure, Outcome, percentile
+from benchmarks.server_probes.outcome import Figure, ProbeOutcome, percentile
 from benchmarks.server_probes.server import Server, start
 from dreambooth.serving.contract import reply
 from dreambooth.serving.contract.reply import Picture
@@ -25,7 +25,7 @@ _SECONDS: Final = re.compile(r"^engine seconds (\S+)$", re.M)
 _WARM_UP: Final = 2
 
 
-def run(model: str, *, requests: int = 300) -> Outcome:
+def run(model: str, *, requests: int = 300) -> ProbeOutcome:
     """Send `requests` requests at the model's own size and a third as many at 512 x 512, as
     image/jpeg.
     """
@@ -33,12 +33,12 @@ def run(model: str, *, requests: int = 300) -> Outcome:
         return measure(server, requests=requests)
 
 
-def measure(server: Server, *, requests: int) -> Outcome:
+def measure(server: Server, *, requests: int) -> ProbeOutcome:
     """Measure on a server that `timed_server` has started."""
     own = _beside_engine(server, {}, requests)
     large = _beside_engine(server, {"width": 512, "height": 512}, max(1, requests // 3))
     encoding = _encoding(requests)
-    return Outcome(
+    return ProbeOutcome(
         probe="overhead",
         figures=(
             Figure(name="requests_own_size", value=len(own)),

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from benchmarks.server_probes import processes
-from benchmarks.server_probes.outcome import Figure, Outcome
+from benchmarks.server_probes.outcome import Figure, ProbeOutcome
 from benchmarks.server_probes.server import STOP_S, ProbeError, Reply, Server, start
 
 ACCEPTED: Final = 32
@@ -38,7 +38,7 @@ class Seen:
     orphans: int = 0
 
 
-def run(model: str, *, rounds: int = 5, seed: int = 0) -> Outcome:
+def run(model: str, *, rounds: int = 5, seed: int = 0) -> ProbeOutcome:
     """Start a server and stop it under load, `rounds` times."""
     seen = Seen()
     for i in range(rounds):
@@ -47,10 +47,10 @@ def run(model: str, *, rounds: int = 5, seed: int = 0) -> Outcome:
     return outcome(seen, rounds)
 
 
-def outcome(seen: Seen, rounds: int) -> Outcome:
+def outcome(seen: Seen, rounds: int) -> ProbeOutcome:
     """Return the figures with their bounds."""
     others = seen.accepted - seen.accepted_statuses[200]
-    return Outcome(
+    return ProbeOutcome(
         probe="sigterm",
         figures=(
             Figure(name="rounds", value=rounds),

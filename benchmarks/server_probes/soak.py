@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 
 from benchmarks.server_probes import processes
-from benchmarks.server_probes.outcome import Figure, Outcome
+from benchmarks.server_probes.outcome import Figure, ProbeOutcome
 from benchmarks.server_probes.processes import Usage
 from benchmarks.server_probes.server import JSON, JSON_JPEG, Server, start
 
@@ -56,7 +56,7 @@ class Growth:
         return self.slope_mb > SLOPE_MB
 
 
-def run(model: str, *, minutes: float) -> Outcome:
+def run(model: str, *, minutes: float) -> ProbeOutcome:
     """Soak a server for `minutes`, and one with a planted leak for a tenth of that."""
     with start(model) as server:
         sound = soak(server, seconds=60 * minutes)
@@ -66,9 +66,9 @@ def run(model: str, *, minutes: float) -> Outcome:
     return outcome(sound, leaky, left)
 
 
-def outcome(sound: Growth, leaky: Growth, gauges_left: int) -> Outcome:
+def outcome(sound: Growth, leaky: Growth, gauges_left: int) -> ProbeOutcome:
     """Return the figures with their bounds."""
-    return Outcome(
+    return ProbeOutcome(
         probe="soak",
         figures=(
             Figure(name="requests", value=sound.requests),

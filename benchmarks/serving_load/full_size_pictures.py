@@ -53,7 +53,7 @@ class Effort:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Peak:
+class GpuMemory:
     """GPU memory in bytes: torch's peaks, and the whole GPU's use at the end (`in_use`)."""
 
     allocated: int
@@ -79,7 +79,7 @@ class WayFigures:
     rows: int
     exact: Agreement
     graphs: int
-    peak: Peak | None
+    peak: GpuMemory | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,11 +198,11 @@ def _peer_picture_s(model: DiffusionModel, effort: Effort) -> float:
     return statistics.median(times[1:])
 
 
-def _peak(device: torch.device) -> Peak | None:
+def _peak(device: torch.device) -> GpuMemory | None:
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
-    return Peak(
+    return GpuMemory(
         allocated=torch.cuda.max_memory_allocated(device),
         reserved=torch.cuda.max_memory_reserved(device),
         in_use=total - free,

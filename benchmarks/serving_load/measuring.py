@@ -21,7 +21,7 @@ from benchmarks.serving_load.policies import (
     step_by_step,
 )
 from benchmarks.serving_load.redrawing import Agreement
-from benchmarks.serving_load.traffic import Arrival, Figures
+from benchmarks.serving_load.traffic import Arrival, LoadFigures
 from dreambooth.diffusion import sampling
 from dreambooth.diffusion.float_types import dtype_for
 from dreambooth.diffusion.model import DiffusionModel, encode_text, tokenize
@@ -32,7 +32,7 @@ from dreambooth.serving.engine.warm_up import WarmUp
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scale:
+class LoadScale:
     """The size of a run.
 
     seconds: of arrivals, per load and policy. steps: the numbers of steps that requests ask for.
@@ -57,7 +57,7 @@ class Loads:
 
     warm_up: WarmUp
     serial_per_s: float
-    figures: list[Figures]
+    figures: list[LoadFigures]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +75,7 @@ class Overhead:
 def measure_loads(
     folder: Path,
     device: torch.device,
-    scale: Scale,
+    scale: LoadScale,
     *,
     seed: int,
     say: Callable[[str], None],
@@ -94,7 +94,7 @@ def measure_loads(
         for run in runs.values():  # whatever the first calls build is built now
             run(alone[:2])
         serial_per_s = len(alone) / max(runs[SERIAL](alone))
-        found: list[Figures] = []
+        found: list[LoadFigures] = []
         for load in traffic.LOADS:
             per_s = load * serial_per_s
             count = max(1, round(per_s * scale.seconds))
@@ -105,7 +105,7 @@ def measure_loads(
     return Loads(warm_up=warm_up, serial_per_s=serial_per_s, figures=found)
 
 
-def measure_overhead(folder: Path, device: torch.device, scale: Scale) -> list[Overhead]:
+def measure_overhead(folder: Path, device: torch.device, scale: LoadScale) -> list[Overhead]:
     """Measure the engine's own time per step for calls of 1, 2, 4 and 8 rows."""
     model = load_model(folder, device=device, dtype=dtype_for("auto", device))
 
@@ -123,7 +123,7 @@ def measure_overhead(folder: Path, device: torch.device, scale: Scale) -> list[O
 
 
 def measure_agreement(
-    folder: Path, device: torch.device, scale: Scale, *, seed: int
+    folder: Path, device: torch.device, scale: LoadScale, *, seed: int
 ) -> dict[str, Agreement]:
     """Draw pictures alone and again in traffic: exactly, elastically, and elastically in bf16.
 

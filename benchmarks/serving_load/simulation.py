@@ -22,7 +22,7 @@ from benchmarks.serving_load.policies import (
     batch_by_batch,
     oldest,
 )
-from benchmarks.serving_load.traffic import Arrival, Figures
+from benchmarks.serving_load.traffic import Arrival, LoadFigures
 from dreambooth.diffusion.sampling_request import SamplingRequest
 from dreambooth.serving.engine import warm_up
 from dreambooth.serving.engine.batch_queue import DECODING_SHARE, BatchQueue
@@ -34,7 +34,7 @@ _DECODE_PARTS = 18  # the decoder's layers, taken to be equally long
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Card:
+class SimulatedCard:
     """A GPU on which a call takes fixed_ms + picture_ms for every guided picture (two rows) in it.
 
     source: where the two numbers are from. Decoding is taken to be as fast as the U-Net per
@@ -68,10 +68,12 @@ class Card:
 
 _DIFFUSERS = "fit to its documentation's 1, 4 and 16 pictures, compiled"
 CARDS = (
-    Card(name="T4", fixed_ms=8.4, picture_ms=123.9, source=_DIFFUSERS),
-    Card(name="V100", fixed_ms=13.0, picture_ms=32.1, source=_DIFFUSERS),
-    Card(name="A100", fixed_ms=7.5, picture_ms=12.6, source=_DIFFUSERS),
-    Card(name="H100", fixed_ms=5.0, picture_ms=4.6, source="assumed from one picture's times"),
+    SimulatedCard(name="T4", fixed_ms=8.4, picture_ms=123.9, source=_DIFFUSERS),
+    SimulatedCard(name="V100", fixed_ms=13.0, picture_ms=32.1, source=_DIFFUSERS),
+    SimulatedCard(name="A100", fixed_ms=7.5, picture_ms=12.6, source=_DIFFUSERS),
+    SimulatedCard(
+        name="H100", fixed_ms=5.0, picture_ms=4.6, source="assumed from one picture's times"
+    ),
 )
 
 
@@ -107,12 +109,12 @@ class CardResult:
     the card can serve. request_level_gain: likewise.
     """
 
-    card: Card
+    card: SimulatedCard
     rows: int
     serial_per_s: float
     gain: float
     request_level_gain: float
-    figures: list[Figures]
+    figures: list[LoadFigures]
 
 
 def step_level(
@@ -164,7 +166,7 @@ def step_level(
     return finished
 
 
-def batches(arrivals: Sequence[Arrival], card: Card, choose: Choose) -> list[float]:
+def batches(arrivals: Sequence[Arrival], card: SimulatedCard, choose: Choose) -> list[float]:
     """Simulate whole batches on a card; return when each arrival's picture was done."""
     clock = VirtualClock()
 
@@ -178,7 +180,7 @@ def batches(arrivals: Sequence[Arrival], card: Card, choose: Choose) -> list[flo
     return batch_by_batch(arrivals, choose, draw, clock)
 
 
-def policies(arrivals: Sequence[Arrival], card: Card, rows: int) -> dict[str, list[float]]:
+def policies(arrivals: Sequence[Arrival], card: SimulatedCard, rows: int) -> dict[str, list[float]]:
     """Return when each picture was done, by policy."""
     return {
         SERIAL: batches(arrivals, card, oldest),
@@ -189,12 +191,12 @@ def policies(arrivals: Sequence[Arrival], card: Card, rows: int) -> dict[str, li
     }
 
 
-def simulate(card: Card, *, pictures: int, seed: int) -> CardResult:
+def simulate(card: SimulatedCard, *, pictures: int, seed: int) -> CardResult:
     """Serve `pictures` pictures per load by every policy, and once more all at the same moment."""
     rows = card.rows()
     alone = _at_once(traffic.every_kind(traffic.STEPS))
     serial_per_s = len(alone) / max(batches(alone, card, oldest))
-    found: list[Figures] = []
+    found: list[LoadFigures] = []
     for load in traffic.LOADS:
         arrivals = traffic.poisson(load * serial_per_s, pictures, steps=traffic.STEPS, seed=seed)
         for policy, finished in policies(arrivals, card, rows).items():

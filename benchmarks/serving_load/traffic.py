@@ -25,7 +25,7 @@ class Arrival:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Figures:
+class LoadFigures:
     """The figures of one policy for one trace of arrivals.
 
     load: as a share of serial capacity. pXX_s: percentiles (nearest rank) of the seconds from a
@@ -74,7 +74,7 @@ def poisson(per_s: float, count: int, *, steps: Sequence[int], seed: int) -> lis
 
 def figures(
     policy: str, load: float, arrivals: Sequence[Arrival], finished: Sequence[float]
-) -> Figures:
+) -> LoadFigures:
     """Sum up a run; finished: when each arrival's picture was done, in seconds from the start."""
     latencies = sorted(
         end - arrival.seconds for arrival, end in zip(arrivals, finished, strict=True)
@@ -83,7 +83,7 @@ def figures(
     def percentile(share: float) -> float:
         return latencies[math.ceil(share * len(latencies)) - 1]
 
-    return Figures(
+    return LoadFigures(
         load=load,
         policy=policy,
         pictures=len(arrivals),
@@ -95,7 +95,7 @@ def figures(
     )
 
 
-def table(rows: Sequence[Figures]) -> str:
+def table(rows: Sequence[LoadFigures]) -> str:
     """Return the figures as a table, a line each."""
     lines = [
         f"{'load':>5} {'policy':<14}{'pictures':>9}{'per s':>9}{'p50 s':>9}{'p95 s':>9}{'p99 s':>9}"

@@ -28,7 +28,7 @@ from torch.utils.flop_counter import (
 )
 
 from benchmarks.train_step import full_size, work
-from benchmarks.train_step.work import Peak
+from benchmarks.train_step.work import PeakRates
 from dreambooth.settings.hyperparameters import MEMORY_PLANS
 
 LAUNCH_S = 8e-6
@@ -36,25 +36,25 @@ LAUNCH_S = 8e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Card:
+class KnownCard:
     """A card; sustained_flop_per_s: what it is estimated to sustain; goal_s: per step."""
 
     name: str
-    peak: Peak
+    peak: PeakRates
     sustained_flop_per_s: float
     mixed_precision: str
     goal_s: float
 
 
 CARDS = (
-    Card(
+    KnownCard(
         name="T4",
         peak=work.CARDS["Tesla T4"],
         sustained_flop_per_s=30e12,
         mixed_precision="fp16",
         goal_s=0.30,
     ),
-    Card(
+    KnownCard(
         name="A10G",
         peak=work.CARDS["NVIDIA A10G"],
         sustained_flop_per_s=50e12,

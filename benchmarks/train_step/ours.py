@@ -27,7 +27,7 @@ BATCH_SIZE = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scale:
+class RunScale:
     """The size of a run: `steps` are measured after the first `warm_up` (>= 1)."""
 
     steps: int
@@ -75,7 +75,7 @@ class Setting:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Figures:
+class RunFigures:
     """The figures of one run; times are in seconds.
 
     first_step_s: from the start of the process to the end of its first step, class images
@@ -108,11 +108,11 @@ class Figures:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class RunOutcome:
     """The figures of a run, or its fault; class_images: the folder of those that it sampled."""
 
     setting: Setting
-    figures: Figures | None
+    figures: RunFigures | None
     fault: str | None
     class_images: Path
 
@@ -138,7 +138,7 @@ def settings(device: DeviceFacts, *, quick: bool, only: str | None = None) -> It
             )
 
 
-def run(setting: Setting, subject: Subject, scale: Scale, folder: Path) -> Outcome:
+def run(setting: Setting, subject: Subject, scale: RunScale, folder: Path) -> RunOutcome:
     """Train in the empty `folder`, where the trained model is left."""
     output = folder / "output"
     arguments = [
@@ -163,7 +163,7 @@ def run(setting: Setting, subject: Subject, scale: Scale, folder: Path) -> Outco
         # The conditions do not apply to a server, which is a process of its own.
         if setting.whole_job and subject.conditions == Conditions():
             figures = replace(figures, ready_s=_server_ready_s(folder / "model"))
-    return Outcome(setting=setting, figures=figures, fault=fault, class_images=class_images)
+    return RunOutcome(setting=setting, figures=figures, fault=fault, class_images=class_images)
 
 
 def _server_ready_s(model: Path) -> float:
@@ -172,7 +172,7 @@ def _server_ready_s(model: Path) -> float:
         return time.monotonic() - began
 
 
-def _figures(ended: Ended, output: Path, scale: Scale) -> Figures:
+def _figures(ended: Ended, output: Path, scale: RunScale) -> RunFigures:
     text = (output / "metrics.jsonl").read_text("utf-8")
     rows = [json.loads(row) for row in text.splitlines()]
     ends = [row["time"] for row in rows]
@@ -182,7 +182,7 @@ def _figures(ended: Ended, output: Path, scale: Scale) -> Figures:
     plans = [match[1] or match[2] for match in _all(_PLANS, ended.lines)]
     expected = [float(match[1]) * _UNITS[match[2]] for match in _all(_EXPECTED, ended.lines)]
     saving = ended.memory.phases.get("checkpoints") if ended.memory else None
-    return Figures(
+    return RunFigures(
         times=step_times(
             ends,
             warm_up=scale.warm_up,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.train_step import processes
 from benchmarks.train_step.figures import StepTimes, step_times
-from benchmarks.train_step.ours import BATCH_SIZE, Outcome, Scale, Subject
+from benchmarks.train_step.ours import BATCH_SIZE, RunOutcome, RunScale, Subject
 from benchmarks.train_step.processes import Line, Memory
 from dreambooth.model_folder.facts import read_facts
 
@@ -26,7 +26,7 @@ _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerFigures:
-    """The figures of the peer's run, as in `ours.Figures`; it samples no class images."""
+    """The figures of the peer's run, as in `ours.RunFigures`; it samples no class images."""
 
     times: StepTimes
     memory: Memory | None
@@ -47,7 +47,9 @@ def needs_stand_in() -> bool:
     return importlib.util.find_spec("torchvision") is None
 
 
-def run(script: Path, ours: Outcome, subject: Subject, scale: Scale, folder: Path) -> PeerOutcome:
+def run(
+    script: Path, ours: RunOutcome, subject: Subject, scale: RunScale, folder: Path
+) -> PeerOutcome:
     """Train in the empty `folder` what `ours` trained, with the class images that it sampled."""
     ended = processes.run(
         script,
@@ -70,7 +72,7 @@ def run(script: Path, ours: Outcome, subject: Subject, scale: Scale, folder: Pat
     return PeerOutcome(figures=figures, fault=None)
 
 
-def arguments(ours: Outcome, subject: Subject, scale: Scale, folder: Path) -> list[object]:
+def arguments(ours: RunOutcome, subject: Subject, scale: RunScale, folder: Path) -> list[object]:
     """Return the script's arguments.
 
     The pictures are copied to folders of their own, because the script opens every file it finds.

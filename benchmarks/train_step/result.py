@@ -5,19 +5,19 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.train_step.ours import Outcome
+from benchmarks.train_step.ours import RunOutcome
 from benchmarks.train_step.peer import PeerOutcome
 
 if TYPE_CHECKING:  # it loads torch
     from benchmarks.train_step.graph_check import GraphCheck
-    from benchmarks.train_step.work import Peak
+    from benchmarks.train_step.work import PeakRates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """The outcome of one setting, with the FLOPs and the shortest possible time of its step."""
 
-    outcome: Outcome
+    outcome: RunOutcome
     flops: int
     floor_ms: float
     peer: PeerOutcome | None
@@ -71,11 +71,11 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
+class TrainResult:
     """All rows. stand_in: the peer ran without the real torchvision. graphs: only on CUDA."""
 
     rows: tuple[Row, ...]
-    peak: Peak
+    peak: PeakRates
     stand_in: bool
     graphs: GraphCheck | None = None
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from benchmarks.train_step.conditions import GIB
-from benchmarks.train_step.ours import Figures, Setting
+from benchmarks.train_step.ours import RunFigures, Setting
 from benchmarks.train_step.peer import PeerFigures
-from benchmarks.train_step.result import Result, Row
+from benchmarks.train_step.result import Row, TrainResult
 
 _LEGEND = """\
 ms: median of a step, with its tenth and ninth decile. TFLOP/s: U-Net forward and backward as
@@ -25,7 +25,7 @@ def name(setting: Setting) -> str:
     return f"{loss} {kind}{setting.memory_plan}"
 
 
-def show(result: Result) -> None:
+def show(result: TrainResult) -> None:
     """Print the tables and what their columns mean."""
     peak = result.peak
     print(
@@ -56,7 +56,7 @@ def show(result: Result) -> None:
         print("torchvision is missing: the peer ran with a small stand-in for its transforms")
 
 
-def _line(title: str, row: Row, figures: Figures) -> str:
+def _line(title: str, row: Row, figures: RunFigures) -> str:
     sampling, of_expected = figures.class_image_s, figures.of_expected
     return (
         f"{title:<32}{_times(figures)}{row.rates['pictures_per_s']:12.2f}"
@@ -75,7 +75,7 @@ def _peer_line(theirs: PeerFigures) -> str:
     )
 
 
-def _show_job(setting: Setting, figures: Figures) -> None:
+def _show_job(setting: Setting, figures: RunFigures) -> None:
     memory = figures.memory
     print(
         f"\n{name(setting)}, by {figures.memory_plan}: {figures.run_s:.1f} s from start to end, "
@@ -92,12 +92,12 @@ def _seconds(seconds: float | None, width: int) -> str:
     return f"{'-' if seconds is None else f'{seconds:.2f} s':>{width}}"
 
 
-def _times(figures: Figures | PeerFigures) -> str:
+def _times(figures: RunFigures | PeerFigures) -> str:
     times = figures.times
     return f"{times.median_ms:9.1f}{f'{times.p10_ms:.1f}-{times.p90_ms:.1f}':>18}"
 
 
-def _memory(figures: Figures | PeerFigures) -> str:
+def _memory(figures: RunFigures | PeerFigures) -> str:
     memory = figures.memory
     if memory is None:
         return "-"

@@ -23,7 +23,7 @@ from dreambooth.training.mixed_precision import DTYPES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Peak:
+class PeakRates:
     """The peak rates of a device: FLOP/s of matrix products, bytes/s of its memory."""
 
     flop_per_s: float
@@ -34,9 +34,9 @@ class Peak:
 # Half precision. T4: data sheet. A10G: measured products (its data sheet states 125 TFLOP/s). H100:
 # dense products and memory rates that well-tuned kernels reach.
 CARDS = {
-    "Tesla T4": Peak(flop_per_s=65e12, bytes_per_s=320e9, source="table"),
-    "NVIDIA A10G": Peak(flop_per_s=70e12, bytes_per_s=600e9, source="table"),
-    "NVIDIA H100 80GB HBM3": Peak(flop_per_s=800e12, bytes_per_s=3.0e12, source="table"),
+    "Tesla T4": PeakRates(flop_per_s=65e12, bytes_per_s=320e9, source="table"),
+    "NVIDIA A10G": PeakRates(flop_per_s=70e12, bytes_per_s=600e9, source="table"),
+    "NVIDIA H100 80GB HBM3": PeakRates(flop_per_s=800e12, bytes_per_s=3.0e12, source="table"),
 }
 
 
@@ -78,18 +78,18 @@ def optimizer_bytes(memory_plan: str, mixed_precision: str) -> int:
     return states + (14 if mixed_precision != "no" else 16)
 
 
-def peak(device: DeviceFacts) -> Peak:
+def peak(device: DeviceFacts) -> PeakRates:
     """Return the rates of a known card; those of another device are measured now."""
     return CARDS.get(device.name) or _measure(device)
 
 
-def _measure(device: DeviceFacts) -> Peak:
+def _measure(device: DeviceFacts) -> PeakRates:
     on = torch.device(device.kind)
     side, elements = (8192, 2**28) if device.kind == "cuda" else (1024, 2**25)
     left = torch.rand(side, side, device=on, dtype=DTYPES[device.mixed_precision])
     source = torch.rand(elements, device=on)
     target = torch.empty_like(source)
-    return Peak(
+    return PeakRates(
         flop_per_s=2 * side**3 / _shortest_s(lambda: left @ left, on),
         bytes_per_s=8 * elements / _shortest_s(lambda: target.copy_(source), on),
         source="measured here: matrix product, copy",

@@ -189,6 +189,7 @@ class _Sampler:
         self._task, self._capture_on = task, capture_on
         self._model: DiffusionModel | None = None
         self._schedules: Schedules | None = None
+        self._text: dict[str, torch.Tensor] = {}  # encoded once, for all batches
         self._steps = NUM_INFERENCE_STEPS
         self._most = pictures_per_call(task)
         self._pictures, self._seconds = 0, 0.0
@@ -245,6 +246,7 @@ class _Sampler:
             requests,
             batch_size=len(requests),
             schedules=schedules,
+            text=self._text,
             on_latents=latents.append,
         )
         return [
@@ -262,6 +264,8 @@ class _Sampler:
             if self._task.plan.fast_step:
                 _speed_up(self._model, self._capture_on(self._task.device))
             self._schedules = sampling.schedules_of(self._model)
+            for text in (self._task.dataset.class_prompt or "", ""):
+                self._text[text] = models.encode_text(model, models.tokenize(model, [text]))
         return self._model, self._schedules
 
     def unload(self) -> None:
@@ -269,4 +273,5 @@ class _Sampler:
         if self._pictures:
             log.info("%d class images sampled in %.2f s", self._pictures, self._seconds)
         self._model = self._schedules = None
+        self._text.clear()
         free_caches()

@@ -48,7 +48,7 @@ class Thumbnail:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Card:
+class InstanceCard:
     """An instance image of `width` x `height` pixels, whole and upright, and some of its crops.
 
     outlined: the outlines of its crops can be drawn over the whole picture.
@@ -68,7 +68,7 @@ class ShownPictures:
 
     final: Thumbnail | None
     steps: Sequence[tuple[int, Thumbnail]]
-    instance_images: Sequence[Card]
+    instance_images: Sequence[InstanceCard]
     class_images: Sequence[Thumbnail]
     left_out: int
 
@@ -156,7 +156,7 @@ def choose(data: ReportData, *, max_bytes: int) -> ShownPictures:
     )
 
 
-def _card(picture: InstancePicture, resolution: int, thumbnails: Thumbnails) -> Card | None:
+def _card(picture: InstancePicture, resolution: int, thumbnails: Thumbnails) -> InstanceCard | None:
     """Return an instance image with some crops; None above the cap or where it cannot be read."""
     try:
         image = images.open_image(picture.path)
@@ -174,7 +174,7 @@ def _card(picture: InstancePicture, resolution: int, thumbnails: Thumbnails) -> 
             crops.append(thumbnail)
     # Without outlines: only a part of the picture was resized, or the crop is the whole picture.
     narrow = max(image.size) > images.MAX_SHAPE_RATIO * min(image.size)
-    return Card(
+    return InstanceCard(
         picture=picture,
         width=image.width,
         height=image.height,

@@ -9,7 +9,7 @@ import torch
 from benchmarks.__main__ import main
 from benchmarks.serving_load import full_size_calls, full_size_pictures, full_size_run
 from benchmarks.serving_load.full_size_calls import EAGER, ROWS, WAYS, CallFigure
-from benchmarks.serving_load.full_size_pictures import Effort, FullSize, Peak, WayFigures
+from benchmarks.serving_load.full_size_pictures import Effort, FullSize, GpuMemory, WayFigures
 from benchmarks.serving_load.redrawing import Agreement
 from dreambooth.diffusion import model as models
 
@@ -29,7 +29,7 @@ def figures(way: str, *, graphs: int = 0, bytes_differing: int = 0) -> WayFigure
             pictures=40, bytes_differing=bytes_differing, largest_difference=1, not_exact=0
         ),
         graphs=graphs,
-        peak=Peak(allocated=3 * GIB, reserved=4 * GIB, in_use=5 * GIB),
+        peak=GpuMemory(allocated=3 * GIB, reserved=4 * GIB, in_use=5 * GIB),
     )
 
 

@@ -29,7 +29,7 @@ from benchmarks.server_probes import (
     soak,
 )
 from benchmarks.server_probes.fuzz_verdicts import HANG_S, TRACEBACK, Verdicts
-from benchmarks.server_probes.outcome import Figure, Outcome, percentile
+from benchmarks.server_probes.outcome import Figure, ProbeOutcome, percentile
 from benchmarks.server_probes.processes import Usage
 from benchmarks.server_probes.server import Server, start
 from benchmarks.server_probes.soak import Sample
@@ -58,7 +58,7 @@ def server(servers: tuple[Server, Server]) -> Server:
     return servers[0]
 
 
-def assert_sound(outcome: Outcome) -> None:
+def assert_sound(outcome: ProbeOutcome) -> None:
     """Assert that all bounds are kept; of times, only that nothing hung."""
     for figure in outcome.figures:
         if figure.name.endswith(("_s", "_ms")):
@@ -221,7 +221,9 @@ def test_the_last_line_is_json_and_a_broken_bar_is_exit_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     figures = (Figure(name="resets", value=2, at_most=0), Figure(name="slowest_s", value=0.25))
-    seen = Outcome(probe="burst", figures=figures, faults=("2 clients got ConnectionResetError",))
+    seen = ProbeOutcome(
+        probe="burst", figures=figures, faults=("2 clients got ConnectionResetError",)
+    )
     monkeypatch.setitem(probes.PROBES, "burst", lambda size: seen)
     assert probes.main(parser().parse_args(["probes", "--only", "burst"])) == 1
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import survive
 from benchmarks.__main__ import parser
-from benchmarks.survive import Result, Setup
+from benchmarks.survive import Setup, SurvivalResult
 
 
 def test_a_run_that_is_killed_again_and_again_loses_nothing(
@@ -23,7 +23,7 @@ def test_a_run_that_is_killed_again_and_again_loses_nothing(
 def test_the_last_line_is_json_and_a_fault_is_exit_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    seen = Result(kills=2, runs=1, faults=["a half model after kill 1"])
+    seen = SurvivalResult(kills=2, runs=1, faults=["a half model after kill 1"])
     seen.phases.update(["training", "training"])
     monkeypatch.setattr(survive, "run", lambda *_, **__: seen)
     assert survive.main(parser().parse_args(["survive", "--kills", "2"])) == 1

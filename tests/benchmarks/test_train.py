@@ -13,10 +13,10 @@ from benchmarks.__main__ import main
 from benchmarks.train_step import derived, full_size, levers, ours, peer, processes, table, work
 from benchmarks.train_step import transforms_stand_in as transforms
 from benchmarks.train_step.figures import StepTimes, step_times
-from benchmarks.train_step.ours import Figures, Outcome, Scale, Setting, Subject
+from benchmarks.train_step.ours import RunFigures, RunOutcome, RunScale, Setting, Subject
 from benchmarks.train_step.phases import Phase
 from benchmarks.train_step.processes import Line, Memory
-from benchmarks.train_step.result import Result, Row
+from benchmarks.train_step.result import Row, TrainResult
 from dreambooth import tiny
 from dreambooth.settings.hyperparameters import MEMORY_PLANS
 from dreambooth.training.device import CPU, DeviceFacts
@@ -65,7 +65,7 @@ def test_a_run_is_measured_and_set_beside_a_peer(
     small_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     subject = Subject(model=small_model_folder, photos=tiny.DATA / "dog1_8", device=CPU)
-    scale = Scale(steps=3, warm_up=1, class_images=2)
+    scale = RunScale(steps=3, warm_up=1, class_images=2)
     setting = Setting(with_prior_preservation=True, memory_plan="fp32_adamw")
     place = tmp_path / "place"
     place.mkdir()
@@ -106,7 +106,7 @@ def test_what_failed_and_the_memory_of_a_gpu_stand_in_the_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gib = 2**30
-    figures = Figures(
+    figures = RunFigures(
         times=StepTimes(median_ms=25.0, p10_ms=24.0, p90_ms=26.0, mean_ms=50.0),
         memory=Memory(
             resident=gib,
@@ -124,7 +124,7 @@ def test_what_failed_and_the_memory_of_a_gpu_stand_in_the_table(
     )
     rows = tuple(
         Row(
-            outcome=Outcome(
+            outcome=RunOutcome(
                 setting=Setting(with_prior_preservation=False, memory_plan=plan),
                 figures=made,
                 fault=fault,
@@ -140,7 +140,7 @@ def test_what_failed_and_the_memory_of_a_gpu_stand_in_the_table(
         )
     )
     peak = work.peak(DeviceFacts(kind="cuda", name="Tesla T4"))
-    table.show(Result(rows=rows, peak=peak, stand_in=False))
+    table.show(TrainResult(rows=rows, peak=peak, stand_in=False))
     lines = capsys.readouterr().out.splitlines()
     for shown in (
         "25.0",

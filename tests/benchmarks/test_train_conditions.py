@@ -19,9 +19,9 @@ from benchmarks import provenance, train
 from benchmarks.__main__ import main
 from benchmarks.train_step import ours, processes, work
 from benchmarks.train_step.conditions import GIB, Conditions
-from benchmarks.train_step.ours import Scale, Setting, Subject
+from benchmarks.train_step.ours import RunScale, Setting, Subject
 from benchmarks.train_step.processes import Ended
-from benchmarks.train_step.result import Result
+from benchmarks.train_step.result import TrainResult
 from dreambooth import tiny
 from dreambooth.training import device as devices
 from dreambooth.training.device import DeviceFacts
@@ -79,7 +79,7 @@ def test_as_a_t4_the_job_computes_in_fp16(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(processes, "run", run)
     conditions = Conditions(memory_gib=13.0, as_t4=True)
     subject = Subject(model=tmp_path, photos=tmp_path, device=CARD, conditions=conditions)
-    scale = Scale(steps=9, warm_up=1, class_images=2)
+    scale = RunScale(steps=9, warm_up=1, class_images=2)
     outcome = ours.run(Setting(**JOB, memory_plan="auto"), subject, scale, tmp_path)
     assert outcome.fault == "exit 1: nothing was said"
     assert heard["conditions"] == conditions
@@ -110,9 +110,11 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Return a list of what `measure` is asked for on a pretended card; nothing runs."""
     asked: list[Any] = []
 
-    def measure(subject: Subject, settings: Sequence[Setting], *_: Any, **named: Any) -> Result:
+    def measure(
+        subject: Subject, settings: Sequence[Setting], *_: Any, **named: Any
+    ) -> TrainResult:
         asked.append((subject.conditions, [asdict(one) for one in settings], named["job_scale"]))
-        return Result(rows=(), peak=work.peak(CARD), stand_in=False)
+        return TrainResult(rows=(), peak=work.peak(CARD), stand_in=False)
 
     monkeypatch.setattr(devices, "from_torch", lambda _: CARD)
     monkeypatch.setattr(train, "measure", measure)
@@ -136,7 +138,7 @@ def test_under_conditions_one_whole_job_is_run(
     measured: list[Any], options: list[str], conditions: Conditions, plan: str
 ) -> None:
     assert main(["train", "--model", "tiny", *options]) == 0
-    job_scale = Scale(steps=395, warm_up=5, class_images=100)
+    job_scale = RunScale(steps=395, warm_up=5, class_images=100)
     assert measured == [(conditions, [{**JOB, "memory_plan": plan}], job_scale)]
 
 

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.train_step import full_size, graph_check, ours
 from benchmarks.train_step.conditions import GIB, T4_MEMORY_GIB, Conditions
-from benchmarks.train_step.ours import Figures, Scale, Setting, Subject
+from benchmarks.train_step.ours import RunFigures, RunScale, Setting, Subject
 from dreambooth import tiny
 from dreambooth.fast.cuda_graphs import CudaGraphCapturer
 from dreambooth.settings.hyperparameters import MEMORY_PLANS
@@ -31,7 +31,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, small_model_folder: Path) -> 
     return folder
 
 
-def run(base: Path, folder: Path, setting: Setting, conditions: Conditions) -> Figures:
+def run(base: Path, folder: Path, setting: Setting, conditions: Conditions) -> RunFigures:
     subject = Subject(
         model=base,
         photos=tiny.DATA / "dog1_8",
@@ -39,7 +39,7 @@ def run(base: Path, folder: Path, setting: Setting, conditions: Conditions) -> F
         conditions=conditions,
     )
     class_images = 8 if subject.device.kind == "cuda" else 1
-    scale = Scale(steps=2, warm_up=1, class_images=class_images)
+    scale = RunScale(steps=2, warm_up=1, class_images=class_images)
     outcome = ours.run(setting, subject, scale, folder)
     assert outcome.figures is not None, outcome.fault
     return outcome.figures

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from benchmarks.train_step import peer, processes
 from benchmarks.train_step.conditions import Conditions
-from benchmarks.train_step.ours import Outcome, Scale, Setting, Subject
+from benchmarks.train_step.ours import RunOutcome, RunScale, Setting, Subject
 from dreambooth import tiny
 from dreambooth.data import sample_draws
 from dreambooth.job.run import run_job
@@ -81,9 +81,11 @@ def theirs(
     shutil.copytree(tiny.DATA / "dog1_16", photos / "class_data_dir")  # twice as many
     setting = Setting(with_prior_preservation=case.prior, memory_plan="fp32_adamw")
     same_work = peer.arguments(
-        Outcome(setting=setting, figures=None, fault=None, class_images=photos / "class_data_dir"),
+        RunOutcome(
+            setting=setting, figures=None, fault=None, class_images=photos / "class_data_dir"
+        ),
         Subject(model=BASE, photos=photos, device=CPU),
-        Scale(steps=STEPS - 1, warm_up=1, class_images=16),
+        RunScale(steps=STEPS - 1, warm_up=1, class_images=16),
         work,
     )
     ended = processes.run(

@@ -34,7 +34,7 @@ Lost = list[tuple[PictureInWork, Exception]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Outcome:
+class Predicted:
     """The result of a call. preds: float32 [B, C, h, w] for `pictures`; None if there are none.
 
     lost: the pictures that cannot be predicted, each with its error. Where not even a single row
@@ -70,13 +70,13 @@ class UNetCaller:
         """
         return self.batch_rows or self._allowed(size)
 
-    def predict(self, pictures: Sequence[PictureInWork]) -> Outcome:
+    def predict(self, pictures: Sequence[PictureInWork]) -> Predicted:
         """Predict pictures of one size; raise only if the device is lost."""
         pending, lost = list(pictures), Lost()
         while pending:
             preds = self._try(pending)
             if isinstance(preds, Tensor):
-                return Outcome(pictures=pending, preds=preds, lost=lost)
+                return Predicted(pictures=pending, preds=preds, lost=lost)
             if is_device_lost(preds):
                 raise preds
             if is_out_of_memory(preds):
@@ -88,7 +88,7 @@ class UNetCaller:
                 lost.append((pending.pop(), preds))
             else:
                 return _joined([self.predict([picture]) for picture in pending], lost)
-        return Outcome(pictures=[], preds=None, lost=lost)
+        return Predicted(pictures=[], preds=None, lost=lost)
 
     def forget(self) -> None:
         """Drop the texts and pictures of past calls, which would stay in memory while idle."""
@@ -156,9 +156,9 @@ class UNetCaller:
         return text
 
 
-def _joined(alone: Sequence[Outcome], lost: Lost) -> Outcome:
+def _joined(alone: Sequence[Predicted], lost: Lost) -> Predicted:
     preds = [each.preds for each in alone if each.preds is not None]
-    return Outcome(
+    return Predicted(
         pictures=[picture for each in alone for picture in each.pictures],
         preds=torch.cat(preds) if preds else None,
         lost=lost + [picture for each in alone for picture in each.lost],
