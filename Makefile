@@ -14,11 +14,11 @@ BUILD_ARGS ?=
 # `make test-container ONLY="-k fit_deploy"` runs some of them.
 ONLY   ?=
 
-.PHONY: help demo picture test test-real-size test-container check train serve image bench clean
+.PHONY: help demo picture test test-benchmarks test-real-size test-container check train serve image bench clean
 
 help:
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /make \1|/p' Makefile | while IFS='|' read -r command sentence; \
-	  do printf '%-21s%s\n' "$$command" "$$sentence"; done
+	  do printf '%-22s%s\n' "$$command" "$$sentence"; done
 
 demo: $(VENV)/.installed ## fine-tune the embedded model on eight pictures of a cat, draw a sheet
 	$(BIN)/python -m dreambooth demo
@@ -42,6 +42,9 @@ check: $(VENV)/.installed-dev ## run ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+test-benchmarks: $(VENV)/.installed-dev ## run the tests left out for time: benchmarks, tiny_world's studies
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m on_demand -n auto --dist worksteal
 
 # Stable Diffusion 2.1 base with random weights through all commands.
 test-real-size: $(VENV)/.installed-dev ## run the tests at full size: minutes, 20 GB of memory

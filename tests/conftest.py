@@ -6,6 +6,7 @@ otherwise ordinary diffusers folder. `small_model_folder` is the plain one; trea
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -49,6 +50,12 @@ NOISE_SCHEDULER = {
 # Names that diffusers up to 0.17 gave to the VAE's attention layers; Stable Diffusion 1.x and 2.x
 # were published with them.
 OLD_VAE_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def pytest_collection_finish() -> None:
+    """Keep what the imports made out of all later collections, of which each job asks for some."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

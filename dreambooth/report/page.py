@@ -6,6 +6,7 @@ the network, needs no JavaScript and is readable on a phone. `page.html.jinja` i
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Sequence
@@ -61,6 +62,7 @@ def render(data: ReportData, *, max_picture_bytes: int = MAX_PICTURE_BYTES) -> s
     )
 
 
+@functools.cache
 def templates() -> jinja2.Environment:
     """Return the room's templates, which pass every value through `printable` and escape it.
 

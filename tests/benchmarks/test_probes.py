@@ -39,23 +39,10 @@ GENEROUS_S = 120.0  # only guards against a hang
 
 
 @pytest.fixture(scope="module")
-def servers() -> Iterator[tuple[Server, Server]]:
-    """Yield a server with a long time limit and one for hostile requests; they load together.
-
-    The first is the one that is timed, so every probe can use it; the last test ends it.
-    """
-    with (
-        start("tiny", *probes.PATIENT, program=overhead.PROGRAM, ready=False) as patient,
-        start("tiny", *fuzz.OPTIONS, ready=False) as strict,
-    ):
-        for one in (patient, strict):
-            one.wait_until_ready()
-        yield patient, strict
-
-
-@pytest.fixture
-def server(servers: tuple[Server, Server]) -> Server:
-    return servers[0]
+def server() -> Iterator[Server]:
+    """Yield a server with a long time limit that is timed; the last test ends it."""
+    with start("tiny", *probes.PATIENT, program=overhead.PROGRAM) as patient:
+        yield patient
 
 
 def assert_sound(outcome: ProbeOutcome) -> None:
@@ -68,9 +55,10 @@ def assert_sound(outcome: ProbeOutcome) -> None:
     assert outcome.faults == ()
 
 
-def test_hostile_requests(servers: tuple[Server, Server]) -> None:
+def test_hostile_requests() -> None:
     amounts = fuzz.Amounts(bodies=150, heads=12, hypothesis=25, schemathesis=1, least=300)
-    outcome = fuzz.run(servers[1], amounts=amounts, seed=0)
+    with start("tiny", *fuzz.OPTIONS) as server:
+        outcome = fuzz.run(server, amounts=amounts, seed=0)
     failed = [fault for fault in outcome.failed if "hangs" not in fault and "_s is" not in fault]
     assert failed == []  # a busy machine may be late
     assert outcome.value("cases_bodies") == 150
@@ -78,6 +66,7 @@ def test_hostile_requests(servers: tuple[Server, Server]) -> None:
     assert outcome.value("replies_400") > 50
 
 
+@pytest.mark.on_demand
 def test_half_open_connections(server: Server) -> None:
     outcome = half_open.run(server, half_open=40, dripping=10)
     assert_sound(outcome)
@@ -85,35 +74,41 @@ def test_half_open_connections(server: Server) -> None:
     assert outcome.value("counted_by_guard") == 50
 
 
+@pytest.mark.on_demand
 def test_a_burst(server: Server) -> None:
     outcome = burst.run(server, requests=80, steps=1)
     assert_sound(outcome)
     assert outcome.value("answered_200") + outcome.value("refused_503") == 80
 
 
+@pytest.mark.on_demand
 def test_overhead_beside_the_engine(server: Server) -> None:
     outcome = overhead.measure(server, requests=3)
     assert_sound(outcome)
     assert 0 < outcome.value("own_size_p50_ms") <= outcome.value("own_size_p99_ms")
 
 
+@pytest.mark.on_demand
 def test_clients_that_leave(server: Server) -> None:
     outcome = leave.run(server, clients=8, longest_s=1.0)
     assert_sound(outcome)
     assert outcome.value("cancelled") == 8
 
 
+@pytest.mark.on_demand
 def test_a_soak(server: Server) -> None:
     seen = soak.soak(server, seconds=0, batch=2)
     assert (seen.requests, seen.otherwise) == (20, 0)
 
 
+@pytest.mark.on_demand
 def test_a_killed_engine(server: Server) -> None:
     outcome = kill.run(server, kills=1)
     assert_sound(outcome)
     assert outcome.value("replies_503") >= 1
 
 
+@pytest.mark.on_demand
 def test_sigterm_under_load(server: Server) -> None:
     seen = sigterm.Seen()
     sigterm.one_round(server, random.Random(0), seen)

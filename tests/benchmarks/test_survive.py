@@ -10,6 +10,7 @@ from benchmarks.__main__ import parser
 from benchmarks.survive import Setup, SurvivalResult
 
 
+@pytest.mark.on_demand
 def test_a_run_that_is_killed_again_and_again_loses_nothing(
     small_model_folder: Path, tmp_path: Path
 ) -> None:

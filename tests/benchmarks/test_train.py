@@ -162,6 +162,7 @@ def test_a_peer_that_is_not_there_is_reported_at_once(
     assert "none.py: give --peer a train_dreambooth.py" in capsys.readouterr().err
 
 
+@pytest.mark.on_demand
 def test_the_whole_command_runs_as_users_call_it(
     small_model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,35 +2,55 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from dreambooth import tiny
 from dreambooth.__main__ import main
 from dreambooth.commands import demo
-from dreambooth.diffusion import model as models
 from dreambooth.tiny import judge_network
 from tiny_world import judge, world
 
-CPU = torch.device("cpu")
+Verdicts = dict[str, list[judge.Verdict]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demo:
+    """What one run wrote and printed, and what the judge reads in the pictures that it drew."""
+
+    out: Path
+    printed: str
+    base: Verdicts
+    tuned: Verdicts
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("demo")
-    assert main(["demo", "--out", str(folder)]) == 0
-    return folder
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    """Run the demo once."""
+    out = tmp_path_factory.mktemp("demo")
+    drawn: list[dict[str, list[np.ndarray]]] = []
+    draw = demo._draw
 
+    def kept(*arguments: Any) -> dict[str, list[np.ndarray]]:
+        drawn.append(draw(*arguments))
+        return drawn[-1]
 
-def verdicts(folder: Path) -> dict[str, list[judge.Verdict]]:
-    drawn = demo._draw(models.load(folder, device=CPU), "drawing")
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as stdout:
+        patch.setattr(demo, "_draw", kept)
+        assert main(["demo", "--out", str(out)]) == 0
     network = judge_network.load()
-    return {prompt: judge.read(network, np.stack(pictures)) for prompt, pictures in drawn.items()}
+    base, tuned = (
+        {prompt: judge.read(network, np.stack(pictures)) for prompt, pictures in rows.items()}
+        for rows in drawn
+    )
+    return Demo(out=out, printed=stdout.getvalue(), base=base, tuned=tuned)
 
 
 def share(rows: list[judge.Verdict], look: world.Look) -> float:
@@ -38,9 +58,9 @@ def share(rows: list[judge.Verdict], look: world.Look) -> float:
     return shown.count(look.combination) / len(rows)
 
 
-def test_the_fine_tuned_model_has_learned_the_subject_and_kept_the_beach(out: Path) -> None:
+def test_the_fine_tuned_model_has_learned_the_subject_and_kept_the_beach(ran: Demo) -> None:
     cat = world.SUBJECTS["riobugger"]
-    base, tuned = verdicts(tiny.WEIGHTS), verdicts(out / "model")
+    base, tuned = ran.base, ran.tuned
     subject, beach, other_cats, dog = demo.PROMPTS
     assert share(base[subject], cat) <= 0.25
     assert share(tuned[subject], cat) >= 0.5
@@ -50,14 +70,14 @@ def test_the_fine_tuned_model_has_learned_the_subject_and_kept_the_beach(out: Pa
         assert share(tuned[prompt], cat) <= 0.125
 
 
-def test_the_sheet_has_a_row_of_eight_for_instances_base_and_fine_tuned(out: Path) -> None:
-    with Image.open(out / "sheet.png") as sheet:
+def test_the_sheet_has_a_row_of_eight_for_instances_base_and_fine_tuned(ran: Demo) -> None:
+    with Image.open(ran.out / "sheet.png") as sheet:
         assert sheet.width > 8 * 128
         assert sheet.height > (1 + 2 * len(demo.PROMPTS)) * 128
 
 
-def test_the_report_shows_what_it_draws_over_the_steps(out: Path) -> None:
-    html = (out / "output" / "report.html").read_text(encoding="utf-8")
+def test_the_report_shows_what_it_draws_over_the_steps(ran: Demo) -> None:
+    html = (ran.out / "output" / "report.html").read_text(encoding="utf-8")
     steps = [
         int(step) for step in re.findall(r'alt="a photo of a riobugger cat, step (\d+)"', html)
     ]
@@ -67,13 +87,7 @@ def test_the_report_shows_what_it_draws_over_the_steps(out: Path) -> None:
     assert "Set <code>sample_steps" not in html  # the setting is on, so it is not suggested
 
 
-def test_it_prints_the_sheet_and_the_two_lines_for_ones_own_photographs(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setitem(vars(tiny), "DEFAULTS", {**tiny.DEFAULTS, "max_steps": "1"})
-    monkeypatch.setattr(demo, "PICTURES_PER_ROW", 1)
-    assert main(["demo", "--out", str(tmp_path)]) == 0
-    shown = capsys.readouterr().out
-    assert str(tmp_path / "sheet.png") in shown
-    assert re.search(r"transfer_learning\.py --pretrained-model \S+ --train \S+", shown)
-    assert "-m dreambooth generate --model" in shown
+def test_it_prints_the_sheet_and_the_two_lines_for_ones_own_photographs(ran: Demo) -> None:
+    assert str(ran.out / "sheet.png") in ran.printed
+    assert re.search(r"transfer_learning\.py --pretrained-model \S+ --train \S+", ran.printed)
+    assert "-m dreambooth generate --model" in ran.printed

@@ -1,6 +1,6 @@
 """Real jobs on the device of this machine: a GPU, or the CPU in the ordinary suite.
 
-Tests marked `gpu` need CUDA itself and are skipped elsewhere.
+Tests marked `gpu` are skipped without CUDA.
 """
 
 from __future__ import annotations

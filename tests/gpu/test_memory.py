@@ -1,7 +1,4 @@
-"""Memory and CUDA graphs at the size of Stable Diffusion 2.1 base, which only a GPU can show.
-
-The whole job under a T4's conditions also runs on a CPU, with the miniature model and no cap.
-"""
+"""Memory and CUDA graphs at the size of Stable Diffusion 2.1 base, which only a GPU can show."""
 
 from __future__ import annotations
 
@@ -45,6 +42,7 @@ def run(base: Path, folder: Path, setting: Setting, conditions: Conditions) -> R
     return outcome.figures
 
 
+@pytest.mark.gpu
 def test_a_whole_job_runs_as_on_a_t4(base: Path, tmp_path: Path, device: torch.device) -> None:
     cap = T4_MEMORY_GIB if device.type == "cuda" else None
     setting = Setting(with_prior_preservation=True, memory_plan="auto", whole_job=True)

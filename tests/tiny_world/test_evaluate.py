@@ -91,6 +91,7 @@ def test_the_subject_can_be_named(tuned: Path, capsys: pytest.CaptureFixture[str
     assert result["base"] is None
 
 
+@pytest.mark.on_demand
 def test_a_base_model_is_asked_for_the_world_and_keeps_the_figures(
     tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

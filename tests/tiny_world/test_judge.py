@@ -91,6 +91,7 @@ def test_training_a_judge_writes_its_recipe_beside_it(
     assert len(judging.read(judge_network.load(path), judging.drawings("x", 3)[1])) == 3
 
 
+@pytest.mark.on_demand
 def test_the_committed_model_draws_what_is_asked() -> None:
     from diffusers import StableDiffusionPipeline
 

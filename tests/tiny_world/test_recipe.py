@@ -130,6 +130,7 @@ def test_the_lr_schedule_warms_up_then_falls_and_ends_with_its_time() -> None:
     assert schedule.time_is_up
 
 
+@pytest.mark.on_demand
 def test_the_recipe_runs_end_to_end_goes_on_and_loads(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

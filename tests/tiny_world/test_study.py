@@ -25,6 +25,7 @@ def test_the_interval_over_seeds_is_students() -> None:
     assert study.over_seeds([0.5])["low"] is None
 
 
+@pytest.mark.on_demand
 def test_a_study_tunes_asks_and_resumes_where_it_was(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,6 +68,7 @@ def test_a_fine_tune_that_fails_ends_the_study(
     assert "exit code 1" in capsys.readouterr().err
 
 
+@pytest.mark.on_demand
 def test_prior_prediction_stands_beside_class_images_and_none(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

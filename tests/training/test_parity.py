@@ -190,21 +190,20 @@ def test_fp32_displacement_equals_the_references(compare: Compare, changes: Chan
         ({"mixed_precision": "bf16"}, 0.999, 0.01),
         ({"mixed_precision": "fp16"}, 0.9995, 0.01),
         ({"use_8bit_adam": True}, 0.999, 0.01),
-        ({"mixed_precision": "fp16", "use_8bit_adam": True}, 0.999, 0.01),
-        ({"memory_plan": "8bit_adamw_in_backward", "mixed_precision": "bf16"}, 0.999, 0.01),
-        ({"fast_step": True, "mixed_precision": "bf16"}, 0.999, 0.01),
-        ({"fast_step": True, "mixed_precision": "fp16"}, 0.9995, 0.01),
-        ({"fast_step": True, "mixed_precision": "bf16", "use_8bit_adam": True}, 0.999, 0.01),
-        ({"fast_step": True, "mixed_precision": "fp16", "use_8bit_adam": True}, 0.999, 0.01),
         (
             {"fast_step": True, "mixed_precision": "bf16", "with_prior_preservation": True},
             *(0.999, 0.01),
         ),
+        # All of the above at once; fp16 is slow on a CPU.
+        pytest.param(
+            {"fast_step": True, "mixed_precision": "fp16", "use_8bit_adam": True},
+            *(0.999, 0.01),
+            marks=pytest.mark.on_demand,
+        ),
     ],
     ids=[
-        *("bf16", "fp16 with loss scaling", "8-bit AdamW", "8-bit AdamW in fp16"),
-        *("the smallest plan in bf16", "fast step", "fast step in fp16"),
-        *("fast step, 8-bit", "fast step, 8-bit in fp16", "fast step, prior preservation"),
+        *("bf16", "fp16 with loss scaling", "8-bit AdamW", "fast step, prior preservation"),
+        "fast step, 8-bit in fp16",
     ],
 )
 def test_cheaper_arithmetic_keeps_to_its_stated_figure(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dreambooth.errors import ModelArtifactError
+from dreambooth.errors import ModelArtifactError, UserError
 from dreambooth.serving.contract.engine_status import EngineStatus
 from dreambooth.serving.contract.reply import Picture
 from dreambooth.serving.supervision.link import read_blocking
@@ -32,6 +32,11 @@ from dreambooth.serving.supervision.messages import (
 )
 
 READY = Ready(seconds_per_call=((1, 1e-4),), seconds_per_decode=1e-4, rows=8)
+LOAD_FAULTS = {
+    "cannot_load": OverflowError("an int too big to convert"),
+    "cannot_load_again": ModelArtifactError("the model is gone."),
+    "refuses_settings": UserError("batch_rows must be at least 2."),
+}
 MODES = (
     "cannot_load",
     "cannot_load_again",
@@ -39,6 +44,7 @@ MODES = (
     "hangs_in_a_step",
     "never_ready",
     "nonsense",
+    "refuses_settings",
     "stops_in_a_frame",
     "too_few",
     "wrong_size",
@@ -61,11 +67,8 @@ def main(mode: str, marker: Path, connection: socket.socket) -> None:
                     data = data[len(data) // 2 :]
                 connection.sendall(data)
 
-    if mode == "cannot_load":  # at every attempt
-        send(LoadFailed(fault=Fault.of(OverflowError("an int too big to convert"))))
-        return
-    if mode == "cannot_load_again" and behaves:
-        send(LoadFailed(fault=Fault.of(ModelArtifactError("the model is gone."))))
+    if mode in LOAD_FAULTS and (behaves or mode != "cannot_load_again"):
+        send(LoadFailed(fault=Fault.of(LOAD_FAULTS[mode])))
         return
 
     def beat() -> None:

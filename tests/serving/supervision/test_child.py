@@ -85,9 +85,13 @@ def talks(runner: asyncio.Runner) -> Iterator[list[Talk]]:
 
 @pytest.fixture
 def talk(runner: asyncio.Runner, talks: list[Talk]) -> Talk:
-    """Return the messages of an engine process that is ready and idle."""
+    """Return the messages of an engine process that is ready and idle.
+
+    It was given the options for speed; graphs are left out without a GPU.
+    """
     if not talks or talks[-1].process.exited:
-        talks.append(Talk(runner, runner.run(EngineProcess.spawn(command(TINY)))))
+        fast = command(TINY, cuda_graphs=True, channels_last=True)
+        talks.append(Talk(runner, runner.run(EngineProcess.spawn(fast))))
         talks[-1].loading = talks[-1].until(lambda message: isinstance(message, Ready))
     talks[-1].until(idle)
     return talks[-1]
@@ -175,19 +179,6 @@ def test_a_model_that_cannot_be_loaded_is_reported_before_it_ends(
     assert str(tmp_path) in failed.fault.message
     assert runner.run(process.wait(LONG_S))
     assert process.exit_reason == "exit code 1"
-    runner.run(process.end())
-
-
-def test_options_for_speed_are_taken_and_graphs_left_out_without_a_gpu(
-    runner: asyncio.Runner,
-) -> None:
-    fast = command(TINY, cuda_graphs=True, channels_last=True)
-    process = runner.run(EngineProcess.spawn(fast))
-    talk = Talk(runner, process)
-    talk.until(lambda message: isinstance(message, Ready))
-    talk.say(generate(1, 1))
-    heard = talk.until(lambda message: isinstance(message, Done))
-    assert any(isinstance(message, Drawn) for message in heard)
     runner.run(process.end())
 
 

@@ -246,19 +246,18 @@ def test_an_engine_that_is_killed_under_load_is_replaced_and_every_request_answe
         await until(supervisor, idle)
 
     before = supervisor.status()
-    for _ in range(3):
-        runner.run(kill())
+    runner.run(kill())
     after = supervisor.status()
-    assert after.restarts_total - before.restarts_total == 3
+    assert after.restarts_total - before.restarts_total == 1
     assert after.engine.calls_total > before.engine.calls_total  # the counters continue
-    assert dict(after.losses)["engine_died"] - dict(before.losses)["engine_died"] == 12
+    assert dict(after.losses)["engine_died"] - dict(before.losses)["engine_died"] == 4
 
 
 def test_close_finishes_what_was_accepted_and_takes_no_more(
     runner: asyncio.Runner, supervisor: Supervisor
 ) -> None:
     async def close() -> None:
-        tasks = await at_work(supervisor, *[request(2, num_inference_steps=60)] * 3)
+        tasks = await at_work(supervisor, *[request(2, num_inference_steps=20)] * 3)
         closing = asyncio.create_task(supervisor.close(LONG_S))
         again = asyncio.create_task(supervisor.close(LONG_S))
         await asyncio.sleep(0)
@@ -294,10 +293,10 @@ def test_a_folder_that_is_no_model_is_reported_and_not_tried_again(
 
 
 def test_settings_that_the_engine_refuses_are_reported_and_not_tried_again(
-    runner: asyncio.Runner,
+    runner: asyncio.Runner, tmp_path: Path
 ) -> None:
     async def start() -> None:
-        supervisor = Supervisor(tiny.WEIGHTS, ServeSettings(model="tiny", batch_rows=1))
+        supervisor = misbehaving("refuses_settings", tmp_path)
         with pytest.raises(UserError, match="batch_rows"):
             await supervisor.start()
         await asyncio.sleep(1.0)
