@@ -37,6 +37,7 @@ def full_size(*ways: WayFigures) -> FullSize:
     return FullSize(dtype="bfloat16", pixels=512, peer_picture_s=1.0, ways=list(ways))
 
 
+@pytest.mark.on_demand
 def test_without_a_gpu_one_run_measures_what_a_cpu_has_and_ends_in_one_json_line(
     small_model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

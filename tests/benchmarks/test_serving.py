@@ -60,6 +60,7 @@ def test_one_run_measures_everything_and_ends_in_one_json_line(
     assert summary["redrawn"]["elastic"]["largest_difference"] <= 2
 
 
+@pytest.mark.on_demand
 def test_exact_pictures_drawn_again_in_traffic_differ_in_no_byte(model: DiffusionModel) -> None:
     with exact_engine(model) as engine:
         engine.start()

@@ -314,6 +314,7 @@ def test_the_stand_in_makes_of_a_picture_what_the_script_trains_on() -> None:
     assert centre.getpixel((0, 0)) == (255, 0, 0)
 
 
+@pytest.mark.on_demand
 def test_the_full_size_step_is_derived_from_what_was_counted() -> None:
     operations = derived.count(1, autocast=False)
     counts = derived.total(operations)

@@ -140,9 +140,9 @@ def test_a_model_folder_beside_the_checkpoints_is_replaced_beside_the_agent(
     more = (f"--checkpoint_dir={tmp_path / 'c'}", "--max_steps=1", "--resume=fresh")
     argv = arguments(small_model_folder, photos, out, *more)
     with agent(tmp_path / "c") as marked:
-        for _ in range(6):
+        for _ in range(3):
             assert run_job(argv, {}) == 0
-    assert marked[0] > 6
+    assert marked[0] > 3
 
 
 @pytest.mark.parametrize("marker", [UPLOADING, UPLOADED])

@@ -119,7 +119,7 @@ def ours(world: World, trained: nn.ModuleDict, settings: Hyperparameters) -> Non
         prior_unet=state.precision.frozen_copy(model.unet) if by_prediction else None,
         accelerator=Accelerator(cpu=True),
     )
-    assert [metrics.step for metrics in steps] == list(range(1, STEPS + 1))
+    assert [metrics.step for metrics in steps] == list(range(1, settings.max_steps + 1))
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +133,9 @@ def compare(world: World) -> Compare:
     references: dict[Hyperparameters, nn.ModuleDict] = {}
 
     def of(changes: Changes, against: Changes | None = None) -> tuple[float, float]:
-        settings = Hyperparameters(max_steps=STEPS, **changes)
+        settings = Hyperparameters(**{"max_steps": STEPS, **changes})
         wanted = changes if against is None else against
-        known = Hyperparameters(max_steps=STEPS, **{**wanted, **CHEAPER})
+        known = Hyperparameters(**{"max_steps": STEPS, **wanted, **CHEAPER})
         if known not in references:
             theirs = plain_loop.trained_copies(world, known)
             plain_loop.train(world, theirs, known)
@@ -188,13 +188,14 @@ def test_fp32_displacement_equals_the_references(compare: Compare, changes: Chan
     ("changes", "least_cosine", "norm_within"),
     [
         ({"mixed_precision": "bf16"}, 0.999, 0.01),
-        ({"mixed_precision": "fp16"}, 0.9995, 0.01),
+        # fp16 is slow on a CPU.
+        ({"mixed_precision": "fp16", "max_steps": 15}, 0.9995, 0.01),
         ({"use_8bit_adam": True}, 0.999, 0.01),
         (
             {"fast_step": True, "mixed_precision": "bf16", "with_prior_preservation": True},
             *(0.999, 0.01),
         ),
-        # All of the above at once; fp16 is slow on a CPU.
+        # All of the above at once.
         pytest.param(
             {"fast_step": True, "mixed_precision": "fp16", "use_8bit_adam": True},
             *(0.999, 0.01),

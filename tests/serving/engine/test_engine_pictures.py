@@ -295,7 +295,7 @@ def test_one_picture_is_decoded_per_step_while_others_run(small: DiffusionModel)
     assert done[-3:] == [1, 1, 1]
 
 
-@pytest.mark.parametrize("layer_s", [0.01, 0.15, 0.4])
+@pytest.mark.parametrize("layer_s", [0.01, 0.4])
 def test_decoding_never_stalls_the_others_longer_than_a_step(
     small: DiffusionModel, layer_s: float
 ) -> None:

@@ -374,9 +374,9 @@ def test_a_log_that_nobody_reads_stops_no_request(tmp_path: Path) -> None:
         reply = server.ask("GET", "/ping")
         assert reply.status == 200
         assert reply.seconds < 2
-        for _ in range(10_000):  # until the queue in front of the pipe is full too
+        for number in range(10_000):  # until the queue in front of the pipe is full too
             server.ask("GET", "/" + 90 * "x")
-            if server.metric("log_lines_dropped_total"):
+            if number % 100 == 0 and server.metric("log_lines_dropped_total"):
                 break
         assert server.metric("log_lines_dropped_total") > 0
         assert server.draw(SHORT).status == 200
@@ -413,23 +413,25 @@ def test_a_port_that_is_taken_is_reported() -> None:
     assert done.stderr.startswith(f"error: Port {port} of 127.0.0.1 cannot be listened on")
 
 
-def test_a_killed_engine_is_reported_at_once_and_replaced(server: Server) -> None:
-    with ThreadPoolExecutor(3) as clients:
-        asked = [clients.submit(server.draw, LONG) for _ in range(3)]
-        server.wait_until(lambda: server.metric("pictures_in_flight") == 3, "work")
-        pid, killed = int(server.metric("engine_pid")), time.monotonic()
-        os.kill(pid, signal.SIGKILL)
-        for one in asked:
-            error = error_of(one.result())
-            assert error["code"] == 503
-            assert error["retry_after_s"] > 0
-        assert time.monotonic() - killed < 5
-    assert server.ping() == 503
-    server.wait_until(lambda: server.ping() == 200, "a new engine", check_interval_s=0.25)
-    assert server.metric("engine_pid") not in (0, pid)
-    assert server.metric("engine_restarts_total") == 1
-    assert server.draw(SHORT).status == 200
-    assert server.metric("requests_in_flight") == 0
+def test_a_killed_engine_is_reported_at_once_and_replaced(tmp_path: Path) -> None:
+    command = stand_in_server("hangs_in_a_step", tmp_path / "marker", "--port", "0")
+    with started(command) as server:
+        server.wait_until(lambda: server.ping() == 200, "ready", check_interval_s=0.25)
+        with ThreadPoolExecutor(3) as clients:
+            asked = [clients.submit(server.draw, SHORT) for _ in range(3)]
+            server.wait_until(lambda: server.metric("pictures_in_flight") == 3, "work")
+            pid, killed = int(server.metric("engine_pid")), time.monotonic()
+            os.kill(pid, signal.SIGKILL)
+            for one in asked:
+                error = error_of(one.result())
+                assert error["code"] == 503
+                assert error["retry_after_s"] > 0
+            assert time.monotonic() - killed < 5
+        server.wait_until(lambda: server.ping() == 200, "a new engine", check_interval_s=0.25)
+        assert server.metric("engine_pid") not in (0, pid)
+        assert server.metric("engine_restarts_total") == 1
+        assert server.draw(SHORT).status == 200
+        assert server.metric("requests_in_flight") == 0
 
 
 def test_after_sigterm_what_was_accepted_is_answered_and_nothing_new_is_taken(
