@@ -20,7 +20,8 @@ class Checkpoints:
     """The checkpoints of one job, in `folder`; without a folder there are none.
 
     mode: "auto" or "fresh" (the hyperparameter `resume`). identity: what a resumed run must share.
-    keep: how many checkpoints are kept. bytes_per_second: how fast the last one was written.
+    keep: how many checkpoints are kept. elsewhere: how the user chooses another folder, for
+    messages. bytes_per_second: how fast the last one was written.
     """
 
     folder: Path | None
@@ -28,6 +29,7 @@ class Checkpoints:
     identity: Mapping[str, str]
     plan: TrainingPlan
     keep: int
+    elsewhere: str
     bytes_per_second: float | None = None
     _saved_at: float = field(default_factory=time.monotonic)
 
@@ -70,7 +72,13 @@ class Checkpoints:
         """Write a checkpoint of the state, and measure how fast."""
         assert self.folder is not None
         began = time.monotonic()
-        path = states.save(state, self.folder, identity=self.identity, keep=self.keep)
+        path = states.save(
+            state,
+            self.folder,
+            identity=self.identity,
+            keep=self.keep,
+            elsewhere=self.elsewhere,
+        )
         self._saved_at = time.monotonic()
         written = states.written_bytes(state, path)
         self.bytes_per_second = written / max(self._saved_at - began, 1e-6)

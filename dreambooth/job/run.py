@@ -119,10 +119,13 @@ def _prepare(environment: container.Environment, environ: Mapping[str, str], sta
         class_data_dir=settings.class_data_dir,
         with_prior_preservation=settings.with_prior_preservation,
         needs_class_images=settings.trains_on_class_images,
+        given=environment.ways_in.training,
     )
     for warning in dataset.warnings:
         log.warning(warning)
-    source = model_source.locate(settings.pretrained_model, environment.model_channel)
+    source = model_source.locate(
+        settings.pretrained_model, environment.model_channel, given=environment.ways_in.model
+    )
     outputs.check(environment, source.path)
     if settings.compute_fid and settings.fid_features:
         vision_model.read(settings.fid_features)

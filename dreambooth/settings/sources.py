@@ -18,11 +18,12 @@ from dreambooth.limits import Limits
 from dreambooth.process import addresses
 from dreambooth.settings import hyperparameters
 from dreambooth.settings.knob import BARE_FLAG, Knob, is_unset, unwrapped
+from dreambooth.settings.ways_in import Way
 
 LOG_LEVELS: Final = ("debug", "info", "warning", "error", "critical")
 LOG_LEVEL: Final = "log_level"
 DRY_RUN: Final = "dry_run"
-_OUTPUTS: Final = ("model_dir", "output_data_dir", "checkpoint_dir")
+OUTPUTS: Final = ("model_dir", "output_data_dir", "checkpoint_dir")
 
 
 class OptionValues:
@@ -73,7 +74,14 @@ class OptionValues:
 
     def is_platforms(self, name: str) -> bool:
         """Return whether the value of an option is the platform's own variable."""
-        return self._source(name) is self._platform
+        return self.way(name) == "platform"
+
+    def way(self, name: str) -> Way | None:
+        """Return in which way an option is given, None if it is not."""
+        source = self._source(name)
+        ways: tuple[Way, ...] = ("option", "setting", "platform", "setting")
+        found = (way for way, other in zip(ways, self._sources, strict=True) if other is source)
+        return next(found, None)
 
     def _source(self, name: str) -> Mapping[str, object]:
         """Return the first source that gives the option a value, an empty one if none does."""
@@ -84,7 +92,7 @@ class OptionValues:
         return {}
 
     def _is_set_aside(self, name: str, text: str | None) -> bool:
-        if not (self._in_container and name in _OUTPUTS and text and addresses.is_remote(text)):
+        if not (self._in_container and name in OUTPUTS and text and addresses.is_remote(text)):
             return False
         self.set_aside.setdefault(name, text)
         return True

@@ -80,10 +80,18 @@ def folder_name(step: int) -> str:
     return f"{PREFIX}{step:08d}"
 
 
-def save(state: TrainingState, folder: Path, *, identity: Mapping[str, str], keep: int) -> Path:
+def save(
+    state: TrainingState,
+    folder: Path,
+    *,
+    identity: Mapping[str, str],
+    keep: int,
+    elsewhere: str = "give another folder",
+) -> Path:
     """Write a checkpoint of `state` into `folder`, then remove all but the newest `keep`.
 
     identity: settings, data and model as name -> value; a run resumes only if they are equal.
+    elsewhere: how the user chooses another folder, for messages.
     Raises ResourceError if the disk is full, and TrainingDivergedError if a weight is not finite;
     earlier checkpoints then stay as they were.
 
@@ -98,7 +106,7 @@ def save(state: TrainingState, folder: Path, *, identity: Mapping[str, str], kee
         with files.disk_faults_named(
             f"The checkpoint of step {state.step}",
             folder,
-            elsewhere="give another --checkpoint_dir",
+            elsewhere=elsewhere,
             smaller="lower checkpoints_total_limit",
         ):
             folder.mkdir(parents=True, exist_ok=True)

@@ -228,7 +228,7 @@ def test_a_job_without_a_model_says_how_to_give_one(
     shutil.rmtree(container / "input" / "data" / "model")
     assert run_job([], {"SAGEMAKER_BASE_DIR": str(container)}) == 1
     failure = (container / "output" / "failure").read_text()
-    assert "--pretrained-model" in failure
+    assert "as the channel `model` or in the hyperparameter pretrained_model" in failure
     assert "tiny" in failure
 
 
