@@ -1,21 +1,26 @@
-"""Check that output folders are writable, have room and do not overwrite what the job reads."""
+"""Check that output folders are writable, have room and overwrite no input; lock them."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dreambooth.errors import HyperparameterError, ResourceError
+from dreambooth.errors import HyperparameterError, ResourceError, UserError
 from dreambooth.limits import size_in_words
 from dreambooth.model_folder.destination import ENTRIES, PARTIAL
+from dreambooth.process import files
 from dreambooth.settings.container import Environment
+from dreambooth.settings.hyperparameters import Hyperparameters
 from dreambooth.training.plan import TrainingPlan
+
+log = logging.getLogger(__name__)
 
 
 def check(environment: Environment, model: Path | None) -> None:
@@ -76,14 +81,68 @@ def make(environment: Environment) -> None:
             ) from error
 
 
-def checkpoint_folder(environment: Environment, plan: TrainingPlan) -> Path | None:
-    """Return the folder for checkpoints, None where neither a folder nor an interval is set.
+@contextlib.contextmanager
+def locked(environment: Environment, hyperparameters: Hyperparameters) -> Iterator[None]:
+    """Keep other jobs out of the output folders during the block, by locking the folders.
 
-    Where only an interval is set, it lies beside the metrics.
+    What is made here and is still empty in the end is removed. Raises UserError, which names the
+    folder that another job holds.
+    """
+    folders = {
+        "model_dir": environment.model_dir,
+        "output_data_dir": environment.output_data_dir,
+        "checkpoint_dir": checkpoint_folder(environment, hyperparameters),
+    }
+    held: list[os.stat_result] = []
+    with contextlib.ExitStack() as undo:
+        for option, folder in folders.items():
+            if folder is None:
+                continue
+            with contextlib.suppress(OSError):  # a fault is named by those who write there
+                folder.mkdir(parents=True)
+                undo.callback(_remove_if_empty, folder)
+            if os.path.isdir(folder) and not _lock(folder, held, undo):
+                raise UserError(
+                    f"Another job is writing to {folder}: wait until it ends, or "
+                    f"{environment.ways_in.elsewhere(option)}."
+                )
+        yield
+
+
+def _lock(folder: Path, held: list[os.stat_result], undo: contextlib.ExitStack) -> bool:
+    """Lock a folder, if it is not among those held; return False if another job holds it."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        undo.callback(os.close, descriptor)
+        status = os.fstat(descriptor)
+        if any(os.path.samestat(status, other) for other in held):
+            return True
+        held.append(status)
+        return files.try_lock(descriptor)
+    except OSError as error:
+        log.warning(
+            "%s cannot be locked (%s): start no other job that writes there",
+            folder,
+            error.strerror or error,
+        )
+        return True
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def checkpoint_folder(
+    environment: Environment, asked: Hyperparameters | TrainingPlan
+) -> Path | None:
+    """Return the folder for checkpoints, None where neither a folder nor a checkpoint is asked for.
+
+    Where no folder is given, it lies beside the metrics.
     """
     if environment.checkpoint_dir is not None:
         return environment.checkpoint_dir
-    if plan.checkpointing_steps or plan.checkpointing_minutes:
+    if asked.checkpointing_steps or asked.checkpointing_minutes:
         return environment.output_data_dir / "checkpoints"
     return None
 
