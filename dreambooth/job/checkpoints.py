@@ -56,6 +56,8 @@ class Checkpoints:
             return
         if states.load_newest(state, self.folder, identity=self.identity):
             log.info("resumed at step %d from %s", state.step, self.folder)
+        else:
+            log.info("there is no checkpoint in %s: the run begins at step 0", self.folder)
         if may_remove:
             states.tidy(state, self.folder, keep=self.keep)
 
@@ -63,6 +65,8 @@ class Checkpoints:
         """Return whether a checkpoint is due after this step."""
         if self.folder is None:
             return False
+        if self.plan.keep_last_checkpoint and step == self.plan.steps:
+            return True
         every, minutes = self.plan.checkpointing_steps, self.plan.checkpointing_minutes
         if every is not None and step % every == 0:
             return True

@@ -182,6 +182,11 @@ def _fine_tune(
         if checkpoints.due(state.step) and not (checkpoints.holds(state) or stop.asked):
             with _errors_only_logged(), phase("checkpoints"):
                 checkpoints.save(state)
+        if not checkpoints.holds(state):
+            log.info(
+                "no checkpoint of the last step is kept: set keep_last_checkpoint=True for a run "
+                "that may be trained further"
+            )
         state.optimizer.state.clear()  # frees its memory for the last pictures,
         accelerator.free_memory()  # and that of half-precision weights and graphs
         try:

@@ -142,7 +142,7 @@ def checkpoint_folder(
     """
     if environment.checkpoint_dir is not None:
         return environment.checkpoint_dir
-    if asked.checkpointing_steps or asked.checkpointing_minutes:
+    if asked.checkpointing_steps or asked.checkpointing_minutes or asked.keep_last_checkpoint:
         return environment.output_data_dir / "checkpoints"
     return None
 
