@@ -67,7 +67,7 @@ class OptionValues:
         if name == LOG_LEVEL:
             raw = level_of(unwrapped(raw) or "") or raw
         try:
-            return self._knobs[name].parse(raw)
+            return self._knobs[name].parse(raw, source=self._named(name))
         except UserError as fault:
             self._faults.append(str(fault))
             return None
@@ -82,6 +82,13 @@ class OptionValues:
         ways: tuple[Way, ...] = ("option", "setting", "platform", "setting")
         found = (way for way, other in zip(ways, self._sources, strict=True) if other is source)
         return next(found, None)
+
+    def _named(self, name: str) -> str:
+        """Return the name under which the user gives the value of an option."""
+        way = self.way(name)
+        if way == "platform":
+            return self._knobs[name].variables[0]
+        return f"--{name}" if way == "option" else name
 
     def _source(self, name: str) -> Mapping[str, object]:
         """Return the first source that gives the option a value, an empty one if none does."""

@@ -154,6 +154,26 @@ def test_what_was_given_as_an_option_or_a_setting_is_named_so_in_a_container_too
     assert "in the hyperparameter pretrained_model" in said
 
 
+@pytest.mark.parametrize(
+    ("argv", "variables", "name"),
+    [
+        (["--train=s3://b/c"], {}, "--train"),
+        ([], {"SM_CHANNEL_TRAINING": "s3://b/c"}, "SM_CHANNEL_TRAINING"),
+        ([], {"SM_CHANNEL_MODEL": "s3://b/c"}, "SM_CHANNEL_MODEL"),
+        ([], {"SM_HP_TRAIN": "s3://b/c"}, "train"),
+    ],
+)
+def test_an_address_is_named_by_what_gave_it(
+    root: Path,
+    argv: list[str],
+    variables: dict[str, str],
+    name: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    said = failure_of(root, capsys, *argv, **variables)
+    assert said.startswith(f"error: {name} is the address 's3://b/c'")
+
+
 @pytest.mark.parametrize("option", OUTPUTS)
 @pytest.mark.parametrize("way", ["platform", "SM_HP", "argument", "outside"])
 def test_another_place_for_an_output_is_said_in_the_users_words(

@@ -139,7 +139,7 @@ def test_elsewhere_it_is_one_sentence(tmp_path: Path, option: str) -> None:
     with pytest.raises(HyperparameterError) as caught:
         container.read([f"--{option}=gs://b/c"], {"SAGEMAKER_BASE_DIR": str(tmp_path)})
     (fault,) = caught.value.faults
-    assert fault.startswith(f"{option} is the address 'gs://b/c'")
+    assert fault.startswith(f"--{option} is the address 'gs://b/c'")
 
 
 @pytest.mark.parametrize(
