@@ -132,8 +132,8 @@ def join(launch: Launch, *, on_cpu: bool) -> Accelerator:
             raise
         raise UserError(
             f"The processes of this job cannot be joined ({in_one_line(error)}): check the "
-            "variables MASTER_ADDR, MASTER_PORT and ACCELERATE_*, or unset them to train in one "
-            "process."
+            "variables MASTER_ADDR, MASTER_PORT, OMP_NUM_THREADS and ACCELERATE_*, or unset them "
+            "to train in one process."
         ) from error
     # Otherwise each process would train on its own and write to the same folders as the others.
     if accelerator.num_processes != launch.processes:

@@ -41,14 +41,14 @@ class WaysIn:
         """Return the clause that says how to have a folder's files written to another place."""
         if self._way(option) == "platform":
             return "mount another disk there or, on SageMaker, raise volume_size"
-        return f"give another folder with {self.named(option)}"
+        return f"give another folder {self._with(option)}"
 
     @property
     def training(self) -> str:
         """Return the clause that says how to give the training folder."""
         if self._way("train") == "platform":
             return f"as the channel `{TRAINING}`{self._instead_of(TRAINING)}"
-        return f"with {self.named('train')}"
+        return self._with("train")
 
     @property
     def model(self) -> str:
@@ -57,6 +57,10 @@ class WaysIn:
             there = self._instead_of(MODEL)
             return f"as the channel `{MODEL}`{there} or in the hyperparameter pretrained_model"
         return "with --pretrained-model"
+
+    def _with(self, option: str) -> str:
+        kind = "the hyperparameter " if self._way(option) == "setting" else ""
+        return f"with {kind}{self.named(option)}"
 
     def _way(self, option: str) -> Way:
         return self.ways.get(option, "option")

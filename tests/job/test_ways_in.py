@@ -148,7 +148,7 @@ def test_what_was_given_as_an_option_or_a_setting_is_named_so_in_a_container_too
 ) -> None:
     assert "with --train." in failure_of(root, capsys, "--train=/none")
     said = failure_of(root, capsys, SM_HP_TRAIN="/none")
-    assert said.endswith("and dataset_info.json with train.")
+    assert said.endswith("and dataset_info.json with the hyperparameter train.")
     assert "with --pretrained-model" in failure_of(root, capsys, "--pretrained-model=/none")
     said = failure_of(root, capsys, SM_HP_PRETRAINED_MODEL="/none")
     assert "in the hyperparameter pretrained_model" in said
@@ -189,7 +189,7 @@ def test_another_place_for_an_output_is_said_in_the_users_words(
     said = container.read(argv, environ).ways_in.elsewhere(option)
     assert said == {
         "platform": "mount another disk there or, on SageMaker, raise volume_size",
-        "SM_HP": f"give another folder with {option}",
+        "SM_HP": f"give another folder with the hyperparameter {option}",
     }.get(way, f"give another folder with --{option}")
 
 
