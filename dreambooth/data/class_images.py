@@ -54,6 +54,7 @@ def ensure(
     seed: int,
     sample: Sampler,
     fingerprint: str = "",
+    elsewhere: str = "give another folder",
     on_image: Callable[[int], None] = lambda done: None,
 ) -> tuple[Path, ...]:
     """Sample what the given class images lack of `count`; return all paths, the given ones first.
@@ -63,7 +64,8 @@ def ensure(
     latents (`class_latents`); its seed is `derived_seed(seed, i, attempt)`, whatever the batch
     size. Pictures of an earlier, stopped run are kept if they are readable and carry the same
     `fingerprint` and seed. Refused pictures (None, black) are sampled again with the next attempt's
-    seed. `on_image` is called with the number of sampled pictures in the folder, old ones included.
+    seed. `on_image` is called with the number of sampled pictures in the folder, old ones included;
+    `elsewhere` says in messages how to have another folder.
 
     Raises DatasetError if a picture was refused ATTEMPTS times, ResourceError if the folder cannot
     be written.
@@ -91,7 +93,7 @@ def ensure(
                     continue
                 if index in missing:
                     note = _note(fingerprint, seed, index, attempt)
-                    _write(paths[index], sampled, note=note, fingerprint=fingerprint)
+                    _write(paths[index], sampled, note, fingerprint, elsewhere)
                     done += 1
                     on_image(done)
             pending = refused
@@ -125,7 +127,7 @@ def _is_black(picture: Pixels) -> bool:
     return int(picture.max(initial=0)) <= _BLACK_LEVEL
 
 
-def _write(path: Path, sampled: Sampled, *, note: str, fingerprint: str) -> None:
+def _write(path: Path, sampled: Sampled, note: str, fingerprint: str, elsewhere: str) -> None:
     """Write the latents, then the picture: even after a kill no picture lacks its latents."""
     text = PngImagePlugin.PngInfo()
     text.add_text(_NOTE_KEY, note)
@@ -136,7 +138,7 @@ def _write(path: Path, sampled: Sampled, *, note: str, fingerprint: str) -> None
     with files.disk_faults_named(
         f"The class image {printable(path.name)}",
         printable(path.parent),
-        elsewhere="give another folder with --output_data_dir or --checkpoint_dir",
+        elsewhere=elsewhere,
         smaller="lower num_class_images",
     ):
         for place, content in ((class_latents.place_of(path), latents), (path, picture)):

@@ -54,19 +54,22 @@ def read(
     class_data_dir: str = "class_data_dir",
     with_prior_preservation: bool = False,
     needs_class_images: bool = True,
+    given: str = "with --train",
     limits: Limits = LIMITS,
 ) -> DatasetInfo:
     """Read a training folder (layout: facts of the JumpStart notebook, "Dataset layout").
 
     `class_data_dir` is relative to the folder (an absolute path is taken as it is). It may be
     missing, and is read only with prior preservation and if class images are needed at all.
+    `given` says how the user gives the folder, for messages.
     Raises DatasetError, one clear sentence, for the first fault that cannot be skipped, and
     UserError for a `class_data_dir` that is no local path.
     """
-    _require_folder(folder)
+    _require_folder(folder, given)
     prompts = read_prompts(folder, with_prior_preservation=with_prior_preservation, limits=limits)
-    given = addresses.to_path(class_data_dir, "class_data_dir")
-    class_folder = Path(os.path.normpath(folder / given))
+    class_folder = Path(
+        os.path.normpath(folder / addresses.to_path(class_data_dir, "class_data_dir"))
+    )
     inside = os.path.relpath(class_folder, os.path.normpath(folder)).split(os.sep)[0]
     found = read_pictures(folder, ignored=inside, most=limits.max_instance_images, limits=limits)
     if not found.paths:
@@ -98,18 +101,18 @@ def size_warnings(info: DatasetInfo, resolution: int) -> tuple[str, ...]:
     return tuple(sentences)
 
 
-def _require_folder(folder: Path) -> None:
+def _require_folder(folder: Path, given: str) -> None:
     try:
         mode = os.stat(folder).st_mode
     except (OSError, ValueError) as error:
         raise DatasetError(
             f"The training folder {printable(folder)} cannot be opened ({why(error)}): "
-            f"give a folder with pictures and {INFO_NAME} (--train FOLDER)."
+            f"give a folder with pictures and {INFO_NAME} {given}."
         ) from error
     if not stat.S_ISDIR(mode):
         raise DatasetError(
             f"{printable(folder)} is a file, not a folder: "
-            f"give the folder that holds the pictures and {INFO_NAME} (--train FOLDER)."
+            f"give the folder that holds the pictures and {INFO_NAME} {given}."
         )
 
 

@@ -20,7 +20,8 @@ class Checkpoints:
     """The checkpoints of one job, in `folder`; without a folder there are none.
 
     mode: "auto" or "fresh" (the hyperparameter `resume`). identity: what a resumed run must share.
-    keep: how many checkpoints are kept. bytes_per_second: how fast the last one was written.
+    keep: how many checkpoints are kept. elsewhere: how the user chooses another folder, for
+    messages. bytes_per_second: how fast the last one was written.
     """
 
     folder: Path | None
@@ -28,6 +29,7 @@ class Checkpoints:
     identity: Mapping[str, str]
     plan: TrainingPlan
     keep: int
+    elsewhere: str
     bytes_per_second: float | None = None
     _saved_at: float = field(default_factory=time.monotonic)
 
@@ -54,6 +56,8 @@ class Checkpoints:
             return
         if states.load_newest(state, self.folder, identity=self.identity):
             log.info("resumed at step %d from %s", state.step, self.folder)
+        else:
+            log.info("there is no checkpoint in %s: the run begins at step 0", self.folder)
         if may_remove:
             states.tidy(state, self.folder, keep=self.keep)
 
@@ -61,6 +65,8 @@ class Checkpoints:
         """Return whether a checkpoint is due after this step."""
         if self.folder is None:
             return False
+        if self.plan.keep_last_checkpoint and step == self.plan.steps:
+            return True
         every, minutes = self.plan.checkpointing_steps, self.plan.checkpointing_minutes
         if every is not None and step % every == 0:
             return True
@@ -70,7 +76,13 @@ class Checkpoints:
         """Write a checkpoint of the state, and measure how fast."""
         assert self.folder is not None
         began = time.monotonic()
-        path = states.save(state, self.folder, identity=self.identity, keep=self.keep)
+        path = states.save(
+            state,
+            self.folder,
+            identity=self.identity,
+            keep=self.keep,
+            elsewhere=self.elsewhere,
+        )
         self._saved_at = time.monotonic()
         written = states.written_bytes(state, path)
         self.bytes_per_second = written / max(self._saved_at - began, 1e-6)

@@ -74,6 +74,7 @@ def class_image_paths(
             seed=task.hyperparameters.seed,
             sample=sampler,
             fingerprint=_sampling_fingerprint(task),
+            elsewhere=outputs.elsewhere_for_class_images(task.environment),
             on_image=progress.update,
         )
     sampler.unload()

@@ -55,6 +55,9 @@ def print_score(task: Task, model: DiffusionModel, previews: Previews) -> float 
 def _print_score(task: Task, model: DiffusionModel, previews: Previews) -> float | None:
     network = choose_network(task, model)
     given = list(_instance_images(task))
+    if len(given) < 2:
+        log.warning("no fid_score: it needs two instance images, and there is %d", len(given))
+        return None
     count = min(MAX_PICTURES, max(MIN_PICTURES, len(given)))
     seeds = [derive_seed(task.hyperparameters.seed, "fid", number) for number in range(count)]
     drawn = []
@@ -63,12 +66,9 @@ def _print_score(task: Task, model: DiffusionModel, previews: Previews) -> float
             if picture is not None:
                 drawn.append(picture)
             progress.update(number + 1)
-    if len(given) < 2 or len(drawn) < 2:
+    if len(drawn) < 2:
         log.warning(
-            "no fid_score: it needs two instance images and two drawn pictures that are finite, "
-            "and there are %d and %d",
-            len(given),
-            len(drawn),
+            "no fid_score: it needs two drawn pictures that are finite, and there is %d", len(drawn)
         )
         return None
     score = scores.frechet_distance(network(given), network(drawn))

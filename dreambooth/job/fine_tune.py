@@ -63,7 +63,11 @@ def run(task: Task, accelerator: Accelerator, stop: StopSignals) -> None:
     checkpoints = _checkpoints(task)
     checkpoints.check()
     if accelerator.is_main_process:
-        export.clear(task.environment.model_dir, base_folder=task.model_folder)
+        export.clear(
+            task.environment.model_dir,
+            base_folder=task.model_folder,
+            elsewhere=task.environment.ways_in.elsewhere("model_dir"),
+        )
     try:
         with RunReport(task=task, writes=accelerator.is_main_process) as run_report:
             with accelerator.main_process_first(), run_report.phase("class images"):
@@ -178,6 +182,11 @@ def _fine_tune(
         if checkpoints.due(state.step) and not (checkpoints.holds(state) or stop.asked):
             with _errors_only_logged(), phase("checkpoints"):
                 checkpoints.save(state)
+        if not checkpoints.holds(state):
+            log.info(
+                "no checkpoint of the last step is kept: set keep_last_checkpoint=True for a run "
+                "that may be trained further"
+            )
         state.optimizer.state.clear()  # frees its memory for the last pictures,
         accelerator.free_memory()  # and that of half-precision weights and graphs
         try:
@@ -222,6 +231,7 @@ def _checkpoints(task: Task) -> Checkpoints:
         identity=task.identity(),
         plan=task.plan,
         keep=task.hyperparameters.checkpoints_total_limit,
+        elsewhere=task.environment.ways_in.elsewhere("checkpoint_dir"),
     )
 
 
@@ -253,6 +263,7 @@ def _run_log(
         stream=sys.stderr,
         sample_steps=task.hyperparameters.sample_steps,
         draw_sample=draw_sample,
+        elsewhere=task.environment.ways_in.elsewhere("output_data_dir"),
     )
 
 

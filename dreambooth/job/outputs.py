@@ -1,21 +1,26 @@
-"""Check that output folders are writable, have room and do not overwrite what the job reads."""
+"""Check that output folders are writable, have room and overwrite no input; lock them."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dreambooth.errors import HyperparameterError, ResourceError
+from dreambooth.errors import HyperparameterError, ResourceError, UserError
 from dreambooth.limits import size_in_words
 from dreambooth.model_folder.destination import ENTRIES, PARTIAL
+from dreambooth.process import files
 from dreambooth.settings.container import Environment
+from dreambooth.settings.hyperparameters import Hyperparameters
 from dreambooth.training.plan import TrainingPlan
+
+log = logging.getLogger(__name__)
 
 
 def check(environment: Environment, model: Path | None) -> None:
@@ -28,24 +33,24 @@ def check(environment: Environment, model: Path | None) -> None:
     if model is not None and model.is_dir():
         inputs.append(("the pretrained model", model))
     outputs = {
-        "--model_dir": environment.model_dir,
-        "--output_data_dir": environment.output_data_dir,
-        "--checkpoint_dir": environment.checkpoint_dir,
+        "model_dir": environment.model_dir,
+        "output_data_dir": environment.output_data_dir,
+        "checkpoint_dir": environment.checkpoint_dir,
     }
-    faults = []
+    named, faults = environment.ways_in.named, []
     for option, folder in outputs.items():
         if folder is None:
             continue
         places = (
             inputs
-            if option == "--model_dir"
+            if option == "model_dir"
             else [
                 *inputs,
-                ("the folder of the trained model (--model_dir)", environment.model_dir),
+                (f"the folder of the trained model ({named('model_dir')})", environment.model_dir),
             ]
         )
         faults += [
-            f"{option} {folder} lies in {name} {place}, where nothing else may be written: "
+            f"{named(option)} {folder} lies in {name} {place}, where nothing else may be written: "
             "choose another folder."
             for name, place in places
             if _lies_in(folder, place)
@@ -57,11 +62,11 @@ def check(environment: Environment, model: Path | None) -> None:
 def make(environment: Environment) -> None:
     """Make the folders for output data and checkpoints, and try writing to them before training.
 
-    Raises ResourceError, naming the option, where one cannot be written.
+    Raises ResourceError, which says how to give another one, where one cannot be written.
     """
     for option, folder in (
-        ("--output_data_dir", environment.output_data_dir),
-        ("--checkpoint_dir", environment.checkpoint_dir),
+        ("output_data_dir", environment.output_data_dir),
+        ("checkpoint_dir", environment.checkpoint_dir),
     ):
         if folder is None:
             continue
@@ -72,18 +77,72 @@ def make(environment: Environment) -> None:
         except OSError as error:
             raise ResourceError(
                 f"Nothing can be written to {folder} ({error.strerror or error}): "
-                f"give another folder with {option}."
+                f"{environment.ways_in.elsewhere(option)}."
             ) from error
 
 
-def checkpoint_folder(environment: Environment, plan: TrainingPlan) -> Path | None:
-    """Return the folder for checkpoints, None where neither a folder nor an interval is set.
+@contextlib.contextmanager
+def locked(environment: Environment, hyperparameters: Hyperparameters) -> Iterator[None]:
+    """Keep other jobs out of the output folders during the block, by locking the folders.
 
-    Where only an interval is set, it lies beside the metrics.
+    What is made here and is still empty in the end is removed. Raises UserError, which names the
+    folder that another job holds.
+    """
+    folders = {
+        "model_dir": environment.model_dir,
+        "output_data_dir": environment.output_data_dir,
+        "checkpoint_dir": checkpoint_folder(environment, hyperparameters),
+    }
+    held: list[os.stat_result] = []
+    with contextlib.ExitStack() as undo:
+        for option, folder in folders.items():
+            if folder is None:
+                continue
+            with contextlib.suppress(OSError):  # a fault is named by those who write there
+                folder.mkdir(parents=True)
+                undo.callback(_remove_if_empty, folder)
+            if os.path.isdir(folder) and not _lock(folder, held, undo):
+                raise UserError(
+                    f"Another job is writing to {folder}: wait until it ends, or "
+                    f"{environment.ways_in.elsewhere(option)}."
+                )
+        yield
+
+
+def _lock(folder: Path, held: list[os.stat_result], undo: contextlib.ExitStack) -> bool:
+    """Lock a folder, if it is not among those held; return False if another job holds it."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        undo.callback(os.close, descriptor)
+        status = os.fstat(descriptor)
+        if any(os.path.samestat(status, other) for other in held):
+            return True
+        held.append(status)
+        return files.try_lock(descriptor)
+    except OSError as error:
+        log.warning(
+            "%s cannot be locked (%s): start no other job that writes there",
+            folder,
+            error.strerror or error,
+        )
+        return True
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def checkpoint_folder(
+    environment: Environment, asked: Hyperparameters | TrainingPlan
+) -> Path | None:
+    """Return the folder for checkpoints, None where neither a folder nor a checkpoint is asked for.
+
+    Where no folder is given, it lies beside the metrics.
     """
     if environment.checkpoint_dir is not None:
         return environment.checkpoint_dir
-    if plan.checkpointing_steps or plan.checkpointing_minutes:
+    if asked.checkpointing_steps or asked.checkpointing_minutes or asked.keep_last_checkpoint:
         return environment.output_data_dir / "checkpoints"
     return None
 
@@ -94,6 +153,12 @@ def class_image_folder(environment: Environment) -> Path:
     It lies in the checkpoint folder, where one is given, so that a spot job keeps them.
     """
     return (environment.checkpoint_dir or environment.output_data_dir) / "class_images"
+
+
+def elsewhere_for_class_images(environment: Environment) -> str:
+    """Return the clause that says how to have class images sampled into another folder."""
+    option = "output_data_dir" if environment.checkpoint_dir is None else "checkpoint_dir"
+    return environment.ways_in.elsewhere(option)
 
 
 def check_room(environment: Environment, plan: TrainingPlan) -> None:
@@ -124,7 +189,7 @@ def check_room(environment: Environment, plan: TrainingPlan) -> None:
         with contextlib.suppress(OSError):  # where stat fails, writing will show a full disk
             by_disk.setdefault(os.stat(_existing(need.folder)).st_dev, []).append(need)
     for together in by_disk.values():
-        _check_disk(together)
+        _check_disk(together, _on_larger_disks(environment))
 
 
 def check_room_to_unpack(archive: Path, workspace: Path) -> None:
@@ -150,7 +215,17 @@ class _Need:
     there: Iterable[Path]
 
 
-def _check_disk(needs: list[_Need]) -> None:
+def _on_larger_disks(environment: Environment) -> str:
+    """Return the clause that says how to have the output folders on larger disks."""
+    options = ("model_dir", "output_data_dir", "checkpoint_dir")
+    clauses = dict.fromkeys(environment.ways_in.elsewhere(option) for option in options)
+    if len(clauses) == 1:
+        return next(iter(clauses))
+    named = ", ".join(environment.ways_in.named(option) for option in options)
+    return f"give folders on a larger disk ({named})"
+
+
+def _check_disk(needs: list[_Need], elsewhere: str) -> None:
     folder = _existing(needs[0].folder)
     more = sum(max(0, need.bytes - size(need.there)) for need in needs)
     free = shutil.disk_usage(folder).free
@@ -160,8 +235,7 @@ def _check_disk(needs: list[_Need]) -> None:
     raise ResourceError(
         f"The disk of {folder} has {size_in_words(free)} free, and this run needs "
         f"{size_in_words(more)} more there ({named}): free some space, lower "
-        "checkpoints_total_limit, set export_precision=fp16, or give folders on a larger disk "
-        "(--model_dir, --output_data_dir, --checkpoint_dir)."
+        f"checkpoints_total_limit, set export_precision=fp16, or {elsewhere}."
     )
 
 

@@ -7,19 +7,19 @@ is imported only once it is needed.
 from __future__ import annotations
 
 import logging
-import re
 import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from dreambooth.data import dataset_info
 from dreambooth.data.dataset_info import DatasetInfo
-from dreambooth.errors import ResourceError, UserError, quoted
+from dreambooth.errors import ResourceError
 from dreambooth.evaluation import vision_model
-from dreambooth.job import outputs
+from dreambooth.job import launcher, outputs
 from dreambooth.model_folder import facts as model_facts
 from dreambooth.model_folder import layout
 from dreambooth.model_folder import source as model_source
@@ -34,12 +34,6 @@ from dreambooth.training.plan import TrainingPlan
 
 log = logging.getLogger(__name__)
 
-# Variables that torchrun and accelerate launch set for each process, beside WORLD_SIZE.
-_LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# Variables with the number of processes: of torchrun and accelerate launch, then of MPI.
-_PROCESS_COUNT_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-_LAUNCH = "start the job with torchrun or accelerate launch, or unset {} to train in one process"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
@@ -51,8 +45,7 @@ class Job:
     dataset: DatasetInfo
     source: model_source.ModelSource
     warnings: tuple[str, ...]
-    processes: int
-    is_main_process: bool
+    launch: launcher.Launch
     started: float  # by time.monotonic
 
 
@@ -119,10 +112,13 @@ def _prepare(environment: container.Environment, environ: Mapping[str, str], sta
         class_data_dir=settings.class_data_dir,
         with_prior_preservation=settings.with_prior_preservation,
         needs_class_images=settings.trains_on_class_images,
+        given=environment.ways_in.training,
     )
     for warning in dataset.warnings:
         log.warning(warning)
-    source = model_source.locate(settings.pretrained_model, environment.model_channel)
+    source = model_source.locate(
+        settings.pretrained_model, environment.model_channel, given=environment.ways_in.model
+    )
     outputs.check(environment, source.path)
     if settings.compute_fid and settings.fid_features:
         vision_model.read(settings.fid_features)
@@ -133,54 +129,13 @@ def _prepare(environment: container.Environment, environ: Mapping[str, str], sta
         dataset=dataset,
         source=source,
         warnings=warnings,
-        processes=_processes(environ),
-        is_main_process=environ.get("RANK", "0") == "0",
+        launch=launcher.read(environ),
         started=started,
     )
 
 
-def _process_count_variable(environ: Mapping[str, str]) -> str | None:
-    """Return the variable in which a launcher gives the number of processes, None without one."""
-    return next((name for name in _PROCESS_COUNT_VARIABLES if environ.get(name)), None)
-
-
-def _processes(environ: Mapping[str, str]) -> int:
-    """Return how many processes train together. Raises UserError."""
-    name = _process_count_variable(environ)
-    text = environ[name] if name else "1"
-    if not re.fullmatch("[0-9]{1,6}", text) or int(text) < 1:
-        raise UserError(
-            f"The variable {name} is {quoted(text)}, and must be the number of processes that "
-            f"train together: {_LAUNCH.format(name)}."
-        )
-    return int(text)
-
-
-def _refuse_a_lone_process(job: Job) -> None:
-    """Raise UserError where several processes should train but cannot find each other."""
-    missing = [name for name in _LAUNCHER_VARIABLES if not job.environ.get(name)]
-    if job.processes > 1 and missing:
-        name = _process_count_variable(job.environ)
-        raise UserError(
-            f"{name} says that {job.processes} processes train together, and {missing[0]} is not "
-            f"set: {_LAUNCH.format(name)}."
-        )
-
-
-def _refuse_other_group_size(job: Job, processes: int) -> None:
-    """Raise UserError where the group's size differs from what the launcher announced.
-
-    Otherwise each process would train on its own and write to the same folders as the others.
-    """
-    if processes != job.processes:
-        raise UserError(
-            f"{job.processes} process(es) should train together, and this one is in a group of "
-            f"{processes}: {_LAUNCH.format(_process_count_variable(job.environ) or 'WORLD_SIZE')}."
-        )
-
-
 def _print_plan(job: Job, plan: TrainingPlan) -> None:
-    if not job.is_main_process:
+    if not job.launch.is_main_process:
         return
     print(plans.describe(plan, job.hyperparameters), flush=True)
     sizes = dataset_info.size_warnings(job.dataset, plan.resolution) if plan.resolution else ()
@@ -203,7 +158,7 @@ def _make_training_plan(
         facts,
         device,
         has_checkpoint_dir=job.environment.checkpoint_dir is not None,
-        processes=job.processes,
+        processes=job.launch.processes,
         base_bytes=outputs.size([unpacked]) if unpacked else 0,
         copied_bytes=outputs.size(copied_parts),
     )
@@ -225,9 +180,12 @@ def _dry_run(job: Job) -> None:
 
 
 def _train(job: Job, stop: StopSignals) -> None:
-    _refuse_a_lone_process(job)
+    launcher.refuse_a_lone_process(job.launch, job.environ)
     outputs.make(job.environment)
-    with temporary_folder.temporary() as temporary:
+    # The other processes and hosts of a job share its folders.
+    leads = job.launch.is_main_process and job.environment.is_first_host
+    lock = outputs.locked(job.environment, job.hyperparameters) if leads else nullcontext()
+    with lock, temporary_folder.temporary() as temporary:
         if job.source.kind == "archive" and job.source.path is not None:
             outputs.check_room_to_unpack(job.source.path, temporary)
         folder = model_source.open_source(job.source, temporary)
@@ -246,15 +204,11 @@ def _train(job: Job, stop: StopSignals) -> None:
         plan = _make_training_plan(job, model_facts.read_facts(folder), device, folder)
         _print_plan(job, plan)
         outputs.check_room(job.environment, plan)
-        from accelerate import Accelerator
-
         from dreambooth.job import fine_tune
         from dreambooth.job.task import Task
 
         stop.check()  # an import may have swallowed the exception of a stop signal
-        # The training loop sets the precision, whatever an accelerate configuration says.
-        accelerator = Accelerator(mixed_precision="no", cpu=device.kind == "cpu")
-        _refuse_other_group_size(job, accelerator.num_processes)
+        accelerator = launcher.join(job.launch, on_cpu=device.kind == "cpu")
         task = Task(
             environment=job.environment,
             hyperparameters=job.hyperparameters,

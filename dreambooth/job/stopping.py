@@ -65,6 +65,7 @@ def write_model(task: Task, state: TrainingState) -> None:
         card=_card(task, state),
         hyperparameters_json=hyperparameter_text.as_json(task.hyperparameters),
         precision="fp16" if task.hyperparameters.export_precision == "fp16" else "fp32",
+        elsewhere=task.environment.ways_in.elsewhere("model_dir"),
     )
     log.info(
         "the model of step %d of %d is in %s",
@@ -82,6 +83,7 @@ def add_sample(task: Task, state: TrainingState, sample: Image.Image | None) -> 
         task.environment.model_dir,
         card=_card(task, state),
         samples={task.sample_prompt: sample},
+        elsewhere=task.environment.ways_in.elsewhere("model_dir"),
     )
 
 

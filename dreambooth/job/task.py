@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dreambooth.data import fingerprint
+from dreambooth.data import fingerprint, images
 from dreambooth.data.dataset_info import DatasetInfo
 from dreambooth.model_folder import layout
 from dreambooth.settings.container import Environment
@@ -20,6 +20,7 @@ from dreambooth.training.plan import TrainingPlan
 _NOT_IDENTITY = frozenset(
     (
         *("checkpointing_steps", "checkpointing_minutes", "checkpoints_total_limit", "resume"),
+        "keep_last_checkpoint",
         *("sample_steps", "sample_prompt", "export_precision", "compute_fid", "fid_features"),
         *("class_data_dir", "pretrained_model"),
     )
@@ -74,6 +75,7 @@ class Task:
         return {
             **settings,
             "steps": str(self.plan.steps),
+            "cached_crops": str(self.plan.cached_crops if self._crops_at_random() else 1),
             "mixed_precision": self.plan.mixed_precision,
             "use_8bit_adam": str(self.plan.use_8bit_adam),
             "processes": str(self.plan.processes),
@@ -81,3 +83,11 @@ class Task:
             "data": fingerprint.of_dataset(self.dataset),
             "model": self.model_fingerprint(),
         }
+
+    def _crops_at_random(self) -> bool:
+        """Return whether a picture has more than one crop."""
+        square = (self.resolution, self.resolution)
+        return not self.hyperparameters.center_crop and any(
+            images.resized_size(facts.width, facts.height, self.resolution) != square
+            for facts in (*self.dataset.instance_facts, *self.dataset.class_facts)
+        )

@@ -30,27 +30,29 @@ ENTRIES = (
     *(*layout.OPTIONAL_PARTS, layout.INDEX),
 )
 PARTIAL = ".partial-"
+ELSEWHERE = "choose another folder"
 
 
-def clear(model_dir: Path, *, base_folder: Path | None = None) -> None:
+def clear(model_dir: Path, *, base_folder: Path | None = None, elsewhere: str = ELSEWHERE) -> None:
     """Create `model_dir`, remove what an earlier run of ours left there, and test writing.
 
     Only leftovers (`.partial-*`) and, beside our mark, the names of ENTRIES are removed; all other
     files stay. Raises UserError, with nothing removed, where a name of ENTRIES is someone else's or
-    the base model lies in here, and ResourceError where nothing can be written.
+    the base model lies in here, and ResourceError where nothing can be written. elsewhere: how the
+    user chooses another folder, for the messages.
     """
     if base_folder is not None and _same_or_inside(base_folder, model_dir):
         raise UserError(
             f"The model would be written over the base model that it starts from ({base_folder}): "
-            "choose another --model_dir."
+            f"{elsewhere}."
         )
-    with disk_faults_named(model_dir):
+    with disk_faults_named(model_dir, elsewhere):
         model_dir.mkdir(parents=True, exist_ok=True)
         present = _present(model_dir)
         if present and not _is_marked(model_dir):
             raise UserError(
                 f"{model_dir} holds {_some(present)}, not written by an earlier run: nothing is "
-                "overwritten or removed; choose another --model_dir, such as a new folder."
+                f"overwritten or removed; {elsewhere}."
             )
         for leftover in sorted(model_dir.glob(PARTIAL + "*")):
             if leftover.is_dir() and not leftover.is_symlink():
@@ -96,12 +98,12 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def disk_faults_named(model_dir: Path) -> AbstractContextManager[None]:
+def disk_faults_named(model_dir: Path, elsewhere: str = ELSEWHERE) -> AbstractContextManager[None]:
     """Turn a disk's errors in the block into a ResourceError that says what to do."""
     return files.disk_faults_named(
         "The model",
         model_dir,
-        elsewhere="choose another --model_dir",
+        elsewhere=elsewhere,
         smaller="set export_precision=fp16, which halves the model's size",
     )
 

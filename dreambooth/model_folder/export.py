@@ -75,6 +75,7 @@ def write(
     card: ModelCard,
     hyperparameters_json: str,
     precision: Literal["fp32", "fp16"] = "fp32",
+    elsewhere: str = destination.ELSEWHERE,
 ) -> None:
     """Write the model folder, wholly or not at all.
 
@@ -82,9 +83,9 @@ def write(
     removes it at its start, with `clear`). Raises TrainingDivergedError where a trained weight is
     not finite, UserError where a weight is too large for fp16, ModelArtifactError where a part of
     the base model is gone, and ResourceError where the disk is full or model_dir cannot be
-    written.
+    written. elsewhere: as in `clear`.
     """
-    with destination.disk_faults_named(model_dir):
+    with destination.disk_faults_named(model_dir, elsewhere):
         model_dir.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=destination.PARTIAL, dir=model_dir))
         try:
@@ -101,13 +102,19 @@ def write(
             shutil.rmtree(stage, ignore_errors=True)
 
 
-def add_samples(model_dir: Path, *, card: ModelCard, samples: Mapping[str, Image.Image]) -> None:
+def add_samples(
+    model_dir: Path,
+    *,
+    card: ModelCard,
+    samples: Mapping[str, Image.Image],
+    elsewhere: str = destination.ELSEWHERE,
+) -> None:
     """Add sample pictures by caption (usually the prompt) to a model that `write` has written.
 
     They come last, because drawing them may fail and the model is complete without them. Raises
-    ResourceError where the disk is full or model_dir cannot be written.
+    ResourceError where the disk is full or model_dir cannot be written. elsewhere: as in `clear`.
     """
-    with destination.disk_faults_named(model_dir):
+    with destination.disk_faults_named(model_dir, elsewhere):
         stage = Path(tempfile.mkdtemp(prefix=destination.PARTIAL, dir=model_dir))
         try:
             named = _write_samples(stage, samples)

@@ -141,7 +141,7 @@ def _partial(card: ModelCard) -> list[str]:
     return [
         f"**Partial: the run was stopped after {card.steps} of {card.planned_steps} planned "
         "steps.** The model can be",
-        "used, and be given as `--pretrained-model`; a run goes on exactly only from a checkpoint.",
+        "used, and be given as `pretrained_model`; a run goes on exactly only from a checkpoint.",
         "",
     ]
 

@@ -34,8 +34,6 @@ __all__ = [
 
 _ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-# How a user gives a training job its model.
-_TO_TRAIN = "with --pretrained-model or as the channel `model`"
 # The largest archive that `peek_facts` extracts, which takes about a second.
 _PEEK_BYTES = 64 * MIB
 _PEEK_EXTRACTED_BYTES = 512 * MIB
@@ -59,13 +57,13 @@ def locate(
     pretrained_model: str | None,
     channel: Path | None = None,
     *,
-    given: str = _TO_TRAIN,
+    given: str = "with --pretrained-model",
     limits: Limits = LIMITS,
 ) -> ModelSource:
     """Find the model that `pretrained_model` names or, without it, that the channel's folder holds.
 
     Archives are listed only where several lie in a folder and none is called model.tar.gz.
-    given: how this command takes a model ("with --model"), for the messages. Raises
+    given: how the user gives a model ("with --model"), for the messages. Raises
     ModelArtifactError with one sentence that says how to give a model.
     """
     how = (

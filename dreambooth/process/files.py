@@ -1,9 +1,10 @@
-"""Write files whole or not at all, and say in one sentence why the disk did not take them."""
+"""Write files whole or not at all, say why the disk did not take them, and lock folders."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
 from collections.abc import Iterator
@@ -23,6 +24,19 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def try_lock(descriptor: int) -> bool:
+    """Lock an open folder without waiting; return False if another process holds the lock.
+
+    The system undoes it once the descriptor is closed, however the process ends. Raises OSError
+    where the file system has no locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def write_whole(path: Path, content: bytes) -> None:

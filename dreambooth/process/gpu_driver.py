@@ -88,8 +88,8 @@ def why_unused(
         )
     if machine.driver is None:
         return (
-            f"{promise}, but no NVIDIA driver can be seen from here: start the container with "
-            f"--gpus all (NVIDIA container toolkit). {cure}"
+            f"{promise}, but no NVIDIA driver can be seen from here: start a container with "
+            f"--gpus all (NVIDIA container toolkit), or install a driver. {cure}"
         )
     cuda = int(cuda_version.split(".")[0])
     oldest = _OLDEST_DRIVERS.get(cuda, max(_OLDEST_DRIVERS.values()))

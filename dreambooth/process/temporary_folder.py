@@ -7,7 +7,6 @@ as its job runs, so a folder without a lock belongs to no running job.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import tempfile
@@ -29,7 +28,8 @@ def temporary() -> Iterator[Path]:
         _sweep(root)
         new = Path(tempfile.mkdtemp(prefix=_NEW, dir=root))
         lock = os.open(new, os.O_RDONLY | os.O_DIRECTORY)
-        _lock(lock)
+        with contextlib.suppress(OSError):  # no locks here: other jobs remove nothing either
+            files.try_lock(lock)
         folder = new.with_name(_JOB + new.name.removeprefix(_NEW))
         new.rename(folder)
     try:
@@ -44,16 +44,7 @@ def _sweep(root: Path) -> None:
         with contextlib.suppress(OSError):  # another user's, or another job just removed it
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
-                if os.fstat(lock).st_uid == os.geteuid() and _lock(lock):
+                if os.fstat(lock).st_uid == os.geteuid() and files.try_lock(lock):
                     shutil.rmtree(path, ignore_errors=True)
             finally:
                 os.close(lock)
-
-
-def _lock(descriptor: int) -> bool:
-    """Try to lock a folder without waiting; return False if another process holds the lock."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -10,18 +10,21 @@ them. Paths: AWS, "How Amazon SageMaker AI provides training information".
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, replace
+from dataclasses import MISSING, dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
 from dreambooth.errors import HyperparameterError, UserError, quoted
 from dreambooth.limits import LIMITS, Limits
 from dreambooth.process import addresses
-from dreambooth.settings import command_line, hyperparameters, sources
+from dreambooth.settings import command_line, hyperparameters, sources, ways_in
 from dreambooth.settings.knob import Knob, knobs_of, option
 from dreambooth.settings.sources import DRY_RUN, LOG_LEVEL, LOG_LEVELS
+from dreambooth.settings.ways_in import Way, WaysIn
 
 DEFAULT_ROOT: Final = "/opt/ml"
 _BASE: Final = "SAGEMAKER_BASE_DIR"
@@ -41,7 +44,9 @@ class Environment:
     """The paths of a job, none of which is created here, and its raw settings.
 
     `settings` holds hyperparameters and unknown names, but not the options that have fields here.
-    `warnings` are whole sentences about addresses that are not used as they were given.
+    `ways_in` says how its folders are given. `is_first_host`: of the hosts that a platform starts
+    for one job, this is the first. `warnings` are whole sentences about addresses that are not used
+    as they were given.
     """
 
     root: Path
@@ -67,6 +72,8 @@ class Environment:
     log_level: str = option(
         "info", "What the log holds.", choices=LOG_LEVELS, variables=("SM_LOG_LEVEL",)
     )
+    ways_in: WaysIn = field(default_factory=WaysIn)
+    is_first_host: bool = True
     warnings: tuple[str, ...] = ()
 
 
@@ -118,6 +125,8 @@ def read(
         settings=settings,
         dry_run=chosen.value(DRY_RUN) or False,
         log_level=chosen.value(LOG_LEVEL) or "info",
+        ways_in=_ways_in(chosen, arguments, environ, root),
+        is_first_host=_is_first_host(environ, root, limits),
     )
     if faults:
         faults = list(dict.fromkeys(faults))
@@ -135,8 +144,47 @@ def _set_aside(chosen: sources.OptionValues, environment: Environment) -> tuple[
     )
 
 
+def _ways_in(
+    chosen: sources.OptionValues,
+    arguments: Mapping[str, object],
+    environ: Mapping[str, str],
+    root: Path,
+) -> WaysIn:
+    """Return how the folders are given; what no source gives is the platform's in a container.
+
+    Elsewhere an option outranks the variable that gave an output folder.
+    """
+    channels, pipes = ways_in.channels_in(root / "input" / "data", environ)
+    in_container = _is_container(root)
+    channel: Way = "platform" if in_container or channels else "option"
+    ways: dict[str, Way] = {
+        "train": chosen.way("train") or channel,
+        ways_in.MODEL: "option" if "pretrained_model" in arguments else channel,
+    }
+    for name in sources.OUTPUTS:
+        way = chosen.way(name) or "platform"
+        ways[name] = "option" if way == "platform" and not in_container else way
+    return WaysIn(
+        ways=ways,
+        channels=channels,
+        pipes=pipes,
+    )
+
+
 def _is_container(root: Path) -> bool:
     return (root / "input").is_dir()
+
+
+def _is_first_host(environ: Mapping[str, str], root: Path, limits: Limits) -> bool:
+    """Return whether this host is the first of the job's hosts, or the only one that is known."""
+    path = root / "input" / "config" / "resourceconfig.json"
+    config = sources.from_file(path, [], limits)
+    current, hosts = config.get("current_host"), config.get("hosts")
+    if environ.get("SM_HOSTS"):
+        current = environ.get("SM_CURRENT_HOST")
+        with contextlib.suppress(ValueError, RecursionError):
+            hosts = json.loads(environ["SM_HOSTS"])
+    return not isinstance(hosts, list) or current not in hosts[1:]
 
 
 def failure_file(environ: Mapping[str, str]) -> Path:

@@ -165,6 +165,11 @@ class Hyperparameters:
         None, "Saves a checkpoint every so many minutes; None: left to the plan.", above=0.0
     )
     checkpoints_total_limit: int = ours(1, "Checkpoints kept; older ones are removed.", minimum=1)
+    keep_last_checkpoint: bool = ours(
+        False,
+        "Keeps a checkpoint of the last step (10.4 GB at full size), from which a finished run can "
+        "be trained further.",
+    )
     resume: str = ours(
         "auto",
         "auto goes on from the last checkpoint that fits; fresh starts anew.",

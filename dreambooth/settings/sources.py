@@ -18,11 +18,12 @@ from dreambooth.limits import Limits
 from dreambooth.process import addresses
 from dreambooth.settings import hyperparameters
 from dreambooth.settings.knob import BARE_FLAG, Knob, is_unset, unwrapped
+from dreambooth.settings.ways_in import Way
 
 LOG_LEVELS: Final = ("debug", "info", "warning", "error", "critical")
 LOG_LEVEL: Final = "log_level"
 DRY_RUN: Final = "dry_run"
-_OUTPUTS: Final = ("model_dir", "output_data_dir", "checkpoint_dir")
+OUTPUTS: Final = ("model_dir", "output_data_dir", "checkpoint_dir")
 
 
 class OptionValues:
@@ -66,14 +67,28 @@ class OptionValues:
         if name == LOG_LEVEL:
             raw = level_of(unwrapped(raw) or "") or raw
         try:
-            return self._knobs[name].parse(raw)
+            return self._knobs[name].parse(raw, source=self._named(name))
         except UserError as fault:
             self._faults.append(str(fault))
             return None
 
     def is_platforms(self, name: str) -> bool:
         """Return whether the value of an option is the platform's own variable."""
-        return self._source(name) is self._platform
+        return self.way(name) == "platform"
+
+    def way(self, name: str) -> Way | None:
+        """Return in which way an option is given, None if it is not."""
+        source = self._source(name)
+        ways: tuple[Way, ...] = ("option", "setting", "platform", "setting")
+        found = (way for way, other in zip(ways, self._sources, strict=True) if other is source)
+        return next(found, None)
+
+    def _named(self, name: str) -> str:
+        """Return the name under which the user gives the value of an option."""
+        way = self.way(name)
+        if way == "platform":
+            return self._knobs[name].variables[0]
+        return f"--{name}" if way == "option" else name
 
     def _source(self, name: str) -> Mapping[str, object]:
         """Return the first source that gives the option a value, an empty one if none does."""
@@ -84,7 +99,7 @@ class OptionValues:
         return {}
 
     def _is_set_aside(self, name: str, text: str | None) -> bool:
-        if not (self._in_container and name in _OUTPUTS and text and addresses.is_remote(text)):
+        if not (self._in_container and name in OUTPUTS and text and addresses.is_remote(text)):
             return False
         self.set_aside.setdefault(name, text)
         return True

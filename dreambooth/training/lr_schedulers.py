@@ -19,6 +19,13 @@ def default_warmup_steps(lr_scheduler: str, steps: int) -> int:
     return min(math.ceil(steps / 10), steps - 1)  # a run of one step learns at the full rate
 
 
+def depends_on_length(lr_scheduler: str, *, warmup_is_given: bool) -> bool:
+    """Return whether the rate of a step depends on how many steps the run has in all."""
+    if lr_scheduler == "constant_with_warmup":
+        return not warmup_is_given
+    return lr_scheduler != "constant"
+
+
 def factor(
     lr_scheduler: str, step: int, *, steps: int, warmup_steps: int, learning_rate: float
 ) -> float:

@@ -59,6 +59,7 @@ class TrainingPlan:
     lr_warmup_steps: int
     checkpointing_steps: int | None
     checkpointing_minutes: float | None
+    keep_last_checkpoint: bool
     memory_bytes: int
     disk: DiskBudget
     warnings: tuple[str, ...] = ()
@@ -149,12 +150,15 @@ def make(
         lr_warmup_steps=warmup,
         checkpointing_steps=checkpointing_steps,
         checkpointing_minutes=checkpointing_minutes,
+        keep_last_checkpoint=hyperparameters.keep_last_checkpoint,
         disk=disk.expected(
             hyperparameters,
             facts,
             class_images=class_images - given,
             use_8bit_adam=chosen.memory_plan.use_8bit_adam,
-            keeps_checkpoints=bool(checkpointing_steps or checkpointing_minutes),
+            keeps_checkpoints=bool(
+                checkpointing_steps or checkpointing_minutes or hyperparameters.keep_last_checkpoint
+            ),
             base_bytes=base_bytes,
             copied_bytes=copied_bytes,
         ),
@@ -162,7 +166,7 @@ def make(
             *(facts.warnings if facts and hyperparameters.resolution is None else ()),
             *plan_warnings.memory_warnings(device, chosen.phases),
             *plan_warnings.settings_warnings(
-                hyperparameters, device, mixed_precision, steps, warmup
+                hyperparameters, device, mixed_precision, steps, warmup, instances
             ),
             *plan_warnings.fast_step_warnings(
                 hyperparameters, device, mixed_precision, processes, chosen
@@ -218,13 +222,13 @@ def rows(plan: TrainingPlan, hyperparameters: Hyperparameters) -> list[tuple[str
         ("expected memory", _expected_line(plan)),
         ("expected disk", _disk_line(plan.disk)),
     ]
-    if plan.checkpointing_steps or plan.checkpointing_minutes:
-        every = (
-            f"{plan.checkpointing_steps} steps"
-            if plan.checkpointing_steps
-            else f"{plan.checkpointing_minutes:g} minutes"
-        )
-        lines.append(("checkpoint every", every))
+    when = ["at the end"] if plan.keep_last_checkpoint else []
+    if plan.checkpointing_steps:
+        when.insert(0, f"every {plan.checkpointing_steps} steps")
+    elif plan.checkpointing_minutes:
+        when.insert(0, f"every {plan.checkpointing_minutes:g} minutes")
+    if when:
+        lines.append(("checkpoints", " and ".join(when)))
     return lines
 
 

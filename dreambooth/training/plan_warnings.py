@@ -33,6 +33,7 @@ def settings_warnings(
     mixed_precision: str,
     steps: int,
     warmup: int,
+    instance_images: int,
 ) -> tuple[str, ...]:
     """Return warnings of settings that have no effect here, or probably an unwanted one."""
     notes = []
@@ -52,6 +53,10 @@ def settings_warnings(
         )
     if mixed_precision == "fp16" and device.kind == "cpu":
         notes.append("fp16 on a CPU is slow and less exact than the default, fp32.")
+    if hyperparameters.compute_fid and instance_images < 2:
+        notes.append(
+            "compute_fid needs two instance images, and there is one: no fid_score will be printed."
+        )
     return tuple(notes)
 
 

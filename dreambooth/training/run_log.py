@@ -30,7 +30,8 @@ class RunLog:
     """Logs the metrics of each step; used as a context manager around the loop.
 
     A resumed run continues metrics.jsonl after removing the rows that follow its checkpoint. A
-    fresh run clears the metrics and sample pictures of an earlier one.
+    fresh run clears the metrics and sample pictures of an earlier one. elsewhere: how the user
+    chooses another folder, for messages.
     """
 
     def __init__(
@@ -42,14 +43,16 @@ class RunLog:
         stream: TextIO,
         sample_steps: int = 0,
         draw_sample: Callable[[], Image.Image | None] = lambda: None,
+        elsewhere: str = "give another folder",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._folder = folder
         self._plan = plan
         self._sample_steps = sample_steps
         self._draw_sample = draw_sample
+        self._elsewhere = elsewhere
         self._clock = clock
-        with _disk_faults_named(folder):
+        with self._disk_faults_named():
             folder.mkdir(parents=True, exist_ok=True)
             self._metrics = _open_metrics(folder / "metrics.jsonl", first_step)
             with ExitStack() as undo:
@@ -91,7 +94,7 @@ class RunLog:
         del row["read_with"]
         row["steps_per_second"] = round(1.0 / self._seconds, 4)
         row["time"] = round(time.time() - (self._read_until - metrics.step) * self._seconds, 3)
-        with _disk_faults_named(self._folder):
+        with self._disk_faults_named():
             self._metrics.write(json.dumps(row) + "\n")
             self._metrics.flush()
         self._progress.update(
@@ -140,22 +143,21 @@ class RunLog:
         if picture is None:
             return
         path = self._folder / "samples" / f"step-{step:06d}.png"
-        with _disk_faults_named(self._folder):
+        with self._disk_faults_named():
             path.parent.mkdir(exist_ok=True)
             png = io.BytesIO()
             picture.save(png, "PNG")
             files.write_whole(path, png.getvalue())
 
+    def _disk_faults_named(self) -> AbstractContextManager[None]:
+        return files.disk_faults_named(
+            "The log of the run", self._folder, elsewhere=self._elsewhere
+        )
+
 
 def plain_decimal(value: float) -> str:
     """Return a number as SageMaker's metric expressions read it: decimal, with no exponent."""
     return f"{value:.8f}"
-
-
-def _disk_faults_named(folder: Path) -> AbstractContextManager[None]:
-    return files.disk_faults_named(
-        "The log of the run", folder, elsewhere="give another --output_data_dir"
-    )
 
 
 def _open_metrics(path: Path, first_step: int) -> TextIO:

@@ -29,6 +29,7 @@ from torch import nn
 from dreambooth.errors import HyperparameterError, TrainingDivergedError
 from dreambooth.process import files
 from dreambooth.process.files import fsync
+from dreambooth.training import lr_schedulers
 from dreambooth.training import optimizer as optimizers
 from dreambooth.training.mixed_precision import Precision
 
@@ -38,6 +39,7 @@ FORMAT = 1
 PREFIX = "step-"
 _PARTIAL = ".partial-"
 _OPTIMIZER = "optimizer.pt"
+_LENGTH = frozenset(("max_steps", "epochs", "steps"))  # of the identity
 _MANIFEST_NAME = "manifest.json"
 _LOADING_FAULTS = (*(RuntimeError, ValueError, KeyError, TypeError, AttributeError, OverflowError),)
 _MANIFEST_FIELDS: Mapping[str, type] = {
@@ -80,10 +82,19 @@ def folder_name(step: int) -> str:
     return f"{PREFIX}{step:08d}"
 
 
-def save(state: TrainingState, folder: Path, *, identity: Mapping[str, str], keep: int) -> Path:
+def save(
+    state: TrainingState,
+    folder: Path,
+    *,
+    identity: Mapping[str, str],
+    keep: int,
+    elsewhere: str = "give another folder",
+) -> Path:
     """Write a checkpoint of `state` into `folder`, then remove all but the newest `keep`.
 
-    identity: settings, data and model as name -> value; a run resumes only if they are equal.
+    identity: settings, data and model as name -> value; a run resumes only if they are equal, or
+    differ in nothing that the steps of the checkpoint depend on.
+    elsewhere: how the user chooses another folder, for messages.
     Raises ResourceError if the disk is full, and TrainingDivergedError if a weight is not finite;
     earlier checkpoints then stay as they were.
 
@@ -98,7 +109,7 @@ def save(state: TrainingState, folder: Path, *, identity: Mapping[str, str], kee
         with files.disk_faults_named(
             f"The checkpoint of step {state.step}",
             folder,
-            elsewhere="give another --checkpoint_dir",
+            elsewhere=elsewhere,
             smaller="lower checkpoints_total_limit",
         ):
             folder.mkdir(parents=True, exist_ok=True)
@@ -139,13 +150,12 @@ def refuse_another_job(folder: Path, *, identity: Mapping[str, str]) -> None:
     """
     for path in _checkpoints(folder):
         try:
-            stored = json.loads(_require_regular_file(path / _MANIFEST_NAME).read_text())[
-                "identity"
-            ]
+            manifest = json.loads(_require_regular_file(path / _MANIFEST_NAME).read_text())
+            stored, step = manifest["identity"], manifest["step"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue  # damaged: `load_newest` skips it with a warning
-        if isinstance(stored, dict):
-            return _compare(path, stored, identity)
+        if isinstance(stored, dict) and isinstance(step, int):
+            return _compare(path, stored, identity, step)
 
 
 def load_newest(state: TrainingState, folder: Path, *, identity: Mapping[str, str]) -> bool:
@@ -160,7 +170,7 @@ def load_newest(state: TrainingState, folder: Path, *, identity: Mapping[str, st
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             log.warning("checkpoint %s is damaged and skipped: %s", path, error)
             continue
-        _compare(path, manifest["identity"], identity)
+        _compare(path, manifest["identity"], identity, manifest["step"])
         if manifest["environment"] != environment():
             log.warning(
                 "checkpoint %s was written with %s, this is %s: the last bits may differ",
@@ -286,26 +296,59 @@ def _read_manifest(path: Path, names: Sequence[str]) -> dict[str, Any]:
     return manifest
 
 
-def _compare(path: Path, stored: Mapping[str, str], wanted: Mapping[str, str]) -> None:
+def _compare(path: Path, stored: Mapping[str, str], wanted: Mapping[str, str], step: int) -> None:
+    """Raise HyperparameterError unless the wanted run makes the `step` steps of a checkpoint."""
     changed = [
-        f"{name} was {stored.get(name, 'unset')} and is now {wanted.get(name, 'unset')}"
-        for name in sorted({*stored, *wanted} - _ignored_settings(stored, wanted))
+        name
+        for name in sorted({*stored, *wanted} - _ignored_settings(stored, wanted, step))
         if stored.get(name) != wanted.get(name)
     ]
     if changed:
+        named = "; ".join(
+            f"{name} was {stored.get(name, 'unset')} and is now {wanted.get(name, 'unset')}"
+            for name in changed
+        )
         raise HyperparameterError(
-            f"The checkpoint {path} belongs to another job: {'; '.join(changed)}. "
+            f"The checkpoint {path} belongs to another job: {named}.{_why(changed, wanted, step)} "
             "Set resume=fresh to start over, or go back to the earlier settings."
         )
 
 
-def _ignored_settings(stored: Mapping[str, str], wanted: Mapping[str, str]) -> set[str]:
+def _ignored_settings(stored: Mapping[str, str], wanted: Mapping[str, str], step: int) -> set[str]:
     """Return the settings that may differ in a resumed run.
 
-    With memory_plan=auto, the free memory decides whether AdamW's states have 8 bits.
+    With memory_plan=auto, the free memory decides whether AdamW's states have 8 bits. At a learning
+    rate that does not depend on it, the length may differ, as long as no step made is too many.
     """
     both = {stored.get("memory_plan"), wanted.get("memory_plan")}
-    return {"use_8bit_adam"} if both == {"auto"} else set()
+    ignored = {"use_8bit_adam"} if both == {"auto"} else set()
+    if stored.get("steps") == wanted.get("steps"):
+        # However they are asked for; earlier versions did not store the crops.
+        ignored |= {"max_steps", "epochs", "cached_crops"}
+    if not _rate_depends_on_length(wanted) and step <= int(wanted.get("steps", 0)):
+        ignored |= _LENGTH
+    return ignored
+
+
+def _rate_depends_on_length(wanted: Mapping[str, str]) -> bool:
+    return lr_schedulers.depends_on_length(
+        wanted.get("lr_scheduler", ""),
+        warmup_is_given=wanted.get("lr_warmup_steps") != "None",
+    )
+
+
+def _why(changed: Sequence[str], wanted: Mapping[str, str], step: int) -> str:
+    """Return a sentence on why a run of another length does not go on, if this is the fault."""
+    if not {*changed} <= {*_LENGTH, "cached_crops"}:
+        return ""
+    if _rate_depends_on_length(wanted):
+        return (
+            f" With lr_scheduler={wanted.get('lr_scheduler')} the learning rate of each step "
+            "depends on how many there are."
+        )
+    if "cached_crops" in changed:
+        return " The random crops of each picture that are drawn from grow with the steps, up to 8."
+    return f" It has made {step} steps already."
 
 
 def _sha256(path: Path) -> str:

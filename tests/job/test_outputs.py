@@ -1,16 +1,23 @@
 from __future__ import annotations
 
+import errno
 import json
+import random
+import subprocess
+import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from dreambooth.errors import HyperparameterError, ResourceError
+from dreambooth.errors import HyperparameterError, ResourceError, UserError
 from dreambooth.job import outputs
 from dreambooth.job.run import run_job
+from dreambooth.process import temporary_folder
 from dreambooth.settings import container
+from dreambooth.settings.hyperparameters import Hyperparameters
+from dreambooth.tiny import DATA
 
 
 @pytest.fixture
@@ -106,3 +113,143 @@ def test_the_job_refuses_before_anything_is_touched(
     assert run_job([*argv, f"--model_dir={train / 'out'}"], {}) == 1
     assert "lies in the training folder" in capsys.readouterr().err
     assert sorted(train.rglob("*")) == before
+
+
+OPTIONS = ("model_dir", "output", "checkpoint_dir")
+SETTINGS = Hyperparameters()
+
+
+def places_of(tmp_path: Path, seed: int) -> tuple[container.Environment, container.Environment]:
+    """Return two jobs that share one folder, spelled in different ways, under any two options."""
+    dice = random.Random(seed)
+    mine, theirs = dice.choice(OPTIONS), dice.choice(OPTIONS)
+    shared = tmp_path / "shared"
+    made = {name: tmp_path / f"mine-{name}" for name in OPTIONS} | {mine: shared}
+    other = {name: tmp_path / f"theirs-{name}" for name in OPTIONS}
+    spelling = dice.randrange(4)
+    (tmp_path / "link").symlink_to(shared if spelling == 1 else tmp_path)
+    spellings = (shared, tmp_path / "link", tmp_path / "link" / "shared")
+    other[theirs] = (*spellings, tmp_path / "link" / ".." / tmp_path.name / "shared")[spelling]
+    if dice.random() < 0.5:
+        shared.mkdir()
+    train = {"train": tmp_path / "train"}
+    return read(train, **made), read(train, **other)
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_a_second_job_in_a_folder_is_refused_until_the_first_ends(
+    tmp_path: Path, seed: int
+) -> None:
+    first, second = places_of(tmp_path, seed)
+    with outputs.locked(first, SETTINGS):
+        before = sorted(tmp_path.rglob("*"))
+        said = r"^Another job is writing to .*(shared|link).*: wait until it ends, or give another"
+        with pytest.raises(UserError, match=said), outputs.locked(second, SETTINGS):
+            pass
+        assert sorted(tmp_path.rglob("*")) == before
+    with outputs.locked(second, SETTINGS):
+        pass
+
+
+def test_a_folder_of_checkpoints_beside_the_metrics_is_locked_too(tmp_path: Path) -> None:
+    asks = Hyperparameters(checkpointing_steps=5)
+    mine = {name: tmp_path / name for name in ("train", "model_dir", "output")}
+    theirs = {**mine, "model_dir": tmp_path / "m", "output": tmp_path / "o"}
+    kept = tmp_path / "output" / "checkpoints"
+    with outputs.locked(read(mine), asks):
+        with pytest.raises(UserError, match="checkpoints"):
+            outputs.locked(read(theirs, checkpoint_dir=kept), SETTINGS).__enter__()
+        (kept / "step-00000005").mkdir()
+    assert kept.is_dir()
+    assert not (tmp_path / "model_dir").exists()  # nothing was written there
+
+
+def test_one_folder_for_two_options_and_folders_side_by_side_are_fine(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "output")
+    for number in (1, 2):
+        place = {name: tmp_path / f"{name}{number}" for name in ("train", "model_dir", "output")}
+        environment = read(place, checkpoint_dir=place["output"])
+        lock = outputs.locked(environment, SETTINGS)
+        lock.__enter__()
+
+
+def test_a_killed_job_holds_no_folder(tmp_path: Path) -> None:
+    code = "import fcntl, os, time\nfcntl.flock(os.open('.', os.O_RDONLY), fcntl.LOCK_EX)\n"
+    code += "print(flush=True); time.sleep(60)"
+    place = {name: tmp_path for name in ("train", "model_dir", "output")}
+    with subprocess.Popen(
+        [sys.executable, "-S", "-c", code], cwd=tmp_path, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with pytest.raises(UserError), outputs.locked(read(place), SETTINGS):
+            pass
+        process.kill()
+        process.wait()
+        with outputs.locked(read(place), SETTINGS):
+            pass
+
+
+@pytest.mark.parametrize("number", ["ENOLCK", "EOPNOTSUPP", "ENOSYS", "EBADF", "EINVAL", "EACCES"])
+def test_a_file_system_without_locks_is_a_warning(
+    places: dict[str, Path],
+    number: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(getattr(errno, number), "no locks")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with outputs.locked(read(places), SETTINGS), temporary_folder.temporary():
+        pass
+    assert len(caplog.records) == 2
+    assert "cannot be locked (no locks): start no other job" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("variables", "refused"),
+    [
+        ({}, True),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, True),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, False),
+        ({"SM_HOSTS": '["algo-1", "algo-2"]', "SM_CURRENT_HOST": "algo-1"}, True),
+        ({"SM_HOSTS": '["algo-1", "algo-2"]', "SM_CURRENT_HOST": "algo-2"}, False),
+        ({"SM_HOSTS": '["algo-1"]', "SM_CURRENT_HOST": "algo-1"}, True),
+        ({"SM_HOSTS": "no list", "SM_CURRENT_HOST": "algo-2"}, True),
+    ],
+)
+def test_only_the_main_process_of_the_first_host_locks(
+    small_model_folder: Path,
+    tmp_path: Path,
+    variables: Mapping[str, str],
+    refused: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """SDK v2's local mode mounts one /opt/ml/model in the containers of all hosts."""
+    grouped = {"LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    environ = {"SAGEMAKER_BASE_DIR": str(tmp_path / "none"), **variables}
+    if "WORLD_SIZE" in variables:
+        environ |= grouped
+    argv = [f"--train={DATA / 'cat'}", f"--model_dir={tmp_path / 'model'}"]
+    argv.append(f"--pretrained-model={small_model_folder}")
+    ended = UserError("it went on")
+
+    def go_on(*_: object) -> None:
+        raise ended
+
+    monkeypatch.setattr("dreambooth.model_folder.source.open_source", go_on)
+    with outputs.locked(container.read(argv, {}), SETTINGS):
+        assert run_job(argv, environ) == 1
+    assert ("Another job is writing to" in capsys.readouterr().err) is refused
+
+
+@pytest.mark.parametrize("current", ["algo-1", "algo-2"])
+def test_the_hosts_of_a_container_are_in_its_file(tmp_path: Path, current: str) -> None:
+    config = tmp_path / "input" / "config"
+    config.mkdir(parents=True)
+    hosts = {"current_host": current, "hosts": ["algo-1", "algo-2"]}
+    (config / "resourceconfig.json").write_text(json.dumps(hosts))
+    environment = container.read([], {"SAGEMAKER_BASE_DIR": str(tmp_path)})
+    assert environment.is_first_host is (current == "algo-1")

@@ -83,7 +83,7 @@ def test_what_no_run_of_ours_wrote_is_refused_and_untouched(
 ) -> None:
     before = contents(put(tmp_path, *names))
     with pytest.raises(UserError, match=named) as caught:
-        destination.clear(tmp_path)
+        destination.clear(tmp_path, elsewhere="choose another --model_dir")
     assert "choose another --model_dir" in str(caught.value)
     assert contents(tmp_path) == before
 
@@ -139,7 +139,9 @@ def test_a_place_where_no_folder_can_be_is_reported_at_the_start(
 ) -> None:
     model_dir = place(tmp_path)
     with pytest.raises(ResourceError, match="not a folder") as caught:
-        destination.clear(model_dir, base_folder=tmp_path / "base")
+        destination.clear(
+            model_dir, base_folder=tmp_path / "base", elsewhere="choose another --model_dir"
+        )
     assert str(model_dir) in str(caught.value)
     assert "choose another --model_dir" in str(caught.value)
     assert "space" not in str(caught.value)

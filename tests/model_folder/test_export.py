@@ -438,8 +438,9 @@ def test_a_place_that_cannot_be_written_is_one_sentence(
     small_model_folder: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ResourceError, match="choose another --model_dir"):
-        write(tmp_path / "file", small_model_folder, trained_model(small_model_folder))
+    model, advice = trained_model(small_model_folder), "choose another --model_dir"
+    with pytest.raises(ResourceError, match=advice):
+        write(tmp_path / "file", small_model_folder, model, elsewhere=advice)
 
 
 def test_a_run_writes_again_where_an_earlier_one_wrote(

@@ -139,7 +139,7 @@ def test_elsewhere_it_is_one_sentence(tmp_path: Path, option: str) -> None:
     with pytest.raises(HyperparameterError) as caught:
         container.read([f"--{option}=gs://b/c"], {"SAGEMAKER_BASE_DIR": str(tmp_path)})
     (fault,) = caught.value.faults
-    assert fault.startswith(f"{option} is the address 'gs://b/c'")
+    assert fault.startswith(f"--{option} is the address 'gs://b/c'")
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_elsewhere_it_is_one_sentence(tmp_path: Path, option: str) -> None:
         ("--train=s3://bucket/pictures", "train is the address"),
         (
             "--pretrained-model=s3://bucket/model.tar.gz",
-            "give one with --pretrained-model or",
+            "give one with --pretrained-model (a",
         ),
         ("--pretrained-model=https://host/model.tar.gz", "copy the model to this machine"),
         ("--class_data_dir=s3://bucket/class", "class_data_dir is the address"),

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from dreambooth.errors import HyperparameterError
 from dreambooth.process import failure
-from dreambooth.settings import container
+from dreambooth.settings import container, sources
 from dreambooth.settings.container import Environment
 from dreambooth.settings.hyperparameters import KNOBS, Hyperparameters, parse
+from dreambooth.settings.ways_in import WaysIn
 
 
 @pytest.fixture
@@ -63,6 +64,10 @@ def test_paths_in_a_container(root: Path) -> None:
         settings={},
         dry_run=False,
         log_level="info",
+        ways_in=WaysIn(
+            ways=dict.fromkeys((*sources.OUTPUTS, "train", "model"), "platform"),
+            channels=("model",),
+        ),
     )
 
 

@@ -278,6 +278,12 @@ def test_checkpointing_steps_and_checkpoints_total_limit(run_job: Start) -> None
     assert len(list((run.output / "checkpoints").iterdir())) == 3
 
 
+def test_keep_last_checkpoint(run_job: Start) -> None:
+    run = run_job(keep_last_checkpoint=True)
+    assert [path.name for path in (run.output / "checkpoints").iterdir()] == ["step-00000002"]
+    assert not (run_job().output / "checkpoints").exists()
+
+
 def test_checkpointing_minutes(run_job: Start) -> None:
     run = run_job(checkpointing_minutes=1e-6)
     assert [path.name for path in (run.output / "checkpoints").iterdir()] == ["step-00000002"]

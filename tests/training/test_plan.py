@@ -177,6 +177,33 @@ def test_warm_up_defaults_and_warnings() -> None:
     assert "never reaches" in make(lr_scheduler="linear", lr_warmup_steps=500).warnings[0]
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_score_that_one_picture_cannot_have_is_announced(count: int, asked: bool) -> None:
+    settings = Hyperparameters(compute_fid=asked)
+    said = plans.make(settings, dataset(count), None, CPU).warnings
+    assert any("no fid_score will be printed" in each for each in said) is (asked and count < 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({}, None),
+        ({"keep_last_checkpoint": True}, "at the end"),
+        ({"checkpointing_steps": 5}, "every 5 steps"),
+        ({"checkpointing_steps": 5, "keep_last_checkpoint": True}, "every 5 steps and at the end"),
+        ({"checkpointing_minutes": 0.5, "keep_last_checkpoint": True}, "every 0.5 minutes and at"),
+    ],
+)
+def test_the_plan_says_when_checkpoints_are_written(
+    settings: dict[str, object], text: str | None
+) -> None:
+    plan = make(**settings)
+    described = plans.describe(plan, Hyperparameters(**settings))  # type: ignore[arg-type]
+    assert (f"checkpoints      {text}" in described) if text else ("  checkpoints" not in described)
+    assert (plan.disk.checkpoints > 0) is bool(settings)
+
+
 def test_a_checkpoint_folder_alone_saves_by_time() -> None:
     settings = Hyperparameters()
     plan = plans.make(settings, dataset(), None, CPU, has_checkpoint_dir=True)

@@ -169,10 +169,12 @@ async def _fetch(settings: ServeSettings, workspace: Path) -> Path:
 
 
 def _folder_of(settings: ServeSettings, workspace: Path) -> Path:
-    named, platforms = settings.model, None
-    if settings.model_is_platforms:
-        named, platforms = "", Path(settings.model)
-    return source.open_source(source.locate(named, platforms, given="with --model"), workspace)
+    if not settings.model_is_platforms:
+        found = source.locate(settings.model, given="with --model")
+    else:
+        given = "as the endpoint's model data or with --model"
+        found = source.locate(None, Path(settings.model), given=given)
+    return source.open_source(found, workspace)
 
 
 class _HttpServer(uvicorn.Server):
