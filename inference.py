@@ -1,7 +1,10 @@
 """The four functions that SageMaker's inference toolkits call to serve a model folder.
 
 `python -m dreambooth serve` is built from the same parts. Its variables, `DREAMBOOTH_<NAME>` and
-`MMS_MAX_RESPONSE_SIZE`, apply here too; they are read once, when the model is loaded.
+`MMS_MAX_RESPONSE_SIZE`, are read once, when the model is loaded. Here those apply that say how to
+draw and how long a reply may be. REQUEST_TIMEOUT_S, MAX_QUEUE, MAX_CONNECTIONS, HOST, PORT and
+LOG_LEVEL do not: requests wait in the toolkit's own server, which gives them up after its own time
+(SAGEMAKER_MODEL_SERVER_TIMEOUT).
 """
 
 from __future__ import annotations
