@@ -1,7 +1,10 @@
 """The four functions that SageMaker's inference toolkits call to serve a model folder.
 
 `python -m dreambooth serve` is built from the same parts. Its variables, `DREAMBOOTH_<NAME>` and
-`MMS_MAX_RESPONSE_SIZE`, apply here too; they are read once, when the model is loaded.
+`MMS_MAX_RESPONSE_SIZE`, are read once, when the model is loaded. Here those apply that say how to
+draw and how long a reply may be. REQUEST_TIMEOUT_S, MAX_QUEUE, MAX_CONNECTIONS, HOST, PORT and
+LOG_LEVEL do not: requests wait in the toolkit's own server, which gives them up after its own time
+(SAGEMAKER_MODEL_SERVER_TIMEOUT).
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import http
+import logging
 import os
 import secrets
 import sys
@@ -16,13 +20,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dreambooth.errors import DreamBoothError
 from dreambooth.model_folder import layout
 from dreambooth.serving.contract import error_reply, reply
 from dreambooth.serving.contract.reply import Picture
 from dreambooth.serving.contract.request import GenerationRequest, media_type, parse
 from dreambooth.serving.engine.engine import Engine, open_engine
 from dreambooth.settings import serve_options
+
+log = logging.getLogger(__name__)
 
 _ANY_FORMAT = ", ".join(offered.media_type for offered in reply.FORMATS)
 
@@ -117,14 +122,19 @@ def output_fn(prediction: Prediction, accept: str) -> tuple[bytes, str] | bytes:
 
 @contextlib.contextmanager
 def _told() -> Iterator[None]:
-    """Under a toolkit, raise our errors as the toolkit's own, which carry an HTTP status."""
+    """Under a toolkit, raise errors as the toolkit's own, which carry an HTTP status.
+
+    Of others it sends the trace, with the folders of this machine, to the client.
+    """
     try:
         yield
-    except DreamBoothError as error:
+    except Exception as error:  # a request's border
         toolkit = sys.modules.get("sagemaker_inference.errors")
         if toolkit is None:
             raise
         said = error_reply.of(error)
+        if said.status == 500:
+            log.error("a request failed", exc_info=error)
         phrase = http.HTTPStatus(said.status).phrase
         told = toolkit.BaseInferenceToolkitError(said.status, said.message, phrase)
         told.args = (said.message,)  # str() of it is what the Hugging Face toolkit sends

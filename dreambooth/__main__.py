@@ -8,8 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from dreambooth import __version__
-from dreambooth.errors import DreamBoothError
-from dreambooth.process import addresses, logs
+from dreambooth.process import addresses, failure, logs
 from dreambooth.settings import hyperparameter_text
 from dreambooth.settings.command_line import Parser
 
@@ -20,6 +19,11 @@ def main(argv: Sequence[str]) -> int:
     0 done, 1 error, 2 a verb that has moved, 130 stopped by SIGINT; `train` returns the code of
     `run_job`.
     """
+    with logs.fault_tolerant_streams("stderr"):
+        return _main(argv)
+
+
+def _main(argv: Sequence[str]) -> int:
     try:
         if argv and argv[0] == "train":  # its options come from the table of hyperparameters
             from dreambooth.job.run import run_job
@@ -37,11 +41,9 @@ def main(argv: Sequence[str]) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return 0
-    except DreamBoothError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except Exception as error:  # a bug of ours: print its trace as the log does
-        print(logs.trace_of(error), file=sys.stderr)
+    except Exception as error:  # the command's end: print a sentence, or the trace of a bug of ours
+        known = failure.for_the_user(error)
+        print(f"error: {known}" if known else logs.trace_of(error), file=sys.stderr)
         return 1
 
 

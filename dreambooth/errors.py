@@ -3,11 +3,11 @@
 ::
 
     DreamBoothError                 the message says what is wrong, where, and what to do
-    ├── UserError                   the user's input: exit code 1, the failure file; HTTP 4xx
+    ├── UserError                   the user's input: exit code 1, the failure file
     │   ├── HyperparameterError     names every wrong option of a command
     │   ├── DatasetError            names the file or folder
     │   ├── ModelArtifactError      wrong layout, unsafe archive, a pickle that is more than weights
-    │   └── RequestError            400 · 406 Accept · 413 too large · 415 content type
+    │   └── RequestError            HTTP 400 · 406 Accept · 413 too large · 415 content type
     ├── ResourceError               too little memory, disk, ...: says what to change; HTTP 507
     │   └── UnavailableError        overloaded, loading, engine down: says when to retry; HTTP 503
     └── TrainingDivergedError       loss or gradient not finite: names the step

@@ -4,10 +4,12 @@ import base64
 import inspect
 import io
 import json
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,13 @@ from PIL import Image
 
 import inference
 from dreambooth import tiny
-from dreambooth.errors import ModelArtifactError, RequestError, UserError
+from dreambooth.errors import (
+    ModelArtifactError,
+    RequestError,
+    ResourceError,
+    UnavailableError,
+    UserError,
+)
 
 TEXT = "application/x-text"
 JSON = "application/json"
@@ -210,3 +218,45 @@ def test_the_servers_variables_count(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_no_model_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ModelArtifactError, match=r"model_index\.json"):
         inference.model_fn(str(tmp_path))
+
+
+class ToolkitError(Exception):
+    """Stands in for sagemaker_inference.errors.BaseInferenceToolkitError."""
+
+    def __init__(self, status_code: int, message: str, phrase: str) -> None:
+        self.status_code, self.message, self.phrase = status_code, message, phrase
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (RequestError("wrong"), 400),
+        (ResourceError("too large"), 507),
+        (UnavailableError("busy", 3), 503),
+        (ModelArtifactError("/opt/ml/model/unet is damaged"), 500),
+        (FileNotFoundError(2, "No such file", "/opt/ml/model/vae"), 500),
+        (KeyError("/opt/ml/model"), 500),
+    ],
+)
+def test_a_toolkit_gets_a_status_and_no_path_of_this_machine(
+    error: Exception,
+    status: int,
+    model: inference.Model,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def submit(*_: object, **__: object) -> None:
+        raise error
+
+    toolkit = SimpleNamespace(BaseInferenceToolkitError=ToolkitError)
+    monkeypatch.setitem(sys.modules, "sagemaker_inference.errors", toolkit)
+    monkeypatch.setattr(model.engine, "submit", submit)
+    body = inference.input_fn(b"a cat", "application/x-text")
+    with pytest.raises(ToolkitError) as caught:
+        inference.predict_fn(body, model)
+    expected = "internal error" if status == 500 else str(error)
+    told = caught.value
+    assert (told.status_code, told.message, str(told)) == (status, expected, expected)
+    assert told.__cause__ is None
+    assert told.__suppress_context__
+    assert ("/opt/ml/model" in caplog.text) == (status == 500), "the log says where"

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -44,6 +47,38 @@ def test_a_closed_pipe_is_no_error() -> None:
     done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
     assert done.stderr == ""
     assert done.stdout == "published:\n"
+
+
+class Unwritable(io.StringIO):
+    """A stream whose disk is full or whose reader has left."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def write(self, text: str) -> int:
+        raise OSError(self.number, os.strerror(self.number))
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC, errno.EIO])
+def test_a_stderr_that_cannot_be_written_changes_no_exit_code(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", Unwritable(number))
+    assert main(["hyperparameters"]) == 0
+    assert main(["generate", "--model", "/nowhere", "--prompt", "x", "--seed", "a"]) == 1
+    assert main(["evaluate"]) == 2
+
+
+def test_a_stdout_on_a_full_disk_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdout", Unwritable(errno.ENOSPC))
+    assert main(["hyperparameters"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert "the disk is full" in said
+    assert said.count("\n") == 1
 
 
 def test_the_version_is_the_packages() -> None:

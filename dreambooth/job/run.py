@@ -55,7 +55,7 @@ def run_job(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     0: done. 1: an error, whose message is on stderr and in the failure file. 143, 130: stopped by
     SIGTERM, SIGINT.
     """
-    with logs.fault_tolerant_streams():
+    with logs.fault_tolerant_streams("stdout", "stderr"):
         return _run(argv, environ)
 
 

@@ -48,7 +48,14 @@ def download(name: str) -> Path:
     nothing_here = f"There is no folder or file {name} in {os.getcwd()}"
     with _quiet(_LOGGERS):
         try:
-            wanted = needed_files(_file_names(name))
+            names = _file_names(name)
+            if INDEX not in names:
+                raise ModelArtifactError(
+                    f"The hub's {name} is not a whole model in the diffusers layout: it has no "
+                    f"{INDEX} (a LoRA is fused into its base model first, a single-file checkpoint "
+                    "is converted)."
+                )
+            wanted = needed_files(names)
             return Path(snapshot_download(name, allow_patterns=wanted))
         except (RepositoryNotFoundError, GatedRepoError, HFValidationError) as error:
             raise ModelArtifactError(

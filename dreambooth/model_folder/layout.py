@@ -24,6 +24,11 @@ from dreambooth.model_folder.component_classes import (
     TEXT_FAMILIES,
     TextFamily,
 )
+from dreambooth.model_folder.mistaken_files import (
+    refuse_pointer,
+    refuse_single_file,
+    refuse_stand_in,
+)
 
 INDEX = "model_index.json"
 MODEL_INFO = "__model_info__.json"
@@ -125,6 +130,7 @@ def _present(files: list[Path]) -> list[Path]:
         if not path.is_file():
             what = "a link to nothing" if path.is_symlink() else "no regular file"
             raise ModelArtifactError(f"{path} is {what}: copy the model with the files themselves.")
+        refuse_stand_in(path, "a weight file")
     return files
 
 
@@ -139,7 +145,9 @@ def read_json(path: Path, *, limits: Limits = LIMITS) -> dict[str, Any]:
             raise ModelArtifactError(f"The model has no {path.parent.name}/{path.name} ({path}).")
         if path.stat().st_size > limits.max_config_bytes:
             raise ModelArtifactError(f"{path} is larger than {limits.max_config_bytes} bytes.")
-        content = json.loads(path.read_bytes().decode("utf-8-sig"), parse_int=number)
+        data = path.read_bytes()
+        refuse_pointer(path, data)
+        content = json.loads(data.decode("utf-8-sig"), parse_int=number)
     except OSError as error:
         raise ModelArtifactError(f"{path} cannot be read: {error}.") from error
     except (ValueError, RecursionError) as error:
@@ -352,16 +360,6 @@ def _files_that_are_read(folder: Path) -> Iterator[Path]:
             yield from sorted((folder / part).iterdir())
         except OSError:
             continue  # it is not there, or no folder
-
-
-def refuse_single_file(path: Path) -> None:
-    """Raise ModelArtifactError for a single-file checkpoint, which says how to convert it."""
-    if path.is_file() and path.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
-        raise ModelArtifactError(
-            f"{path} is a single-file checkpoint, and a diffusers folder is needed: convert it "
-            "once with diffusers, StableDiffusionPipeline.from_single_file(FILE)"
-            ".save_pretrained(FOLDER), and give the folder."
-        )
 
 
 def _listed(names: Iterable[str], between: str = ", ") -> str:

@@ -8,12 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dreambooth.errors import one_line
+
 # Licence identifiers that model hubs know; any other is written as "other" with a license_name.
 _KNOWN_LICENCES = (
     *("creativeml-openrail-m", "openrail++", "openrail", "bigscience-openrail-m"),
     *("apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0"),
 )
-_LICENCE_LINE = re.compile(r"^license:[ \t]*[\"']?([\w.+-]{1,64})[\"']?[ \t]*$", re.MULTILINE)
+_LICENCE_LINE = re.compile(r"^license:[ \t]*[\"']?([\w.+-]{1,64})[\"']?\s*$", re.MULTILINE)
+# As the hub's client finds it: the content of a line may end with dashes too.
+_FRONT_MATTER = re.compile(r"\s*---\s*\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
 _FRONT_MATTER_BYTES = 64 * 1024
 
 
@@ -54,10 +58,8 @@ def licence_of(folder: Path) -> str | None:
             text = file.read(_FRONT_MATTER_BYTES).decode("utf-8", errors="replace")
     except OSError:
         return None
-    parts = text.split("---\n", 2)
-    if len(parts) < 3 or parts[0].strip():
-        return None
-    found = _LICENCE_LINE.search(parts[1])
+    front_matter = _FRONT_MATTER.match(text)
+    found = _LICENCE_LINE.search(front_matter[1]) if front_matter else None
     return found[1].lower() if found else None
 
 
@@ -79,20 +81,19 @@ def render(card: ModelCard, *, samples: Sequence[tuple[str, str]] = ()) -> str:
 
 
 def _front_matter(card: ModelCard) -> list[str]:
-    # Every JSON string is also a YAML string, so any prompt or path is safe.
     licence = card.licence if card.licence in _KNOWN_LICENCES else "other"
-    lines = ["---", f"license: {json.dumps(licence)}"]
+    lines = ["---", f"license: {_literal(licence)}"]
     if licence == "other":
-        lines.append(f"license_name: {json.dumps(card.licence or 'as the base model')}")
+        lines.append(f"license_name: {_literal(card.licence or 'as the base model')}")
     return [
         *lines,
-        f"base_model: {json.dumps(card.base, ensure_ascii=False)}",
+        f"base_model: {_literal(card.base)}",
         "library_name: diffusers",
         "pipeline_tag: text-to-image",
         "tags:",
         *(f"- {tag}" for tag in ("stable-diffusion", "text-to-image", "dreambooth", "diffusers")),
         *(["- partial"] if card.partial else []),
-        f"instance_prompt: {json.dumps(card.instance_prompt, ensure_ascii=False)}",
+        f"instance_prompt: {_literal(card.instance_prompt)}",
         "inference: true",
         "---",
     ]
@@ -128,9 +129,7 @@ def _description(card: ModelCard) -> list[str]:
         "calls the subject up; put it into other places and styles by adding to the prompt. Every",
         "setting of the run stands in `hyperparameters.json`.",
         "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in rows),
+        *(f"- {name}: {value}" for name, value in rows),
         "",
     ]
 
@@ -149,7 +148,7 @@ def _partial(card: ModelCard) -> list[str]:
 def _samples(samples: Sequence[tuple[str, str]]) -> list[str]:
     if not samples:
         return []
-    pictures = [f"![{_plain(caption)}](samples/{name})" for name, caption in samples]
+    pictures = [f"![{_escaped(caption)}](samples/{name})" for name, caption in samples]
     return ["## Samples", "", *(line for picture in pictures for line in (picture, ""))]
 
 
@@ -161,7 +160,7 @@ def _usage(card: ModelCard) -> list[str]:
         "from diffusers import StableDiffusionPipeline",
         "",
         'pipeline = StableDiffusionPipeline.from_pretrained("PATH/TO/THIS/FOLDER")',
-        f"picture = pipeline({json.dumps(card.instance_prompt, ensure_ascii=False)}).images[0]",
+        f"picture = pipeline({_literal(card.instance_prompt)}).images[0]",
         "```",
         "",
     ]
@@ -169,7 +168,8 @@ def _usage(card: ModelCard) -> list[str]:
 
 def _limits(card: ModelCard) -> list[str]:
     licence = (
-        f"The base model's card states the licence `{card.licence}`; it holds for this model too."
+        f"The base model's card states the licence {_code(card.licence)}; it holds for this model "
+        "too."
         if card.licence
         else "The base model came without a stated licence: its terms hold for this model too. "
         "Stable Diffusion models are under CreativeML Open RAIL licences, whose restrictions on "
@@ -196,10 +196,31 @@ def _limits(card: ModelCard) -> list[str]:
     ]
 
 
+def _literal(text: str) -> str:
+    """Return a text between quotes, as YAML and Python both read it.
+
+    Both read JSON's strings, but YAML allows fewer characters as they are, and neither language
+    reads JSON's pairs of surrogates as one character.
+    """
+    quoted = json.dumps(text, ensure_ascii=False)
+    return "".join(
+        c if c.isprintable() else f"\\u{ord(c):04x}" if ord(c) < 0x10000 else f"\\U{ord(c):08x}"
+        for c in quoted
+    )
+
+
 def _code(text: str) -> str:
-    """Return inline code for a table cell, which no backtick, bar or line break can end early."""
-    return "`" + _plain(text).replace("`", "'").replace("|", "\\|") + "`"
+    """Return a Markdown code span that shows the text as it is, on one line."""
+    line = _one_line(text)
+    longest = max((len(run) for run in re.findall("`+", line)), default=0)
+    fence = "`" * (longest + 1)
+    return f"{fence} {line} {fence}" if longest else f"{fence}{line}{fence}"
 
 
-def _plain(text: str) -> str:
-    return " ".join(text.split()).replace("[", "(").replace("]", ")")
+def _escaped(text: str) -> str:
+    """Return a text on one line, with every character escaped that could be Markdown."""
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", _one_line(text))
+
+
+def _one_line(text: str) -> str:
+    return one_line(" ".join(text.split()), most=len(text)) or "(blank)"

@@ -18,7 +18,8 @@ from dreambooth.errors import ModelArtifactError, ResourceError, one_line, quote
 from dreambooth.limits import LIMITS, MIB, Limits
 from dreambooth.model_folder import archives, hub
 from dreambooth.model_folder.facts import ModelFacts, check_trainable, read_facts
-from dreambooth.model_folder.layout import INDEX, refuse_single_file, validate_folder
+from dreambooth.model_folder.layout import INDEX, validate_folder
+from dreambooth.model_folder.mistaken_files import refuse_single_file, single_file_fault
 from dreambooth.process import addresses
 
 __all__ = [
@@ -180,8 +181,12 @@ def open_source(source: ModelSource, workspace: Path, *, limits: Limits = LIMITS
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
         archives.extract(source.path, folder, limits=limits)
-        inside = _unpacked(folder, sorted(folder.iterdir()))
+        entries = sorted(folder.iterdir())
+        inside = _unpacked(folder, entries)
         if inside is None:
+            for entry in entries:
+                if fault := single_file_fault(entry, limits=limits):
+                    raise ModelArtifactError(f"{source.path} holds {entry.name}, which {fault}")
             raise ModelArtifactError(
                 f"{source.path} holds no {INDEX}: it is not a tarball of a diffusers folder."
             )

@@ -19,6 +19,7 @@ from typing import Final
 
 from dreambooth.errors import ModelArtifactError
 from dreambooth.limits import Limits
+from dreambooth.model_folder.mistaken_files import refuse_other_archive
 
 _BLOCK: Final = tarfile.BLOCKSIZE
 _CHUNK: Final = 1 << 20
@@ -187,6 +188,7 @@ class _Bytes:
         self._pending = b""
         if not archive.is_file():
             raise ModelArtifactError(f"There is no archive {archive}.")
+        refuse_other_archive(archive)
         try:
             self._file = archive.open("rb")
             magic = self._file.peek(2)[:2]

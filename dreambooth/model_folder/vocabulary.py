@@ -16,6 +16,7 @@ from dreambooth.errors import ModelArtifactError, quoted
 from dreambooth.limits import LIMITS, Limits
 from dreambooth.model_folder import sentencepiece_model
 from dreambooth.model_folder.layout import read_json
+from dreambooth.model_folder.mistaken_files import refuse_pointer
 from dreambooth.model_folder.sentencepiece_model import SentencePieceModel
 
 # One file for every family; where it exists, the library reads it instead of the others.
@@ -124,7 +125,9 @@ def _bytes(path: Path, limits: Limits) -> bytes:
             raise ModelArtifactError(f"{path} is no regular file.")
         if path.stat().st_size > limits.max_config_bytes:
             raise ModelArtifactError(f"{path} is larger than {limits.max_config_bytes} bytes.")
-        return path.read_bytes()
+        data = path.read_bytes()
+        refuse_pointer(path, data)
+        return data
     except OSError as error:
         raise ModelArtifactError(f"{path} cannot be read: {error}.") from error
 

@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any, TextIO, cast
+from typing import Any, Literal, TextIO, cast
 
 from dreambooth.errors import one_line
 
@@ -114,15 +114,17 @@ def _over_the_bar(stream: TextIO) -> str:
 
 
 @contextlib.contextmanager
-def fault_tolerant_streams() -> Iterator[None]:
-    """During the block, drop text instead of failing if stdout or stderr cannot be written."""
-    before = _streams()
-    sys.stdout, sys.stderr = (cast(TextIO, _FaultTolerantStream(stream)) for stream in before)
+def fault_tolerant_streams(*names: Literal["stdout", "stderr"]) -> Iterator[None]:
+    """During the block, drop text instead of failing if these streams cannot be written."""
+    open_closed_streams()
+    before: dict[str, TextIO] = {name: getattr(sys, name) for name in names}
+    for name, stream in before.items():
+        setattr(sys, name, _FaultTolerantStream(stream))
     try:
         yield
     finally:
-        sys.stdout, sys.stderr = before
-        for stream in before:
+        for name, stream in before.items():
+            setattr(sys, name, stream)
             try:
                 stream.flush()
             except (OSError, ValueError):  # Python's flush at exit would fail too
@@ -130,12 +132,20 @@ def fault_tolerant_streams() -> Iterator[None]:
                     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _streams() -> tuple[TextIO, TextIO]:
-    """Return stdout and stderr; one that was closed when the process started discards its text."""
-    for name in ("stdout", "stderr"):
+def open_closed_streams() -> None:
+    """Open the null device in place of every standard stream that was closed at the start.
+
+    Call it before anything else is opened. Otherwise the next file or socket takes the stream's
+    number, and libraries and child processes write what they have to say into that.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    return sys.stdout, sys.stderr
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
 
 
 @contextlib.contextmanager
@@ -145,7 +155,8 @@ def non_blocking_streams() -> Iterator[Callable[[], int]]:
     A server must go on answering even if nobody reads the pipe that its log lines go to. Yields a
     function that returns how many lines have been dropped so far.
     """
-    before = _streams()
+    open_closed_streams()
+    before = sys.stdout, sys.stderr
     streams = [_NonBlockingStream(stream) for stream in before]
     sys.stdout, sys.stderr = (cast(TextIO, stream) for stream in streams)
     try:

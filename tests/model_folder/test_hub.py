@@ -66,16 +66,18 @@ def silent() -> Iterator[str]:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """A hub with one model of two files, which demands a login for all others."""
+    """A hub with one model of two files and a LoRA, which demands a login for all others."""
 
     def do_GET(self) -> None:
-        if not self.path.startswith("/api/models/owner/known"):
+        if not self.path.startswith(("/api/models/owner/known", "/api/models/owner/lora")):
             self.send_response(401)
             self.send_header("X-Error-Code", "RepoNotFound")
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
         names = ("model_index.json", "weights.ckpt")
+        if "lora" in self.path:
+            names = ("README.md", "pytorch_lora_weights.safetensors")
         siblings = [{"rfilename": name} for name in names]
         body = json.dumps({"id": "owner/known", "siblings": siblings}).encode()
         self.send_response(200)
@@ -151,6 +153,12 @@ def test_a_name_that_the_hub_does_not_know_may_be_a_mistyped_path() -> None:
     for name in ("out/mine", "out/my--model", "out/mine.git"):
         with pytest.raises(ModelArtifactError, match=r"no folder or file out/.*the hub has no"):
             hub.download(name)
+
+
+@pytest.mark.usefixtures("small_hub")
+def test_a_repository_of_a_lora_is_no_model() -> None:
+    with pytest.raises(ModelArtifactError, match=r"owner/lora is not a whole model.*a LoRA"):
+        hub.download("owner/lora")
 
 
 @pytest.mark.usefixtures("small_hub")

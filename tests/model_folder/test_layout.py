@@ -175,7 +175,7 @@ def test_other_pickles_are_no_weights(make_model_folder: Make) -> None:
 
 @pytest.mark.parametrize("name", ["v1-5.ckpt", "sd.safetensors", "unet.pt"])
 def test_a_single_file_checkpoint_gets_the_convert_command_named(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(b"x")
+    (tmp_path / name).write_bytes(bytes(100))
     with pytest.raises(ModelArtifactError, match="from_single_file"):
         validate_folder(tmp_path / name)
 

@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 
+from dreambooth.errors import one_line
 from dreambooth.model_folder.model_card import ModelCard, licence_of, render
 
 NASTY = 'a "photo": of | a `sks` [cat]\n---\n# no heading'
@@ -64,7 +70,7 @@ def test_the_card_tells_what_went_in_and_what_to_beware_of() -> None:
         "stabilityai/stable-diffusion-2-1-base",
         "`a photo of a riobugger cat`",
         "`a photo of a cat`",
-        "| Instance images | 8 |",
+        "- Instance images: 8\n",
         "100",
         "120 of 400 planned",
         "the U-Net and the text encoder",
@@ -84,10 +90,94 @@ def test_prompts_cannot_break_out_of_their_place() -> None:
     assert front_matter(text)["instance_prompt"] == NASTY
     assert front_matter(text)["base_model"] == NASTY
     assert "\n# no heading" not in text
-    row = next(line for line in text.splitlines() if line.startswith("| Instance prompt"))
-    assert row.count("`") == 2
-    code = text.split("```python\n")[1].split("```")[0]
-    compile(code, "card", "exec")
+
+
+# Characters that YAML, Markdown or Python read as more than themselves, or not at all.
+ODD = [chr(code) for code in (0, 7, 9, 10, 13, *range(0x7F, 0xA1), 0xAD, 0x200D, 0x2028)]
+ODD += [chr(code) for code in (0x2029, 0x202E, 0xE000, 0xFEFF, 0xFFFE, 0xFFFF, 0x1F408, 0xE0001)]
+ODD += [chr(0x1FFFE), chr(0x10FFFF), "---", "\n---\n", "...", "```", "`", "``", "~~~", "](x)", "!["]
+ODD += [
+    "\\",
+    "\\|",
+    "|",
+    "<b>",
+    "<!--",
+    "&amp;",
+    "&#42;",
+    "*a*",
+    "_b_",
+    "# ",
+    "- ",
+    "1. ",
+    ": ",
+    "{}",
+]
+ODD += [
+    "http://x.org",
+    "a@b.org",
+    "'",
+    '"',
+    '\\"',
+    "%",
+    "@",
+    "!",
+    "\\u0041",
+    "${x}",
+    "\t",
+    "=====",
+    "> ",
+]
+prompts = st.lists(st.sampled_from([*ODD, "cat", " "]) | st.text(max_size=3), max_size=6)
+
+
+def shown(text: str) -> str:
+    """Return what a reader sees of a prompt: one line, with escapes for what is not printable."""
+    return one_line(" ".join(text.split()), most=10**6) or "(blank)"
+
+
+def check_texts(instance: str, other: str) -> None:
+    """Check that all readers of a card get the prompts as they are."""
+    made = card(instance_prompt=instance, class_prompt=other, base=other, licence=None)
+    text = render(made, samples=[("1.png", instance), ("2.png", other)])
+    text.encode("utf-8")
+    expected = front_matter(render(card())) | {"instance_prompt": instance, "base_model": other}
+    assert front_matter(text) == expected
+    read = huggingface_hub.ModelCard(text)
+    assert read.data.to_dict() == expected
+    tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(read.text)
+    inline = [child for token in tokens for child in token.children or ()]
+    spans = [child.content for child in inline if child.type == "code_inline"]
+    for prompt in (instance, other):
+        assert shown(prompt) in spans
+    alts = [
+        "".join(part.content for part in child.children or ())
+        for child in inline
+        if child.type == "image"
+    ]
+    assert alts == [shown(instance), shown(other)]
+    assert not {"html_inline", "html_block", "link_open"} & {
+        found.type for found in (*tokens, *inline)
+    }
+    headings = [token.type for token in tokens].count("heading_open")
+    assert headings == render(card(), samples=[("1.png", "x")]).count("\n#")
+    (code,) = [token.content for token in tokens if token.type == "fence"]
+    (call,) = [
+        node.args[0]
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "pipeline"
+    ]
+    assert ast.literal_eval(call) == instance
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_odd_characters_are_text_everywhere(odd: str) -> None:
+    check_texts(odd, f"a {odd} cat {odd}")
+
+
+@settings(max_examples=80)
+@given(prompts, prompts)
+def test_any_prompt_is_text_everywhere(instance: list[str], other: list[str]) -> None:
+    check_texts("".join(instance), "".join(other))
 
 
 @pytest.mark.parametrize(
@@ -98,6 +188,10 @@ def test_prompts_cannot_break_out_of_their_place() -> None:
         ("---\ntags: []\n---\nlicense: mit\n", None),
         ("# Model\n\nlicense: mit\n", None),
         ("---\nlicense: [a, b]\n---\n", None),
+        ("---\r\nlicense: mit\r\n---\r\n# Model", "mit"),
+        ("---\ntitle: a ---\nlicense: mit\n---\n", "mit"),
+        ("---\ntitle: a\n--- \nlicense: mit\n---\n", None),
+        ("---\nlicense: mit\n---", "mit"),
         ("---\nlicense: mit\n", None),
         ("", None),
     ],

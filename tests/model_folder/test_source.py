@@ -98,7 +98,7 @@ def test_a_hub_id_is_a_name_that_is_no_path(
 
 @pytest.mark.parametrize("name", ["sd.safetensors", "v1-5-pruned.ckpt"])
 def test_a_single_file_checkpoint_gets_the_convert_command_named(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(b"x")
+    (tmp_path / name).write_bytes(bytes(100))
     with pytest.raises(ModelArtifactError, match="from_single_file"):
         source.locate(str(tmp_path / name), None)
     with pytest.raises(ModelArtifactError, match="from_single_file"):

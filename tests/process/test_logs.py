@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import io
+import itertools
 import logging
 import os
 import subprocess
@@ -193,3 +195,52 @@ def test_streams_without_a_number_and_closed_ones_are_fine(
         logging.getLogger("dreambooth").info("hello")
     if stream is not None:
         assert stream.getvalue().endswith(" INFO hello\n")
+
+
+@pytest.mark.parametrize(
+    "closed", [set(some) for size in range(4) for some in itertools.combinations(range(3), size)]
+)
+def test_no_file_takes_the_number_of_a_closed_stream(closed: set[int]) -> None:
+    code = """
+import os, subprocess, sys
+from dreambooth.process import logs
+logs.open_closed_streams()
+file = os.open(os.devnull, os.O_RDONLY)
+assert file > 2
+for stream in (sys.stdout, sys.stderr):
+    print("text", file=stream, flush=True)
+sys.stdin.readline()
+child = "import sys; assert None not in (sys.stdin, sys.stdout, sys.stderr)"
+sys.exit(subprocess.run([sys.executable, "-c", child]).returncode + 10)
+"""
+    closing = " ".join(f"{number}>&-" for number in closed)
+    done = subprocess.run(
+        ["bash", "-c", f'exec "$@" {closing}', "-", sys.executable, "-c", code],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 10, done.stderr
+    expected = ["" if number in closed else "text\n" for number in (1, 2)]
+    assert [done.stdout, done.stderr] == expected
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF])
+def test_only_the_named_streams_drop_what_cannot_be_written(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(number, os.strerror(number))
+
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, Broken())
+    with logs.fault_tolerant_streams("stderr"):
+        print("text", file=sys.stderr)
+        with pytest.raises(OSError, match=os.strerror(number)):
+            print("text")
+    with logs.fault_tolerant_streams("stdout", "stderr"):
+        print("text")
+    assert isinstance(sys.stdout, Broken)
+    assert isinstance(sys.stderr, Broken)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 import tempfile
@@ -66,3 +68,27 @@ def test_where_none_can_be_made_is_one_sentence(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
     with pytest.raises(ResourceError, match="TMPDIR"), temporary_folder.temporary():
         pass
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"),
+        *(OSError(n, os.strerror(n)) for n in (errno.EACCES, errno.EROFS, errno.ENOSPC)),
+        *(OSError(n, os.strerror(n)) for n in (errno.EMFILE, errno.ENOLCK)),
+    ],
+)
+@pytest.mark.parametrize("failing", ["tempfile.gettempdir", "tempfile.mkdtemp", "os.open"])
+def test_each_fault_of_the_system_is_one_sentence(
+    failing: str, error: OSError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(failing, fail)
+        with (
+            pytest.raises(ResourceError, match=r"^The temporary folder .*TMPDIR name another"),
+            temporary_folder.temporary(),
+        ):
+            pass

@@ -7,7 +7,7 @@ import secrets
 from dataclasses import dataclass
 from typing import Final
 
-from dreambooth.errors import RequestError, ResourceError, UnavailableError, UserError
+from dreambooth.errors import RequestError, ResourceError, UnavailableError
 
 INTERNAL_ERROR: Final = "internal error"
 
@@ -16,7 +16,7 @@ INTERNAL_ERROR: Final = "internal error"
 class ErrorReply:
     """One fault as the client sees it.
 
-    retry_after_s: seconds until the client may ask again. allow: the method that the path takes,
+    retry_after_s: seconds until the client may ask again. allow: the methods that the path takes,
     for a request with another one.
     """
 
@@ -32,6 +32,7 @@ class ErrorReply:
             "code": self.status,
             "type": self.type,
             "message": self.message,
+            "error": self.message,  # the Hugging Face hub's client shows only this
             "request_id": request_id,
         }
         if self.retry_after_s is not None:
@@ -47,7 +48,8 @@ def new_request_id() -> str:
 def of(error: Exception) -> ErrorReply:
     """Return the reply for an exception.
 
-    RequestError, UserError and ResourceError give their own message, all others `internal error`.
+    RequestError and ResourceError give their own message. All others give `internal error`: no
+    client can mend them, and they may name folders of this machine.
     """
     if isinstance(error, RequestError):
         status = error.status
@@ -60,8 +62,6 @@ def of(error: Exception) -> ErrorReply:
         )
     elif isinstance(error, ResourceError):
         status = 507
-    elif isinstance(error, UserError):
-        status = 400
     else:
         return ErrorReply(status=500, type="InternalError", message=INTERNAL_ERROR)
     return ErrorReply(status=status, type=type(error).__name__, message=str(error))

@@ -63,11 +63,6 @@ WEBP = ReplyFormat(kind="raw", codec="WEBP", media_type="image/webp")
 FORMATS = (NESTED, JSON_JPEG, JSON_PNG, PNG, JPEG, WEBP)
 # The Hugging Face toolkit's application/json: base64 PNG without an object around it.
 HUGGINGFACE = ReplyFormat(kind="base64", codec="PNG", media_type="application/json")
-# What published clients write after `application/json;`. Their `verbose` has no effect.
-_JSON_FORMAT_BY_WORD = {"jpeg": JSON_JPEG, "png": JSON_PNG}
-_IMAGES = {"image/png": PNG, "image/*": PNG, "image/webp": WEBP}
-_IMAGES |= dict.fromkeys(("image/jpeg", "image/jpg"), JPEG)
-_JSON_RANGES = ("application/json", "application/*", "*/*")
 # Pillow's options. Measured 2026-11-22 on one core of an x86 CPU, a soft and a noisy picture of
 # 512 x 512: JPEG 0.9 to 1.9 ms; PNG 50 ms at level 1, up to 336 ms at 6; WebP 38 ms, 80 by default.
 _OPTIONS: dict[Codec, dict[str, int]] = {
@@ -82,7 +77,6 @@ _MOST_PIXELS_PER_BYTE: dict[Codec, int] = {"PNG": 1032 // 3, "JPEG": 64}
 # cores are free, and several ms (the scheduler's time slices) where they are not.
 _QUICK_PIXELS = 512 * 512
 _QUALITY = re.compile(r"[01](\.\d*)?")
-_MediaRange = tuple[str, frozenset[str]]  # the type, and the bare words after it
 
 
 def negotiate(
@@ -91,14 +85,15 @@ def negotiate(
     """Choose a reply's format before any work: the client's first choice that is offered and fits.
 
     An absent or empty Accept means ``*/*``. Raises RequestError: 406 where nothing that is wanted
-    is offered, 400 where what is offered cannot hold these pictures.
+    is offered, 400 where what is offered cannot hold these pictures. In place of JSON that does
+    not fit, ``*/*`` gives no bare picture, which who named JSON could not read.
     """
     refusal: RequestError | None = None
-    # Each format is checked once: a header may hold thousands of ranges of the same format.
-    wanted = dict.fromkeys(_offered(media_range, request) for media_range in _wanted(accept))
-    for format in wanted:
-        if format is None:
+    for media_range, format in _wanted(accept):
+        if refusal is not None and media_range == "*/*" and format.kind == "raw":
             continue
+        if format is NESTED and request.form == "huggingface":
+            format = HUGGINGFACE
         try:
             _check_fit(format, request, max_response_bytes)
         except RequestError as error:
@@ -107,41 +102,53 @@ def negotiate(
             return format
     offered = ", ".join(format.media_type for format in FORMATS)
     raise refusal or RequestError(
-        f"Accept {printable(accept)} names nothing that is offered; offered are {offered}.", 406
+        f"Accept {printable(accept or '')} names nothing that is offered; offered are {offered}.",
+        406,
     )
 
 
-def _wanted(accept: str | None) -> list[_MediaRange]:
-    """Return the media ranges of an Accept header, the one with the highest q first.
+def _wanted(accept: str | None) -> list[tuple[str, ReplyFormat]]:
+    """Return the formats that an Accept header asks for, each with its range, best first.
 
-    Ranges with q=0 or a malformed q are left out.
+    By RFC 9110, section 12.5.1, the most specific range that matches a format decides on its
+    quality, and q=0 refuses it. A range stands for the first format that it decides on. Of equal
+    quality the named formats come before those of wildcards, then the header's order counts.
     """
-    found: list[tuple[float, _MediaRange]] = []
-    for part in (accept or "").lower().split(","):
+    qualities = _qualities(accept or "") if (accept or "").strip() else {"*/*": 1.0}
+    wanted: dict[str, ReplyFormat] = {}
+    for format in FORMATS:
+        whole = format.media_type
+        kind = whole.partition(";")[0]
+        for media_range in (whole, kind, kind.partition("/")[0] + "/*", "*/*"):
+            if media_range in qualities:
+                wanted.setdefault(media_range, format)
+                break
+    found = [(name, wanted[name]) for name, q in qualities.items() if q > 0 and name in wanted]
+    return sorted(found, key=lambda entry: (-qualities[entry[0]], entry[0].endswith("*")))
+
+
+def _qualities(accept: str) -> dict[str, float]:
+    """Return the quality of each media range of an Accept header, in its order.
+
+    The words of published clients belong to a range, as in ``application/json;jpeg``, but their
+    `verbose` has no effect, nor have other parameters. Ranges with a malformed q are left out.
+    """
+    found: dict[str, float] = {}
+    for part in accept.lower().split(","):
         media_type, *parameters = [field.strip() for field in part.split(";")]
-        quality, words = 1.0, set[str]()
+        quality, words = "1", set[str]()
         for parameter in parameters:
             name, equals, value = (field.strip() for field in parameter.partition("="))
             if name == "q" and equals:
-                quality = float(value) if _QUALITY.fullmatch(value) else 0.0
-            elif name and not equals:
+                quality = value
+            elif name not in ("", "verbose") and not equals:
                 words.add(name)
-        if media_type and quality > 0:
-            found.append((quality, (media_type, frozenset(words))))
-    if not (accept or "").strip():
-        return [("*/*", frozenset())]
-    return [media_range for _, media_range in sorted(found, key=lambda entry: -entry[0])]
-
-
-def _offered(media_range: _MediaRange, request: GenerationRequest) -> ReplyFormat | None:
-    """Return the format that a media range stands for, None if there is none."""
-    media_type, words = media_range
-    words -= {"verbose"}
-    if media_type in _JSON_RANGES and not words:
-        return HUGGINGFACE if request.form == "huggingface" else NESTED
-    if media_type == "application/json" and len(words) == 1:
-        return _JSON_FORMAT_BY_WORD.get(next(iter(words)))
-    return None if words else _IMAGES.get(media_type)
+        if media_type == "image/jpg":
+            media_type = "image/jpeg"
+        if _QUALITY.fullmatch(quality):
+            media_range = ";".join((media_type, *sorted(words)))
+            found[media_range] = max(min(float(quality), 1.0), found.get(media_range, 0.0))
+    return found
 
 
 def _check_fit(format: ReplyFormat, request: GenerationRequest, max_response_bytes: int) -> None:

@@ -2,7 +2,8 @@
 
 text: the body is the prompt. json: JumpStart's object with ``prompt`` and its nine other keys.
 huggingface: ``{"inputs": ..., "parameters": {...}}`` as the Hugging Face toolkit takes it.
-Everything is checked here, before any work. Error messages are JumpStart's where it has one.
+A key that is null counts as not given. Everything is checked here, before any work. Error messages
+are JumpStart's where it has one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dreambooth.diffusion.sampling_request import SamplingFacts, SamplingRequest
 from dreambooth.errors import RequestError
 from dreambooth.limits import LIMITS, Limits
 from dreambooth.serving.contract import strict_json
-from dreambooth.serving.contract.strict_json import printable
+from dreambooth.serving.contract.strict_json import printable, shown
 
 Form = Literal["text", "json", "huggingface"]
 
@@ -115,8 +116,9 @@ def parse(
     if not isinstance(payload, dict):
         raise RequestError(
             "The body's JSON must be an object with a 'prompt' key, such as "
-            f'{{"prompt": "a photo of a cat"}}, not {printable(payload)}.'
+            f'{{"prompt": "a photo of a cat"}}, not {shown(payload)}.'
         )
+    payload = _given(payload)
     if "inputs" in payload and "prompt" not in payload:
         return _from_huggingface(payload, facts, limits)
     _check_keys(payload, KEYS)
@@ -180,11 +182,10 @@ def _from_huggingface(
     payload: Mapping[str, Any], facts: SamplingFacts, limits: Limits
 ) -> GenerationRequest:
     _check_keys(payload, HUGGINGFACE_KEYS)
-    parameters = payload.get("parameters")
-    if parameters is None:
-        parameters = {}
+    parameters = payload.get("parameters", {})
     if not isinstance(parameters, dict):
-        raise RequestError(f"parameters must be an object, got {printable(parameters)}.")
+        raise RequestError(f"parameters must be an object, got {shown(parameters)}.")
+    parameters = _given(parameters)
     _check_keys(parameters, PARAMETERS)
     return _from_fields("huggingface", "inputs", payload["inputs"], parameters, facts, limits)
 
@@ -226,6 +227,12 @@ def _from_fields(
     return request
 
 
+def _given(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a request's object without the known keys that are null, which means "not given"."""
+    known = (*KEYS, *HUGGINGFACE_KEYS)
+    return {key: value for key, value in payload.items() if value is not None or key not in known}
+
+
 def _check_keys(payload: Mapping[str, Any], valid: Sequence[str]) -> None:
     for key in payload:
         if key not in valid:
@@ -240,7 +247,7 @@ def _texts(name: str, value: object, limits: Limits) -> tuple[str, ...]:
     items = value if isinstance(value, list) else [value]
     texts = tuple(item for item in items if isinstance(item, str))
     if not items or len(texts) < len(items):
-        raise RequestError(f"{name} must be a string or a list of string. Got {printable(value)}.")
+        raise RequestError(f"{name} must be a string or a list of string. Got {shown(value)}.")
     if len(texts) > limits.max_request_pictures:
         raise RequestError(
             f"{name} holds {len(texts)} texts; one request may ask for "
@@ -274,7 +281,7 @@ def _check_length(name: str, text: str, limits: Limits) -> None:
 
 def _whole(name: str, value: object) -> int:
     if type(value) is not int:  # refuses True and False too
-        raise RequestError(f"{name} must be an integer, got {printable(value)}.")
+        raise RequestError(f"{name} must be an integer, got {shown(value)}.")
     return value
 
 
@@ -304,5 +311,5 @@ def _side(name: str, given: Mapping[str, Any], facts: SamplingFacts) -> int:
 def _number(name: str, given: Mapping[str, Any], default: float) -> float:
     value = given.get(name, default)
     if type(value) not in (int, float):
-        raise RequestError(f"{name} must be a number, got {printable(value)}.")
+        raise RequestError(f"{name} must be a number, got {shown(value)}.")
     return float(value)

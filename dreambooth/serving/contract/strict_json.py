@@ -115,7 +115,23 @@ def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def printable(value: object) -> str:
-    """Return a value as error messages show it: printable, unquoted, cut after 100 characters."""
-    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value)[:101])
+def printable(name: str) -> str:
+    """Return a key or a header as error messages show it: printable, cut after 100 characters."""
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name[:101])
+    return _cut(text)
+
+
+def shown(value: object) -> str:
+    """Return a value as error messages show it: as JSON, printable, cut after 100 characters.
+
+    Strings are called so, because ``"64"`` is what a client sends that means 64.
+    """
+    text = json.dumps(value, ensure_ascii=False)[:101]
+    text = _cut("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text))
+    if not isinstance(value, str):
+        return text
+    return f'{text}" (a string)' if text.endswith("…") else f"{text} (a string)"
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= 100 else text[:100] + "…"

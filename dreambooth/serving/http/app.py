@@ -88,12 +88,16 @@ class App:
         # threads than cores would not be faster; beyond four the GPU is what clients wait for.
         workers = min(4, os.cpu_count() or 1)
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="codec")
-        self._routes: Mapping[str, tuple[str, Callable[[Exchange], Awaitable[Response]]]] = {
-            "/ping": ("GET", self._ping),
-            "/invocations": ("POST", self._invocations),
-            "/execution-parameters": ("GET", self._execution_parameters),
-            "/metrics": ("GET", self._metrics_text),
-            "/openapi.json": ("GET", self._openapi_document),
+        # uvicorn leaves the body of a reply to HEAD out.
+        reading = ("GET", "HEAD")
+        self._routes: Mapping[
+            str, tuple[Sequence[str], Callable[[Exchange], Awaitable[Response]]]
+        ] = {
+            "/ping": (reading, self._ping),
+            "/invocations": (("POST",), self._invocations),
+            "/execution-parameters": (reading, self._execution_parameters),
+            "/metrics": (reading, self._metrics_text),
+            "/openapi.json": (reading, self._openapi_document),
         }
 
     def close(self) -> None:
@@ -121,12 +125,12 @@ class App:
         if path not in self._routes:
             raise RequestError(f"There is nothing at {path[:100]!r}; see /openapi.json.", 404)
         allowed, handle = self._routes[path]
-        if method != allowed:
+        if method not in allowed:
             error = ErrorReply(
                 status=405,
                 type="RequestError",
-                message=f"{path} takes {allowed} only, not {method}.",
-                allow=allowed,
+                message=f"{path} takes {' and '.join(allowed)} only, not {method}.",
+                allow=", ".join(allowed),
             )
             return self._error(exchange, error)
         return await handle(exchange)

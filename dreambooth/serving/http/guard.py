@@ -12,7 +12,8 @@ by byte, and it accepts heads of any size. `guarded` makes its protocol class ke
 - An unread reply must shrink by `write_bytes` in every `write_s`.
 - Only one request at a time is read: if a connection sends more (pipelining), the reply to the
   first has `connection: close`, as HTTP/1.1 allows.
-- If `connections` are open, a new one is answered with 503 and closed.
+- If `connections` are open, a new one takes the place of the one that has owed the head of a
+  request for longest; if none does, it is answered with 503 and closed.
 
 After a reply that came before the whole request, input is discarded for up to `linger_s`: closing
 at once would reset the connection, and the client would lose the reply.
@@ -25,7 +26,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -34,13 +35,14 @@ from dreambooth.limits import KIB, LIMITS
 from dreambooth.serving.contract.error_reply import ErrorReply, new_request_id
 from dreambooth.serving.http.watched_transport import WatchedTransport
 
-# Connections above the cap that may wait until their 503 is read; any further one is aborted.
-_LINGERING: Final = 256
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuardLimits:
-    """The limits of a connection; load balancers keep an idle one for 60 s, less than `idle_s`."""
+    """The limits of a connection; load balancers keep an idle one for 60 s, less than `idle_s`.
+
+    lingering: connections above `connections` that may wait until their 503 is read; any further
+    one is aborted.
+    """
 
     head_s: float = 9.0  # leaves time for late timers: all is closed within 10 s
     body_s: float = 9.0
@@ -52,6 +54,7 @@ class GuardLimits:
     body_bytes: int = 2 * LIMITS.max_body_bytes
     headers: int = 100
     connections: int = 4_096
+    lingering: int = 256
 
 
 class _Phase(Enum):
@@ -65,11 +68,15 @@ class _Refused(Exception):
 
 
 class Guard:
-    """The limits of all connections, and how many were closed for each reason."""
+    """The limits of all connections, and how many were closed for each reason.
+
+    owing: the connections that may send the head of a request next, the longest-waiting one first.
+    """
 
     def __init__(self, limits: GuardLimits) -> None:
         self.limits = limits
         self.refused: Counter[str] = Counter()
+        self.owing: dict[GuardedProtocol, None] = {}
 
 
 def guarded(shared_guard: Guard) -> type[GuardedProtocol]:
@@ -107,15 +114,21 @@ class GuardedProtocol(HttpToolsProtocol):
         )
         super().connection_made(self._watched)  # type: ignore[arg-type]
         excess = len(self.connections) - self.limits.connections
-        if excess > _LINGERING:
+        if excess > self.limits.lingering:
             transport.abort()
-        elif excess > 0:
-            self._refuse(503, "Too many connections are open: try again soon.", "connections")
-        else:
-            self._set_timer(self.limits.head_s, self._head_is_late)
+            return
+        if excess > 0:
+            oldest = next(iter(self.guard.owing), None)
+            if oldest is None:
+                self._refuse_connection()
+                return
+            oldest.give_way()
+        self.guard.owing[self] = None
+        self._set_timer(self.limits.head_s, self._head_is_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Cancel all timers."""
+        self.guard.owing.pop(self, None)
         self._set_timer(None)
         self._unset_keepalive_if_required()
         self._watched.forget()
@@ -177,6 +190,7 @@ class GuardedProtocol(HttpToolsProtocol):
                 raise _Refused
             return  # `_parse_anew` comes next
         super().on_headers_complete()
+        self.guard.owing.pop(self, None)
         self._phase, self._body_bytes = _Phase.BODY, 0
         self._set_timer(self.limits.body_s, self._body_is_late)
 
@@ -192,6 +206,8 @@ class GuardedProtocol(HttpToolsProtocol):
         """Send the reply before anything else is done for the connection."""
         self._watched.flush()
         super().on_response_complete()
+        if not self.transport.is_closing():
+            self.guard.owing[self] = None
 
     def _parse_anew(self, rest: bytes) -> None:
         """Ignore a request to upgrade the protocol, as HTTP allows, by parsing it without that.
@@ -218,6 +234,14 @@ class GuardedProtocol(HttpToolsProtocol):
         self.flow.resume_reading()
         self._set_timer(self.limits.linger_s, self._hang_up)
 
+    def give_way(self) -> None:
+        """Close this connection, which owes the head of a request, in favour of a new one."""
+        if self._phase is _Phase.HEAD and self._head_bytes:
+            self._refuse_connection(late=True)
+        else:
+            self.guard.refused["idle"] += 1
+            self._hang_up()
+
     def client_stopped_reading(self) -> None:
         """Abort the connection of a client that does not read its reply."""
         self.guard.refused["slow reader"] += 1
@@ -243,6 +267,10 @@ class GuardedProtocol(HttpToolsProtocol):
     def _body_is_late(self) -> None:
         self._refuse(408, "The body of the request did not come in time.", "slow body", late=True)
 
+    def _refuse_connection(self, *, late: bool = False) -> None:
+        message = "Too many connections are open: try again soon."
+        self._refuse(503, message, "connections", late=late)
+
     def _refuse_head(self) -> None:
         message = (
             f"The head of a request may have {self.limits.head_bytes} bytes and "
@@ -253,6 +281,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def _refuse(self, status: int, message: str, reason: str, *, late: bool = False) -> None:
         """Send an error unless a reply has begun, and close; `late`: without lingering."""
         self.guard.refused[reason] += 1
+        self.guard.owing.pop(self, None)
         begun = self._replying() and self.cycle.response_started
         if self._replying():  # let the route that waits for the body see a disconnect
             self.cycle.disconnected = True
@@ -273,6 +302,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self.transport.close()
 
     def _hang_up(self) -> None:
+        self.guard.owing.pop(self, None)
         self._phase = _Phase.COMPLETE
         self.transport.close()
 

@@ -13,23 +13,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import logging
+import math
 import resource
 import signal
 import socket
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import uvicorn
 
 from dreambooth.errors import DreamBoothError, UserError
 from dreambooth.model_folder import source
-from dreambooth.process import logs
+from dreambooth.process import logs, temporary_folder
 from dreambooth.serving.http.app import App
 from dreambooth.serving.http.guard import Guard, GuardLimits, guarded
 from dreambooth.serving.http.metrics import Metrics
@@ -43,9 +44,15 @@ _ENCODE_S: Final = 1.5
 _FLUSH_S: Final = 2
 _SHUTDOWN_LIMIT_S: Final = 28.0
 _BACKLOG: Final = 2_048
-# Open files besides the served connections: libraries, pipes, the listener, lingering connections.
-_RESERVED_FILES: Final = 512
+# Open files besides the connections: the log, pipes, the listener, and what is open for a moment
+# while a model is unpacked or an engine is started.
+_RESERVED_FILES: Final = 40
+_LEAST_FILES: Final = 48
 _WANTED_FILES: Final = 65_536
+# Connections that are accepted at once. About so many again are being opened, told and closed.
+_ACCEPTED_AT_ONCE: Final = 64
+_IN_BETWEEN: Final = 4
+_NO_RESOURCES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +60,8 @@ log = logging.getLogger(__name__)
 def run(settings: ServeSettings) -> int:
     """Serve until a signal comes; return 0, or 1 for a model that cannot be loaded.
 
-    Raises UserError if the address cannot be listened on.
+    Raises UserError if the address cannot be listened on or too few files can be opened, and
+    ResourceError if there is no temporary folder.
     """
     with logs.non_blocking_streams() as dropped_lines:
         logs.to_stderr(settings.log_level)
@@ -61,37 +69,36 @@ def run(settings: ServeSettings) -> int:
         metrics = Metrics()
         metrics.dropped_lines = dropped_lines
         files = _raise_file_limit()
-        with _listen(settings.host, settings.port) as listener:
-            return asyncio.run(_serve(settings, metrics, listener, files - _RESERVED_FILES))
+        with temporary_folder.temporary() as folder, _listen(settings) as listener:
+            return asyncio.run(_serve(settings, metrics, listener, folder, files))
 
 
 async def _serve(
-    settings: ServeSettings, metrics: Metrics, listener: socket.socket, most_connections: int
+    settings: ServeSettings, metrics: Metrics, listener: socket.socket, workspace: Path, files: int
 ) -> int:
     app = App(settings, metrics)
-    limits = GuardLimits(connections=max(1, min(settings.max_connections, most_connections)))
-    guard = Guard(limits)
-    http = _HttpServer(_config(app, guard))
+    guard = Guard(guard_limits(settings.max_connections, files))
+    http = _HttpServer(_config(app, guard, accepted_at_once(files)))
     metrics.connections = lambda: (len(http.server_state.connections), guard.refused)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(LoopErrors())
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     serving = asyncio.create_task(http.serve(sockets=[listener]))
     stopped = asyncio.create_task(stop.wait())
     host, port = listener.getsockname()[:2]
     log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-    with tempfile.TemporaryDirectory(prefix="dreambooth-", ignore_cleanup_errors=True) as folder:
-        drawing = asyncio.create_task(_run_engine(app, metrics, settings, Path(folder)))
-        await asyncio.wait({drawing, stopped, serving}, return_when=asyncio.FIRST_COMPLETED)
-        code = _exit_code(drawing)
-        began = time.monotonic()
-        await _close(app, metrics, drawing, stopped)
-        # Clients that read slowly get the rest of the time before SageMaker sends SIGKILL.
-        left = _SHUTDOWN_LIMIT_S - (time.monotonic() - began)
-        http.config.timeout_graceful_shutdown = max(_FLUSH_S, int(left))
-        http.should_exit = True
-        await serving
+    drawing = asyncio.create_task(_run_engine(app, metrics, settings, workspace))
+    await asyncio.wait({drawing, stopped, serving}, return_when=asyncio.FIRST_COMPLETED)
+    code = _exit_code(drawing)
+    began = time.monotonic()
+    await _close(app, metrics, drawing, stopped)
+    # Clients that read slowly get the rest of the time before SageMaker sends SIGKILL.
+    left = _SHUTDOWN_LIMIT_S - (time.monotonic() - began)
+    http.config.timeout_graceful_shutdown = max(_FLUSH_S, int(left))
+    http.should_exit = True
+    await serving
     return code
 
 
@@ -180,12 +187,18 @@ def _folder_of(settings: ServeSettings, workspace: Path) -> Path:
 class _HttpServer(uvicorn.Server):
     """A uvicorn server without its own signal handling, which would close the port at once."""
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept `backlog` connections at once, and let `_BACKLOG` of them wait in the system."""
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(_BACKLOG)
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
 
-def _config(app: App, guard: Guard) -> uvicorn.Config:
+def _config(app: App, guard: Guard, backlog: int) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http=guarded(guard),
@@ -196,13 +209,14 @@ def _config(app: App, guard: Guard) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        backlog=_BACKLOG,
+        backlog=backlog,
         timeout_keep_alive=guard.limits.idle_s,
         timeout_graceful_shutdown=_FLUSH_S,
     )
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(settings: ServeSettings) -> socket.socket:
+    host, port = settings.host, settings.port
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=_BACKLOG)
@@ -215,11 +229,53 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _raise_file_limit() -> int:
-    """Allow `_WANTED_FILES` open files, or as many as the system permits; return the number."""
+    """Allow `_WANTED_FILES` open files, or as many as the system permits; return the number.
+
+    Raises UserError if they are too few for any connection.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     unlimited = resource.RLIM_INFINITY
     most = _WANTED_FILES if hard == unlimited else min(_WANTED_FILES, hard)
     if soft != unlimited and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-        return most
-    return _WANTED_FILES if soft == unlimited else soft
+        soft = most
+    files = _WANTED_FILES if soft == unlimited else soft
+    if files < _LEAST_FILES:
+        raise UserError(
+            f"The system lets this process open {files} files, and the server needs "
+            f"{_LEAST_FILES}: raise the limit (`ulimit -n`)."
+        )
+    return files
+
+
+def accepted_at_once(files: int) -> int:
+    """Return how many connections may be accepted in one turn of the event loop."""
+    return max(1, min(_ACCEPTED_AT_ONCE, (files - _RESERVED_FILES) // 16))
+
+
+def guard_limits(max_connections: int, files: int) -> GuardLimits:
+    """Return limits with which all connections together never need more than `files` open files."""
+    spare = files - _RESERVED_FILES
+    lingering = min(GuardLimits().lingering, spare // 4)
+    most = spare - lingering - _IN_BETWEEN * accepted_at_once(files)
+    return GuardLimits(connections=min(max_connections, most), lingering=lingering)
+
+
+class LoopErrors:
+    """Handles the event loop's errors: that nothing can be accepted is one line a second at most.
+
+    asyncio reports each connection that it could not accept, and tries again after a second.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._shown_at = -math.inf
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Handle one error, as asyncio's `set_exception_handler` says."""
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in _NO_RESOURCES:
+            loop.default_exception_handler(context)
+        elif self._clock() - self._shown_at >= 1.0:
+            self._shown_at = self._clock()
+            log.warning("new connections wait: the system lacks resources (%s)", error.strerror)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from dreambooth.diffusion.sampling_request import SMALLEST_UNIT
 from dreambooth.serving.supervision.counters import RefusalReason
 
 # An estimate is multiplied by this before it is compared with the deadline, because other noise
@@ -106,21 +107,25 @@ class Bounds:
 
     max_queue: the most pictures that wait or are drawn at one time. request_timeout_s: the seconds
     in which a request must be answered. calls_per_step: how many U-Net calls the model's noise
-    scheduler makes per step.
+    scheduler makes per step. unit: the model's sides are multiples of so many pixels.
     """
 
     max_queue: int
     request_timeout_s: float
     calls_per_step: int = 1
+    unit: int = SMALLEST_UNIT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """The reason why a request is not accepted, a sentence for its client, and when to retry."""
+    """The reason why a request is not accepted, and a sentence for its client.
+
+    retry_after_s: when to retry; None where no other time helps, but only another request.
+    """
 
     reason: RefusalReason
     message: str
-    retry_after_s: float
+    retry_after_s: float | None
 
 
 class _Schedule:
@@ -277,15 +282,16 @@ def _refusal_when_idle(
             "(--max_queue): ask for fewer pictures per request."
         )
     else:
-        steps = _steps_that_fit(new, speed, bounds)
+        steps, side = _steps_that_fit(new, speed, bounds), _side_that_fits(new, speed, bounds)
         fewer = f"at most {steps} steps, or " if steps else ""
         pictures = "fewer pictures, " if len(new) > 1 else ""
+        smaller = f"at most {side} x {side} pixels" if side else "a smaller width and height"
         message = (
             f"Even an idle server would need about {_shown(alone)} s for this request, but it must "
-            f"be done within {limit:g} s: ask for {fewer}{pictures}a smaller width and height, or "
-            "start the server with a longer --request_timeout_s."
+            f"be done within {limit:g} s: ask for {fewer}{pictures}{smaller}, or start the server "
+            "with a longer --request_timeout_s."
         )
-    return Refusal(reason="never", message=message, retry_after_s=_retry(limit))
+    return Refusal(reason="never", message=message, retry_after_s=None)
 
 
 def _steps_that_fit(new: Sequence[Work], speed: EngineSpeed, bounds: Bounds) -> int:
@@ -293,11 +299,26 @@ def _steps_that_fit(new: Sequence[Work], speed: EngineSpeed, bounds: Bounds) -> 
 
     def late(steps: int) -> bool:
         made = calls(steps, bounds.calls_per_step)
-        fewer = [replace(picture, steps=made) for picture in new]
-        return SAFETY * max(finish_times(fewer, speed)) > bounds.request_timeout_s
+        return _is_late([replace(picture, steps=made) for picture in new], speed, bounds)
 
     longest = int(max(picture.steps for picture in new))
     return bisect.bisect_left(range(1, longest + 1), True, key=late)
+
+
+def _side_that_fits(new: Sequence[Work], speed: EngineSpeed, bounds: Bounds) -> int:
+    """Return the longest side of squares with which `new` alone would be done in time, or 0."""
+
+    def late(units: int) -> bool:
+        side = units * bounds.unit
+        square = [replace(picture, width=side, height=side) for picture in new]
+        return _is_late(square, speed, bounds)
+
+    longest = math.isqrt(max(picture.pixels for picture in new)) // bounds.unit
+    return bounds.unit * bisect.bisect_left(range(1, longest + 1), True, key=late)
+
+
+def _is_late(work: Sequence[Work], speed: EngineSpeed, bounds: Bounds) -> bool:
+    return SAFETY * max(finish_times(work, speed)) > bounds.request_timeout_s
 
 
 def calls(num_inference_steps: int, calls_per_step: int = 1) -> int:

@@ -58,6 +58,7 @@ log = logging.getLogger(__name__)
 
 def main(argv: Sequence[str]) -> int:
     """Serve one socket; return 0 after Close, 1 after a failed load or if the engine is broken."""
+    logs.open_closed_streams()
     arguments = _parser().parse_args(argv)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

@@ -64,6 +64,7 @@ _SLOWEST_CALL: Final = 4.0
 # _SILENT_TRIES that reported no reason, which a lack of memory can cause too.
 _TRIES: Final = 3
 _SILENT_TRIES: Final = 8
+_NO_MODEL: Final = "The model cannot be loaded: the server's log says why."
 # How long the engine may take to end by itself once it has nothing to do.
 _CLOSE_S: Final = 2.0
 _DRAIN_S: Final = 0.01
@@ -146,7 +147,9 @@ class Supervisor(Listener):
         except ModelArtifactError as error:
             self._give_up(error)
             raise
-        self._bounds = replace(self._bounds, calls_per_step=self._facts.calls_per_step)
+        self._bounds = replace(
+            self._bounds, calls_per_step=self._facts.calls_per_step, unit=self._facts.unit
+        )
         self._running = asyncio.create_task(self._restart_policy.run(), name="engine")
         self._running.add_done_callback(self._restart_policy_ended)
         await self._first_start_over.wait()
@@ -167,9 +170,9 @@ class Supervisor(Listener):
         waited_s: how long ago the request arrived; it is answered within request_timeout_s from
         then on or not at all. Raises UnavailableError if it is refused (before it is sent to the
         engine), if it is late nevertheless, and at once if the engine's process ends; it is not
-        tried again (see above). Raises ResourceError and RequestError as the engine does,
-        EngineFaultError for a fault of ours there. If the task is cancelled here, its work stops at
-        the engine's next step.
+        tried again (see above). Raises RequestError if even an idle engine could not draw it in
+        time, ResourceError and RequestError as the engine does, EngineFaultError for a fault of
+        ours there. If the task is cancelled here, its work stops at the engine's next step.
         """
         pictures = request.sampling_requests(base_seed)
         pending_request, process = self._admit(request, pictures, waited_s)
@@ -349,7 +352,7 @@ class Supervisor(Listener):
         if self._first_start_over.is_set():  # otherwise `start` raises it
             log.error("the model cannot be loaded any more: %s", error)
         self._failure = error
-        self._set("down", str(error))
+        self._set("down", _NO_MODEL)  # the error may name folders, which are no client's business
         self._first_start_over.set()
         self._given_up.set()
 
@@ -393,9 +396,11 @@ class Supervisor(Listener):
         return PendingRequest(work), process
 
     def _refused(
-        self, reason: RefusalReason, message: str, retry_after_s: float
-    ) -> UnavailableError:
+        self, reason: RefusalReason, message: str, retry_after_s: float | None
+    ) -> UnavailableError | RequestError:
         self._refusals[reason] += 1
+        if retry_after_s is None:
+            return RequestError(message)
         return UnavailableError(message, retry_after_s)
 
     def _retry_after_s(self) -> float:

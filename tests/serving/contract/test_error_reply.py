@@ -5,11 +5,13 @@ import json
 import pytest
 
 from dreambooth.errors import (
+    DatasetError,
     ModelArtifactError,
     RequestError,
     ResourceError,
     TrainingDivergedError,
     UnavailableError,
+    UserError,
 )
 from dreambooth.serving.contract import error_reply
 
@@ -19,7 +21,6 @@ from dreambooth.serving.contract import error_reply
     [
         (RequestError("x"), 400, "RequestError"),
         (RequestError("x", 415), 415, "RequestError"),
-        (ModelArtifactError("x"), 400, "ModelArtifactError"),
         (ResourceError("x"), 507, "ResourceError"),
         (UnavailableError("x", 3), 503, "UnavailableError"),
     ],
@@ -29,11 +30,19 @@ def test_a_named_error_is_reported_with_its_status(
 ) -> None:
     told = json.loads(error_reply.of(error).body("abc"))
     assert (told["code"], told["type"], told["message"]) == (status, kind, "x")
+    assert told["error"] == told["message"], "the hub's client shows only this key"
     assert told["request_id"] == "abc"
     assert ("retry_after_s" in told) == (status == 503)
 
 
-@pytest.mark.parametrize("error", [KeyError("place"), TrainingDivergedError("place", 3)])
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyError("place"),
+        TrainingDivergedError("place", 3),
+        *(kind("place") for kind in (UserError, ModelArtifactError, DatasetError)),
+    ],
+)
 def test_what_no_client_can_mend_is_an_internal_error(error: Exception) -> None:
     body = error_reply.of(error).body("abc")
     assert json.loads(body)["message"] == "internal error"

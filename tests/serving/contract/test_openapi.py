@@ -131,7 +131,9 @@ def test_every_content_type_key_format_and_status_is_described() -> None:
     statuses = {"200", "400", "406", "413", "415", "500", "503", "507"}
     assert set(INVOCATIONS["responses"]) == statuses | COMMON_ERRORS
     for path, statuses in (("ping", {"200", "503"}), ("metrics", {"200"})):
-        assert set(DOCUMENT["paths"][f"/{path}"]["get"]["responses"]) == statuses | COMMON_ERRORS
+        for method in ("get", "head"):
+            found = DOCUMENT["paths"][f"/{path}"][method]["responses"]
+            assert set(found) == statuses | COMMON_ERRORS
 
 
 @pytest.mark.parametrize(
@@ -184,30 +186,31 @@ def test_its_caps_and_defaults_are_the_codes() -> None:
     text = {"type": "string", "maxLength": LIMITS.max_prompt_characters}
     most = LIMITS.max_request_pictures
     texts = {"type": "array", "items": text, "minItems": 1, "maxItems": most}
+    whole = ["integer", "null"]
     side = {
-        "type": "integer",
+        "type": whole,
         "minimum": SMALLEST_UNIT,
         "maximum": LIMITS.max_generated_side_pixels,
         "multipleOf": SMALLEST_UNIT,
     }
-    steps = {"type": "integer", "minimum": 1, "default": request.NUM_INFERENCE_STEPS}
+    steps = {"type": whole, "minimum": 1, "default": request.NUM_INFERENCE_STEPS}
     guidance_scale = {
-        "type": "number",
+        "type": ["number", "null"],
         "minimum": -LIMITS.max_guidance_scale,
         "maximum": LIMITS.max_guidance_scale,
         "default": request.GUIDANCE_SCALE,
     }
-    seed = {"type": "integer", "minimum": 0, "maximum": request.SEED_COUNT - 1}
+    seed = {"type": whole, "minimum": 0, "maximum": request.SEED_COUNT - 1}
     parameters = {
         "height": side,
         "width": side,
         "num_inference_steps": steps,
         "guidance_scale": guidance_scale,
-        "negative_prompt": {"oneOf": [text, texts]},
-        "num_images_per_prompt": {"type": "integer", "minimum": 1, "maximum": most, "default": 1},
-        "eta": {"type": "number", "minimum": 0, "maximum": 1, "default": 0},
+        "negative_prompt": {"anyOf": [{"oneOf": [text, texts]}, {"type": "null"}]},
+        "num_images_per_prompt": {"type": whole, "minimum": 1, "maximum": most, "default": 1},
+        "eta": {"type": ["number", "null"], "minimum": 0, "maximum": 1, "default": 0},
         "seed": seed,
-        "batch_size": {"type": "integer", "minimum": 1, "maximum": LIMITS.max_generated_batch},
+        "batch_size": {"type": whole, "minimum": 1, "maximum": LIMITS.max_generated_batch},
     }
     prompt = {"oneOf": [text, texts]}
     described = SCHEMAS["JsonRequest"]["properties"]
@@ -227,7 +230,7 @@ def test_its_caps_and_defaults_are_the_codes() -> None:
     assert f"at most {most} pictures" in described["num_images_per_prompt"]["description"]
     for name in ("TextReply", "JsonReply"):
         facts = SCHEMAS[name]["properties"]
-        assert facts["seeds"]["items"] == seed
+        assert facts["seeds"]["items"] == seed | {"type": "integer"}
         assert facts["finish_reasons"]["items"]["enum"] == list(reply.FINISH_REASONS)
 
 

@@ -209,6 +209,22 @@ def chosen(accept: str | None, request: GenerationRequest | None = None, room: i
         ("image/png;q=0, image/webp;q=0.001", "image/webp"),
         ("image/png; Q=x, image/webp", "image/webp"),
         ("text/html, */*;q=0.1", "application/json"),
+        # The most specific range decides, q=0 refuses (RFC 9110, section 12.5.1).
+        ("application/json;q=0, */*", "image/png"),
+        ("*/*, application/json;q=0", "image/png"),
+        ("image/*;q=0, */*", "application/json"),
+        ("image/png;q=0, image/*", "image/jpeg"),
+        ("image/*, image/png;q=0, image/jpeg;q=0", "image/webp"),
+        ("*/*;q=0, image/webp", "image/webp"),
+        ("image/*;q=0.9, image/png;q=0.1, application/json;q=0.5", "image/jpeg"),
+        ("application/*;q=0.2, image/*;q=0.3", "image/png"),
+        ("application/json;q=0, application/json;jpeg", "application/json;jpeg"),
+        ("application/json;jpeg;q=0, application/*", "application/json"),
+        ("application/json;q=0.1, */*;q=0.9", "image/png"),
+        ("*/*, image/webp", "image/webp"),
+        ("application/*, application/json;png", "application/json;png"),
+        ("image/jpg;q=0, image/png;q=0, image/*", "image/webp"),
+        ("application/json;verbose;q=0, image/webp;q=0.1, */*;q=0", "image/webp"),
     ],
 )
 def test_accept_is_tried_by_preference(accept: str | None, media_type: str) -> None:
@@ -227,6 +243,11 @@ def test_accept_is_tried_by_preference(accept: str | None, media_type: str) -> N
         "*/*;jpeg",
         "application/json;q=0",
         "application/json;q=nan",
+        "*/*;q=0",
+        "application/json;q=0, application/*",
+        "application/*;q=0.0, image/*;q=0",
+        "*/*, application/*;q=0, image/*;q=0.000",
+        "image/png;q=0, image/jpeg;q=0, image/webp;q=0, image/*",
         ";",
         ",",
         "x" * 10_000,
@@ -250,6 +271,43 @@ def test_any_accept_is_understood_or_406(accept: str) -> None:
     else:
         return
     assert told.status == 406
+
+
+ranges = st.tuples(
+    st.sampled_from(
+        [*(format.media_type for format in reply.FORMATS), "application/*", "image/*", "*/*"]
+    ),
+    st.sampled_from(["0", "0.0", "0.001", "0.5", "0.7", "1", "1.000"]),
+)
+
+
+@given(st.lists(ranges, min_size=1, max_size=6, unique_by=lambda entry: entry[0]))
+def test_no_other_format_is_wanted_more(entries: list[tuple[str, str]]) -> None:
+    def quality(media_type: str) -> float:
+        kind = media_type.partition(";")[0]
+        matching = (media_type, kind, kind.partition("/")[0] + "/*", "*/*")
+        return next((float(given[name]) for name in matching if name in given), 0.0)
+
+    given = dict(entries)
+    accept = ", ".join(f"{name};q={q}" for name, q in entries)
+    best = max(quality(format.media_type) for format in reply.FORMATS)
+    if best == 0:
+        with pytest.raises(RequestError) as error:
+            chosen(accept)
+        assert error.value.status == 406
+    else:
+        assert quality(chosen(accept)) == best
+
+
+def test_any_range_takes_no_bare_picture_in_place_of_json_that_does_not_fit() -> None:
+    wide = asked(width=1024, height=1024)
+    with pytest.raises(RequestError, match="nested lists"):
+        chosen("application/json, text/plain, */*", wide)
+    assert chosen("application/json, */*;q=0.5, application/json;jpeg;q=0.1", wide) == (
+        "application/json;jpeg"
+    )
+    assert chosen("image/webp, */*;q=0.5", asked(num_images_per_prompt=3)) == "application/json"
+    assert chosen("image/*, */*;q=0.5", asked(num_images_per_prompt=3)) == "application/json"
 
 
 def test_the_hugging_face_form_has_no_nested_lists() -> None:

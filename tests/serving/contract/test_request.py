@@ -180,7 +180,7 @@ def test_a_list_comes_back_as_a_list() -> None:
         ({"width": 64}, "Input payload must contain 'prompt' key."),
         ({}, "Input payload must contain 'prompt' key."),
         ({"prompt": CAT, "width": 65}, "width must be divisible by 8, got 65."),
-        ({"prompt": CAT, "width": "64"}, "width must be an integer, got 64."),
+        ({"prompt": CAT, "width": "64"}, 'width must be an integer, got "64" (a string).'),
         (
             {"prompt": CAT, "num_inference_steps": 0},
             "num_inference_steps must be at least 1, got 0.",
@@ -197,16 +197,17 @@ def test_published_sentences_are_kept(payload: object, sentence: str) -> None:
     ("key", "value", "words"),
     [
         ("prompt", [], "string or a list of string. Got []"),
-        ("prompt", ["x", 5], "string or a list of string. Got ['x', 5]"),
-        ("prompt", None, "string or a list of string. Got None"),
-        ("prompt", {"a": 1}, "string or a list of string. Got {'a': 1}"),
+        ("prompt", ["x", 5], 'string or a list of string. Got ["x", 5].'),
+        ("prompt", None, "Input payload must contain 'prompt' key."),
+        ("prompt", ["x", None], 'string or a list of string. Got ["x", null].'),
+        ("prompt", {"a": 1}, 'string or a list of string. Got {"a": 1}.'),
         ("prompt", "x" * 4_001, "prompt has 4001 characters; at most 4000"),
         ("prompt", ["x"] * 65, "prompt holds 65 texts"),
         ("negative_prompt", 5, "negative_prompt must be a string or a list of string. Got 5"),
         ("negative_prompt", ["n"], "a list is allowed only beside a list"),
         ("negative_prompt", "x" * 4_001, "negative_prompt has 4001 characters"),
-        ("width", True, "width must be an integer, got True"),
-        ("width", None, "width must be an integer, got None"),
+        ("width", True, "width must be an integer, got true."),
+        ("width", [None], "width must be an integer, got [null]."),
         ("width", 512.0, "width must be an integer, got 512.0"),
         ("width", 0, "width must be at least 1, got 0"),
         ("width", 4, "width must be divisible by 8, got 4"),
@@ -214,9 +215,9 @@ def test_published_sentences_are_kept(payload: object, sentence: str) -> None:
         ("height", -8, "height must be at least 1, got -8"),
         ("height", 10**90, "height must be "),
         ("num_inference_steps", 1000, "num_inference_steps must lie between 1 and 999, not 1000"),
-        ("num_inference_steps", True, "num_inference_steps must be an integer, got True"),
-        ("guidance_scale", "7", "guidance_scale must be a number, got 7"),
-        ("guidance_scale", False, "guidance_scale must be a number, got False"),
+        ("num_inference_steps", True, "num_inference_steps must be an integer, got true."),
+        ("guidance_scale", "7", 'guidance_scale must be a number, got "7" (a string).'),
+        ("guidance_scale", False, "guidance_scale must be a number, got false."),
         ("num_images_per_prompt", 0, "num_images_per_prompt must be at least 1, got 0"),
         ("num_images_per_prompt", 65, "make 65 pictures; one request may ask for 64"),
         ("eta", -0.1, "eta must lie between 0 and 1, not -0.1"),
@@ -224,8 +225,11 @@ def test_published_sentences_are_kept(payload: object, sentence: str) -> None:
         ("eta", [0], "eta must be a number, got [0]"),
         ("seed", -1, "seed must lie between 0 and 2**64 - 1, not -1"),
         ("seed", 2**64, "seed must lie between 0 and 2**64 - 1"),
-        ("seed", True, "seed must be an integer, got True"),
-        ("seed", "1\n2", "seed must be an integer, got 1\N{REPLACEMENT CHARACTER}2"),
+        ("seed", True, "seed must be an integer, got true."),
+        ("seed", "1\n2", 'seed must be an integer, got "1\\n2" (a string).'),
+        ("seed", "\u202e1", 'seed must be an integer, got "\\u202e1" (a string).'),
+        ("seed", "7" * 200, f'got "{"7" * 99}…" (a string).'),
+        ("widht", None, "Input payload contains an invalid key widht."),
         ("batch_size", 0, "batch_size must be at least 1, got 0"),
         ("batch_size", 257, "batch_size must be at most 256, got 257"),
         ("x" * 200, 1, f"an invalid key {'x' * 100}…."),
@@ -274,7 +278,37 @@ def test_sides_follow_the_models_own_unit() -> None:
 
 @pytest.mark.parametrize("payload", ["a cat", 5, None, [], [{"prompt": CAT}], True])
 def test_a_body_that_is_no_object_is_refused(payload: object) -> None:
-    assert "must be an object with a 'prompt' key" in refused(payload)
+    sentence = refused(payload)
+    assert "must be an object with a 'prompt' key" in sentence
+    said = "a string" if isinstance(payload, str) else json.dumps(payload)
+    assert said in sentence.partition(", not ")[2]
+
+
+@given(st.sets(st.sampled_from([*request.PARAMETERS, *request.HUGGINGFACE_KEYS])))
+def test_a_key_that_is_null_is_not_given(keys: set[str]) -> None:
+    nulls = dict.fromkeys(keys)
+    assert parsed({"prompt": CAT, **nulls}) == asked()
+    within = {key: None for key in keys if key in request.PARAMETERS}
+    found = parsed({"prompt": None, **nulls, "inputs": CAT, "parameters": within or None})
+    assert found == replace(asked(), form="huggingface")
+
+
+@given(
+    st.sampled_from(["width", "num_inference_steps", "seed", "batch_size", "eta"]),
+    st.recursive(
+        st.none() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    ).filter(lambda value: value is not None and not isinstance(value, float)),
+)
+def test_values_in_sentences_are_json(key: str, value: object) -> None:
+    sentence = refused({"prompt": CAT, key: value})
+    assert sentence.isprintable()
+    said = sentence.partition(", got ")[2].removesuffix(".")
+    if isinstance(value, str):
+        assert said.endswith('" (a string)')
+        said = said.removesuffix(" (a string)")
+    if "…" not in said:
+        assert json.loads(said) == value
 
 
 def test_the_caps_are_those_given() -> None:

@@ -186,10 +186,30 @@ def test_time_is_linear(unit: bytes) -> None:
     assert time.perf_counter() - started < 5
 
 
-def test_values_are_shown_short_and_printable() -> None:
+def test_names_are_shown_short_and_printable() -> None:
     assert strict_json.printable("a\nb\x00\x1b[31m") == "a\N{REPLACEMENT CHARACTER}b" + (
         "\N{REPLACEMENT CHARACTER}" * 2 + "[31m"
     )
     assert strict_json.printable("x" * 100) == "x" * 100
     assert strict_json.printable("x" * 101) == "x" * 100 + "…"
-    assert strict_json.printable(None) == "None"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "null"),
+        (True, "true"),
+        (1.0, "1.0"),
+        (1e300, "1e+300"),
+        ("50", '"50" (a string)'),
+        ("", '"" (a string)'),
+        ('a "b"', r'"a \"b\"" (a string)'),
+        ("ü\x7f\u2028\U000e0001", r'"ü\u007f\u2028\udb40\udc01" (a string)'),
+        ({"a": [None, "x"]}, '{"a": [null, "x"]}'),
+        ("x" * 98, f'"{"x" * 98}" (a string)'),
+        ("x" * 99, f'"{"x" * 99}…" (a string)'),
+        (["x"] * 100, '["x", ' + '"x", ' * 18 + '"x",…'),
+    ],
+)
+def test_values_are_shown_as_json(value: object, text: str) -> None:
+    assert strict_json.shown(value) == text

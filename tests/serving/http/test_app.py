@@ -15,6 +15,7 @@ import pytest
 
 from dreambooth.diffusion.sampling_request import SamplingFacts
 from dreambooth.errors import RequestError, ResourceError, UnavailableError
+from dreambooth.serving.contract import openapi
 from dreambooth.serving.contract.engine_status import EngineStatus
 from dreambooth.serving.contract.reply import FinishReason, Picture
 from dreambooth.serving.contract.request import GenerationRequest
@@ -143,7 +144,7 @@ def error_of(reply: Reply) -> dict[str, Any]:
     found = reply.json
     assert isinstance(found, dict)
     assert found["code"] == reply.status
-    assert set(found) - {"retry_after_s"} == {"code", "type", "message", "request_id"}
+    assert set(found) - {"retry_after_s"} == {"code", "type", "message", "error", "request_id"}
     assert reply.headers["content-type"] == "application/json"
     assert reply.attributes == {"request_id": found["request_id"]}
     return found
@@ -246,17 +247,41 @@ def test_an_unknown_exception_is_reported_in_the_log_alone(
     assert "secret place" in caplog.text
 
 
-@pytest.mark.parametrize("method", ["HEAD", "POST", "PUT", "DELETE", "OPTIONS"])
-@pytest.mark.parametrize("path", ["/ping", "/metrics", "/execution-parameters", "/openapi.json"])
+READ = ["/ping", "/metrics", "/execution-parameters", "/openapi.json"]
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "head"])
+@pytest.mark.parametrize("path", READ)
 def test_other_methods_get_405_with_what_is_allowed(method: str, path: str) -> None:
     reply = Client().ask(method, path)
-    assert (reply.status, reply.headers["allow"]) == (405, "GET")
+    assert (reply.status, reply.headers["allow"]) == (405, "GET, HEAD")
     error_of(reply)
 
 
-def test_invocations_take_post_only() -> None:
-    reply = Client().ask("GET", "/invocations")
+@pytest.mark.parametrize("state", ["ready", "loading", "down", "closing"])
+@pytest.mark.parametrize("path", [*READ, "/nowhere"])
+def test_head_has_the_status_and_headers_of_get(path: str, state: State) -> None:
+    heads = []
+    for method in ("GET", "HEAD"):
+        reply = Client(Engine(state=state)).ask(method, path)
+        reply.headers.pop(ATTRIBUTES.lower(), None)  # the id differs
+        heads.append((reply.status, reply.headers))
+    assert heads[0] == heads[1]
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_invocations_take_post_only(method: str) -> None:
+    reply = Client().ask(method, "/invocations")
     assert (reply.status, reply.headers["allow"]) == (405, "POST")
+
+
+def test_the_description_names_every_path_with_its_methods() -> None:
+    described = openapi.document()["paths"]
+    assert set(described) == {"/invocations", *READ} - {"/openapi.json"}
+    for path, operations in described.items():
+        for method in ("GET", "HEAD", "POST", "PUT"):
+            is_taken = Client().ask(method, path).status != 405
+            assert is_taken == (method.lower() in operations)
 
 
 def test_unknown_paths_get_404_and_make_no_series_of_their_own() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field, replace
@@ -368,20 +369,84 @@ def test_a_reply_that_is_read_slowly_but_surely_is_sent_whole() -> None:
     run(test)
 
 
-def test_one_connection_too_many_gets_503_and_leaves_the_others_alone() -> None:
+BODY = POST % 9 + b"{"
+
+
+def test_one_connection_too_many_gets_503_and_leaves_those_at_work_alone() -> None:
     async def test() -> None:
-        async with serving(replace(QUICK, connections=3, head_s=5)) as served:
+        limits = replace(QUICK, connections=3, head_s=5, body_s=5)
+        async with serving(limits) as served:
+            served.release.clear()
             held = [await served.open() for _ in range(3)]
+            for (_, writer), sent in zip(held, (GET, GET, BODY), strict=True):
+                writer.write(sent)
+            await asyncio.sleep(0.05)
+            assert not served.guard.owing
             reply = await reply_to(served, GET)
             assert status_of(reply) == error_of(reply)["code"] == 503
             assert served.guard.refused == {"connections": 1}
-            held[0][1].write(GET)
-            assert (await held[0][0].readuntil(b"done")).startswith(b"HTTP/1.1 200")
+            served.release.set()
+            held[2][1].write(b"x" * 8)
+            for reader, _ in held:
+                assert (await reader.readuntil(b"done")).startswith(b"HTTP/1.1 200")
             held[1][1].close()
             await asyncio.sleep(0.05)
             reader, writer = await served.open()
             writer.write(GET)
             assert (await reader.readuntil(b"done")).startswith(b"HTTP/1.1 200")
+            assert served.guard.refused == {"connections": 1}
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    list(itertools.product([b"", GET, GET[:9], GET + GET[:9]], repeat=2)),
+    ids=repr,
+)
+def test_the_connection_that_owes_a_head_for_longest_gives_way(sent: tuple[bytes, ...]) -> None:
+    """Each of the first two is silent, kept alive, or in the middle of its first or second head."""
+
+    async def test() -> None:
+        async with serving(replace(QUICK, connections=3, head_s=5)) as served:
+            held = []
+            for piece in sent:
+                reader, writer = await served.open()
+                if GET in piece:
+                    writer.write(GET)
+                    assert (await reader.readuntil(b"done")).startswith(b"HTTP/1.1 200")
+                writer.write(piece.removeprefix(GET))
+                await asyncio.sleep(0.02)
+                held.append(reader)
+            served.release.clear()
+            busy, writer = await served.open()
+            writer.write(GET)
+            await asyncio.sleep(0.02)
+            for reader, piece in zip(held, sent, strict=True):
+                newest, writer = await served.open()
+                reply = await reader.read()
+                partial = piece.removeprefix(GET) != b""
+                assert status_of(reply) == (503 if partial else 0)
+            assert sum(served.guard.refused.values()) == 2
+            served.release.set()
+            writer.write(GET)
+            for reader in (busy, newest):
+                assert (await reader.readuntil(b"done")).startswith(b"HTTP/1.1 200")
+            assert len(served.guard.owing) == 3, "the last but one is still silent"
+
+    run(test)
+
+
+def test_a_closed_connection_owes_nothing() -> None:
+    async def test() -> None:
+        async with serving(replace(QUICK, connections=4)) as served:
+            for piece in (b"", GET, GET[:9], BODY, b"nonsense\r\n\r\n"):
+                _, writer = await served.open()
+                writer.write(piece)
+                await asyncio.sleep(0.02)
+                writer.transport.abort()
+            await asyncio.sleep(0.05)
+            assert not served.guard.owing
 
     run(test)
 

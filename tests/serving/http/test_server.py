@@ -152,7 +152,7 @@ def error_of(reply: Reply) -> dict[str, Any]:
     found = reply.json
     assert isinstance(found, dict)
     assert found["code"] == reply.status
-    assert set(found) - {"retry_after_s"} == {"code", "type", "message", "request_id"}
+    assert set(found) - {"retry_after_s"} == {"code", "type", "message", "error", "request_id"}
     return found
 
 
@@ -266,8 +266,11 @@ def test_a_client_that_expects_100_continue_gets_it(server: Server) -> None:
 
 
 def test_a_head_request_has_no_body(server: Server) -> None:
-    reply = server.ask("HEAD", "/ping")
-    assert (reply.status, reply.headers["allow"], reply.body) == (405, "GET", b"")
+    reply = server.ask("HEAD", "/openapi.json")
+    assert (reply.status, reply.body) == (200, b"")
+    assert int(reply.headers["content-length"]) == len(server.ask("GET", "/openapi.json").body)
+    assert server.ask("HEAD", "/ping").status == 200
+    assert server.ask("HEAD", "/invocations").status == 405
 
 
 def test_half_open_connections_are_closed_in_10_s_and_pings_answered_meanwhile(

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dreambooth.serving.supervision.admission import (
@@ -14,6 +15,7 @@ from dreambooth.serving.supervision.admission import (
     SHORTEST_RETRY_S,
     Bounds,
     EngineSpeed,
+    Refusal,
     Work,
     after,
     calls,
@@ -268,7 +270,8 @@ def test_what_an_idle_server_could_not_do_either_gets_the_largest_request_named(
     refusal = refuse([work(1000)], [], PACE, BOUNDS)
     assert refusal is not None
     assert refusal.reason == "never"
-    for words in ("Even an idle server", "at most 48 steps", "smaller", "--request_timeout_s"):
+    assert refusal.retry_after_s is None, "no other time helps"
+    for words in ("Even an idle server", "at most 48 steps", "pixels", "--request_timeout_s"):
         assert words in refusal.message
     assert refuse([work(calls(48))], [], PACE, BOUNDS) is None
     assert refuse([work(calls(49))], [], PACE, BOUNDS) is not None
@@ -286,13 +289,66 @@ def test_where_a_single_step_is_too_slow_no_number_of_steps_is_named() -> None:
     slow = replace(PACE, seconds_per_call=((1, 100.0),))
     refusal = refuse([work(10)] * 2, [], slow, BOUNDS)
     assert refusal is not None
-    assert "ask for fewer pictures, a smaller width and height" in refusal.message
+    assert "ask for fewer pictures, at most 8 x 8 pixels" in refusal.message
     assert " 0 steps" not in refusal.message
+    slowest = refuse([work(10)], [], replace(slow, seconds_per_decode=1e9), BOUNDS)
+    assert slowest is not None
+    assert "ask for a smaller width and height" in slowest.message
+
+
+@settings(max_examples=60)
+@given(
+    steps=st.integers(1, 999),
+    sides=st.tuples(st.integers(1, 512), st.integers(1, 512)),
+    count=st.integers(1, 8),
+    rows=st.sampled_from([1, 2]),
+    seconds=st.floats(1e-4, 100.0),
+    timeout=st.floats(1.0, 3600.0),
+    bounds=st.builds(replace, st.just(BOUNDS), calls_per_step=st.sampled_from([1, 2])),
+    unit=st.sampled_from([8, 16, 64]),
+)
+def test_what_a_refusal_says_fits_does_and_no_more(
+    steps: int,
+    sides: tuple[int, int],
+    count: int,
+    rows: int,
+    seconds: float,
+    timeout: float,
+    bounds: Bounds,
+    unit: int,
+) -> None:
+    speed = replace(PACE, seconds_per_call=((1, seconds), (4, 1.5 * seconds)))
+    bounds = replace(bounds, request_timeout_s=timeout, unit=unit)
+
+    def refusal(steps: int, width: int, height: int) -> Refusal | None:
+        made = calls(steps, bounds.calls_per_step)
+        picture = replace(work(made, rows=rows), width=width, height=height)
+        return refuse([picture] * count, [], speed, bounds)
+
+    width, height = (unit * side for side in sides)
+    found = refusal(steps, width, height)
+    if found is None:
+        return
+    assert found.reason == "never"
+    assert found.retry_after_s is None
+    if fitting := re.search(r"at most (\d+) steps", found.message):
+        fewer = int(fitting[1])
+        assert 1 <= fewer < steps
+        assert refusal(fewer, width, height) is None
+        assert refusal(fewer + 1, width, height) is not None
+    else:
+        assert refusal(1, width, height) is not None
+    if fitting := re.search(r"at most (\d+) x (\d+) pixels", found.message):
+        side = int(fitting[1])
+        assert fitting[1] == fitting[2]
+        assert side % unit == 0
+        assert refusal(steps, side, side) is None
+    else:
+        assert refusal(steps, unit, unit) is not None
 
 
 def of_refusals() -> list[Callable[[], float]]:
     return [
-        lambda: refuse([work(1000)], [], PACE, BOUNDS).retry_after_s,  # type: ignore[union-attr]
         lambda: refuse([work(1)], ahead(8, 1), PACE, BOUNDS).retry_after_s,  # type: ignore[union-attr]
         lambda: refuse([work(49)], ahead(1, 5), PACE, BOUNDS).retry_after_s,  # type: ignore[union-attr]
     ]
