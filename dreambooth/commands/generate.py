@@ -7,13 +7,13 @@ import json
 import logging
 import secrets
 import sys
-import tempfile
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreambooth.errors import ResourceError, UserError
+from dreambooth.process import temporary_folder
 from dreambooth.process.memory import is_out_of_memory
 from dreambooth.settings.generate_options import GenerateSettings, read
 
@@ -49,8 +49,8 @@ def main(args: argparse.Namespace) -> int:
     if seed is None:
         seed = secrets.randbelow(2**32)
         print(f"seed {seed} (chosen at random; --seed {seed} draws them again)", flush=True)
-    with tempfile.TemporaryDirectory(prefix="dreambooth-") as workspace:
-        model = _load(settings, Path(workspace))
+    with temporary_folder.temporary() as workspace:
+        model = _load(settings, workspace)
         requests = _requests(settings, seed)
         paths, lost = _draw(model, requests, settings)
     for path in paths:
