@@ -277,6 +277,8 @@ def validate_folder(folder: Path, *, linked_weights: bool = True, limits: Limits
     text_family(folder, limits=limits)
     for part in (*TRAINED_PARTS, "scheduler"):
         component_config(folder, part, limits=limits)
+    if _entry(index, "safety_checker") and (folder / "safety_checker").is_dir():
+        component_config(folder, "safety_checker", limits=limits)
     for part in TRAINED_PARTS:
         weight_files(folder / part, limits=limits)
 
