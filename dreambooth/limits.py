@@ -31,6 +31,40 @@ class Limits:
     max_image_side_pixels: int = 50_000
     # Profiles for print take about 2 MB, the largest 9 MB; others take a few hundred bytes.
     max_colour_profile_bytes: int = 16 * MIB
+    # JPEG (ITU T.81, annex B): progressive encoders write about ten scans.
+    max_jpeg_scans: int = 100
+    # Scans x pixels: each scan is a pass over all of them, at 1.6e9 in a second. A progressive JPEG
+    # of 120 megapixels has 1.2e9.
+    max_jpeg_scan_pixels: int = 2_000_000_000
+    # A colour profile of 16 MiB takes 256 segments.
+    max_jpeg_segments: int = 1_024
+    # Photoshop segments; real pictures have a few.
+    max_jpeg_photoshop_segments: int = 64
+    # Pillow skips what lies between segments byte by byte.
+    max_jpeg_junk_bytes: int = 64 * KIB
+    # Chunks of PNG and WebP; real texts and profiles take some dozens.
+    max_picture_chunks: int = 4_096
+    # Those of pixels may be more, of so many bytes on average; libpng writes 8 KiB.
+    min_picture_chunk_bytes: int = 2 * KIB
+    # Chunks of a PNG that hold no pixels: texts, profiles.
+    max_png_other_chunks: int = 256
+    # That of cameras takes some hundred kilobytes at most.
+    max_exif_bytes: int = 1 * MIB
+    # Blocks of up to 255 bytes in front of a GIF's first frame: texts and profiles.
+    max_gif_blocks: int = 65_536
+    # TIFF 6.0 defines about 80 tags, makers some hundreds.
+    max_tiff_tags: int = 4_096
+    # Numbers in one tag; a palette of 16 bits has 196,608.
+    max_tiff_tag_numbers: int = 200_000
+    # Strips or tiles, of which Pillow decodes some 130,000 in a second; one per line is at most
+    # 50,000.
+    max_tiff_strips: int = 100_000
+    # Bytes of all strips per byte of the file; a few writers state their size before compression.
+    max_tiff_ratio: int = 8
+    # Pillow decodes run-length encoded BMPs in Python: 3 MB in a second,
+    max_rle_bytes: int = 2 * MIB
+    # and some 13 megapixels.
+    max_rle_pixels: int = 16_000_000
     # DreamBooth needs 4 to 20; a folder with more than this many is the wrong one.
     max_instance_images: int = 10_000
     # Class images are a few per instance image, a thousand in the paper's largest runs.

@@ -43,6 +43,7 @@ from dreambooth.data.picture_files import (
     opened,
     why,
 )
+from dreambooth.data.picture_structure import why_slow
 from dreambooth.limits import LIMITS, Limits
 
 Pixels = npt.NDArray[np.uint8]
@@ -52,6 +53,7 @@ MAX_SHAPE_RATIO = 32
 """Of a picture longer than this times its short side only the middle is resized (memory)."""
 
 _STRANGE_RATIO = 2.0  # above it a square crop loses more than half of the picture
+_CORNER = 16  # pixels a side
 _CHECK_THREADS = 4  # Pillow's decoders release the interpreter lock
 
 # What Pillow's decoders are known to raise on damaged or hostile files.
@@ -226,7 +228,7 @@ def _quiet() -> Iterator[None]:
 
 def _checked(path: Path, limits: Limits) -> ImageFacts:
     with opened(path, limits=limits) as file:
-        facts = _decoded(file, path, limits, _facts)
+        facts = _decoded(file, path, limits, lambda image: _facts(image, limits))
         file.seek(0)
         return replace(facts, sha256=hashlib.file_digest(file, "sha256").digest())
 
@@ -241,6 +243,8 @@ def _decoded(
         raise NotAPictureError(path, "is empty" if empty else "holds no known picture format")
     if kind not in FORMATS:
         raise PictureError(path, f"is in {kind} format (save it as one of {FORMATS_TEXT})")
+    if (slow := why_slow(file, kind, limits)) is not None:
+        raise PictureError(path, f"{slow}, which would take too long to decode (save it anew)")
     try:
         with Image.open(file, formats=(kind,)) as image:
             _refuse_bomb(path, *image.size, limits)
@@ -273,7 +277,7 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and value in _TURNS else 1
 
 
-def _facts(image: ImageFile.ImageFile) -> ImageFacts:
+def _facts(image: ImageFile.ImageFile, limits: Limits) -> ImageFacts:
     width, height = image.size
     drafted = image.draft("RGB", (1, 1)) is not None  # only JPEG can be decoded at reduced size
     image.load()
@@ -281,10 +285,14 @@ def _facts(image: ImageFile.ImageFile) -> ImageFacts:
         width, height = image.size  # Pillow turns a TIFF upright while loading it
     if _orientation(image) >= 5:
         width, height = height, width
+    # Training's own conversion, of a corner: that of all of it would take several times its memory.
+    corner = image.crop((0, 0, min(image.width, _CORNER), min(image.height, _CORNER)))
+    corner.palette = image.palette  # `crop` makes one up where there is none
+    _upright_rgb(corner, limits)
     return ImageFacts(width=width, height=height)
 
 
-def _upright_rgb(image: ImageFile.ImageFile, limits: Limits) -> Image.Image:
+def _upright_rgb(image: Image.Image, limits: Limits) -> Image.Image:
     image.load()
     turn = _TURNS.get(_orientation(image))
     rgb = to_srgb(_rgb(image), image, limits=limits)

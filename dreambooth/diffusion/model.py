@@ -22,9 +22,10 @@ import diffusers
 import torch
 from accelerate import init_empty_weights
 
-from dreambooth.diffusion import text_encoders
-from dreambooth.diffusion.text_encoders import BUILD_ERRORS
-from dreambooth.errors import ModelArtifactError, in_one_line
+from dreambooth.diffusion import text_encoders, trial
+from dreambooth.diffusion.sampling_request import max_steps
+from dreambooth.diffusion.trial import faults_of
+from dreambooth.errors import ModelArtifactError
 from dreambooth.limits import LIMITS, Limits
 from dreambooth.model_folder import layout, weights
 from dreambooth.model_folder.facts import ModelFacts, read_facts
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 # Characters of a prompt that are logged; prompts are untrusted and may have thousands.
 _LOGGED = 80
 _MOST_REPORTED = 64  # truncated prompts that are remembered as reported
+_SCHEDULER = "scheduler/scheduler_config.json"
+_TRIED_STEPS = 50  # the default of num_inference_steps
 
 # Names of the VAE's attention layers in diffusers up to 0.17; Stable Diffusion 1.x and 2.x were
 # published with them.
@@ -143,6 +146,7 @@ def load(
         facts=facts,
     )
     _check_fit(model)
+    _try_all(model)
     return model
 
 
@@ -225,25 +229,15 @@ def _build(
     folder: Path, part: str, construct: Callable[[dict[str, Any]], Any], limits: Limits
 ) -> Any:
     config = layout.component_config(folder, part, limits=limits)
-    try:
-        # Neither allocate nor initialise weights that are replaced at once.
-        with init_empty_weights(include_buffers=False):
-            return construct(config)
-    except BUILD_ERRORS as error:
-        raise ModelArtifactError(
-            f"{folder / part / 'config.json'} does not describe a network that can be built: "
-            f"{in_one_line(error)}."
-        ) from error
+    # Neither allocate nor initialise weights that are replaced at once.
+    empty_weights = init_empty_weights(include_buffers=False)
+    with faults_of(folder / part / "config.json", "network that can be built"), empty_weights:
+        return construct(config)
 
 
 def _scheduler(model: DiffusionModel, name: str) -> Any:
-    try:
+    with faults_of(model.folder / _SCHEDULER, name):
         return getattr(diffusers, name).from_config(model.scheduler_config)
-    except BUILD_ERRORS as error:
-        raise ModelArtifactError(
-            f"{model.folder / 'scheduler' / 'scheduler_config.json'} does not describe a {name}: "
-            f"{in_one_line(error)}."
-        ) from error
 
 
 def _check_fit(model: DiffusionModel) -> None:
@@ -267,5 +261,28 @@ def _check_fit(model: DiffusionModel) -> None:
                 f"{model.folder}: the U-Net's {name} is {there}, where the model's other parts "
                 f"have {here}; only text-to-image models can be used."
             )
-    sampling_scheduler(model)
-    training_noise_scheduler(model)
+
+
+def _try_all(model: DiffusionModel) -> None:
+    """Use each part once as drawing and training do (`trial`), so that neither fails later."""
+    folder, channels = model.folder, model.latent_channels
+    scheduler = sampling_scheduler(model)
+    with faults_of(folder / _SCHEDULER, f"{model.scheduler_class} that can sample"):
+        trial.sample(
+            scheduler,
+            channels=channels,
+            num_inference_steps=min(_TRIED_STEPS, max_steps(model.scheduler_config)),
+        )
+    training = training_noise_scheduler(model)
+    with faults_of(folder / _SCHEDULER, "noise schedule that can be trained with"):
+        trial.add_noise(training, channels=channels)
+    configs = {part: folder / part / "config.json" for part in layout.TRAINED_PARTS}
+    with faults_of(configs["text_encoder"], "text encoder that can encode a prompt"):
+        ids = tokenize(model, [""])
+        shape = (1, ids.shape[1], text_encoders.width(model.text_encoder))
+        trial.expect("text", encode_text(model, ids), shape)
+    cells = max(1, model.resolution // model.vae_scale_factor)
+    with faults_of(configs["unet"], "U-Net of latents, timestep and text"):
+        trial.predict(model.unet, cells=cells, tokens=ids.shape[1])
+    with faults_of(configs["vae"], "VAE of RGB pictures"):
+        trial.encode_and_decode(model.vae, scale=model.vae_scale_factor)

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from accelerate import init_empty_weights
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers import CLIPConfig
 
+from dreambooth.diffusion.trial import faults_of
 from dreambooth.errors import ModelArtifactError, quoted
 from dreambooth.limits import LIMITS, Limits
 from dreambooth.model_folder import layout, weights
@@ -33,12 +33,7 @@ _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 _SIDE = 224
 _MOST_SIDE = 2048
-_MOST_LAYERS = 128
 _FEATURE_CLASSES = frozenset(name for _, name in COMPONENTS["feature_extractor"])
-_BUILD_ERRORS = (
-    *(TypeError, ValueError, KeyError, AttributeError, RuntimeError, ArithmeticError),
-    StrictDataclassError,
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +132,10 @@ def load(
             f"{folder / 'feature_extractor'} makes pictures of {clip_input.crop}, where the safety "
             f"checker sees {side} x {side} pixels."
         )
-    return SafetyChecker(network, clip_input)
+    checker = SafetyChecker(network, clip_input)
+    with faults_of(folder / "safety_checker" / "config.json", "safety checker that sees pictures"):
+        checker.hides(np.full((_SIDE, _SIDE, 3), 127, dtype=np.uint8))
+    return checker
 
 
 def read_clip_input(folder: Path, *, limits: Limits = LIMITS) -> ClipInput:
@@ -145,8 +143,9 @@ def read_clip_input(folder: Path, *, limits: Limits = LIMITS) -> ClipInput:
     path = folder / "preprocessor_config.json"
     config = layout.read_json(path, limits=limits)
     for key in ("feature_extractor_type", "image_processor_type"):
-        if config.get(key) is not None and config[key] not in _FEATURE_CLASSES:
-            raise ModelArtifactError(f"{path} is of the class {quoted(config[key])}, not CLIP's.")
+        name = config.get(key)
+        if name is not None and (not isinstance(name, str) or name not in _FEATURE_CLASSES):
+            raise ModelArtifactError(f"{path} is of the class {quoted(name)}, not CLIP's.")
     try:
         return _clip_input(config)
     except (TypeError, ValueError, KeyError, OverflowError) as error:
@@ -208,26 +207,9 @@ def _named(index: Mapping[str, Any], part: str) -> bool:
 
 
 def _build(config: dict[str, Any], path: Path) -> Any:
-    for part in ("vision_config", "text_config"):
-        nested = config.get(part)
-        nested = nested if isinstance(nested, dict) else {}
-        layers, side = nested.get("num_hidden_layers", 0), nested.get("image_size", _SIDE)
-        if type(layers) is not int or layers > _MOST_LAYERS:
-            raise ModelArtifactError(f"{path} asks for {part} with {quoted(layers)} layers.")
-        if type(side) is not int or side > _MOST_SIDE:  # buffers grow with it before any weight
-            raise ModelArtifactError(
-                f"{path} asks for {part} of pictures of {quoted(side)} pixels."
-            )
-    try:
-        with init_empty_weights(include_buffers=False):
-            return StableDiffusionSafetyChecker(
-                CLIPConfig.from_dict(layout.without_code_settings(config))
-            )
-    except _BUILD_ERRORS as error:
-        reason = " ".join(str(error).split())[:300].rstrip(".")
-        raise ModelArtifactError(
-            f"{path} does not describe a safety checker that can be built: {reason}."
-        ) from error
+    empty_weights = init_empty_weights(include_buffers=False)
+    with faults_of(path, "safety checker that can be built"), empty_weights:
+        return StableDiffusionSafetyChecker(CLIPConfig.from_dict(config))
 
 
 def _renamer(network: Any) -> Any:

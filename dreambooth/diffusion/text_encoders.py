@@ -29,22 +29,20 @@ from transformers import (
     XLMRobertaTokenizer,
 )
 
-from dreambooth.errors import ModelArtifactError, in_one_line, quoted
+from dreambooth.errors import ModelArtifactError, in_one_line
 from dreambooth.limits import LIMITS, Limits
 from dreambooth.model_folder import vocabulary
 from dreambooth.model_folder.component_classes import BERT, XLM_ROBERTA, TextFamily
-from dreambooth.model_folder.layout import read_json, without_code_settings
+from dreambooth.model_folder.layout import read_json
 from dreambooth.model_folder.sentencepiece_model import SentencePieceModel
 from dreambooth.model_folder.weight_names import CLIP_PREFIX, bert_name
 
-# What the libraries raise for a configuration that they cannot build.
+# What the libraries raise for a configuration that they cannot build, or cannot draw with.
 BUILD_ERRORS = (
-    *(TypeError, ValueError, KeyError, AttributeError, IndexError),
+    *(TypeError, ValueError, KeyError, AttributeError, IndexError, NameError),
     *(NotImplementedError, RuntimeError, AssertionError, ZeroDivisionError, OverflowError),
     *(StrictDataclassError, ImportError),
 )
-# Position tables take memory before any weight is read; the longest in real models has 514.
-_MAX_POSITIONS = 16_384
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 
 
@@ -86,10 +84,6 @@ class RobertaSeries(torch.nn.Module):
 
 def build(family: TextFamily, config: dict[str, Any]) -> Any:
     """Build the network of a configuration, untrained. Raises any of BUILD_ERRORS."""
-    config = without_code_settings(config)
-    positions = config.get("max_position_embeddings", 1)
-    if type(positions) is not int or not 0 < positions <= _MAX_POSITIONS:
-        raise ValueError(f"max_position_embeddings is {quoted(positions)}")
     if family is BERT:
         return BertModel(BertConfig.from_dict(config), add_pooling_layer=False)
     if family is XLM_ROBERTA:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth.errors import ModelArtifactError, one_line, quoted
-from dreambooth.model_folder import headers, layout
+from dreambooth.model_folder import configuration, headers, layout
 from dreambooth.process import addresses
 
 CLIP = ("clip", "clip_vision_model")
@@ -66,9 +66,9 @@ def _read(folder: Path) -> VisionModel:
         )
     path, settings_path = folder / "config.json", folder / "preprocessor_config.json"
     layout.refuse_foreign_files(folder, sorted(folder.iterdir()))
-    config = layout.read_json(path)
+    config = configuration.checked(path, layout.read_json(path), "vision_model")
     kind = config.get("model_type")
-    if kind not in KINDS or config.get("auto_map"):
+    if kind not in KINDS:
         raise ModelArtifactError(
             f"{path} is of the type {quoted(kind)}; a folder of one of "
             f"{', '.join(KINDS)} in transformers' layout is expected."
@@ -89,7 +89,7 @@ def _read(folder: Path) -> VisionModel:
     return VisionModel(
         folder=folder,
         kind=kind,
-        config=_harmless(vision),
+        config={k: v for k, v in vision.items() if k.lstrip("_") not in _FLOAT_TYPES},
         height=height,
         width=width,
         mean=_three_numbers(settings_path, "image_mean", settings.get("image_mean", _MEAN)),
@@ -106,13 +106,6 @@ def _vision_settings(path: Path, config: dict[str, Any]) -> dict[str, Any]:
             "the settings of CLIP's vision model are expected."
         )
     return dict(vision)
-
-
-def _harmless(config: dict[str, Any]) -> dict[str, Any]:
-    """Drop settings that would download a kernel, or change the weights as they are read."""
-    unwanted = (*_FLOAT_TYPES, "quantization_config")
-    kept = layout.without_code_settings(config)
-    return {key: value for key, value in kept.items() if key.lstrip("_") not in unwanted}
 
 
 def _image_size(path: Path, config: dict[str, Any]) -> tuple[int, int]:

@@ -53,7 +53,7 @@ def run_job(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Run one training job and return its exit code.
 
     0: done. 1: an error, whose message is on stderr and in the failure file. 143, 130: stopped by
-    SIGTERM, SIGINT.
+    SIGTERM, SIGINT; 129: by SIGHUP, which a closing terminal sends, unless it was ignored (nohup).
     """
     with logs.fault_tolerant_streams("stdout", "stderr"):
         return _run(argv, environ)

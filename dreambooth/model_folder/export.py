@@ -200,12 +200,12 @@ def _cast(
 
 
 def _write_config(origin: Path, target: Path, part: str) -> None:
-    """Copy a configuration, corrected; those of transformers get torch_dtype float32.
+    """Copy a configuration as `component_config` reads it; transformers' get torch_dtype float32.
 
     Otherwise transformers 5 would compute in the float type of the file and diffusers in float32,
     and a pipeline of fp16 weights would not run.
     """
-    config = layout.corrected(layout.read_json(origin), part)
+    config = layout.component_config(origin.parents[1], part)
     if "_class_name" not in config:  # transformers
         config.pop("dtype", None)
         config["torch_dtype"] = "float32"  # the name that 4.x and 5.x read

@@ -17,6 +17,7 @@ from typing import Any
 
 from dreambooth.errors import ModelArtifactError, one_line, quoted
 from dreambooth.limits import LIMITS, Limits
+from dreambooth.model_folder import configuration
 from dreambooth.model_folder.component_classes import (
     COMPONENTS,
     FAMILIES_LISTED,
@@ -40,8 +41,6 @@ LEADS_OUT = (
 )
 OTHER_FILES = ("hyperparameters.json", "README.md")
 OPTIONAL_PARTS = ("safety_checker", "feature_extractor")
-# Settings by which a configuration could make transformers download and run a kernel.
-_CODE_SETTINGS = ("attn_implementation", "experts_implementation")
 
 _STEM = r"(?P<stem>diffusion_pytorch_model|pytorch_model|model)"
 _WEIGHTS = re.compile(_STEM + r"(?:\.(?P<variant>[\w-]+))?\.(?P<suffix>safetensors|bin)")
@@ -51,9 +50,6 @@ _SHARD_INDEX = re.compile(
 )
 # The order of preference among copies: the plain name, then full precision, then half.
 _VARIANTS = ("", "fp32", "fp16", "bf16")
-# The deepest honest network of this family has 32 layers; a config that asks for a million would
-# keep the machine busy for hours.
-_MAX_LAYERS = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,15 +153,6 @@ def read_json(path: Path, *, limits: Limits = LIMITS) -> dict[str, Any]:
     return content
 
 
-def without_code_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration, and those inside it, without the settings that would run code."""
-    return {
-        key: without_code_settings(value) if isinstance(value, dict) else value
-        for key, value in config.items()
-        if key.lstrip("_") not in _CODE_SETTINGS
-    }
-
-
 def _int_of_at_most(digits: int) -> Callable[[str], int]:
     """Return a parser for the whole numbers of JSON that raises ValueError for longer ones.
 
@@ -181,31 +168,19 @@ def _int_of_at_most(digits: int) -> Callable[[str], int]:
 
 
 def component_config(folder: Path, part: str, *, limits: Limits = LIMITS) -> dict[str, Any]:
-    """Read and check a component's configuration; return it `corrected`.
+    """Read and check a component's configuration; return it `corrected`, without what runs code.
 
-    Raises ModelArtifactError for one that asks for foreign or remote code, or for a huge network.
+    Raises ModelArtifactError for a foreign class, and for what `configuration.checked` refuses.
     """
     path = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
-    config = read_json(path, limits=limits)
-    if config.get("auto_map") or config.get("trust_remote_code"):
-        raise ModelArtifactError(f"{path} asks for code of its own (auto_map), which is never run.")
+    config = configuration.checked(path, read_json(path, limits=limits), part)
     allowed = {name for _, name in COMPONENTS[part]}
     architectures = config.get("architectures")
-    named = [config.get("_class_name"), *(architectures if isinstance(architectures, list) else [])]
-    for name in named:
-        if name is not None and name not in allowed:
+    named = architectures if isinstance(architectures, list) else [architectures]
+    for name in (config.get("_class_name"), *named):
+        if name is not None and (not isinstance(name, str) or name not in allowed):
             raise ModelArtifactError(
                 f"{path} is of the class {quoted(name)}; only {_listed(allowed)} can be used here."
-            )
-    for key, value in config.items():
-        depths = value if isinstance(value, list) else [value]
-        if "block" in key and len(depths) > _MAX_LAYERS:
-            raise ModelArtifactError(
-                f"{path} lists {len(depths)} {one_line(key, 60)}, more than {_MAX_LAYERS}."
-            )
-        if "layers" in key and any(isinstance(n, int) and n > _MAX_LAYERS for n in depths):
-            raise ModelArtifactError(
-                f"{path} asks for {one_line(key, 60)} = {quoted(value)}, more than {_MAX_LAYERS}."
             )
     return corrected(config, part)
 
@@ -310,6 +285,8 @@ def validate_folder(folder: Path, *, linked_weights: bool = True, limits: Limits
     text_family(folder, limits=limits)
     for part in (*TRAINED_PARTS, "scheduler"):
         component_config(folder, part, limits=limits)
+    if _entry(index, "safety_checker") and (folder / "safety_checker").is_dir():
+        component_config(folder, "safety_checker", limits=limits)
     for part in TRAINED_PARTS:
         weight_files(folder / part, limits=limits)
 

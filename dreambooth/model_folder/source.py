@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from dreambooth.model_folder import archives, hub
 from dreambooth.model_folder.facts import ModelFacts, check_trainable, read_facts
 from dreambooth.model_folder.layout import INDEX, validate_folder
 from dreambooth.model_folder.mistaken_files import refuse_single_file, single_file_fault
-from dreambooth.process import addresses
+from dreambooth.process import addresses, temporary_folder
 
 __all__ = [
     "ModelFacts",
@@ -221,9 +220,9 @@ def peek_facts(archive: Path, *, limits: Limits = LIMITS) -> ModelFacts | None:
     try:
         if archive.stat().st_size > _PEEK_BYTES:
             return None
-        with tempfile.TemporaryDirectory(prefix="peek-") as workspace:
+        with temporary_folder.temporary() as workspace:
             source = ModelSource(kind="archive", location=str(archive), path=archive)
-            folder = open_source(source, Path(workspace), limits=small)
+            folder = open_source(source, workspace, limits=small)
             facts = read_facts(folder, to_train=False, limits=small)
     except (ModelArtifactError, ResourceError, OSError):
         return None

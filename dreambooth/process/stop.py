@@ -1,8 +1,9 @@
-"""Handle SIGTERM and SIGINT: end a job at once, or at the next point where no work is lost.
+"""Handle stop signals: end a job at once, or at the next point where no work is lost.
 
 AWS, "How Amazon SageMaker AI Signals Algorithms": SIGTERM, then 120 s, then SIGKILL. A signal
 raises Stopped wherever the job is. Inside `held()` it is only noted, and `check()` or the end of
-the block raises Stopped. A second signal ends the process at once.
+the block raises Stopped. A second signal ends the process at once, unless it is SIGHUP: a terminal
+that closes sends it once or twice.
 """
 
 from __future__ import annotations
@@ -12,13 +13,26 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
 STOP_SECONDS = 100.0
 """Of the 120 s between SIGTERM and SIGKILL, what writing may take; the rest is for the way out."""
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def answered(*, always: Sequence[signal.Signals] = (signal.SIGTERM,)) -> list[signal.Signals]:
+    """Return the stop signals that this process should answer.
+
+    Those that it was started to ignore are left out, except `always`: a shell's background job
+    ignores SIGINT (Ctrl-C is not meant for it), and a process under `nohup` ignores SIGHUP.
+    """
+    return [
+        number
+        for number in _SIGNALS
+        if number in always or signal.getsignal(number) is not signal.SIG_IGN
+    ]
 
 
 class Stopped(BaseException):
@@ -30,7 +44,7 @@ class Stopped(BaseException):
 
     @property
     def exit_code(self) -> int:
-        """Return 143 for SIGTERM and 130 for SIGINT, as shells do."""
+        """Return 143 for SIGTERM, 130 for SIGINT and 129 for SIGHUP, as shells do."""
         return 128 + self.number
 
 
@@ -58,12 +72,8 @@ class StopSignals:
         """Handle the signals during the block; outside the main thread none can be handled."""
         previous = []
         try:
-            for number in _SIGNALS:
-                before = signal.getsignal(number)
-                if number == signal.SIGINT and before is signal.SIG_IGN:
-                    continue  # a shell's background job: Ctrl-C is not meant for it
-                signal.signal(number, self._answer)
-                previous.append((number, before))
+            for number in answered():
+                previous.append((number, signal.signal(number, self._answer)))
         except ValueError:  # not the main thread: the caller's handlers stay
             yield
             return
@@ -95,11 +105,13 @@ class StopSignals:
             os.close(reading)
 
     def _count(self, reading: int) -> None:
-        arrived = 0
+        arrived = False
         while number := os.read(reading, 1):
-            arrived += number[0] in _SIGNALS
-            if arrived > 1:
+            if number[0] not in _SIGNALS:
+                continue
+            if arrived and number[0] != signal.SIGHUP:
                 self._leave(128 + number[0])
+            arrived = True
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

@@ -1,7 +1,7 @@
-"""Make the job's temporary folder, after removing those that killed jobs left behind.
+"""Make a process's temporary folder, after removing those that killed processes left behind.
 
-A killed job cannot clean up, and an unpacked model takes gigabytes. Each folder is locked as long
-as its job runs, so a folder without a lock belongs to no running job.
+A killed job or server cannot clean up, and an unpacked model takes gigabytes. Each folder is locked
+as long as its process runs, so a folder without a lock belongs to no running one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dreambooth.process import files
 
-_NEW, _JOB = "dreambooth-new-", "dreambooth-job-"  # renamed once it is locked
+_NEW, _LOCKED = "dreambooth-new-", "dreambooth-job-"  # renamed once it is locked
 
 
 @contextlib.contextmanager
@@ -28,9 +28,9 @@ def temporary() -> Iterator[Path]:
         _sweep(root)
         new = Path(tempfile.mkdtemp(prefix=_NEW, dir=root))
         lock = os.open(new, os.O_RDONLY | os.O_DIRECTORY)
-        with contextlib.suppress(OSError):  # no locks here: other jobs remove nothing either
+        with contextlib.suppress(OSError):  # no locks here: other processes remove nothing either
             files.try_lock(lock)
-        folder = new.with_name(_JOB + new.name.removeprefix(_NEW))
+        folder = new.with_name(_LOCKED + new.name.removeprefix(_NEW))
         new.rename(folder)
     try:
         yield folder
@@ -40,8 +40,8 @@ def temporary() -> Iterator[Path]:
 
 
 def _sweep(root: Path) -> None:
-    for path in root.glob(_JOB + "*"):
-        with contextlib.suppress(OSError):  # another user's, or another job just removed it
+    for path in root.glob(_LOCKED + "*"):
+        with contextlib.suppress(OSError):  # another user's, or just removed by another process
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 if os.fstat(lock).st_uid == os.geteuid() and files.try_lock(lock):

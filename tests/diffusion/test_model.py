@@ -32,7 +32,10 @@ LAYOUTS = [
     {"text_model_prefix": False},
     {"use_linear_projection": False},
     {"prediction_type": "v_prediction", "pixels": 64},
-    {"prediction_type": "sample"},  # cannot be trained, but can be drawn with
+    {
+        "prediction_type": "sample",
+        "scheduler": "DDIMScheduler",
+    },  # cannot be trained, but can be drawn with
 ]
 
 

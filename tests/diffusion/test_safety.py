@@ -213,6 +213,8 @@ def test_what_is_switched_off_is_left_out(tmp_path: Path) -> None:
         {"resample": 77},
         {"rescale_factor": None},
         {"image_processor_type": "Foreign"},
+        {"image_processor_type": ["CLIPImageProcessor"]},
+        {"feature_extractor_type": {"a": 1}},
     ],
 )
 def test_a_preprocessor_file_without_sense_is_reported(
@@ -233,6 +235,18 @@ def test_a_preprocessor_file_without_sense_is_reported(
         {"vision_config": CONFIG["vision_config"] | {"hidden_size": 17}},
         {"vision_config": CONFIG["vision_config"] | {"image_size": 10**5, "patch_size": 1}},
         {"vision_config": "none"},
+        {"vision_config": CONFIG["vision_config"] | {"hidden_size": 10**9}},
+        {"vision_config": CONFIG["vision_config"] | {"patch_size": [1, [10**9]]}},
+        {"vision_config": CONFIG["vision_config"] | {"hidden_act": "evil"}},
+        {"vision_config": CONFIG["vision_config"] | {"layer_norm_eps": "small"}},
+        {"vision_config": CONFIG["vision_config"] | {"attention_dropout": "much"}},
+        {"vision_config": CONFIG["vision_config"] | {"dtype": "evil"}},
+        {"vision_config": None, "projection_dim": 10**9},
+        {"projection_dim": 10**6},
+        {"projection_dim": "wide"},
+        {"architectures": [["StableDiffusionSafetyChecker"]]},
+        {"architectures": {"a": 1}},
+        {"architectures": "Foreign"},
     ],
     ids=str,
 )

@@ -80,9 +80,12 @@ def test_other_folders_are_refused_in_one_sentence(vision_folder: Path, tmp_path
     with pytest.raises(ModelArtifactError, match=r"config\.json"):
         of_folder(tmp_path / "none")
     config = json.loads((vision_folder / "config.json").read_text())
-    for changes in ({"model_type": "bert"}, {"auto_map": {"AutoModel": "evil.Model"}}):
+    for changes, sentence in (
+        ({"model_type": "bert"}, "is expected"),
+        ({"auto_map": {"AutoModel": "evil.Model"}}, "code of its own"),
+    ):
         (vision_folder / "config.json").write_text(json.dumps({**config, **changes}))
-        with pytest.raises(ModelArtifactError, match="is expected"):
+        with pytest.raises(ModelArtifactError, match=sentence):
             of_folder(vision_folder)
     (vision_folder / "config.json").write_text(json.dumps(config))
     (vision_folder / "preprocessor_config.json").write_text('{"image_mean": "grey"}')

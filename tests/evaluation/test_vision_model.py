@@ -72,7 +72,7 @@ def test_what_would_run_code_or_change_the_weights_is_left_out(folder: Path) -> 
         ({"model_type": "vit", "image_size": {"height": 28}}, None, "image_size as {"),
         ({"model_type": "vit", "num_channels": 1}, None, "1 channels"),
         ({"model_type": ["vit"]}, None, "is of the type ['vit']"),
-        ({"model_type": "vit", "auto_map": {"AutoModel": "x.Y"}}, None, "is expected"),
+        ({"model_type": "vit", "auto_map": {"AutoModel": "x.Y"}}, None, "code of its own"),
         ({"model_type": "vit"}, {"image_std": [0, 0, 0]}, "three positive numbers"),
         ({"model_type": "vit"}, {"image_std": [1, 1, 1e-300]}, "three positive numbers"),
         ({"model_type": "vit"}, {"image_std": None}, "image_std as null"),

@@ -288,6 +288,22 @@ def test_a_safety_checker_goes_with_the_model(make_model_folder: Make, tmp_path:
     assert index["safety_checker"] == [None, None]
 
 
+def test_settings_that_would_run_code_do_not_go_along(
+    make_model_folder: Make, tmp_path: Path
+) -> None:
+    base = with_safety_checker(make_model_folder())
+    parts = ("unet", "vae", "text_encoder", "safety_checker")
+    for part in parts:
+        path = base / part / "config.json"
+        evil = {"_attn_implementation": "someone/evil", "vision_config": {"quantization_config": 1}}
+        path.write_text(json.dumps(json.loads(path.read_text()) | evil))
+    write(tmp_path, base, trained_model(base))
+    for part in parts:
+        copy = (tmp_path / part / "config.json").read_text()
+        assert "evil" not in copy
+        assert "quantization" not in copy
+
+
 def as_transformers_5_saves(folder: Path) -> Path:
     from transformers import CLIPTextModel, CLIPTokenizer
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth.process.stop import STOP_SECONDS, Stopped, StopSignals
+from dreambooth.process.stop import STOP_SECONDS, Stopped, StopSignals, answered
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,7 +25,9 @@ def held(stop: StopSignals, work: Callable[[], object]) -> None:
         work()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
 def test_a_signal_raises_where_the_job_is(number: signal.Signals, code: int) -> None:
     def work() -> None:
         with StopSignals().listening():
@@ -102,6 +104,20 @@ def test_a_second_signal_leaves_with_its_own_code() -> None:
     assert left == [130]
 
 
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGHUP])
+def test_a_terminal_that_closes_may_say_so_twice(first: signal.Signals) -> None:
+    left: list[int] = []
+
+    def work() -> None:
+        for number in (first, signal.SIGHUP, signal.SIGHUP):
+            send(number)
+            time.sleep(0.05)  # for the thread that counts them
+
+    with pytest.raises(Stopped):
+        held(StopSignals(leave=left.append), work)
+    assert left == []
+
+
 def test_a_second_signal_ends_a_real_process_at_once() -> None:
     code = (
         "import time; from dreambooth.process.stop import StopSignals\n"
@@ -155,15 +171,20 @@ def test_the_time_left_runs_from_the_signal() -> None:
     assert left == [STOP_SECONDS - 30]
 
 
-def test_the_callers_handlers_come_back_and_an_ignored_sigint_stays_so() -> None:
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+@pytest.mark.parametrize("ignored", [signal.SIGINT, signal.SIGHUP])
+def test_the_callers_handlers_come_back_and_an_ignored_signal_stays_so(
+    ignored: signal.Signals,
+) -> None:
+    before = signal.signal(ignored, signal.SIG_IGN)
     try:
         with StopSignals().listening():
-            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            assert signal.getsignal(ignored) is signal.SIG_IGN
             assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        assert ignored not in answered()
+        assert ignored in answered(always=(ignored,))
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(ignored, before)
 
 
 def test_outside_of_the_main_thread_nothing_is_changed() -> None:

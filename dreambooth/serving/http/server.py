@@ -4,9 +4,9 @@ The port is bound before the model is read, so that /ping can answer 503 while i
 model cannot be loaded, the process ends with one sentence in the log, since such an endpoint can
 never work. Crashes of the engine are left to the supervisor.
 
-After SIGTERM or SIGINT new requests get 503. The accepted ones are drawn and sent within `GRACE_S`,
-then the port is closed and the process ends with 0. SageMaker sends SIGKILL 30 s after SIGTERM
-(AWS, "Custom inference code": how SageMaker stops a container).
+After SIGTERM, SIGINT or SIGHUP new requests get 503. The accepted ones are drawn and sent within
+`GRACE_S`, then the port is closed and the process ends with 0. SageMaker sends SIGKILL 30 s after
+SIGTERM (AWS, "Custom inference code": how SageMaker stops a container).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import uvicorn
 
 from dreambooth.errors import DreamBoothError, UserError
 from dreambooth.model_folder import source
-from dreambooth.process import logs, temporary_folder
+from dreambooth.process import logs, stop, temporary_folder
 from dreambooth.serving.http.app import App
 from dreambooth.serving.http.guard import Guard, GuardLimits, guarded
 from dreambooth.serving.http.metrics import Metrics
@@ -80,13 +80,13 @@ async def _serve(
     guard = Guard(guard_limits(settings.max_connections, files))
     http = _HttpServer(_config(app, guard, accepted_at_once(files)))
     metrics.connections = lambda: (len(http.server_state.connections), guard.refused)
-    stop = asyncio.Event()
+    asked = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(LoopErrors())
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    for number in stop.answered(always=(signal.SIGTERM, signal.SIGINT)):
+        loop.add_signal_handler(number, asked.set)
     serving = asyncio.create_task(http.serve(sockets=[listener]))
-    stopped = asyncio.create_task(stop.wait())
+    stopped = asyncio.create_task(asked.wait())
     host, port = listener.getsockname()[:2]
     log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
     drawing = asyncio.create_task(_run_engine(app, metrics, settings, workspace))

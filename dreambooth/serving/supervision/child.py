@@ -2,7 +2,7 @@
 
 It is started by `engine_process`, which passes the number of an inherited socket. When that is
 closed, nobody waits for pictures any more, and the process exits at once, whatever it is doing.
-SIGTERM and SIGINT are ignored: a platform sends them to every process of a container, but the
+SIGTERM, SIGINT and SIGHUP are ignored: they reach every process of a container or terminal, but the
 accepted requests are still to be drawn. The server sends Close when that is done.
 """
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
     """Serve one socket; return 0 after Close, 1 after a failed load or if the engine is broken."""
     logs.open_closed_streams()
     arguments = _parser().parse_args(argv)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     _die_with_parent()
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries that print

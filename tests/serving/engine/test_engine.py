@@ -129,7 +129,7 @@ def test_a_folder_that_says_what_no_network_can_do_is_reported_at_the_start(
 ) -> None:
     path = make_model_folder() / file
     path.write_text(json.dumps(json.loads(path.read_text()) | setting))
-    with pytest.raises(ModelArtifactError, match="draws no picture"):
+    with pytest.raises(ModelArtifactError, match=f"{file} gives {next(iter(setting))} as"):
         open_engine(path.parents[1], SETTINGS, warm_up_budget_s=0.0)
 
 

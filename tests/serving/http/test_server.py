@@ -314,11 +314,21 @@ def test_a_client_that_leaves_stops_its_work(server: Server) -> None:
     assert " 499 " in server.log
 
 
-def test_sigterm_while_loading_ends_with_0() -> None:
+def test_what_a_killed_server_left_is_swept_and_a_closed_terminal_while_loading_ends_with_0(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     with serve(ready=False) as server:
+        server.wait_until(lambda: [*tmp_path.glob("dreambooth-job-*")], "a temporary folder")
+        server.process.kill()
+        server.process.wait()
+        (killed,) = tmp_path.iterdir()
+    with serve(ready=False) as server:
+        server.wait_until(lambda: not killed.exists(), "an empty temporary folder")
         time.sleep(0.5)
-        server.process.send_signal(signal.SIGTERM)
+        server.process.send_signal(signal.SIGHUP)
         assert server.process.wait(20) == 0
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server_with_one_sentence(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_a_cancelled_request_stops_and_sends_no_more(talk: Talk) -> None:
 
 def test_signals_that_a_platform_sends_to_all_do_not_stop_it(talk: Talk) -> None:
     talk.say(generate(10, 1))
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         os.kill(talk.process.pid, number)
     assert talk.until(lambda message: isinstance(message, Done))[-1] == Done(request_id=10)
 
