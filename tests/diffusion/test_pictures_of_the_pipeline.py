@@ -33,10 +33,12 @@ from dreambooth.model_folder.component_classes import SCHEDULERS
 ABSENT = object()  # in place of a value: the key is left out
 PROMPT = "a photo of a red ball on the beach"
 
-# Settings of noise schedulers; each is tried with those that know it, and the first two with all.
-NOISE_SCHEDULER: dict[str, list[Any]] = {
+# Settings of noise schedulers: these two are tried with all, the others with those that know them.
+CORRECTED: dict[str, list[Any]] = {
     "steps_offset": [ABSENT, 0, 1, 7],
     "clip_sample": [ABSENT, True, False],
+}
+NOISE_SCHEDULER: dict[str, list[Any]] = {
     "_use_default_values": [["steps_offset"], ["clip_sample", "beta_end"], ["prediction_type"]],
     "_class_name": [ABSENT, "DDIMScheduler", "PNDMScheduler"],
     "beta_schedule": ["linear", "scaled_linear", "squaredcos_cap_v2"],
@@ -147,7 +149,7 @@ TOKENIZER: dict[str, list[Any]] = {
 }
 VERSIONS = (
     *("0.2.2", "0.6.0.dev0", "0.8", "0.8.9.rc1", "v0.8.0", " 0.8.0", "0!0.8.0", "0", "00.08"),
-    *("0.9.0.dev0", "0.9.0", "0.10.2", "0.80.0", "1.0.0", "1!0.2.0", "0.42.1"),
+    *("0.9.0.dev0", "0.10.2", "0.80.0", "1.0.0", "1!0.2.0"),
 )
 
 
@@ -176,9 +178,9 @@ def fit_weights(file: Path, module: torch.nn.Module, prefix: str = "") -> None:
 
 def of_a_scheduler(rng: random.Random, folder: Path, name: str) -> dict[str, Any]:
     known = inspect.signature(getattr(diffusers, name).__init__).parameters
-    common = list(NOISE_SCHEDULER)[:4]
-    table = {k: v for k, v in NOISE_SCHEDULER.items() if k in known or k in common}
-    settings = {"_class_name": name, **some_of(rng, table, 4)}
+    table = {k: v for k, v in NOISE_SCHEDULER.items() if k in known or k.startswith("_")}
+    settings = {"_class_name": name, **some_of(rng, table, 3)}
+    settings |= {key: rng.choice(values) for key, values in CORRECTED.items()}
     say(folder / "scheduler" / "scheduler_config.json", **settings)
     say(folder / "model_index.json", scheduler=["diffusers", name])
     return settings | {"eta": rng.choice([0.0, 0.0, 0.5])}
@@ -204,8 +206,8 @@ def of_the_vae(rng: random.Random, folder: Path) -> dict[str, Any]:
 
 def of_the_resolution(rng: random.Random, folder: Path) -> dict[str, Any]:
     settings = {
-        "_diffusers_version": rng.choice([*VERSIONS, ABSENT]),
-        "sample_size": rng.choice([4, 12, 16, 20, 64, 66]),
+        "_diffusers_version": rng.choice(VERSIONS),
+        "sample_size": rng.choice([4, 12, 16, 20, 62, 66]),
     }
     say(folder / "unet" / "config.json", **settings)
     return settings | {"num_inference_steps": 1}
