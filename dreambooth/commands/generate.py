@@ -89,15 +89,17 @@ def _load(settings: GenerateSettings, workspace: Path) -> DiffusionModel:
 
 
 def _check_steps(steps: int, folder: Path) -> None:
-    """Refuse more steps than the model's noise schedule has, before its weights are read."""
+    """Refuse steps that the model's noise schedule has no room for, before weights are read."""
     from dreambooth.diffusion import sampling_request
     from dreambooth.model_folder import layout
 
     layout.validate_folder(folder)
-    most = sampling_request.max_steps(layout.component_config(folder, "scheduler"))
-    if steps > most:
+    scheduler = layout.read_index(folder)["scheduler"][1]
+    known = sampling_request.step_range(scheduler, layout.component_config(folder, "scheduler"))
+    if steps not in known:
         raise UserError(
-            f"--num_inference_steps must be at most {most} with this model, not {steps}."
+            f"--num_inference_steps must lie between {known[0]} and {known[-1]} with this model, "
+            f"not {steps}."
         )
 
 

@@ -23,7 +23,7 @@ import torch
 from accelerate import init_empty_weights
 
 from dreambooth.diffusion import text_encoders, trial
-from dreambooth.diffusion.sampling_request import max_steps
+from dreambooth.diffusion.sampling_request import step_range
 from dreambooth.diffusion.trial import faults_of
 from dreambooth.errors import ModelArtifactError
 from dreambooth.limits import LIMITS, Limits
@@ -163,23 +163,26 @@ def sampling_scheduler(model: DiffusionModel) -> Any:
 def tokenize(model: DiffusionModel, prompts: Sequence[str]) -> torch.Tensor:
     """Return the token ids of prompts, int64 [B, L], padded to the text encoder's length.
 
+    Tokens of several vectors are `expanded`. Padding is marked where the text encoder takes a mask.
     Prompts of more than L tokens (77 for Stable Diffusion) are truncated. The log warns of each
     such prompt once, however often it comes.
     """
     length = text_encoders.prompt_length(model.tokenizer, model.text_encoder)
+    expanded = [text_encoders.expanded(model.tokenizer, prompt) for prompt in prompts]
     rows = model.tokenizer(
-        list(prompts),
+        expanded,
         padding="max_length",
         max_length=length,
         truncation=True,
         return_tensors="pt",
+        return_attention_mask=True,
     )
     for i, prompt in enumerate(prompts):
         if rows.encodings:  # a tokenizer in Rust, which returns what it cut off
             cut = bool(rows.encodings[i].overflowing)
         else:  # a tokenizer in Python; a row that has padding was not cut
             full = bool(rows.attention_mask[i].all())
-            cut = full and len(model.tokenizer(prompt).input_ids) > length
+            cut = full and len(model.tokenizer(expanded[i]).input_ids) > length
         if cut and prompt not in model.reported_prompts:
             model.reported_prompts.append(prompt)
             logger.warning(
@@ -188,7 +191,9 @@ def tokenize(model: DiffusionModel, prompts: Sequence[str]) -> torch.Tensor:
                 length,
                 prompt[:_LOGGED] + "..." * (len(prompt) > _LOGGED),
             )
-    return torch.as_tensor(rows.input_ids)
+    return text_encoders.with_marked_padding(
+        model.text_encoder, torch.as_tensor(rows.input_ids), torch.as_tensor(rows.attention_mask)
+    )
 
 
 @torch.no_grad()
@@ -200,9 +205,7 @@ def encode_text(model: DiffusionModel, input_ids: torch.Tensor) -> torch.Tensor:
 def text_features(model: DiffusionModel, input_ids: torch.Tensor) -> torch.Tensor:
     """Return what `encode_text` returns, with gradients, for training the text encoder."""
     input_ids = input_ids.to(next(iter(model.text_encoder.parameters())).device)
-    mask = text_encoders.attention_mask(model.tokenizer, model.text_encoder, input_ids)
-    features: torch.Tensor = model.text_encoder(input_ids, attention_mask=mask)[0]
-    return features
+    return text_encoders.encode(model.text_encoder, input_ids)
 
 
 @torch.no_grad()
@@ -248,15 +251,14 @@ def _check_fit(model: DiffusionModel) -> None:
         raise ModelArtifactError(
             f"{model.folder}: the tokenizer has {tokens} tokens, and the text encoder {known}."
         )
+    unet = model.unet.config
+    is_projected = unet.encoder_hid_dim_type == "text_proj"
+    read = unet.encoder_hid_dim if is_projected else unet.cross_attention_dim
     for name, here, there in (
-        (
-            "text width",
-            text_encoders.width(model.text_encoder),
-            model.unet.config.cross_attention_dim,
-        ),
-        ("latent channels", model.vae.config.latent_channels, model.unet.config.in_channels),
+        ("text width", text_encoders.width(model.text_encoder), read),
+        ("latent channels", model.vae.config.latent_channels, unet.in_channels),
     ):
-        if here != there:
+        if any(here != each for each in (there if isinstance(there, (list, tuple)) else [there])):
             raise ModelArtifactError(
                 f"{model.folder}: the U-Net's {name} is {there}, where the model's other parts "
                 f"have {here}; only text-to-image models can be used."
@@ -268,21 +270,18 @@ def _try_all(model: DiffusionModel) -> None:
     folder, channels = model.folder, model.latent_channels
     scheduler = sampling_scheduler(model)
     with faults_of(folder / _SCHEDULER, f"{model.scheduler_class} that can sample"):
-        trial.sample(
-            scheduler,
-            channels=channels,
-            num_inference_steps=min(_TRIED_STEPS, max_steps(model.scheduler_config)),
-        )
+        steps = step_range(model.scheduler_class, model.scheduler_config)
+        trial.sample(scheduler, channels=channels, num_inference_steps=min(_TRIED_STEPS, steps[-1]))
     training = training_noise_scheduler(model)
     with faults_of(folder / _SCHEDULER, "noise schedule that can be trained with"):
         trial.add_noise(training, channels=channels)
     configs = {part: folder / part / "config.json" for part in layout.TRAINED_PARTS}
     with faults_of(configs["text_encoder"], "text encoder that can encode a prompt"):
         ids = tokenize(model, [""])
-        shape = (1, ids.shape[1], text_encoders.width(model.text_encoder))
-        trial.expect("text", encode_text(model, ids), shape)
+        text = (1, ids.shape[1], text_encoders.width(model.text_encoder))
+        trial.expect("text", encode_text(model, ids), text)
     cells = max(1, model.resolution // model.vae_scale_factor)
     with faults_of(configs["unet"], "U-Net of latents, timestep and text"):
-        trial.predict(model.unet, cells=cells, tokens=ids.shape[1])
+        trial.predict(model.unet, cells=cells, text=text)
     with faults_of(configs["vae"], "VAE of RGB pictures"):
         trial.encode_and_decode(model.vae, scale=model.vae_scale_factor)

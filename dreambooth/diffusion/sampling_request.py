@@ -13,9 +13,6 @@ from dreambooth.model_folder import facts as model_facts
 from dreambooth.model_folder.component_classes import TWO_CALLS_PER_STEP
 from dreambooth.model_folder.layout import component_config, read_index
 
-# Every side is a multiple of this many pixels, or of the VAE's own latent cell if that is larger.
-SMALLEST_UNIT = 8
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingRequest:
@@ -52,12 +49,13 @@ class SamplingFacts:
     """The sizes and step counts that a model allows.
 
     resolution: side in pixels if the request names none. unit: every side is a multiple of this
-    many pixels. max_steps: the largest num_inference_steps that the noise schedule has room for.
+    many pixels. min_steps, max_steps: the num_inference_steps that the noise schedule has room for.
     calls_per_step: U-Net calls per step; 2 with noise schedulers of second order.
     """
 
     resolution: int
     unit: int
+    min_steps: int = 1
     max_steps: int
     calls_per_step: int = 1
 
@@ -69,15 +67,13 @@ def facts_from(
     scheduler_class: str,
     scheduler_config: Mapping[str, Any],
 ) -> SamplingFacts:
-    """Derive the facts from a model's resolution (pixels), VAE and noise schedule.
-
-    A resolution that is no multiple of the unit is rounded down to one.
-    """
-    unit = max(SMALLEST_UNIT, vae_scale_factor)
+    """Derive the facts from a model's resolution (pixels), VAE and noise schedule."""
+    steps = step_range(scheduler_class, scheduler_config)
     return SamplingFacts(
-        resolution=max(unit, resolution // unit * unit),
-        unit=unit,
-        max_steps=max_steps(scheduler_config),
+        resolution=model_facts.drawn_side(resolution, vae_scale_factor),
+        unit=max(model_facts.SMALLEST_UNIT, vae_scale_factor),
+        min_steps=steps[0],
+        max_steps=steps[-1],
         calls_per_step=2 if scheduler_class in TWO_CALLS_PER_STEP else 1,
     )
 
@@ -110,9 +106,9 @@ def check(facts: SamplingFacts, request: SamplingRequest, *, limits: Limits = LI
             f"width x height must be at most {limits.max_generated_pixels} pixels, "
             f"not {width} x {height}."
         )
-    if not 1 <= request.num_inference_steps <= facts.max_steps:
+    if not facts.min_steps <= request.num_inference_steps <= facts.max_steps:
         raise RequestError(
-            f"num_inference_steps must lie between 1 and {facts.max_steps}, "
+            f"num_inference_steps must lie between {facts.min_steps} and {facts.max_steps}, "
             f"not {request.num_inference_steps}."
         )
     if not abs(request.guidance_scale) <= limits.max_guidance_scale:  # `not` catches NaN
@@ -126,10 +122,11 @@ def check(facts: SamplingFacts, request: SamplingRequest, *, limits: Limits = LI
         raise RequestError(f"seed must lie between 0 and 2**64 - 1, not {request.seed}.")
 
 
-def max_steps(scheduler_config: Mapping[str, Any]) -> int:
-    """Return the largest num_inference_steps of a noise schedule.
+def step_range(scheduler_class: str, scheduler_config: Mapping[str, Any]) -> range:
+    """Return the num_inference_steps that a noise schedule can be set to.
 
-    With more steps, steps_offset would push the first timestep past the end of the schedule. Raises
+    PNDM's Runge-Kutta steps, unless they are skipped, need four. With more steps than the last,
+    steps_offset would push the first timestep past the end of the schedule. Raises
     ModelArtifactError for a configuration whose numbers are not whole or leave no room for a step.
     """
     timesteps = scheduler_config.get("num_train_timesteps", 1000)
@@ -139,12 +136,16 @@ def max_steps(scheduler_config: Mapping[str, Any]) -> int:
             "scheduler_config.json must give whole numbers as num_train_timesteps and "
             f"steps_offset, not {quoted(timesteps)} and {quoted(offset)}."
         )
-    if timesteps <= offset:
+    has_runge_kutta = scheduler_class == "PNDMScheduler" and not scheduler_config.get(
+        "skip_prk_steps"
+    )
+    least = 4 if has_runge_kutta else 1
+    if timesteps - offset < least:
         raise ModelArtifactError(
             f"scheduler_config.json gives {timesteps} num_train_timesteps and a steps_offset of "
             f"{offset}, which leaves no step to take."
         )
-    return timesteps - offset
+    return range(least, timesteps - offset + 1)
 
 
 def picture_size(facts: SamplingFacts, request: SamplingRequest) -> tuple[int, int]:

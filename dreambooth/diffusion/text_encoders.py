@@ -43,6 +43,8 @@ BUILD_ERRORS = (
     *(NotImplementedError, RuntimeError, AssertionError, ZeroDivisionError, OverflowError),
     *(StrictDataclassError, ImportError),
 )
+# No prompt is read beyond these: the longest text encoder has 514 positions.
+_MAX_VECTORS, _MAX_EXPANDED = 1024, 65_536
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 
 
@@ -130,17 +132,44 @@ def prompt_length(tokenizer: Any, text_encoder: Any) -> int:
     return min(int(tokenizer.model_max_length), positions)
 
 
-def attention_mask(
-    tokenizer: Any, text_encoder: Any, input_ids: torch.Tensor
-) -> torch.Tensor | None:
-    """Return the mask of padded ids, int64 [B, L]; None if the text encoder takes none."""
+def expanded(tokenizer: Any, prompt: str) -> str:
+    """Return a prompt with every token of several vectors (textual inversion) written out.
+
+    Where the tokenizer has added tokens <thing>, <thing>_1 and <thing>_2, every <thing> becomes
+    "<thing> <thing>_1 <thing>_2", as diffusers' `maybe_convert_prompt` does.
+    """
+    added = tokenizer.added_tokens_encoder
+    for token in dict.fromkeys(tokenizer.tokenize(prompt)):  # in the order of the prompt
+        vectors = [token] if token in added else []
+        while vectors and len(vectors) < _MAX_VECTORS and f"{token}_{len(vectors)}" in added:
+            vectors.append(f"{token}_{len(vectors)}")
+        if len(vectors) > 1:
+            text = " ".join(vectors)
+            prompt = prompt.replace(token, text, _MAX_EXPANDED // len(text) + 1)[:_MAX_EXPANDED]
+    return prompt
+
+
+def with_marked_padding(
+    text_encoder: Any, input_ids: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """Return ids int64 [B, L] that also say which tokens a text encoder is to leave out.
+
+    Where the text encoder takes an attention mask, an id n that `mask` leaves out becomes ~n, which
+    is negative; otherwise nothing changes.
+    """
     if not getattr(text_encoder.config, "use_attention_mask", False):
-        return None
-    end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-    ends = input_ids.eq(end).long()
-    if tokenizer.pad_token_id == end:  # up to the first of them
-        return (ends.cumsum(dim=1) - ends).eq(0).long()
-    return ends.flip(1).cumsum(dim=1).flip(1).gt(0).long()  # up to the last
+        return input_ids
+    return torch.where(mask > 0, input_ids, ~input_ids)
+
+
+def encode(text_encoder: Any, input_ids: torch.Tensor) -> torch.Tensor:
+    """Return encoder_hidden_states [B, L, D] of ids as `with_marked_padding` returns them."""
+    mask = None
+    if getattr(text_encoder.config, "use_attention_mask", False):
+        mask = (input_ids >= 0).long()
+        input_ids = torch.where(input_ids >= 0, input_ids, ~input_ids)
+    features: torch.Tensor = text_encoder(input_ids, attention_mask=mask)[0]
+    return features
 
 
 def load_tokenizer(family: TextFamily, folder: Path, limits: Limits = LIMITS) -> Any:

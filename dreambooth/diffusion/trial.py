@@ -76,13 +76,16 @@ def add_noise(noise_scheduler: Any, *, channels: int) -> None:
         expect("noisy latents", make(latents, latents.flip(0), timesteps), shape)
 
 
-def predict(unet: Any, *, cells: int, tokens: int) -> None:
-    """Call a U-Net as every step does: with latents, a timestep and text, and nothing else."""
+def predict(unet: Any, *, cells: int, text: tuple[int, int, int]) -> None:
+    """Call a U-Net as every step does: with latents, a timestep and text, and nothing else.
+
+    cells: of the latents' height and width. text: the text's shape [B,L,D].
+    """
     latents = _without_data(1, unet.config.in_channels, cells, cells, dtype=unet.dtype)
-    text = _without_data(1, tokens, unet.config.cross_attention_dim, dtype=unet.dtype)
+    hidden = _without_data(*text, dtype=unet.dtype)
     timesteps = torch.zeros(1, dtype=torch.int64, device="meta")
     inputs = (latents, timesteps)
-    pred = _call(unet, *inputs, encoder_hidden_states=text, return_dict=False)[0]
+    pred = _call(unet, *inputs, encoder_hidden_states=hidden, return_dict=False)[0]
     expect("prediction", pred, latents.shape)
 
 

@@ -13,6 +13,7 @@ holds every fp16 number; "fp16" casts them all.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import re
@@ -27,7 +28,7 @@ import torch
 from PIL import Image
 
 from dreambooth.errors import ModelArtifactError, TrainingDivergedError, UserError
-from dreambooth.model_folder import destination, layout, model_card, vocabulary, weights
+from dreambooth.model_folder import destination, facts, layout, model_card, vocabulary, weights
 from dreambooth.model_folder.component_classes import BERT, CLIP, COMPONENTS, TextFamily
 from dreambooth.model_folder.destination import ENTRIES, clear
 from dreambooth.model_folder.model_card import ModelCard, licence_of
@@ -90,6 +91,7 @@ def write(
         stage = Path(tempfile.mkdtemp(prefix=destination.PARTIAL, dir=model_dir))
         try:
             _write_parts(stage, base_folder, trained, precision, card.steps)
+            _write_sample_size(stage / "unet" / "config.json", base_folder, resolution)
             _write_index(stage, base_folder)
             _write_model_info(stage, base_folder, card, resolution)
             (stage / "hyperparameters.json").write_text(
@@ -210,6 +212,16 @@ def _write_config(origin: Path, target: Path, part: str) -> None:
         config.pop("dtype", None)
         config["torch_dtype"] = "float32"  # the name that 4.x and 5.x read
     _write_json(target, config)
+
+
+def _write_sample_size(path: Path, base: Path, resolution: int) -> None:
+    """Let plain diffusers draw at the trained resolution too: it reads the U-Net's sample_size."""
+    scale = facts.read_facts(base, to_train=False).vae_scale_factor
+    config = layout.read_json(path)
+    if config.get("sample_size") != (size := facts.drawn_side(resolution, scale) // scale):
+        # The pipeline takes a small size of a version before 0.9 for a mistake.
+        version = importlib.metadata.version("diffusers")
+        _write_json(path, {**config, "sample_size": size, "_diffusers_version": version})
 
 
 def _complete_tokenizer(base: Path, target: Path, family: TextFamily) -> None:

@@ -20,6 +20,8 @@ from dreambooth.model_folder.layout import (
 
 # The prediction types that diffusion.loss has a target for.
 TRAINABLE = ("epsilon", "v_prediction")
+# Every side of a picture is a multiple of this many pixels, or of a latent cell if that is larger.
+SMALLEST_UNIT = 8
 # Far below the smallest U-Net distilled from Stable Diffusion, far above any miniature.
 _FULL_SIZE_PARAMETERS = 100_000_000
 
@@ -89,6 +91,15 @@ def read_facts(folder: Path, *, to_train: bool = True, limits: Limits = LIMITS) 
     if to_train:
         check_trainable(facts, folder / "scheduler" / "scheduler_config.json")
     return facts
+
+
+def drawn_side(resolution: int, vae_scale_factor: int) -> int:
+    """Return the side in pixels of the pictures that a model of this resolution draws.
+
+    A resolution that is no multiple of their unit is rounded down to one.
+    """
+    unit = max(SMALLEST_UNIT, vae_scale_factor)
+    return max(unit, resolution // unit * unit)
 
 
 def check_trainable(facts: ModelFacts, origin: Path) -> None:

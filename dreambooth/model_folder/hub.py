@@ -90,7 +90,7 @@ def needed_files(names: Iterable[str]) -> list[str]:
         needed += [
             n for n in inside if n.endswith((".json", ".txt", ".model")) and ".index." not in n
         ]
-        chosen = choose_weights(PurePosixPath(name).name for name in inside)
+        chosen = choose_weights(part, (PurePosixPath(name).name for name in inside))
         if chosen is None:
             continue
         needed.append(f"{part}/{chosen.name}")

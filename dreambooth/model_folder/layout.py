@@ -30,6 +30,7 @@ from dreambooth.model_folder.mistaken_files import (
     refuse_single_file,
     refuse_stand_in,
 )
+from dreambooth.model_folder.pipeline_settings import corrected, refuse_undrawable
 
 INDEX = "model_index.json"
 MODEL_INFO = "__model_info__.json"
@@ -62,11 +63,14 @@ class WeightFiles:
     sharded: bool
 
 
-def choose_weights(names: Iterable[str]) -> WeightFiles | None:
+def choose_weights(part: str, names: Iterable[str]) -> WeightFiles | None:
     """Choose the weights among a component's file names; None where there are none.
 
-    safetensors are preferred to .bin, then full precision to half.
+    Where StableDiffusionPipeline finds weights, it is its choice: plain names before variants, then
+    safetensors before .bin. Of a single file and shards, diffusers takes the shards, transformers
+    the file. Among variants, full precision is preferred to half.
     """
+    is_of_diffusers = part in ("unet", "vae")
     found = []
     for name in names:
         if match := _WEIGHTS.fullmatch(name):
@@ -75,17 +79,20 @@ def choose_weights(names: Iterable[str]) -> WeightFiles | None:
             variant, sharded = match["variant"] or match["early"] or "", True
         else:
             continue
-        found.append(
-            WeightFiles(
-                name=name, variant=variant, pickled=match["suffix"] == "bin", sharded=sharded
-            )
+        files = WeightFiles(
+            name=name, variant=variant, pickled=match["suffix"] == "bin", sharded=sharded
         )
-
-    def preference(files: WeightFiles) -> tuple[object, ...]:
-        rank = _VARIANTS.index(files.variant) if files.variant in _VARIANTS else len(_VARIANTS)
-        return files.pickled, rank, files.sharded, files.name
-
-    return min(found, key=preference, default=None)
+        rank = _VARIANTS.index(variant) if variant in _VARIANTS else len(_VARIANTS)
+        usual_stem = "pytorch_model" if files.pickled else "model"
+        if is_of_diffusers:
+            usual_stem = "diffusion_pytorch_model"
+        shards_first = is_of_diffusers and not files.pickled
+        preference = (
+            *(rank, match["stem"] != usual_stem, files.pickled),
+            *(sharded != shards_first, name),
+        )
+        found.append((preference, files))
+    return min(found, key=lambda each: each[0])[1] if found else None
 
 
 def weight_files(component: Path, *, limits: Limits = LIMITS) -> tuple[WeightFiles, list[Path]]:
@@ -95,7 +102,7 @@ def weight_files(component: Path, *, limits: Limits = LIMITS) -> tuple[WeightFil
     or lies outside the folder.
     """
     names = [path.name for path in component.iterdir()] if component.is_dir() else []
-    chosen = choose_weights(names)
+    chosen = choose_weights(component.name, names)
     if chosen is None:
         others = ", ".join(sorted(name for name in names if name != "config.json")[:5]) or "nothing"
         raise ModelArtifactError(
@@ -170,7 +177,8 @@ def _int_of_at_most(digits: int) -> Callable[[str], int]:
 def component_config(folder: Path, part: str, *, limits: Limits = LIMITS) -> dict[str, Any]:
     """Read and check a component's configuration; return it `corrected`, without what runs code.
 
-    Raises ModelArtifactError for a foreign class, and for what `configuration.checked` refuses.
+    Raises ModelArtifactError for a foreign class, for what `configuration.checked` refuses, and for
+    a model of more than text to image.
     """
     path = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
     config = configuration.checked(path, read_json(path, limits=limits), part)
@@ -182,31 +190,9 @@ def component_config(folder: Path, part: str, *, limits: Limits = LIMITS) -> dic
             raise ModelArtifactError(
                 f"{path} is of the class {quoted(name)}; only {_listed(allowed)} can be used here."
             )
-    return corrected(config, part)
-
-
-def corrected(config: Mapping[str, Any], part: str) -> dict[str, Any]:
-    """Return a configuration with the corrections that StableDiffusionPipeline's constructor makes.
-
-    Folders of 2022 state other values than they were used with: steps_offset becomes 1 and
-    clip_sample False (DDIM and DDPM clip by default), and a sample_size below 64 becomes 64 in a
-    U-Net written before diffusers 0.9 (diffusers 0.42, pipelines/stable_diffusion).
-    """
-    changes: dict[str, Any] = {}
-    if part == "scheduler":
-        changes["steps_offset"] = 1
-        if config.get("clip_sample", True) is True:
-            changes["clip_sample"] = False
-    size = config.get("sample_size")
-    if part == "unet" and type(size) is int and size < 64 and _is_before_0_9(config):
-        changes["sample_size"] = 64
-    return {**config, **changes}
-
-
-def _is_before_0_9(config: Mapping[str, Any]) -> bool:
-    """Return whether a configuration states a diffusers version before 0.9.0.dev0."""
-    release = re.match(r"v?(\d{1,6})(?:\.(\d{1,6}))?", str(config.get("_diffusers_version", "")))
-    return release is not None and (int(release[1]), int(release[2] or 0)) < (0, 9)
+    config = corrected(config, part)
+    refuse_undrawable(config, part, path)
+    return config
 
 
 def read_index(folder: Path, *, limits: Limits = LIMITS) -> dict[str, Any]:

@@ -237,7 +237,7 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("unet/config.json", {"down_block_types": ["EvilBlock", "DownBlock2D"]}, "EvilBlock|network"),
     ("unet/config.json", {"norm_num_groups": 0}, "network"),
     ("unet/config.json", {"addition_embed_type": "text"}, "lacks add_embedding"),
-    ("unet/config.json", {"in_channels": 9, "out_channels": 4}, "shape"),
+    ("unet/config.json", {"in_channels": 9, "out_channels": 9}, "shape"),
     ("unet/config.json", {"cross_attention_dim": 64}, "shape"),
     ("vae/config.json", {"layers_per_block": 2}, "lacks"),
     ("vae/config.json", {"use_quant_conv": False}, "foreign"),

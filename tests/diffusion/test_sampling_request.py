@@ -84,11 +84,29 @@ def test_missing_sizes_are_the_models_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "most"),
-    [({}, 1000), ({"steps_offset": 1}, 999), ({"num_train_timesteps": 50, "steps_offset": 0}, 50)],
+    ("name", "config", "least", "most"),
+    [
+        ("DDIMScheduler", {}, 1, 1000),
+        ("DDIMScheduler", {"steps_offset": 1}, 1, 999),
+        ("DDIMScheduler", {"num_train_timesteps": 50, "steps_offset": 0}, 1, 50),
+        ("PNDMScheduler", {"skip_prk_steps": True, "steps_offset": 1}, 1, 999),
+        ("PNDMScheduler", {"skip_prk_steps": False}, 4, 1000),
+        ("PNDMScheduler", {}, 4, 1000),
+        ("PNDMScheduler", {"num_train_timesteps": 4}, 4, 4),
+    ],
 )
-def test_the_noise_schedule_bounds_the_steps(config: dict[str, object], most: int) -> None:
-    assert sampling_request.max_steps(config) == most
+def test_the_noise_schedule_bounds_the_steps(
+    name: str, config: dict[str, object], least: int, most: int
+) -> None:
+    facts = sampling_request.facts_from(
+        resolution=512, vae_scale_factor=8, scheduler_class=name, scheduler_config=config
+    )
+    assert (facts.min_steps, facts.max_steps) == (least, most)
+    for steps in (least - 1, most + 1):
+        request = dataclasses.replace(REQUEST, num_inference_steps=steps)
+        with pytest.raises(RequestError, match=f"between {least} and {most}, not {steps}"):
+            sampling_request.check(facts, request)
+    sampling_request.check(facts, dataclasses.replace(REQUEST, num_inference_steps=least))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +114,7 @@ def test_the_noise_schedule_bounds_the_steps(config: dict[str, object], most: in
 )
 def test_a_noise_schedule_without_numbers_is_reported(config: dict[str, object]) -> None:
     with pytest.raises(ModelArtifactError, match="whole numbers"):
-        sampling_request.max_steps(config)
+        sampling_request.step_range("DDIMScheduler", config)
 
 
 @pytest.mark.parametrize(("given", "counted"), [(512, 512), (60, 56), (4, 8)])
@@ -107,9 +125,13 @@ def test_a_resolution_is_a_multiple_of_the_unit(given: int, counted: int) -> Non
     assert facts.resolution == counted
 
 
-def test_a_noise_schedule_without_a_step_is_reported() -> None:
+@pytest.mark.parametrize(
+    ("name", "timesteps"), [("DDIMScheduler", 10), ("PNDMScheduler", 13), ("PNDMScheduler", 10)]
+)
+def test_a_noise_schedule_without_a_step_is_reported(name: str, timesteps: int) -> None:
+    config = {"num_train_timesteps": timesteps, "steps_offset": 10}
     with pytest.raises(ModelArtifactError, match="leaves no step"):
-        sampling_request.max_steps({"num_train_timesteps": 10, "steps_offset": 10})
+        sampling_request.step_range(name, config)
 
 
 def test_facts_of_the_folder_are_those_of_the_loaded_model(

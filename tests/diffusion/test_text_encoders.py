@@ -464,23 +464,28 @@ def test_a_configuration_cannot_ask_for_a_kernel(
         assert "evil" not in str(model.text_encoder.config._attn_implementation)
 
 
-def test_the_mask_ends_where_the_prompt_does() -> None:
-    class Tokens:
-        eos_token_id, sep_token_id, pad_token_id = 9, None, 9
+class Tokens:
+    """A tokenizer of single letters, with these tokens added."""
 
-    class Encoder:
-        class config:
-            use_attention_mask = True
+    def __init__(self, *added: str) -> None:
+        self.added_tokens_encoder = {token: 100 + number for number, token in enumerate(added)}
 
-    ids = torch.tensor([[8, 1, 9, 9, 9]])
-    mask = text_encoders.attention_mask(Tokens(), Encoder(), ids)
-    assert mask is not None
-    assert mask.tolist() == [[1, 1, 1, 0, 0]]
-    Tokens.eos_token_id, Tokens.sep_token_id, Tokens.pad_token_id = None, 9, 0
-    # A prompt that contains the end token's text itself.
-    ids = torch.tensor([[8, 1, 9, 2, 9, 0, 0]])
-    mask = text_encoders.attention_mask(Tokens(), Encoder(), ids)
-    assert mask is not None
-    assert mask.tolist() == [[1, 1, 1, 1, 1, 0, 0]]
-    Encoder.config.use_attention_mask = False
-    assert text_encoders.attention_mask(Tokens(), Encoder(), ids) is None
+    def tokenize(self, prompt: str) -> list[str]:
+        return [word for word in prompt.split() if word in self.added_tokens_encoder]
+
+
+def test_an_expanded_prompt_stays_small() -> None:
+    names = [chr(ord("a") + k) for k in range(20)]
+    vectors = [each for name in names for each in (name, *(f"{name}_{n}" for n in range(1, 3000)))]
+    tokens = Tokens(*vectors)
+    prompt = text_encoders.expanded(tokens, "z a y " + " ".join(names * 100))
+    assert prompt.startswith("z a a_1 a_2 ")
+    assert len(prompt) <= 65_536
+
+
+def test_tokens_of_several_vectors_are_written_out() -> None:
+    tokens = Tokens("<a>", "<a>_1", "<a>_2", "<b>", "<c>_1", "<d>", "<d>_2")
+    given = "x <a> <b>, <c>_1 <d> <a>_1"
+    expected = "x <a> <a>_1 <a>_2 <b>, <c>_1 <d> <a> <a>_1 <a>_2_1"  # as diffusers replaces text
+    assert text_encoders.expanded(tokens, given) == expected
+    assert StableDiffusionPipeline._maybe_convert_prompt(None, given, tokens) == expected

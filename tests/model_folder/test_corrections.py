@@ -12,25 +12,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 
+from dreambooth import __main__ as cli
 from dreambooth.diffusion import model as models
 from dreambooth.diffusion import sampling
 from dreambooth.diffusion.sampling_request import SamplingRequest
 from dreambooth.job.run import run_job
-from dreambooth.model_folder import export, facts, layout
-from dreambooth.model_folder.component_classes import SCHEDULERS
+from dreambooth.model_folder import export, facts, layout, pipeline_settings
 
 Make = Callable[..., Path]
 CPU = torch.device("cpu")
 PROMPT = "a photo of cat on the beach"
-
-# Settings of a scheduler_config.json; None leaves a key out.
-SAYINGS: dict[str, dict[str, Any]] = {
-    "nothing": {"steps_offset": None, "clip_sample": None},
-    "the numbers of 2022": {"steps_offset": 0, "clip_sample": True},
-    "another offset": {"steps_offset": 7, "timestep_spacing": "leading"},
-    "clip_sample is true": {"clip_sample": True, "timestep_spacing": "leading"},
-}
 
 
 def say(path: Path, **settings: Any) -> None:
@@ -62,44 +55,6 @@ def largest_difference(a: np.ndarray, b: np.ndarray) -> int:
     return int(np.abs(a.astype(int) - b.astype(int)).max())
 
 
-@pytest.mark.parametrize("saying", SAYINGS)
-@pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
-def test_pictures_are_those_of_the_pipeline_whatever_the_folder_says(
-    make_model_folder: Make, scheduler: str, saying: str
-) -> None:
-    folder = make_model_folder(scheduler=scheduler)
-    say(folder / "scheduler" / "scheduler_config.json", **SAYINGS[saying])
-    options = {"num_inference_steps": 6, "guidance_scale": 4.0}
-    assert largest_difference(of_ours(folder, **options), of_the_pipeline(folder, **options)) <= 1
-
-
-@pytest.mark.parametrize(
-    ("version", "sample_size", "pixels"),
-    [
-        ("0.8.0", 12, 128),
-        ("0.6.0.dev0", 32, 128),
-        ("0.8", 63, 128),
-        ("0.9.0.dev0", 12, 24),
-        ("0.9.0", 12, 24),
-        ("0.10.2", 12, 24),
-        ("1.0.0", 12, 24),
-        (None, 12, 24),
-        ("0.8.0", 64, 128),
-        ("0.8.0", 72, 144),
-    ],
-)
-def test_the_resolution_is_that_of_the_pipeline(
-    make_model_folder: Make, version: str | None, sample_size: int, pixels: int
-) -> None:
-    folder = make_model_folder()  # the VAE of this folder makes two pixels of each latent cell
-    say(folder / "unet" / "config.json", _diffusers_version=version, sample_size=sample_size)
-    assert facts.read_facts(folder).resolution == pixels
-    options = {"num_inference_steps": 1, "guidance_scale": 1.0}
-    ours = of_ours(folder, **options)
-    assert ours.shape == (pixels, pixels, 3)
-    assert largest_difference(ours, of_the_pipeline(folder, **options)) <= 1
-
-
 def test_a_resolution_that_the_folder_names_itself_counts(make_model_folder: Make) -> None:
     folder = make_model_folder(model_info={"resolution": 48})
     say(folder / "unet" / "config.json", _diffusers_version="0.6.0")
@@ -109,7 +64,7 @@ def test_a_resolution_that_the_folder_names_itself_counts(make_model_folder: Mak
 @pytest.mark.parametrize("version", ["", "none", 6, ["0", "8"], "9" * 5000])
 def test_a_version_that_is_none_corrects_nothing(version: object) -> None:
     config = {"sample_size": 16, "_diffusers_version": version}
-    assert layout.corrected(config, "unet") == config
+    assert pipeline_settings.corrected(config, "unet") == config
 
 
 def test_the_trained_model_says_the_corrected_numbers(
@@ -117,15 +72,8 @@ def test_the_trained_model_says_the_corrected_numbers(
 ) -> None:
     base, out = make_model_folder(scheduler="DDIMScheduler"), tmp_path / "model"
     say(base / "unet" / "config.json", _diffusers_version="0.6.0")
-    say(base / "scheduler" / "scheduler_config.json", **SAYINGS["nothing"])
-    export.write(
-        out,
-        base_folder=base,
-        trained=export.TrainedParts(unet=models.load(base, device=CPU).unet),
-        resolution=128,
-        card=card(),
-        hyperparameters_json="{}",
-    )
+    say(base / "scheduler" / "scheduler_config.json", steps_offset=None, clip_sample=None)
+    write(out, base, 128)
     assert layout.read_json(out / "unet" / "config.json")["sample_size"] == 64
     scheduler = layout.read_json(out / "scheduler" / "scheduler_config.json")
     assert (scheduler["steps_offset"], scheduler["clip_sample"]) == (1, False)
@@ -133,6 +81,43 @@ def test_the_trained_model_says_the_corrected_numbers(
     before = of_ours(base, **options)
     for folder in (base, out):
         assert largest_difference(before, of_the_pipeline(folder, **options)) <= 1
+
+
+@pytest.mark.parametrize("version", [None, "0.6.0", "0.42.1"])
+@pytest.mark.parametrize("resolution", [24, 52, 128])
+def test_plain_diffusers_draws_at_the_trained_resolution(
+    make_model_folder: Make, tmp_path: Path, version: str | None, resolution: int
+) -> None:
+    base, out = make_model_folder(), tmp_path / "model"
+    say(base / "unet" / "config.json", _diffusers_version=version)
+    write(out, base, resolution)
+    side = resolution // 8 * 8
+    options = {"num_inference_steps": 1, "guidance_scale": 1.0}
+    drawn = of_the_pipeline(out, **options)
+    assert drawn.shape == (side, side, 3)
+    assert largest_difference(of_ours(out, **options), drawn) <= 1
+    (out / "__model_info__.json").unlink()
+    assert facts.read_facts(out).resolution == side
+
+
+def test_the_configuration_of_a_model_trained_at_its_own_resolution_stays(
+    make_model_folder: Make, tmp_path: Path
+) -> None:
+    base, out = make_model_folder(), tmp_path / "model"
+    write(out, base, 32)
+    read = [layout.read_json(folder / "unet" / "config.json") for folder in (base, out)]
+    assert read[0] == read[1]
+
+
+def write(out: Path, base: Path, resolution: int) -> None:
+    export.write(
+        out,
+        base_folder=base,
+        trained=export.TrainedParts(unet=models.load(base, device=CPU).unet),
+        resolution=resolution,
+        card=card(),
+        hyperparameters_json="{}",
+    )
 
 
 def card() -> export.ModelCard:
@@ -172,17 +157,9 @@ def test_a_job_and_generate_say_so(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from PIL import Image
-
-    from dreambooth import __main__ as cli
-
     monkeypatch.setattr(facts, "_FULL_SIZE_PARAMETERS", 1000)
-    folder, photos = make_model_folder(), tmp_path / "photos"
-    photos.mkdir()
-    Image.new("RGB", (40, 40), (200, 100, 50)).save(photos / "1.png")
-    (photos / "dataset_info.json").write_text(json.dumps({"instance_prompt": PROMPT}))
-    argv = [f"--pretrained-model={folder}", f"--train={photos}", "--dry-run"]
-    argv += [f"--model_dir={tmp_path / 'model'}"]
+    folder = make_model_folder()
+    argv = [*job(folder, tmp_path), "--dry-run"]
     assert run_job(argv, {}) == 0
     assert capsys.readouterr().err.count("says sample_size = 16") == 1
     assert run_job([*argv, "--resolution=64"], {}) == 0
@@ -190,3 +167,30 @@ def test_a_job_and_generate_say_so(
     words = ["generate", f"--model={folder}", "--prompt=x", f"--out={tmp_path}", "--steps=1"]
     assert cli.main(words) == 0
     assert capsys.readouterr().err.count("says sample_size = 16") == 1
+
+
+def test_a_job_and_generate_refuse_what_is_drawn_otherwise_before_anything_else(
+    make_model_folder: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_model_folder()
+    say(folder / "unet" / "config.json", time_cond_proj_dim=32)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
+    told = "config.json says time_cond_proj_dim = 32: this U-Net wants more than noise, time and"
+    for argv in (job(folder, tmp_path), [*job(folder, tmp_path), "--dry-run"]):
+        assert run_job(argv, {}) == 1
+        assert capsys.readouterr().err.count(told) == 1
+    words = ["generate", f"--model={folder}", "--prompt=x", f"--out={tmp_path}", "--steps=1"]
+    assert cli.main(words) == 1
+    assert capsys.readouterr().err.count(told) == 1
+
+
+def job(model: Path, folder: Path) -> list[str]:
+    """Return the arguments of a training job with one picture, which lies in `folder`."""
+    photos = folder / "photos"
+    photos.mkdir(exist_ok=True)
+    Image.new("RGB", (40, 40), (200, 100, 50)).save(photos / "1.png")
+    (photos / "dataset_info.json").write_text(json.dumps({"instance_prompt": PROMPT}))
+    return [
+        *(f"--pretrained-model={model}", f"--train={photos}"),
+        *(f"--model_dir={folder / 'model'}", f"--output_data_dir={folder / 'data'}"),
+    ]

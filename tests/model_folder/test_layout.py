@@ -23,9 +23,12 @@ def change(path: Path, **values: Any) -> None:
     ("names", "chosen"),
     [
         (["model.safetensors", "pytorch_model.bin"], "model.safetensors"),
-        (["model.fp16.safetensors", "pytorch_model.bin"], "model.fp16.safetensors"),
+        (["model.fp16.safetensors", "pytorch_model.bin"], "pytorch_model.bin"),
+        (["model.fp16.safetensors", "pytorch_model.fp32.bin"], "pytorch_model.fp32.bin"),
+        (["model.fp16.safetensors", "pytorch_model.fp16.bin"], "model.fp16.safetensors"),
         (["model.fp16.safetensors", "model.safetensors"], "model.safetensors"),
         (["pytorch_model.fp16.bin", "pytorch_model.bin"], "pytorch_model.bin"),
+        (["diffusion_pytorch_model.safetensors", "model.safetensors"], "model.safetensors"),
         (
             ["diffusion_pytorch_model.non_ema.safetensors", "diffusion_pytorch_model.safetensors"],
             "diffusion_pytorch_model.safetensors",
@@ -34,6 +37,7 @@ def change(path: Path, **values: Any) -> None:
             ["model.safetensors.index.json", "model-00001-of-00002.safetensors"],
             "model.safetensors.index.json",
         ),
+        (["model.safetensors", "model.safetensors.index.json"], "model.safetensors"),
         (["model.safetensors.index.fp16.json"], "model.safetensors.index.fp16.json"),
         (["model.fp16.safetensors.index.json"], "model.fp16.safetensors.index.json"),
         (["weights.ckpt", "model.pt", "model.onnx", "flax_model.msgpack"], None),
@@ -41,9 +45,18 @@ def change(path: Path, **values: Any) -> None:
         ([], None),
     ],
 )
-def test_full_precision_safetensors_are_preferred(names: list[str], chosen: str | None) -> None:
-    found = choose_weights(names)
+def test_weights_are_those_that_the_pipeline_takes(names: list[str], chosen: str | None) -> None:
+    found = choose_weights("text_encoder", names)
     assert (found and found.name) == chosen
+
+
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_of_diffusers_parts_the_shards_are_taken(part: str) -> None:
+    stem = "diffusion_pytorch_model"
+    whole, shards = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
+    found = choose_weights(part, ["model.safetensors", whole, shards, f"{stem}.bin"])
+    assert found is not None
+    assert found.name == shards
 
 
 @pytest.mark.parametrize(

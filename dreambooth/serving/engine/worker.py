@@ -158,7 +158,8 @@ class Worker:
         Raises ModelArtifactError for a model that draws nothing, or nothing finite, ResourceError
         if memory is too short.
         """
-        request = SamplingRequest(prompt="", num_inference_steps=2, guidance_scale=1.0, seed=0)
+        steps = max(2, self.facts.min_steps)
+        request = SamplingRequest(prompt="", num_inference_steps=steps, guidance_scale=1.0, seed=0)
         job = DrawingJob([request])
         self.add(job)
         while self.has_work:

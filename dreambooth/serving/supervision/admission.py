@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from dreambooth.diffusion.sampling_request import SMALLEST_UNIT
+from dreambooth.model_folder.facts import SMALLEST_UNIT
 from dreambooth.serving.supervision.counters import RefusalReason
 
 # An estimate is multiplied by this before it is compared with the deadline, because other noise

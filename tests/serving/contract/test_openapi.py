@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from dreambooth import __version__
-from dreambooth.diffusion.sampling_request import SMALLEST_UNIT, SamplingFacts
+from dreambooth.diffusion.sampling_request import SamplingFacts
 from dreambooth.errors import RequestError
 from dreambooth.limits import LIMITS
+from dreambooth.model_folder.facts import SMALLEST_UNIT
 from dreambooth.serving.contract import openapi, reply, request
 from dreambooth.serving.contract.reply import Picture
 from dreambooth.serving.http import app

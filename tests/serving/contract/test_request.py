@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dreambooth.diffusion.sampling_request import SMALLEST_UNIT, SamplingFacts
+from dreambooth.diffusion.sampling_request import SamplingFacts
 from dreambooth.errors import RequestError
 from dreambooth.limits import KIB, LIMITS, MIB
+from dreambooth.model_folder.facts import SMALLEST_UNIT
 from dreambooth.serving.contract import request
 from dreambooth.serving.contract.request import SEED_COUNT, GenerationRequest, parse
 from dreambooth.serving.http.guard import GuardLimits

@@ -101,6 +101,17 @@ def test_warm_up_draws_and_measures(model: DiffusionModel) -> None:
         engine.close(drain=True)
 
 
+def test_a_noise_scheduler_that_needs_several_steps_is_started(
+    make_model_folder: Callable[..., Path],
+) -> None:
+    folder = make_model_folder(scheduler_settings={"skip_prk_steps": False})
+    with open_engine(folder, SETTINGS, warm_up_budget_s=0.0) as engine:
+        (picture,) = engine.submit([request()]).result(PATIENCE_S)
+        assert picture.finish_reason == "SUCCESS"
+        with pytest.raises(RequestError, match="num_inference_steps must lie between 4 and 999"):
+            engine.submit([request(num_inference_steps=3)])
+
+
 def test_a_model_that_cannot_draw_is_reported_at_the_start(model: DiffusionModel) -> None:
     for parameter in model.unet.conv_out.parameters():
         parameter.fill_(float("nan"))
