@@ -15,7 +15,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.server_probes import burst, fuzz, half_open, kill, leave, overhead, sigterm, soak
+from benchmarks.server_probes import (
+    burst,
+    few_files,
+    fuzz,
+    half_open,
+    kill,
+    leave,
+    overhead,
+    sigterm,
+    soak,
+)
 from benchmarks.server_probes.outcome import ProbeOutcome
 from benchmarks.server_probes.server import start
 
@@ -110,6 +120,10 @@ def _half_open(size: Size) -> ProbeOutcome:
         return half_open.run(server)
 
 
+def _few_files(size: Size) -> ProbeOutcome:
+    return few_files.run(size.model, connections=300 if size.quick else 2_000)
+
+
 def _burst(size: Size) -> ProbeOutcome:
     with start(size.model) as server:
         return burst.run(server, requests=60 if size.quick else 200)
@@ -140,6 +154,7 @@ def _soak(size: Size) -> ProbeOutcome:
 PROBES: dict[str, Callable[[Size], ProbeOutcome]] = {
     "fuzz": _fuzz,
     "half_open": _half_open,
+    "few_files": _few_files,
     "burst": _burst,
     "overhead": _overhead,
     "leave": _leave,

@@ -24,6 +24,8 @@ _BODIES: Final = (
     json.dumps({"prompt": ["a", "b"], "negative_prompt": ["c", "d"], **_SMALL}).encode(),
     json.dumps({"inputs": "a cat", "parameters": {**_SMALL, "seed": 2**64 - 1}}).encode(),
     json.dumps({**_EVERY_KEY["value"], **_SMALL, "prompt": "a", "eta": 0.5}).encode(),
+    json.dumps({**dict.fromkeys(_EVERY_KEY["value"]), **_SMALL, "prompt": "a"}).encode(),
+    json.dumps({"prompt": "a cat", "num_inference_steps": 999, "width": 2_048}).encode(),
 )
 _TYPES: Final = (
     *("application/json", "application/json; charset=utf-8", "APPLICATION/JSON;charset=UTF-8"),
@@ -41,6 +43,8 @@ _ACCEPTS: Final = (
     *("image/jpeg", "image/webp", "*/*", "", "text/html", "image/*", "application/*;q=0"),
     *("application/json;q=0.1, image/png;q=0.9", "application/json;jpeg;verbose", "a/b" * 300),
     *(";;;,,,", "application/json;q=nan", "image/png;q=1e999", "*"),
+    *("*/*;q=0", "image/*;q=0, image/png", "image/png;q=0, */*", "application/json;jpeg;q=0, */*"),
+    *("*/*, application/json;q=0", "image/*;q=0.5, image/webp;q=0.5", "image/png;q=0.001"),
 )
 _ENCODINGS: Final = ("identity", "gzip", "br", "deflate, gzip", "", "GZIP", "x" * 200)
 _METHODS: Final = ("GET", "HEAD", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "QUERY")

@@ -195,15 +195,21 @@ class Server:
 
 @contextlib.contextmanager
 def start(
-    model: str, *options: str, program: str = "dreambooth", ready: bool = True
+    model: str,
+    *options: str,
+    program: str = "dreambooth",
+    ready: bool = True,
+    open_files: int | None = None,
 ) -> Iterator[Server]:
     """Run `python -m PROGRAM serve` with these options; stop it at the end of the block.
 
-    model: as `--model` takes it. ready: wait until /ping answers 200. Raises ProbeError if it does
-    not.
+    model: as `--model` takes it. ready: wait until /ping answers 200. open_files: how many files it
+    may open, with None as many as we may. Raises ProbeError if it does not get ready.
     """
     command = [sys.executable, "-m", program, "serve", "--model", model]
     command += ["--port", "0", "--host", HOST, *options]
+    if open_files is not None:
+        command = ["bash", "-c", f'ulimit -n {open_files} && exec "$@"', "-", *command]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=_environment())
     server = Server(process)
     try:

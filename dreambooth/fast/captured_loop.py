@@ -65,12 +65,10 @@ def train(
     run_pass = GraphedPasses(one_pass, list(masters.unet.parameters()), capture)
 
     def passes() -> torch.Tensor:
-        losses = torch.zeros(3, device=accelerator.device)
-        for made in micro_batches(
+        (made,) = micro_batches(  # fast_step does not go with gradient_accumulation_steps
             state, data, plan, hyperparameters, accelerator, noise_scheduler, prior_unet
-        ):
-            losses += run_pass(made.noisy_latents, made.timesteps, made.text, made.target)
-        return losses / plan.gradient_accumulation_steps
+        )
+        return run_pass(made.noisy_latents, made.timesteps, made.text, made.target)
 
     is_read = reading_steps(state, plan, hyperparameters)
     unread: list[DeviceMetrics] = []

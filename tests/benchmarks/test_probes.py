@@ -16,6 +16,7 @@ from benchmarks import probes
 from benchmarks.__main__ import parser
 from benchmarks.server_probes import (
     burst,
+    few_files,
     fuzz,
     generated,
     half_open,
@@ -72,6 +73,14 @@ def test_half_open_connections(server: Server) -> None:
     assert_sound(outcome)
     assert outcome.value("answered_408") == 30
     assert outcome.value("counted_by_guard") == 50
+
+
+@pytest.mark.on_demand
+def test_few_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(few_files, "OPEN_FILES", (64,))
+    outcome = few_files.run("tiny", connections=100, times=1)
+    assert_sound(outcome)
+    assert outcome.value("files_64_pictures") == 1
 
 
 @pytest.mark.on_demand
