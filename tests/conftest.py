@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,10 +22,11 @@ import pytest
 if TYPE_CHECKING:  # only tests that write a folder import torch and diffusers
     import torch
 
+# Where the tests were started in the background, or by nohup, jobs would inherit what is ignored.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # The tests were started in the background by a shell that ignores SIGINT; jobs would inherit
-    # this.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 ModelFolderFactory = Callable[..., Path]
 
@@ -56,6 +58,29 @@ def pytest_collection_finish() -> None:
     """Keep what the imports made out of all later collections, of which each job asks for some."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tried_once() -> Iterator[None]:
+    """Try each model's settings once in a session: most tests load the same few models."""
+    if "torch" not in sys.modules:  # then no test here loads a model
+        yield
+        return
+    from dreambooth.diffusion import model as models
+
+    tried: set[tuple[object, ...]] = set()
+    try_all = models._try_all
+
+    def once(model: models.DiffusionModel) -> None:
+        texts = [p for p in model.folder.rglob("*") if p.suffix in (".json", ".txt", ".model")]
+        key = (model.unet.dtype, *((p.relative_to(model.folder), p.read_bytes()) for p in texts))
+        if key not in tried:
+            try_all(model)
+        tried.add(key)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "_try_all", once)
+        yield
 
 
 @pytest.fixture

@@ -163,7 +163,7 @@ def test_steps_that_the_model_does_not_know_are_refused_before_its_weights_are_r
     make_model_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = make_model_folder()
-    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"\0\1\2")
     told = "--num_inference_steps must lie between 1 and 999 with this model, not 1000"
     with pytest.raises(UserError, match=told):
         run("--model", folder, "--prompt", CAT, "--steps", 1000, "--out", tmp_path)

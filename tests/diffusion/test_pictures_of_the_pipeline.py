@@ -365,9 +365,15 @@ def assert_same(kind: str, seed: int, folder: Path) -> bool:
     expected = theirs(folder, settings.get("eta", 0.0), options)
     if expected is None:
         return False
-    request = SamplingRequest(seed=5, eta=settings.get("eta", 0.0), **options)
-    (picture,) = sampling.generate(models.load(folder, device=torch.device("cpu")), [request])
     what = f"{kind}, seed {seed}: {settings}"
+    request = SamplingRequest(seed=5, eta=settings.get("eta", 0.0), **options)
+    try:
+        model = models.load(folder, device=torch.device("cpu"))
+    except ModelArtifactError:  # a model is tried with 50 steps
+        many = theirs(folder, settings.get("eta", 0.0), options | {"num_inference_steps": 50})
+        assert many is None or not np.isfinite(many).all(), what
+        return False
+    (picture,) = sampling.generate(model, [request])
     if not np.isfinite(expected).all():
         assert picture is None, what
         return True

@@ -96,13 +96,13 @@ def test_a_wrong_setting_is_reported_in_one_sentence(
 
 
 def test_weights_must_be_there_and_be_safetensors(folder: Path) -> None:
-    (folder / "model.safetensors").write_bytes(b"not weights")
+    (folder / "model.safetensors").write_bytes(b"\0\1\2")
     with pytest.raises(ModelArtifactError, match=r"model\.safetensors is not a valid"):
         vision_model.read(folder)
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelArtifactError, match="holds no weights"):
         vision_model.read(folder)
-    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\2K\1.")
     with pytest.raises(ModelArtifactError, match="is a pickle; safetensors are expected"):
         vision_model.read(folder)
 

@@ -281,7 +281,7 @@ def test_a_changed_setting_refuses_to_resume_unless_resume_is_fresh(
 
 
 def test_two_processes_equal_one_with_the_doubled_batch(
-    small_model_folder: Path, photos: Path, tmp_path: Path
+    small_model_folder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     common = ["--pretrained-model", str(small_model_folder), "--train", str(photos)]
     common += ["--max_steps=5", "--learning_rate=0.0001", "--train_text_encoder", "--compute_fid"]
@@ -298,10 +298,15 @@ def test_two_processes_equal_one_with_the_doubled_batch(
         capture_output=True,
         text=True,
     )
-    # Only one process prints it.
+    alone = capsys.readouterr().out
     for metric in ("End of training: train_avg_loss=", "fid_score="):
-        assert len(re.findall(f"^{metric}[0-9.]+$", done.stdout, re.MULTILINE)) == 1
+        # Only one process prints it.
+        (value,) = re.findall(f"^{metric}([0-9.]+)$", done.stdout, re.MULTILINE)
         assert metric not in done.stderr
+        if "loss" in metric:  # of both processes' pictures
+            (expected,) = re.findall(f"^{metric}([0-9.]+)$", alone, re.MULTILINE)
+            assert float(value) == pytest.approx(float(expected), rel=1e-3)
+    assert done.stderr.count("the report is in") == 1
     for part, name in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
         path = f"{part}/{name}.safetensors"
         base, one, two = (

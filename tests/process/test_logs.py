@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +47,20 @@ def test_lines_from_the_level_on_arrive_once(monkeypatch: pytest.MonkeyPatch) ->
     logging.getLogger("dreambooth.anything").debug("unheard")
     (line,) = stream.getvalue().splitlines()
     assert line.endswith(" INFO hello")
+
+
+def test_pythons_warnings_are_log_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        logging.captureWarnings(False)  # as an earlier test left it
+        logs.to_stderr("info")
+        warnings.warn("two\nlines", UserWarning, stacklevel=1)
+        logging.captureWarnings(False)
+    (line,) = stream.getvalue().splitlines()
+    assert " WARNING " in line
+    assert "two" in line
 
 
 def test_on_a_terminal_a_line_wipes_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,16 @@ def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(
             assert torch.equal(a, b)
 
 
+def test_the_loss_scale_is_resumed(make_training: Make, tmp_path: Path) -> None:
+    first, second = (make_training(max_steps=2, mixed_precision="fp16") for _ in range(2))
+    next(first.steps())
+    first.state.precision.scaler.update(new_scale=1024.0)
+    states.save(first.state, tmp_path, identity=IDENTITY, keep=1)
+    assert second.state.precision.loss_scale != 1024.0
+    assert states.load_newest(second.state, tmp_path, identity=IDENTITY)
+    assert second.state.precision.loss_scale == 1024.0
+
+
 def test_only_the_newest_are_kept_and_strange_names_left_alone(
     make_training: Make, tmp_path: Path
 ) -> None:
