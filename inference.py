@@ -63,14 +63,15 @@ def model_fn(model_dir: str) -> Model:
     Raises ModelArtifactError for a folder that holds no model, UserError for wrong settings,
     ResourceError for a model that does not fit into memory.
     """
-    options = argparse.ArgumentParser()
-    serve_options.add_arguments(options)
-    settings = serve_options.read(options.parse_args([]), os.environ)
-    folder = Path(model_dir)
-    layout.validate_folder(folder, linked_weights=False)
-    return Model(
-        engine=open_engine(folder, settings), max_response_bytes=settings.max_response_bytes
-    )
+    with _told():
+        options = argparse.ArgumentParser()
+        serve_options.add_arguments(options)
+        settings = serve_options.read(options.parse_args([]), os.environ)
+        folder = Path(model_dir)
+        layout.validate_folder(folder, linked_weights=False)
+        return Model(
+            engine=open_engine(folder, settings), max_response_bytes=settings.max_response_bytes
+        )
 
 
 def input_fn(request_body: bytes | bytearray | str, content_type: str) -> Body:
@@ -134,7 +135,7 @@ def _told() -> Iterator[None]:
             raise
         said = error_reply.of(error)
         if said.status == 500:
-            log.error("a request failed", exc_info=error)
+            log.error("the model or a request failed", exc_info=error)
         phrase = http.HTTPStatus(said.status).phrase
         told = toolkit.BaseInferenceToolkitError(said.status, said.message, phrase)
         told.args = (said.message,)  # str() of it is what the Hugging Face toolkit sends

@@ -61,6 +61,8 @@ class Limits:
     max_tiff_strips: int = 100_000
     # Bytes of all strips per byte of the file; a few writers state their size before compression.
     max_tiff_ratio: int = 8
+    # Pixels of all tiles beyond max_tiff_ratio times the picture's; honest tiles are 1,024 wide.
+    max_tiff_tile_pixels: int = 2**24
     # Pillow decodes run-length encoded BMPs in Python: 3 MB in a second,
     max_rle_bytes: int = 2 * MIB
     # and some 13 megapixels.

@@ -227,6 +227,17 @@ class ToolkitError(Exception):
         self.status_code, self.message, self.phrase = status_code, message, phrase
 
 
+def test_a_toolkit_is_told_of_a_model_that_is_none_without_its_path(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    toolkit = SimpleNamespace(BaseInferenceToolkitError=ToolkitError)
+    monkeypatch.setitem(sys.modules, "sagemaker_inference.errors", toolkit)
+    with pytest.raises(ToolkitError) as caught:
+        inference.model_fn(str(tmp_path / "none"))
+    assert (caught.value.status_code, str(caught.value)) == (500, "internal error")
+    assert str(tmp_path / "none") in caplog.text
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
     [

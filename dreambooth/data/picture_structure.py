@@ -28,6 +28,7 @@ _SOS, _EOI, _PHOTOSHOP, _FRAMES = 0xDA, 0xD9, 0xED, {*range(0xC0, 0xD0)} - {0xC4
 _BARE = {0x01, *range(0xD0, 0xDA)}  # markers without a length
 _PIXEL_CHUNKS = {b"IDAT", b"fdAT", b"fcTL"}
 _STRIP_TAGS = {273, 279, 324, 325}
+_WIDTH, _HEIGHT, _TILE_WIDTH, _TILE_HEIGHT, _TILES = 256, 257, 322, 323, 324
 _BYTE_COUNT_TAGS, _KINDS_OF_COUNTS = {279, 325}, {3: "H", 4: "I", 16: "Q"}
 _TIFF_START = re.compile(rb"II\*\0|MM\0\*")
 _BYTE_KINDS = {1, 2, 7}  # bytes, text, anything: Pillow keeps these as they are
@@ -185,6 +186,7 @@ def _tiff(file: BinaryIO, limits: Limits, base: int = 0) -> str | None:
         (count,) = struct.unpack(order + ("Q" if is_big else "H"), file.read(8 if is_big else 2))
         if count > limits.max_tiff_tags:
             return f"has {count} tags"
+        sides: dict[int, int] = {}
         for _ in range(count):
             entry = file.read(20 if is_big else 12)
             tag, kind, numbers, value = struct.unpack(order + ("HHQQ" if is_big else "HHII"), entry)
@@ -194,12 +196,27 @@ def _tiff(file: BinaryIO, limits: Limits, base: int = 0) -> str | None:
                 return f"has {numbers} numbers in one tag"
             if tag in _DIRECTORY_TAGS:
                 directories.append(value)
+            sides |= _side(order, tag, kind, numbers, entry[12 if is_big else 8 :])
             if tag in _BYTE_COUNT_TAGS and kind in _KINDS_OF_COUNTS:
                 code = f"{order}{numbers}{_KINDS_OF_COUNTS[kind]}"
                 described = sum(_numbers(file, code, entry[12 if is_big else 8 :], base + value))
                 if described > limits.max_tiff_ratio * size:
                     return f"describes {described} bytes of pixels in a file of {size}"
+        pixels = sides.get(_WIDTH, 0) * sides.get(_HEIGHT, 0)
+        tiled = sides.get(_TILES, 0) * sides.get(_TILE_WIDTH, 0) * sides.get(_TILE_HEIGHT, 0)
+        if tiled > limits.max_tiff_ratio * pixels + limits.max_tiff_tile_pixels:
+            return f"has tiles of {tiled} pixels for a picture of {pixels}"
     return None
+
+
+def _side(order: str, tag: int, kind: int, numbers: int, inline: bytes) -> dict[int, int]:
+    """Return a length that a tag gives in pixels, or the number of tiles, by the tag."""
+    if tag == _TILES:
+        return {tag: numbers}
+    if tag not in (_WIDTH, _HEIGHT, _TILE_WIDTH, _TILE_HEIGHT) or kind not in _KINDS_OF_COUNTS:
+        return {}
+    code = order + _KINDS_OF_COUNTS[kind]
+    return {tag: struct.unpack_from(code, inline)[0]}
 
 
 def _numbers(file: BinaryIO, code: str, inline: bytes, offset: int) -> tuple[int, ...]:

@@ -157,6 +157,11 @@ def read_clip_input(folder: Path, *, limits: Limits = LIMITS) -> ClipInput:
 def _clip_input(config: Mapping[str, Any]) -> ClipInput:
     size, crop = config.get("size", _SIDE), config.get("crop_size", _SIDE)
     normalizes = config.get("do_normalize", True)
+    if isinstance(size, dict) and len(size) > 1:
+        raise ValueError(f"a size of {quoted(size)}")
+    for name in ("default_to_square", "use_square_size", "do_pad"):
+        if config.get(name):
+            raise ValueError(f"{name} = {quoted(config[name])}")
     return ClipInput(
         shortest_edge=_side(size["shortest_edge"] if isinstance(size, dict) else size)
         if config.get("do_resize", True)

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import nn
 
 from dreambooth.diffusion import model as models
+from dreambooth.diffusion import safety
 from dreambooth.diffusion.device_memory import free_caches
 from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.errors import ResourceError
@@ -135,6 +136,8 @@ def _fine_tune(
     settings, plan, phase = task.hyperparameters, task.plan, run_report.phase
     with phase("loading the model"):
         model = models.load(task.model_folder, device=task.device)
+        # The export takes it along, so a faulty one must be found before the first step.
+        safety.load(task.model_folder, device=torch.device("cpu"), dtype=torch.float32)
     noise_scheduler = models.training_noise_scheduler(model)
     with phase("encoding"):
         data, text = encoding.encode(task, model, run_report.class_paths)

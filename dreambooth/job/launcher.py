@@ -125,8 +125,9 @@ def join(launch: Launch, *, on_cpu: bool) -> Accelerator:
     from accelerate import Accelerator
 
     try:
-        # The training loop sets the precision, whatever an accelerate configuration says.
-        accelerator = Accelerator(mixed_precision="no", cpu=on_cpu)
+        # The training loop sets the precision and nothing is compiled, whatever an accelerate
+        # configuration says.
+        accelerator = Accelerator(mixed_precision="no", dynamo_backend="no", cpu=on_cpu)
     except (ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
         if is_out_of_memory(error):
             raise

@@ -102,9 +102,10 @@ def locked(environment: Environment, hyperparameters: Hyperparameters) -> Iterat
                 folder.mkdir(parents=True)
                 undo.callback(_remove_if_empty, folder)
             if os.path.isdir(folder) and not _lock(folder, held, undo):
+                another = environment.ways_in.another(option)
                 raise UserError(
-                    f"Another job is writing to {folder}: wait until it ends, or "
-                    f"{environment.ways_in.elsewhere(option)}."
+                    f"Another job is writing to {folder}: wait until it ends"
+                    f"{another and f', or {another}'}."
                 )
         yield
 
@@ -145,6 +146,17 @@ def checkpoint_folder(
     if asked.checkpointing_steps or asked.checkpointing_minutes or asked.keep_last_checkpoint:
         return environment.output_data_dir / "checkpoints"
     return None
+
+
+def report_unused_checkpoints(environment: Environment, asked: Hyperparameters) -> None:
+    """Log a warning where checkpoints of an earlier run lie and this run asks for none."""
+    left = environment.output_data_dir / "checkpoints"
+    if checkpoint_folder(environment, asked) is None and any(left.glob("step-*")):
+        log.warning(
+            "%s holds checkpoints of an earlier run, and this run begins at its first step: with "
+            "keep_last_checkpoint or checkpointing_steps it goes on from there",
+            left,
+        )
 
 
 def class_image_folder(environment: Environment) -> Path:

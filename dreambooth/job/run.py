@@ -181,11 +181,12 @@ def _dry_run(job: Job) -> None:
 
 def _train(job: Job, stop: StopSignals) -> None:
     launcher.refuse_a_lone_process(job.launch, job.environ)
-    outputs.make(job.environment)
     # The other processes and hosts of a job share its folders.
     leads = job.launch.is_main_process and job.environment.is_first_host
     lock = outputs.locked(job.environment, job.hyperparameters) if leads else nullcontext()
     with lock, temporary_folder.temporary() as temporary:
+        outputs.make(job.environment)
+        outputs.report_unused_checkpoints(job.environment, job.hyperparameters)
         if job.source.kind == "archive" and job.source.path is not None:
             outputs.check_room_to_unpack(job.source.path, temporary)
         folder = model_source.open_source(job.source, temporary)

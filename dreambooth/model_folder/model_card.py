@@ -15,9 +15,7 @@ _KNOWN_LICENCES = (
     *("creativeml-openrail-m", "openrail++", "openrail", "bigscience-openrail-m"),
     *("apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0"),
 )
-_LICENCE_LINE = re.compile(r"^license:[ \t]*[\"']?([\w.+-]{1,64})[\"']?\s*$", re.MULTILINE)
-# As the hub's client finds it: the content of a line may end with dashes too.
-_FRONT_MATTER = re.compile(r"\s*---\s*\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
+_LICENCE_LINE = re.compile(r"license:[ \t]*[\"']?([\w.+-]{1,64})[\"']?\s*")
 _FRONT_MATTER_BYTES = 64 * 1024
 
 
@@ -58,9 +56,14 @@ def licence_of(folder: Path) -> str | None:
             text = file.read(_FRONT_MATTER_BYTES).decode("utf-8", errors="replace")
     except OSError:
         return None
-    front_matter = _FRONT_MATTER.match(text)
-    found = _LICENCE_LINE.search(front_matter[1]) if front_matter else None
-    return found[1].lower() if found else None
+    first, *lines = text.lstrip().split("\n")
+    licence = None
+    for line in lines if first.rstrip() == "---" else []:
+        if line.rstrip() == "---":
+            return licence
+        if licence is None and (found := _LICENCE_LINE.fullmatch(line)):
+            licence = found[1].lower()
+    return None
 
 
 def render(card: ModelCard, *, samples: Sequence[tuple[str, str]] = ()) -> str:

@@ -41,7 +41,12 @@ class WaysIn:
         """Return the clause that says how to have a folder's files written to another place."""
         if self._way(option) == "platform":
             return "mount another disk there or, on SageMaker, raise volume_size"
-        return f"give another folder {self._with(option)}"
+        return self.another(option)
+
+    def another(self, option: str) -> str:
+        """Return the clause that says how to give another folder, "" where nobody can."""
+        given = self._way(option) != "platform"
+        return f"give another folder {self._with(option)}" if given else ""
 
     @property
     def training(self) -> str:

@@ -115,6 +115,16 @@ def strips(count: int, stated: int, *, kind: int = 4) -> bytes:
     )
 
 
+def tiles(width: int, height: int, tile_width: int, tile_height: int) -> bytes:
+    count = -(-width // tile_width) * -(-height // tile_height)
+    ends = struct.pack("<I", 8) * count
+    return tiff(
+        *((256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, 1), (259, 3, 1, 4), (262, 3, 1, 0)),
+        *((277, 3, 1, 1), (322, 4, 1, tile_width), (323, 4, 1, tile_height)),
+        *((324, 4, count, ends if count > 1 else 8), (325, 4, count, ends if count > 1 else 5)),
+    )
+
+
 def avif_with_exif(count: int) -> bytes:
     # Pillow would not write such an orientation: the tag gets its number afterwards.
     exif = rationals(count).replace(b"\x12\1\5\0", b"\x13\1\5\0")
@@ -162,6 +172,8 @@ SLOW: dict[str, tuple[str, Callable[[], bytes]]] = {
     "tags without end": ("TIFF", lambda: big_tiff(*[(256, 4, 1, 9)] * 99, count=2**40)),
     "exif tags without end": ("TIFF", lambda: big_tiff((34665, 4, 1, 24), count=1) + b"\xff" * 9),
     "rationals": ("TIFF", lambda: rationals(500_000)),
+    "wide tiles": ("TIFF", lambda: tiles(100, 50_000, 2**26, 16)),
+    "a few tall tiles": ("TIFF", lambda: tiles(100, 100, 16, 6_291_456)),
     "strips": ("TIFF", lambda: strips(200_000, 4)),
     "strips of the same bytes": ("TIFF", lambda: strips(9_000, 10**7)),
     "short strips of the same bytes": ("TIFF", lambda: strips(9_000, 60_000, kind=3)),

@@ -204,6 +204,10 @@ def test_what_is_switched_off_is_left_out(tmp_path: Path) -> None:
     "change",
     [
         {"size": {"width": 3}},
+        {"size": {"shortest_edge": SIDE, "longest_edge": 2 * SIDE}},
+        {"size": SIDE, "default_to_square": True},
+        {"size": SIDE, "use_square_size": True},
+        {"do_pad": True, "pad_size": 64},
         {"size": 10**6},
         {"size": True},
         {"crop_size": -1},

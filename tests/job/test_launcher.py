@@ -103,7 +103,6 @@ def test_sound_variables_are_no_fault(
     [
         ("ACCELERATE_TORCH_DEVICE", "toaster"),
         ("ACCELERATE_USE_DEEPSPEED", "true"),
-        ("ACCELERATE_DYNAMO_BACKEND", "xyz"),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "many"),
         ("ACCELERATE_DEBUG_MODE", "maybe"),
         ("FORK_LAUNCHED", "perhaps"),

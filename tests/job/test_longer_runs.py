@@ -171,3 +171,14 @@ def test_checkpoints_of_earlier_versions_go_on_at_their_length(tmp_path: Path) -
     del stored["cached_crops"]
     assert accepts(tmp_path, stored, identity(9, crops=3, **shared), 4) == ""
     assert "cached_crops was unset" in accepts(tmp_path, stored, identity(12, crops=4, **shared), 4)
+
+
+def test_a_run_says_so_where_it_does_not_go_on_from_what_is_kept(
+    start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "holds checkpoints of an earlier run, and this run begins at its first step"
+    (tmp_path / "m-output" / "checkpoints" / "step-00000002").mkdir(parents=True)
+    assert start("m", "--max_steps=1") == 0
+    assert said in capsys.readouterr().err
+    assert start("other", "--max_steps=1") == 0
+    assert said not in capsys.readouterr().err

@@ -151,6 +151,14 @@ def test_a_second_job_in_a_folder_is_refused_until_the_first_ends(
         pass
 
 
+def test_in_a_container_there_is_no_other_folder_to_name(tmp_path: Path) -> None:
+    (tmp_path / "input" / "config").mkdir(parents=True)
+    environment = container.read([], {"SAGEMAKER_BASE_DIR": str(tmp_path)})
+    with outputs.locked(environment, SETTINGS), pytest.raises(UserError) as caught:
+        outputs.locked(environment, SETTINGS).__enter__()
+    assert str(caught.value).endswith(": wait until it ends.")
+
+
 def test_a_folder_of_checkpoints_beside_the_metrics_is_locked_too(tmp_path: Path) -> None:
     asks = Hyperparameters(checkpointing_steps=5)
     mine = {name: tmp_path / name for name in ("train", "model_dir", "output")}

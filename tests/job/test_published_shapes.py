@@ -272,6 +272,20 @@ def test_the_safety_checker_comes_out_as_it_was(
         assert not draw(pipeline).any()  # the checker still hides what it should
 
 
+def test_a_safety_checker_that_cannot_see_is_refused_before_the_first_step(
+    make_model_folder: Make, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = write(make_model_folder(), STABLE_DIFFUSION_1)
+    (base / "feature_extractor" / "preprocessor_config.json").write_text('{"size": {"longest": 3}}')
+    out = tmp_path / "mine"
+    argv = [f"--pretrained-model={base}", f"--train={photos}", f"--model_dir={out}"]
+    assert run_job([*argv, "--max_steps=1"], {}) == 1
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[-1].startswith("error: ")
+    assert "preprocessor_config.json" in shown[-1]
+    assert not any("training: " in line for line in shown)
+
+
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import time
 from pathlib import Path
 
 import huggingface_hub
@@ -52,6 +53,14 @@ def test_an_unknown_licence_is_other_with_a_sentence(licence: str | None) -> Non
     text = render(card(licence=licence))
     assert front_matter(text)["license"] == "other"
     assert (licence or "without a stated licence") in text.split("## Licence")[1]
+
+
+@pytest.mark.parametrize("text", ["---" + "\n" * 65_530, "---\n" + " \n" * 30_000, "\n" * 65_536])
+def test_a_card_of_a_stranger_is_read_at_once(tmp_path: Path, text: str) -> None:
+    (tmp_path / "README.md").write_text(text)
+    began = time.process_time()
+    assert licence_of(tmp_path) is None
+    assert time.process_time() - began < 1
 
 
 def test_the_card_tells_what_went_in_and_what_to_beware_of() -> None:

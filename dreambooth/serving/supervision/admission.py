@@ -22,6 +22,8 @@ from dreambooth.serving.supervision.counters import RefusalReason
 # An estimate is multiplied by this before it is compared with the deadline, because other noise
 # schedulers, a busier machine, JSON and encoding take time too.
 SAFETY: Final = 1.2
+# Of the time allowed, for what is advised: a request is some time under way before it is judged.
+ADVISED: Final = 0.95
 # No client is asked to retry sooner.
 SHORTEST_RETRY_S: Final = 1.0
 # Attention grows with the square of the area: the FLOPs of a row at 1024 x 1024 over those at 512 x
@@ -107,12 +109,14 @@ class Bounds:
 
     max_queue: the most pictures that wait or are drawn at one time. request_timeout_s: the seconds
     in which a request must be answered. calls_per_step: how many U-Net calls the model's noise
-    scheduler makes per step. unit: the model's sides are multiples of so many pixels.
+    scheduler makes per step. min_steps: the fewest num_inference_steps that it takes. unit: the
+    model's sides are multiples of so many pixels.
     """
 
     max_queue: int
     request_timeout_s: float
     calls_per_step: int = 1
+    min_steps: int = 1
     unit: int = SMALLEST_UNIT
 
 
@@ -262,9 +266,9 @@ def refuse(
         return Refusal(
             reason="deadline",
             message=(
-                f"The server is busy: this request would be done in about {_shown(estimate)} s, "
-                f"but must be within {_shown(max(0.0, allowed))} s (--request_timeout_s "
-                f"{bounds.request_timeout_s:g})."
+                f"{'The server is busy: this' if ahead else 'This'} request would be done in "
+                f"about {_shown(estimate)} s, but must be within {_shown(max(0.0, allowed))} s "
+                f"(--request_timeout_s {bounds.request_timeout_s:g})."
             ),
             retry_after_s=_retry(estimate - bounds.request_timeout_s),
         )
@@ -283,30 +287,32 @@ def _refusal_when_idle(
         )
     else:
         steps, side = _steps_that_fit(new, speed, bounds), _side_that_fits(new, speed, bounds)
-        fewer = f"at most {steps} steps, or " if steps else ""
-        pictures = "fewer pictures, " if len(new) > 1 else ""
-        smaller = f"at most {side} x {side} pixels" if side else "a smaller width and height"
+        advice = [f"at most {steps} {'step' if steps == 1 else 'steps'}"] if steps else []
+        advice += ["fewer pictures"] if len(new) > 1 else []
+        advice += [f"at most {side} x {side} pixels"] if side else []
+        asked = f"ask for {', or '.join(advice)}, or " if advice else ""
         message = (
             f"Even an idle server would need about {_shown(alone)} s for this request, but it must "
-            f"be done within {limit:g} s: ask for {fewer}{pictures}{smaller}, or start the server "
-            "with a longer --request_timeout_s."
+            f"be done within {limit:g} s: {asked}start the server with a longer "
+            "--request_timeout_s."
         )
     return Refusal(reason="never", message=message, retry_after_s=None)
 
 
 def _steps_that_fit(new: Sequence[Work], speed: EngineSpeed, bounds: Bounds) -> int:
-    """Return the most num_inference_steps with which `new` alone would be done in time, or 0."""
+    """Return the most num_inference_steps with which `new` alone is surely done in time, or 0."""
 
     def late(steps: int) -> bool:
         made = calls(steps, bounds.calls_per_step)
         return _is_late([replace(picture, steps=made) for picture in new], speed, bounds)
 
     longest = int(max(picture.steps for picture in new))
-    return bisect.bisect_left(range(1, longest + 1), True, key=late)
+    steps = bisect.bisect_left(range(1, longest + 1), True, key=late)
+    return steps if steps >= bounds.min_steps else 0
 
 
 def _side_that_fits(new: Sequence[Work], speed: EngineSpeed, bounds: Bounds) -> int:
-    """Return the longest side of squares with which `new` alone would be done in time, or 0."""
+    """Return the longest side of squares with which `new` alone is surely done in time, or 0."""
 
     def late(units: int) -> bool:
         side = units * bounds.unit
@@ -318,7 +324,7 @@ def _side_that_fits(new: Sequence[Work], speed: EngineSpeed, bounds: Bounds) -> 
 
 
 def _is_late(work: Sequence[Work], speed: EngineSpeed, bounds: Bounds) -> bool:
-    return SAFETY * max(finish_times(work, speed)) > bounds.request_timeout_s
+    return SAFETY * max(finish_times(work, speed)) > ADVISED * bounds.request_timeout_s
 
 
 def calls(num_inference_steps: int, calls_per_step: int = 1) -> int:

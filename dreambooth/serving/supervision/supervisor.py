@@ -148,7 +148,10 @@ class Supervisor(Listener):
             self._give_up(error)
             raise
         self._bounds = replace(
-            self._bounds, calls_per_step=self._facts.calls_per_step, unit=self._facts.unit
+            self._bounds,
+            calls_per_step=self._facts.calls_per_step,
+            min_steps=self._facts.min_steps,
+            unit=self._facts.unit,
         )
         self._running = asyncio.create_task(self._restart_policy.run(), name="engine")
         self._running.add_done_callback(self._restart_policy_ended)

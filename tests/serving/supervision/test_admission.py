@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dreambooth.serving.supervision.admission import (
+    ADVISED,
     SAFETY,
     SHORTEST_RETRY_S,
     Bounds,
@@ -271,7 +272,7 @@ def test_what_an_idle_server_could_not_do_either_gets_the_largest_request_named(
     assert refusal is not None
     assert refusal.reason == "never"
     assert refusal.retry_after_s is None, "no other time helps"
-    for words in ("Even an idle server", "at most 48 steps", "pixels", "--request_timeout_s"):
+    for words in ("Even an idle server", "at most 46 steps", "pixels", "--request_timeout_s"):
         assert words in refusal.message
     assert refuse([work(calls(48))], [], PACE, BOUNDS) is None
     assert refuse([work(calls(49))], [], PACE, BOUNDS) is not None
@@ -281,19 +282,35 @@ def test_two_calls_a_step_halve_what_fits() -> None:
     bounds = replace(BOUNDS, calls_per_step=2)
     refusal = refuse([work(calls(49, 2))], [], PACE, bounds)
     assert refusal is not None
-    assert "at most 24 steps" in refusal.message
+    assert "at most 23 steps" in refusal.message
     assert refuse([work(calls(24, 2))], [], PACE, bounds) is None
+
+
+def test_fewer_steps_than_the_model_takes_are_not_advised() -> None:
+    bounds = replace(BOUNDS, min_steps=4)
+    for seconds, said in ((10.0, "ask for at most 4 steps"), (15.0, "ask for at most")):
+        slow = replace(PACE, seconds_per_call=((1, seconds / 1.2),))
+        refusal = refuse([work(9)], [], slow, replace(bounds, request_timeout_s=56.0))
+        assert refusal is not None
+        assert said in refusal.message
+        assert (" steps" in refusal.message) == (seconds == 10.0)
+
+
+def test_an_idle_server_does_not_say_that_it_is_busy() -> None:
+    late = refuse([work(calls(48))], [], PACE, BOUNDS, waited_s=30.0)
+    assert late is not None
+    assert late.message.startswith("This request would be done in")
 
 
 def test_where_a_single_step_is_too_slow_no_number_of_steps_is_named() -> None:
     slow = replace(PACE, seconds_per_call=((1, 100.0),))
     refusal = refuse([work(10)] * 2, [], slow, BOUNDS)
     assert refusal is not None
-    assert "ask for fewer pictures, at most 8 x 8 pixels" in refusal.message
+    assert "ask for fewer pictures, or at most 8 x 8 pixels" in refusal.message
     assert " 0 steps" not in refusal.message
     slowest = refuse([work(10)], [], replace(slow, seconds_per_decode=1e9), BOUNDS)
     assert slowest is not None
-    assert "ask for a smaller width and height" in slowest.message
+    assert "within 60 s: start the server with a longer" in slowest.message
 
 
 @settings(max_examples=60)
@@ -304,7 +321,12 @@ def test_where_a_single_step_is_too_slow_no_number_of_steps_is_named() -> None:
     rows=st.sampled_from([1, 2]),
     seconds=st.floats(1e-4, 100.0),
     timeout=st.floats(1.0, 3600.0),
-    bounds=st.builds(replace, st.just(BOUNDS), calls_per_step=st.sampled_from([1, 2])),
+    bounds=st.builds(
+        replace,
+        st.just(BOUNDS),
+        calls_per_step=st.sampled_from([1, 2]),
+        min_steps=st.sampled_from([1, 4]),
+    ),
     unit=st.sampled_from([8, 16, 64]),
 )
 def test_what_a_refusal_says_fits_does_and_no_more(
@@ -320,10 +342,11 @@ def test_what_a_refusal_says_fits_does_and_no_more(
     speed = replace(PACE, seconds_per_call=((1, seconds), (4, 1.5 * seconds)))
     bounds = replace(bounds, request_timeout_s=timeout, unit=unit)
 
-    def refusal(steps: int, width: int, height: int) -> Refusal | None:
+    def refusal(steps: int, width: int, height: int, share: float = 1.0) -> Refusal | None:
         made = calls(steps, bounds.calls_per_step)
         picture = replace(work(made, rows=rows), width=width, height=height)
-        return refuse([picture] * count, [], speed, bounds)
+        limit = replace(bounds, request_timeout_s=share * timeout)
+        return refuse([picture] * count, [], speed, limit)
 
     width, height = (unit * side for side in sides)
     found = refusal(steps, width, height)
@@ -331,20 +354,20 @@ def test_what_a_refusal_says_fits_does_and_no_more(
         return
     assert found.reason == "never"
     assert found.retry_after_s is None
-    if fitting := re.search(r"at most (\d+) steps", found.message):
+    if fitting := re.search(r"at most (\d+) steps?,", found.message):
         fewer = int(fitting[1])
-        assert 1 <= fewer < steps
-        assert refusal(fewer, width, height) is None
-        assert refusal(fewer + 1, width, height) is not None
+        assert bounds.min_steps <= fewer < steps
+        assert refusal(fewer, width, height, ADVISED) is None
+        assert refusal(fewer + 1, width, height, ADVISED) is not None
     else:
-        assert refusal(1, width, height) is not None
+        assert refusal(min(steps, bounds.min_steps), width, height, ADVISED) is not None
     if fitting := re.search(r"at most (\d+) x (\d+) pixels", found.message):
         side = int(fitting[1])
         assert fitting[1] == fitting[2]
         assert side % unit == 0
-        assert refusal(steps, side, side) is None
+        assert refusal(steps, side, side, ADVISED) is None
     else:
-        assert refusal(steps, unit, unit) is not None
+        assert refusal(steps, unit, unit, ADVISED) is not None
 
 
 def of_refusals() -> list[Callable[[], float]]:
