@@ -269,9 +269,10 @@ def _try_all(model: DiffusionModel) -> None:
     """Use each part once as drawing and training do (`trial`), so that neither fails later."""
     folder, channels = model.folder, model.latent_channels
     scheduler = sampling_scheduler(model)
-    with faults_of(folder / _SCHEDULER, f"{model.scheduler_class} that can sample"):
-        steps = step_range(model.scheduler_class, model.scheduler_config)
-        trial.sample(scheduler, channels=channels, num_inference_steps=min(_TRIED_STEPS, steps[-1]))
+    steps = min(_TRIED_STEPS, step_range(model.scheduler_class, model.scheduler_config)[-1])
+    what = f"{model.scheduler_class} that can sample in {steps} steps"
+    with faults_of(folder / _SCHEDULER, what):
+        trial.sample(scheduler, channels=channels, num_inference_steps=steps)
     training = training_noise_scheduler(model)
     with faults_of(folder / _SCHEDULER, "noise schedule that can be trained with"):
         trial.add_noise(training, channels=channels)
