@@ -163,7 +163,7 @@ PREDICTION = {
     [
         {},
         {"with_prior_preservation": True, "prior_loss_weight": 0.7},
-        {"batch_size": 2, "gradient_accumulation_steps": 2},
+        {"batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 25},
         {"max_grad_norm": 0.01, "adam_weight_decay": 1.0},
         {"gradient_checkpointing": True},
         PREDICTION,
