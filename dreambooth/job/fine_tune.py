@@ -63,6 +63,8 @@ def run(task: Task, accelerator: Accelerator, stop: StopSignals) -> None:
         _ask_for_determinism()
     checkpoints = _checkpoints(task)
     checkpoints.check()
+    # The export takes it along, so a faulty one ends the job before an earlier model is cleared.
+    safety.load(task.model_folder, device=torch.device("cpu"), dtype=torch.float32)
     if accelerator.is_main_process:
         export.clear(
             task.environment.model_dir,
@@ -136,8 +138,6 @@ def _fine_tune(
     settings, plan, phase = task.hyperparameters, task.plan, run_report.phase
     with phase("loading the model"):
         model = models.load(task.model_folder, device=task.device)
-        # The export takes it along, so a faulty one must be found before the first step.
-        safety.load(task.model_folder, device=torch.device("cpu"), dtype=torch.float32)
     noise_scheduler = models.training_noise_scheduler(model)
     with phase("encoding"):
         data, text = encoding.encode(task, model, run_report.class_paths)

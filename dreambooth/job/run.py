@@ -186,7 +186,8 @@ def _train(job: Job, stop: StopSignals) -> None:
     lock = outputs.locked(job.environment, job.hyperparameters) if leads else nullcontext()
     with lock, temporary_folder.temporary() as temporary:
         outputs.make(job.environment)
-        outputs.report_unused_checkpoints(job.environment, job.hyperparameters)
+        if leads:
+            outputs.report_unused_checkpoints(job.environment, job.hyperparameters)
         if job.source.kind == "archive" and job.source.path is not None:
             outputs.check_room_to_unpack(job.source.path, temporary)
         folder = model_source.open_source(job.source, temporary)

@@ -278,8 +278,12 @@ def test_a_safety_checker_that_cannot_see_is_refused_before_the_first_step(
     base = write(make_model_folder(), STABLE_DIFFUSION_1)
     (base / "feature_extractor" / "preprocessor_config.json").write_text('{"size": {"longest": 3}}')
     out = tmp_path / "mine"
+    train(make_model_folder(), photos, out)
+    earlier = sorted(path.name for path in out.iterdir())
     argv = [f"--pretrained-model={base}", f"--train={photos}", f"--model_dir={out}"]
+    capsys.readouterr()
     assert run_job([*argv, "--max_steps=1"], {}) == 1
+    assert sorted(path.name for path in out.iterdir()) == earlier
     shown = capsys.readouterr().err.splitlines()
     assert shown[-1].startswith("error: ")
     assert "preprocessor_config.json" in shown[-1]
