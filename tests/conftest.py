@@ -223,6 +223,45 @@ def write_model_folder(
         write_json(folder / "__model_info__.json", dict(model_info))
 
 
+def write_safety_checker(folder: Path, *, hides: bool = False) -> Path:
+    """Add a miniature safety checker, which hides every picture or none; return the folder."""
+    import torch
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig
+
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    config = CLIPConfig(
+        vision_config={**tower, "num_hidden_layers": 2, "image_size": 28, "patch_size": 14},
+        text_config={**tower, "num_hidden_layers": 1},
+        projection_dim=24,
+    )
+    checker = StableDiffusionSafetyChecker(config)
+    for thresholds in (checker.concept_embeds_weights, checker.special_care_embeds_weights):
+        torch.nn.init.constant_(thresholds, -9.0 if hides else 9.0)  # of a cosine
+    checker.save_pretrained(folder / "safety_checker")
+    (folder / "feature_extractor").mkdir()
+    write_json(
+        folder / "feature_extractor" / "preprocessor_config.json",
+        {
+            "crop_size": 28,
+            "do_center_crop": True,
+            "do_convert_rgb": True,
+            "do_normalize": True,
+            "do_resize": True,
+            "feature_extractor_type": "CLIPFeatureExtractor",
+            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_std": [0.26862954, 0.26130258, 0.27577711],
+            "resample": 3,
+            "size": 28,
+        },
+    )
+    index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    index["feature_extractor"] = ["transformers", "CLIPFeatureExtractor"]
+    write_json(folder / "model_index.json", index)
+    return folder
+
+
 def write_weights(
     folder: Path,
     stem: str,

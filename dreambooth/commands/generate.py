@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from dreambooth.diffusion.model import DiffusionModel
+    from dreambooth.diffusion.safety import SafetyChecker
     from dreambooth.diffusion.sampling_request import SamplingRequest
 
 log = logging.getLogger(__name__)
@@ -50,25 +51,26 @@ def main(args: argparse.Namespace) -> int:
         seed = secrets.randbelow(2**32)
         print(f"seed {seed} (chosen at random; --seed {seed} draws them again)", flush=True)
     with temporary_folder.temporary() as workspace:
-        model = _load(settings, workspace)
+        model, checker = _load(settings, workspace)
         requests = _requests(settings, seed)
-        paths, lost = _draw(model, requests, settings)
+        paths, lost = _draw(model, checker, requests, settings)
     for path in paths:
         print(path)
     if lost:
-        seeds = ", ".join(str(request.seed) for request in lost)
         print(
             f"error: {len(lost)} of {len(requests)} pictures came out not finite and were not "
-            f"written (seed {seeds}); --precision fp32 may help.",
+            f"written (seed {_seeds(lost)}); --precision fp32 may help.",
             file=sys.stderr,
         )
     return 1 if lost else 0
 
 
-def _load(settings: GenerateSettings, workspace: Path) -> DiffusionModel:
+def _load(
+    settings: GenerateSettings, workspace: Path
+) -> tuple[DiffusionModel, SafetyChecker | None]:
     import torch
 
-    from dreambooth.diffusion import float_types, model
+    from dreambooth.diffusion import float_types, model, safety
     from dreambooth.model_folder import source
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -76,7 +78,9 @@ def _load(settings: GenerateSettings, workspace: Path) -> DiffusionModel:
     _check_steps(settings.num_inference_steps, folder)
     dtype = float_types.dtype_for(settings.precision, device)
     try:
-        loaded = model.load(folder, device=device, dtype=dtype)
+        loaded, checker = model.load(folder, device=device, dtype=dtype), None
+        if not settings.no_safety_checker:
+            checker = safety.load(folder, device=device, dtype=dtype)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -85,7 +89,7 @@ def _load(settings: GenerateSettings, workspace: Path) -> DiffusionModel:
         ) from error
     for warning in loaded.facts.warnings:
         log.warning(warning)
-    return loaded
+    return loaded, checker
 
 
 def _check_steps(steps: int, folder: Path) -> None:
@@ -123,12 +127,17 @@ def _requests(settings: GenerateSettings, seed: int) -> list[SamplingRequest]:
 
 
 def _draw(
-    model: DiffusionModel, requests: Sequence[SamplingRequest], settings: GenerateSettings
+    model: DiffusionModel,
+    checker: SafetyChecker | None,
+    requests: Sequence[SamplingRequest],
+    settings: GenerateSettings,
 ) -> tuple[list[Path], list[SamplingRequest]]:
-    """Write every picture as it is drawn, then the grid.
+    """Write every picture as it is drawn, then the grid; what the checker hides is black.
 
     Return the paths, and the requests whose pictures are not finite.
     """
+    import numpy as np
+
     from dreambooth.diffusion import sampling, sampling_request
     from dreambooth.process.progress import Progress
 
@@ -138,6 +147,7 @@ def _draw(
     total = sampling.count_steps(model, requests, batch_size=settings.batch_size)
     paths: list[Path] = []
     lost: list[SamplingRequest] = []
+    hidden: list[SamplingRequest] = []
     drawn: list[tuple[str, Image.Image]] = []
     with Progress(total, "generate", stream=sys.stderr) as progress:
         pictures = sampling.generate(
@@ -150,14 +160,27 @@ def _draw(
             if picture is None:
                 lost.append(request)
                 continue
+            if checker is not None and checker.hides(picture):
+                picture = np.zeros_like(picture)
+                hidden.append(request)
             path = settings.out / file_name(i, len(requests), request, settings.format)
             image = _write_picture(path, picture, request, settings.model)
             paths.append(path)
             if len(drawn) < GRID_PICTURES:
                 drawn.append((request.prompt, image))
+    if hidden:
+        log.warning(
+            "the model's safety checker found %d of %d pictures unsafe, and they are black (seed "
+            "%s): change the prompt or the seed, or give --no_safety_checker",
+            *(len(hidden), len(requests), _seeds(hidden)),
+        )
     if len(drawn) > 1:
         paths.append(_write_grid(settings.out / "grid.png", drawn))
     return paths, lost
+
+
+def _seeds(requests: Sequence[SamplingRequest]) -> str:
+    return ", ".join(str(request.seed) for request in requests)
 
 
 def file_name(number: int, total: int, request: SamplingRequest, format: str = "png") -> str:

@@ -63,10 +63,10 @@ def run(task: Task, accelerator: Accelerator, stop: StopSignals) -> None:
         _ask_for_determinism()
     checkpoints = _checkpoints(task)
     checkpoints.check()
-    # The export takes it along, so a faulty one ends the job before an earlier model is cleared.
+    # The export takes it along, so a faulty one ends the job before anything is sampled.
     safety.load(task.model_folder, device=torch.device("cpu"), dtype=torch.float32)
     if accelerator.is_main_process:
-        export.clear(
+        export.check(
             task.environment.model_dir,
             base_folder=task.model_folder,
             elsewhere=task.environment.ways_in.elsewhere("model_dir"),
@@ -148,6 +148,9 @@ def _fine_tune(
         prior_unet = state.precision.frozen_copy(model.unet)
     with phase("resuming"):
         checkpoints.resume(state, may_remove=accelerator.is_main_process)
+    if accelerator.is_main_process:  # an earlier model goes when nothing can be refused any more
+        elsewhere = task.environment.ways_in.elsewhere("model_dir")
+        export.clear(task.environment.model_dir, elsewhere=elsewhere)
     previews = Previews(task=task, model=model, precision=state.precision, text=text)
 
     def draw_sample() -> Image.Image | None:

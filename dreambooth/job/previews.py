@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from dreambooth.data.seeds import derive_seed
-from dreambooth.diffusion import sampling
+from dreambooth.diffusion import safety, sampling
 from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.diffusion.sampling_request import SamplingRequest
 from dreambooth.errors import in_one_line
@@ -54,19 +54,30 @@ class Previews:
     def sample(self) -> Image.Image | None:
         """Return the sample picture, drawn with a fixed prompt and seed.
 
-        Return None, with a warning, where it is not finite or cannot be drawn: a failed picture
-        must not end the training.
+        Return None, with a warning, where it is not finite, is hidden by the model's safety checker
+        or cannot be drawn: a failed picture must not end the training.
         """
         seed = derive_seed(self.task.hyperparameters.seed, "sample picture")
+        reason = None
         try:
             picture = next(self.draw(self.task.sample_prompt, [seed]))
+            if picture is None:
+                reason = "it is not finite"
+            elif self._is_hidden(picture):
+                reason = "the model's safety checker hides it"
         except Exception as error:  # a model's own noise scheduler may raise anything
-            log.warning("no sample picture: %s", failure_reason(error))
-            return None
-        if picture is None:
-            log.warning("no sample picture: it is not finite")
+            picture, reason = None, failure_reason(error)
+        if picture is None or reason is not None:
+            log.warning("no sample picture: %s", reason)
             return None
         return Image.fromarray(picture)
+
+    def _is_hidden(self, picture: npt.NDArray[np.uint8]) -> bool:
+        # Loaded anew each time, so that it takes no memory while the model is trained.
+        checker = safety.load(
+            self.task.model_folder, device=torch.device("cpu"), dtype=torch.float32
+        )
+        return checker is not None and checker.hides(picture)
 
     def draw(self, prompt: str, seeds: Sequence[int]) -> Iterator[npt.NDArray[np.uint8] | None]:
         """Yield one picture uint8 [H,W,3] per seed, None where it is not finite.

@@ -33,13 +33,12 @@ PARTIAL = ".partial-"
 ELSEWHERE = "choose another folder"
 
 
-def clear(model_dir: Path, *, base_folder: Path | None = None, elsewhere: str = ELSEWHERE) -> None:
-    """Create `model_dir`, remove what an earlier run of ours left there, and test writing.
+def check(model_dir: Path, *, base_folder: Path | None = None, elsewhere: str = ELSEWHERE) -> None:
+    """Create `model_dir`, and test writing unless an earlier model fills it; nothing is removed.
 
-    Only leftovers (`.partial-*`) and, beside our mark, the names of ENTRIES are removed; all other
-    files stay. Raises UserError, with nothing removed, where a name of ENTRIES is someone else's or
-    the base model lies in here, and ResourceError where nothing can be written. elsewhere: how the
-    user chooses another folder, for the messages.
+    Raises UserError where a name of ENTRIES is someone else's or the base model lies in here, and
+    ResourceError where nothing can be written. elsewhere: how the user chooses another folder, for
+    the messages.
     """
     if base_folder is not None and _same_or_inside(base_folder, model_dir):
         raise UserError(
@@ -54,10 +53,21 @@ def clear(model_dir: Path, *, base_folder: Path | None = None, elsewhere: str = 
                 f"{model_dir} holds {_some(present)}, not written by an earlier run: nothing is "
                 f"overwritten or removed; {elsewhere}."
             )
+        if not present:
+            _probe(model_dir)
+
+
+def clear(model_dir: Path, *, elsewhere: str = ELSEWHERE) -> None:
+    """Remove what an earlier run of ours left in `model_dir`, and test writing.
+
+    Only leftovers (`.partial-*`) and, beside our mark, the names of ENTRIES are removed; all other
+    files stay.
+    """
+    with disk_faults_named(model_dir, elsewhere):
         for leftover in sorted(model_dir.glob(PARTIAL + "*")):
             if leftover.is_dir() and not leftover.is_symlink():
                 shutil.rmtree(leftover, ignore_errors=True)
-        for name in reversed(present):
+        for name in reversed(_present(model_dir) if _is_marked(model_dir) else []):
             remove(model_dir / name)
         _probe(model_dir)
 

@@ -30,12 +30,21 @@ from PIL import Image
 from dreambooth.errors import ModelArtifactError, TrainingDivergedError, UserError
 from dreambooth.model_folder import destination, facts, layout, model_card, vocabulary, weights
 from dreambooth.model_folder.component_classes import BERT, CLIP, COMPONENTS, TextFamily
-from dreambooth.model_folder.destination import ENTRIES, clear
+from dreambooth.model_folder.destination import ENTRIES, check, clear
 from dreambooth.model_folder.model_card import ModelCard, licence_of
 from dreambooth.model_folder.weight_names import exported_name
 from dreambooth.process.files import fsync
 
-__all__ = ["ENTRIES", "ModelCard", "TrainedParts", "add_samples", "clear", "licence_of", "write"]
+__all__ = [
+    "ENTRIES",
+    "ModelCard",
+    "TrainedParts",
+    "add_samples",
+    "check",
+    "clear",
+    "licence_of",
+    "write",
+]
 
 _WEIGHTS = {
     "unet": "diffusion_pytorch_model.safetensors",
@@ -81,10 +90,10 @@ def write(
     """Write the model folder, wholly or not at all.
 
     An earlier model in `model_dir` stays until the new one is complete on the disk (a training job
-    removes it at its start, with `clear`). Raises TrainingDivergedError where a trained weight is
-    not finite, UserError where a weight is too large for fp16, ModelArtifactError where a part of
-    the base model is gone, and ResourceError where the disk is full or model_dir cannot be
-    written. elsewhere: as in `clear`.
+    removes it before its first step, with `clear`). Raises TrainingDivergedError where a trained
+    weight is not finite, UserError where a weight is too large for fp16, ModelArtifactError where
+    a part of the base model is gone, and ResourceError where the disk is full or model_dir cannot
+    be written. elsewhere: as in `check`.
     """
     with destination.disk_faults_named(model_dir, elsewhere):
         model_dir.mkdir(parents=True, exist_ok=True)
@@ -114,7 +123,7 @@ def add_samples(
     """Add sample pictures by caption (usually the prompt) to a model that `write` has written.
 
     They come last, because drawing them may fail and the model is complete without them. Raises
-    ResourceError where the disk is full or model_dir cannot be written. elsewhere: as in `clear`.
+    ResourceError where the disk is full or model_dir cannot be written. elsewhere: as in `check`.
     """
     with destination.disk_faults_named(model_dir, elsewhere):
         stage = Path(tempfile.mkdtemp(prefix=destination.PARTIAL, dir=model_dir))

@@ -8,6 +8,7 @@ from typing import Any
 
 from dreambooth.errors import ModelArtifactError, quoted
 from dreambooth.limits import LIMITS, Limits
+from dreambooth.model_folder import feature_extractor
 from dreambooth.model_folder.headers import read_header
 from dreambooth.model_folder.layout import (
     MODEL_INFO,
@@ -89,6 +90,7 @@ def read_facts(folder: Path, *, to_train: bool = True, limits: Limits = LIMITS) 
         warnings=_warnings(folder, unet, resolution, counted["unet"], limits),
     )
     if to_train:
+        feature_extractor.of_checker(folder, limits=limits)  # the trained model takes it along
         check_trainable(facts, folder / "scheduler" / "scheduler_config.json")
     return facts
 

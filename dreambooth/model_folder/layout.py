@@ -243,6 +243,11 @@ def text_family(folder: Path, *, limits: Limits = LIMITS) -> TextFamily:
     )
 
 
+def names_part(index: Mapping[str, Any], part: str) -> bool:
+    """Return whether a model_index.json that `read_index` has checked names a class for a part."""
+    return _entry(index, part) is not None
+
+
 def _entry(index: Mapping[str, Any], part: str) -> tuple[str, str] | None:
     match index.get(part):
         case [str(library), str(name)]:

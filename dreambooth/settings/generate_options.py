@@ -52,6 +52,7 @@ class GenerateSettings:
         maximum=LIMITS.max_generated_batch,
     )
     out: Path = option(Path("out/generate"), "Folder for the pictures.")
+    no_safety_checker: bool = option(False, "Does not run the model's safety checker.")
     precision: str = option(
         "auto",
         "auto: half precision on a GPU, fp32 else.",

@@ -20,6 +20,7 @@ from dreambooth.diffusion.sampling_request import SamplingRequest
 from dreambooth.errors import UserError
 from dreambooth.settings import generate_options
 from dreambooth.settings.command_line import Parser
+from tests.conftest import write_safety_checker
 
 CAT = "a photo of a cat"
 
@@ -80,6 +81,24 @@ def test_every_option_reaches_the_picture(small_model_folder: Path, tmp_path: Pa
     (expected,) = sample(models.load(small_model_folder, device=torch.device("cpu")), [request])
     assert expected is not None
     assert np.array_equal(np.asarray(Image.open(path)), expected)
+
+
+@pytest.mark.parametrize("option", [[], ["--no_safety_checker"]])
+def test_what_the_models_safety_checker_hides_is_black(
+    make_model_folder: Callable[..., Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    option: list[str],
+) -> None:
+    folder = write_safety_checker(make_model_folder(), hides=True)
+    argv = ("--model", folder, "--prompt", CAT, "--steps", 1, "--seed", 4, "--count", 2, *option)
+    assert run(*argv, "--out", tmp_path) == 0
+    pictures = sorted(path for path in tmp_path.iterdir() if path.name != "grid.png")
+    assert len(pictures) == 2
+    for path in pictures:
+        assert bool(np.asarray(Image.open(path)).any()) == bool(option)
+    assert ("unsafe" in caplog.text) is not bool(option)
+    assert ("(seed 4, 5)" in caplog.text) is not bool(option)
 
 
 def test_half_precision_draws_another_rounding_of_the_picture(

@@ -15,9 +15,10 @@ from transformers import CLIPConfig
 
 from dreambooth.diffusion import model as models
 from dreambooth.diffusion import safety
-from dreambooth.diffusion.safety import ClipInput
 from dreambooth.diffusion.sampling_request import SamplingRequest
 from dreambooth.errors import ModelArtifactError
+from dreambooth.model_folder import feature_extractor
+from dreambooth.model_folder.feature_extractor import ClipInput
 from dreambooth.serving.engine.drawing_jobs import DrawingJob
 from dreambooth.serving.engine.engine import open_engine
 from dreambooth.serving.engine.worker import Worker
@@ -179,16 +180,16 @@ def test_pictures_are_prepared_as_transformers_prepares_them(size: tuple[int, in
     pixels = picture(*size)
     expected = processor(**options)(Image.fromarray(pixels), return_tensors="np").pixel_values
     clip_input = ClipInput(shortest_edge=SIDE, crop=(SIDE, SIDE))
-    np.testing.assert_allclose(clip_input.prepare(pixels).numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(safety.prepare(pixels, clip_input).numpy(), expected, atol=1e-5)
 
 
 def test_old_and_new_preprocessor_files_say_the_same(tmp_path: Path) -> None:
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps(PREPROCESSOR))
-    new = safety.read_clip_input(tmp_path)
+    new = feature_extractor.read(tmp_path)
     old = {k: v for k, v in PREPROCESSOR.items() if "rescale" not in k}
     path.write_text(json.dumps(old | {"size": SIDE, "crop_size": SIDE}))
-    assert safety.read_clip_input(tmp_path) == new
+    assert feature_extractor.read(tmp_path) == new
     assert (new.shortest_edge, new.crop) == (SIDE, (SIDE, SIDE))
 
 
@@ -196,7 +197,7 @@ def test_what_is_switched_off_is_left_out(tmp_path: Path) -> None:
     off = {f"do_{what}": False for what in ("resize", "center_crop", "rescale", "normalize")}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR | off))
     pixels = picture()
-    prepared = safety.read_clip_input(tmp_path).prepare(pixels)
+    prepared = safety.prepare(pixels, feature_extractor.read(tmp_path))
     np.testing.assert_array_equal(prepared[0].numpy().transpose(1, 2, 0), pixels)
 
 
@@ -226,7 +227,7 @@ def test_a_preprocessor_file_without_sense_is_reported(
 ) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR | change))
     with pytest.raises(ModelArtifactError, match="preprocessor_config"):
-        safety.read_clip_input(tmp_path)
+        feature_extractor.read(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_what_an_earlier_run_left_counts_as_room(
 @pytest.mark.parametrize(
     ("count", "options", "told"),
     [
-        (12288, [], "The log of the run cannot be written to "),
+        (16384, [], "The log of the run cannot be written to "),
         (8192, ["--num_class_images=4"], "The class image"),
         (6 * MIB, [], "The checkpoint of step 1 cannot be written"),
         (2 * MIB, ["--checkpointing_steps=9"], "The model cannot be written to "),

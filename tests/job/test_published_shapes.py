@@ -7,6 +7,7 @@ the names, keys and index of the files of 2022 and 2023.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +17,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from dreambooth.diffusion import model as models
 from dreambooth.job.run import run_job
+from tests.conftest import write_safety_checker
 
 Make = Callable[..., Path]
 CPU = torch.device("cpu")
@@ -136,40 +137,9 @@ def write(folder: Path, shape: Shape) -> Path:
     index = json.loads((folder / "model_index.json").read_text("utf-8"))
     index["scheduler"] = ["diffusers", shape.scheduler["_class_name"]]
     if shape.safety_checker:
-        index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
-        index["feature_extractor"] = ["transformers", "CLIPFeatureExtractor"]
         index["requires_safety_checker"] = True
     write_json(folder / "model_index.json", index)
     return folder
-
-
-def write_safety_checker(folder: Path) -> None:
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
-    config = CLIPConfig(
-        vision_config={**tower, "num_hidden_layers": 2, "image_size": 28, "patch_size": 14},
-        text_config={**tower, "num_hidden_layers": 1},
-        projection_dim=24,
-    )
-    checker = StableDiffusionSafetyChecker(config)
-    # Like a published checker, it does not hide random pictures.
-    torch.nn.init.constant_(checker.concept_embeds_weights, 9.0)
-    torch.nn.init.constant_(checker.special_care_embeds_weights, 9.0)
-    checker.save_pretrained(folder / "safety_checker")
-    write_json(
-        folder / "feature_extractor" / "preprocessor_config.json",
-        {
-            "crop_size": 28,
-            "do_center_crop": True,
-            "do_convert_rgb": True,
-            "do_normalize": True,
-            "do_resize": True,
-            "feature_extractor_type": "CLIPFeatureExtractor",
-            "image_mean": [0.48145466, 0.4578275, 0.40821073],
-            "image_std": [0.26862954, 0.26130258, 0.27577711],
-            "resample": 3,
-            "size": 28,
-        },
-    )
 
 
 def write_special_tokens(folder: Path) -> None:
@@ -188,7 +158,10 @@ def write_special_tokens(folder: Path) -> None:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    folder = tmp_path / "photos"
+    return write_photos(tmp_path / "photos")
+
+
+def write_photos(folder: Path) -> Path:
     folder.mkdir()
     generator = np.random.default_rng(0)
     for number in range(2):
@@ -202,6 +175,14 @@ def photos(tmp_path: Path) -> Path:
 def train(model: Path, photos: Path, out: Path, *more: str) -> None:
     arguments = ["--pretrained-model", str(model), "--train", str(photos), "--model_dir", str(out)]
     assert run_job([*arguments, "--max_steps=2", "--learning_rate=0.01", *more], {}) == 0
+
+
+@pytest.fixture(scope="module")
+def earlier_model(make_model_folder: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a model that an earlier run has written."""
+    place = tmp_path_factory.mktemp("earlier")
+    train(make_model_folder(), write_photos(place / "photos"), place / "model")
+    return place / "model"
 
 
 def plain(folder: Path, **options: Any) -> Any:
@@ -272,22 +253,58 @@ def test_the_safety_checker_comes_out_as_it_was(
         assert not draw(pipeline).any()  # the checker still hides what it should
 
 
-def test_a_safety_checker_that_cannot_see_is_refused_before_the_first_step(
-    make_model_folder: Make, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+# A file of a model folder, what it says instead, and whether a dry run can tell.
+FAULTS = {
+    "feature_extractor/preprocessor_config.json": ({"size": {"longest": 3}}, True),
+    "safety_checker/config.json": ({"architectures": ["Evil"]}, True),
+    "unet/config.json": ({"only_cross_attention": [True, 3, None]}, False),
+    "text_encoder/config.json": ({"num_attention_heads": 3}, False),
+    "scheduler/scheduler_config.json": ({"trained_betas": [0.5]}, False),
+    "vae/config.json": ({"out_channels": 4}, False),
+}
+
+
+@pytest.mark.parametrize("prior", [False, True], ids=["alone", "class images"])
+@pytest.mark.parametrize("faulty", FAULTS)
+def test_a_model_that_is_refused_leaves_an_earlier_one_whole(
+    make_model_folder: Make,
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    earlier_model: Path,
+    faulty: str,
+    prior: bool,
 ) -> None:
-    base = write(make_model_folder(), STABLE_DIFFUSION_1)
-    (base / "feature_extractor" / "preprocessor_config.json").write_text('{"size": {"longest": 3}}')
-    out = tmp_path / "mine"
-    train(make_model_folder(), photos, out)
-    earlier = sorted(path.name for path in out.iterdir())
+    base, out = write(make_model_folder(), STABLE_DIFFUSION_1), tmp_path / "mine"
+    shutil.copytree(earlier_model, out)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    change, is_seen_by_a_dry_run = FAULTS[faulty]
+    config = json.loads((base / faulty).read_text("utf-8"))
+    (base / faulty).write_text(json.dumps(config | change))
     argv = [f"--pretrained-model={base}", f"--train={photos}", f"--model_dir={out}"]
-    capsys.readouterr()
-    assert run_job([*argv, "--max_steps=1"], {}) == 1
-    assert sorted(path.name for path in out.iterdir()) == earlier
-    shown = capsys.readouterr().err.splitlines()
-    assert shown[-1].startswith("error: ")
-    assert "preprocessor_config.json" in shown[-1]
-    assert not any("training: " in line for line in shown)
+    argv += ["--with_prior_preservation=True", "--num_class_images=1"] if prior else []
+    for more in ["--dry-run"] * is_seen_by_a_dry_run, []:
+        capsys.readouterr()
+        assert run_job([*argv, "--max_steps=1", *more], {}) == 1
+        assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+        shown = capsys.readouterr().err.splitlines()
+        assert shown[-1].startswith("error: ")
+        assert faulty in shown[-1] or faulty.split("/")[0] in shown[-1]
+        assert not any("training: " in line for line in shown)
+
+
+@pytest.mark.parametrize("hides", [False, True])
+def test_a_sample_picture_that_the_safety_checker_hides_is_not_kept(
+    make_model_folder: Make,
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    hides: bool,
+) -> None:
+    base = write_safety_checker(make_model_folder(), hides=hides)
+    train(base, photos, tmp_path / "mine")
+    assert ("safety checker hides it" in capsys.readouterr().err) is hides
+    assert (tmp_path / "mine" / "samples").exists() is not hides
 
 
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}

@@ -46,6 +46,9 @@ def test_clear_removes_an_earlier_run_and_nothing_else(tmp_path: Path) -> None:
     put(model_dir, *kept)
     (model_dir / "safety_checker").symlink_to(outside)
     (model_dir / ".partial-link").symlink_to(outside)
+    before = contents(model_dir)
+    destination.check(model_dir)
+    assert contents(model_dir) == before
     destination.clear(model_dir)
     assert contents(model_dir).keys() == kept
     assert contents(outside).keys() == {"precious"}
@@ -57,10 +60,12 @@ def test_clear_removes_an_earlier_run_and_nothing_else(tmp_path: Path) -> None:
 def test_a_folder_without_a_model_is_made_ready(tmp_path: Path, names: list[str]) -> None:
     put(tmp_path, *names)
     for folder in (tmp_path, tmp_path / "a" / "b"):
+        destination.check(folder)
         destination.clear(folder)
         assert not list(folder.iterdir()) or folder == tmp_path
     assert contents(tmp_path) == {}
     (tmp_path / "link").symlink_to(tmp_path / "a" / "b")
+    destination.check(tmp_path / "link")
     destination.clear(tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
 
@@ -83,16 +88,18 @@ def test_what_no_run_of_ours_wrote_is_refused_and_untouched(
 ) -> None:
     before = contents(put(tmp_path, *names))
     with pytest.raises(UserError, match=named) as caught:
-        destination.clear(tmp_path, elsewhere="choose another --model_dir")
+        destination.check(tmp_path, elsewhere="choose another --model_dir")
     assert "choose another --model_dir" in str(caught.value)
     assert contents(tmp_path) == before
+    destination.clear(tmp_path)
+    assert contents(tmp_path).keys() == {name for name in before if ".partial-" not in name}
 
 
 @pytest.mark.parametrize("info", ["[1]", "{", '{"written_by": "somebody"}', "{}"])
 def test_a_mark_that_is_not_ours_is_none(tmp_path: Path, info: str) -> None:
     (tmp_path / "__model_info__.json").write_text(info)
     with pytest.raises(UserError, match="not written by an earlier run"):
-        destination.clear(tmp_path)
+        destination.check(tmp_path)
 
 
 def test_the_folder_of_the_base_model_is_refused(tmp_path: Path) -> None:
@@ -100,7 +107,7 @@ def test_the_folder_of_the_base_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(base)
     for model_dir in (base, base.parent, tmp_path / "link"):
         with pytest.raises(UserError, match="over the base model"):
-            destination.clear(model_dir, base_folder=base)
+            destination.check(model_dir, base_folder=base)
     assert contents(base).keys() == {"__model_info__.json"}
 
 
@@ -139,7 +146,7 @@ def test_a_place_where_no_folder_can_be_is_reported_at_the_start(
 ) -> None:
     model_dir = place(tmp_path)
     with pytest.raises(ResourceError, match="not a folder") as caught:
-        destination.clear(
+        destination.check(
             model_dir, base_folder=tmp_path / "base", elsewhere="choose another --model_dir"
         )
     assert str(model_dir) in str(caught.value)
@@ -154,7 +161,7 @@ def test_a_folder_that_is_not_ours_to_write_is_reported_at_the_start(
     closed.mkdir(mode=0o555)
     for model_dir in (closed, closed / "model"):
         with pytest.raises(ResourceError, match="not writable") as caught:
-            destination.clear(model_dir)
+            destination.check(model_dir)
         assert "space" not in str(caught.value)
 
 
@@ -171,7 +178,7 @@ def full_disk() -> Iterator[None]:
 @pytest.mark.usefixtures("full_disk")
 def test_a_full_disk_is_reported_at_the_start_and_nothing_is_left(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="export_precision=fp16"):
-        destination.clear(tmp_path)
+        destination.check(tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -464,7 +464,8 @@ def test_a_run_writes_again_where_an_earlier_one_wrote(
 ) -> None:
     picture = Image.new("RGB", (8, 8))
     for seed in (1, 2):
-        export.clear(tmp_path, base_folder=small_model_folder)
+        export.check(tmp_path, base_folder=small_model_folder)
+        export.clear(tmp_path)
         model = trained_model(small_model_folder, seed=seed)
         write(tmp_path, small_model_folder, model, samples={"a": picture} if seed == 1 else {})
         expected = FILES | ({"samples/01_a.png"} if seed == 1 else set())
@@ -517,9 +518,9 @@ def test_a_run_never_deletes_the_model_that_it_starts_from(
 ) -> None:
     other = make_model_folder()
     with pytest.raises(UserError, match="not written by an earlier run"):
-        export.clear(other)
+        export.check(other)
     assert source.read_facts(other)
     ours = write(tmp_path / "a", small_model_folder, trained_model(small_model_folder))
     with pytest.raises(UserError, match="over the base model"):
-        export.clear(ours, base_folder=ours)
+        export.check(ours, base_folder=ours)
     assert files(ours) == FILES
