@@ -23,6 +23,8 @@ _FOREIGN_CODE = re.compile(
     r"|_*(auto_map|trust_remote_code|custom_pipelines?|quantization_config)"
     r"|_*(use_kernels|kernel_config|kernels|hub_kernels)"
 )
+# This activation of transformers imports a kernel of its own, and keeps numbers in bf16.
+_FOREIGN_ACTIVATION = "xielu"
 _MOST_LEVELS = 16
 # The deepest honest network of this family has 32 layers; a config that asks for a million would
 # keep the machine busy for hours.
@@ -54,6 +56,11 @@ def checked(path: Path, config: Mapping[str, Any], part: str) -> dict[str, Any]:
             raise ModelArtifactError(f"{path} nests its settings more than {_MOST_LEVELS} deep.")
         if name in _OWN_CODE and value:
             raise ModelArtifactError(f"{path} asks for code of its own ({name}), which is not run.")
+        if value == _FOREIGN_ACTIVATION and "act" in name:
+            raise ModelArtifactError(
+                f"{path} asks for {one_line(name, 60)} = {quoted(value)}, which runs code from "
+                "outside and is not used."
+            )
         if isinstance(value, list) and "block" in name and len(value) > _MOST_BLOCKS:
             raise ModelArtifactError(
                 f"{path} lists {len(value)} {one_line(name, 60)}, more than {_MOST_BLOCKS}."

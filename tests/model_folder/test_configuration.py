@@ -78,6 +78,13 @@ def test_code_of_the_folders_own_is_refused(place: str, settings: dict[str, Any]
         checked(PATH, PLACES[place](settings), "unet")
 
 
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", ["hidden_act", "act_fn", "hidden_activation"])
+def test_an_activation_with_a_kernel_of_its_own_is_refused(place: str, name: str) -> None:
+    with pytest.raises(ModelArtifactError, match="runs code from outside"):
+        checked(PATH, PLACES[place]({name: "xielu"}), "text_encoder")
+
+
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes_that_take_memory_or_hours_are_refused(name: str) -> None:
     for place, value in product(PLACES, (10**9, 1e9, float("inf"), float("nan"), 10**99)):
