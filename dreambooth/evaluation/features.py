@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
-from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.diffusion.text_encoders import BUILD_ERRORS
 from dreambooth.errors import ModelArtifactError, in_one_line
+from dreambooth.evaluation import efficientnet
 from dreambooth.evaluation.vision_model import CLIP, VisionModel
 from dreambooth.tiny import judge_network
 
@@ -58,19 +58,17 @@ class FeatureNetwork:
         return stacked
 
 
-def of_vae(model: DiffusionModel) -> FeatureNetwork:
-    """Return the VAE encoder's last hidden layer, averaged over space; it needs no download."""
-    vae = model.vae
+def of_photographs(device: torch.device) -> FeatureNetwork:
+    """Return EfficientNet-Lite0's pooled features, which tell subjects in photographs apart."""
+    network = efficientnet.load(device)
+    size = (efficientnet.SIDE, efficientnet.SIDE)
 
     def one(picture: Picture) -> torch.Tensor:
-        pixels = torch.tensor(picture, device=vae.device).permute(2, 0, 1)[None].to(vae.dtype)
-        hidden = vae.encoder.conv_in(pixels / 127.5 - 1.0)
-        for block in vae.encoder.down_blocks:
-            hidden = block(hidden)
-        feature: torch.Tensor = vae.encoder.mid_block(hidden).float().mean(dim=(2, 3))[0].cpu()
-        return feature
+        resized = Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC)
+        pixels = torch.tensor(np.asarray(resized), device=device).permute(2, 0, 1)[None]
+        return network.features(pixels / 127.5 - 1.0)[0].cpu()
 
-    return FeatureNetwork(name="the model's own VAE encoder", one=one)
+    return FeatureNetwork(name="EfficientNet-Lite0, trained on ImageNet", one=one)
 
 
 def of_judge() -> FeatureNetwork:

@@ -87,14 +87,14 @@ def choose_network(task: Task, model: DiffusionModel) -> features.FeatureNetwork
     """Return the network whose features are compared.
 
     It is the one of fid_features where that is set, the judge for models of the embedded world,
-    else the model's own VAE encoder.
+    else EfficientNet-Lite0.
     """
     if task.hyperparameters.fid_features:
         folder = vision_model.read(task.hyperparameters.fid_features)
         return features.of_vision_model(folder, task.device)
     if task.resolution == 64 and model.tokenizer.get_vocab() == tiny.vocabulary():
         return features.of_judge()
-    return features.of_vae(model)
+    return features.of_photographs(task.device)
 
 
 def _instance_images(task: Task) -> Iterator[Picture]:

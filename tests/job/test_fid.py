@@ -105,7 +105,7 @@ def test_the_log_states_count_regularisation_and_features(
 ) -> None:
     capsys.readouterr()
     for options, name in (
-        ([], "the model's own VAE encoder"),
+        ([], "EfficientNet-Lite0, trained on ImageNet"),
         ([f"--fid_features={vit_folder}"], f"ViTModel of {vit_folder}"),
     ):
         assert start(*options) == 0
@@ -249,4 +249,4 @@ def test_any_copy_and_any_child_of_the_embedded_model_is_judged(
     # As large as the embedded model's pictures, but of another world.
     other = make_model_folder(pixels=64)
     assert start(model=other, out="other") == 0
-    assert "features: the model's own VAE encoder;" in capsys.readouterr().err
+    assert "features: EfficientNet-Lite0, trained on ImageNet;" in capsys.readouterr().err
