@@ -217,7 +217,7 @@ def test_what_ends_a_process_ends_the_scoring(
     def fail(*_: object) -> None:
         raise end
 
-    monkeypatch.setattr(fid, "choose_network", fail)
+    monkeypatch.setattr(fid, "_print_score", fail)
     nothing: Any = None
     with pytest.raises(type(end)):
         fid.print_score(nothing, nothing, nothing)
@@ -227,7 +227,7 @@ def test_features_that_are_not_finite_give_no_score(
     start: Start, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = features.FeatureNetwork(name="a test", one=lambda _: torch.full((4,), torch.nan))
-    monkeypatch.setattr(fid, "choose_network", lambda *_: broken)
+    monkeypatch.setattr(features, "choose", lambda *_, **__: broken)
     assert start() == 0
     shown = capsys.readouterr()
     assert "no fid_score: Features of a test are not finite." in shown.err
