@@ -116,6 +116,7 @@ def _prepare(environment: container.Environment, environ: Mapping[str, str], sta
         with_prior_preservation=settings.with_prior_preservation,
         needs_class_images=settings.trains_on_class_images,
         given=environment.ways_in.training,
+        inside=environment.ways_in.inside,
     )
     for warning in dataset.warnings:
         log.warning(warning)
