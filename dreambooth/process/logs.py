@@ -18,7 +18,7 @@ from dreambooth.errors import ResourceError, one_line
 
 # They log what no user needs, such as optional packages that are not installed.
 _NOISY = (
-    *("httpx", "httpcore", "urllib3", "PIL", "bitsandbytes"),
+    *("httpx", "httpcore", "urllib3", "bitsandbytes"),
     *("transformers", "diffusers", "accelerate", "huggingface_hub", "kernels"),
 )
 _MOST_MESSAGE_CHARACTERS = 8_000
@@ -52,6 +52,7 @@ def to_stderr(level: str, *, phase: str | None = None) -> None:
         os.environ.setdefault(variable, "error")
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # it raises its errors too
 
 
 class _OneLineRecord(logging.LogRecord):
