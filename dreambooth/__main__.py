@@ -20,31 +20,29 @@ def main(argv: Sequence[str]) -> int:
     `run_job`.
     """
     with logs.fault_tolerant_streams("stderr"):
-        return _main(argv)
+        try:
+            if argv and argv[0] == "train":  # its options come from the table of hyperparameters
+                from dreambooth.job.run import run_job
+
+                return run_job(argv[1:], os.environ)
+            with logs.stdout_faults_told():
+                return _main(argv)
+        except KeyboardInterrupt:
+            print("stopped by SIGINT", file=sys.stderr)
+            return 130
+        except Exception as error:  # the command's end: a sentence, or the trace of a bug of ours
+            known = failure.for_the_user(error)
+            print(f"error: {known}" if known else logs.trace_of(error), file=sys.stderr)
+            return 1
 
 
 def _main(argv: Sequence[str]) -> int:
-    try:
-        if argv and argv[0] == "train":  # its options come from the table of hyperparameters
-            from dreambooth.job.run import run_job
-
-            return run_job(argv[1:], os.environ)
-        if argv and argv[0] in MOVED:
-            print(f"error: {argv[0]} has moved: {MOVED[argv[0]]}.", file=sys.stderr)
-            return 2
-        arguments = parser().parse_args(argv)
-        logs.to_stderr("warning")
-        return _run(arguments)
-    except KeyboardInterrupt:
-        print("stopped by SIGINT", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        return 0
-    except Exception as error:  # the command's end: print a sentence, or the trace of a bug of ours
-        known = failure.for_the_user(error)
-        print(f"error: {known}" if known else logs.trace_of(error), file=sys.stderr)
-        return 1
+    if argv and argv[0] in MOVED:
+        print(f"error: {argv[0]} has moved: {MOVED[argv[0]]}.", file=sys.stderr)
+        return 2
+    arguments = parser().parse_args(argv)
+    logs.to_stderr("warning")
+    return _run(arguments)
 
 
 # Verbs of earlier versions that have left the package, and what to run instead.

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
@@ -14,6 +15,7 @@ import pytest
 
 import dreambooth
 from dreambooth.__main__ import main
+from dreambooth.tiny import DATA
 
 ROOT = Path(__file__).parents[1]
 
@@ -60,6 +62,20 @@ class Unwritable(io.StringIO):
         raise OSError(self.number, os.strerror(self.number))
 
 
+class UnwritableFile(io.RawIOBase):
+    """The same below Python's buffers: it is the flush that fails."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: object) -> int:
+        raise OSError(self.number, os.strerror(self.number))
+
+
 @pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC, errno.EIO])
 def test_a_stderr_that_cannot_be_written_changes_no_exit_code(
     number: int, monkeypatch: pytest.MonkeyPatch
@@ -70,15 +86,82 @@ def test_a_stderr_that_cannot_be_written_changes_no_exit_code(
     assert main(["benchmark"]) == 2
 
 
-def test_a_stdout_on_a_full_disk_is_one_sentence(
+@pytest.fixture
+def printing(tmp_path: Path, small_model_folder: Path) -> dict[str, list[str]]:
+    """Return arguments with which verbs print and end at once."""
+    model, out = str(small_model_folder), str(tmp_path / "out")
+    return {
+        "hyperparameters": ["--format", "json"],
+        "convert": [model, out],
+        "pack": [model, f"{out}.tar.gz"],
+        "serve": ["--help"],
+        "demo": ["--help"],
+        "--help": [],
+        "--version": [],
+    }
+
+
+VERBS = ("hyperparameters", "convert", "pack", "serve", "demo", "--help", "--version")
+
+
+@pytest.mark.parametrize("buffered", [False, True])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EBADF])
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_stdout_that_cannot_be_written_is_one_sentence(
+    verb: str,
+    number: int,
+    buffered: bool,
+    printing: dict[str, list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What the verb was to write is there nevertheless, and the advice is not about its disk."""
+    stdout: io.TextIOBase = Unwritable(number)
+    if buffered:
+        stdout = io.TextIOWrapper(io.BufferedWriter(UnwritableFile(number)))
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert main([verb, *printing[verb]]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    said = f"standard output ({os.strerror(number)}): send it to another place."
+    assert last == f"error: Nothing can be written to {said}"
+    for made in ({"convert": printing[verb][1:], "pack": printing[verb][1:]}).get(verb, ()):
+        assert Path(made).exists()
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_reader_that_has_left_is_no_fault(
+    verb: str,
+    printing: dict[str, list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "stdout", Unwritable(errno.EPIPE))
+    with contextlib.suppress(SystemExit):  # of argparse, after its help
+        assert main([verb, *printing[verb]]) == 0
+    assert "error" not in capsys.readouterr().err
+    monkeypatch.undo()
+
+
+def test_a_job_goes_on_without_its_stdout(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "stdout", Unwritable(errno.ENOSPC))
-    assert main(["hyperparameters"]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("error: ")
-    assert "the disk is full" in said
-    assert said.count("\n") == 1
+    data = str(DATA / "cat")
+    assert main(["train", "--dry-run", "--pretrained-model", "tiny", "--train", data]) == 0
+    assert "error" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("buffering", ["", "1"])
+def test_a_process_with_a_full_stdout_says_so_once(buffering: str) -> None:
+    command = f"{sys.executable} -m dreambooth --help >/dev/full"
+    environ = {**os.environ, "PYTHONUNBUFFERED": buffering}
+    done = subprocess.run(
+        command, shell=True, capture_output=True, text=True, cwd=ROOT, env=environ
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "standard output (No space left on device)" in done.stderr
 
 
 def test_the_version_is_the_packages() -> None:

@@ -55,18 +55,21 @@ def read(
     with_prior_preservation: bool = False,
     needs_class_images: bool = True,
     given: str = "with --train",
+    inside: str = "give that folder with --train",
     limits: Limits = LIMITS,
 ) -> DatasetInfo:
     """Read a training folder (layout: facts of the JumpStart notebook, "Dataset layout").
 
     `class_data_dir` is relative to the folder (an absolute path is taken as it is). It may be
     missing, and is read only with prior preservation and if class images are needed at all.
-    `given` says how the user gives the folder, for messages.
+    `given` says how the user gives the folder, for messages, and `inside` how to give one inside.
     Raises DatasetError, one clear sentence, for the first fault that cannot be skipped, and
     UserError for a `class_data_dir` that is no local path.
     """
     _require_folder(folder, given)
-    prompts = read_prompts(folder, with_prior_preservation=with_prior_preservation, limits=limits)
+    prompts = read_prompts(
+        folder, with_prior_preservation=with_prior_preservation, inside=inside, limits=limits
+    )
     class_folder = Path(
         os.path.normpath(folder / addresses.to_path(class_data_dir, "class_data_dir"))
     )

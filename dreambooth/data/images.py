@@ -7,15 +7,18 @@ file. Legend: H W pixels, uint8 0..255.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
 import hashlib
 import io
 import os
 import struct
+import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
@@ -31,6 +34,7 @@ from PIL import (
     ImageFile,
     TiffImagePlugin,  # noqa: F401
     WebPImagePlugin,  # noqa: F401
+    _imaging,
 )
 
 from dreambooth.data.colour_profiles import to_srgb
@@ -54,6 +58,7 @@ MAX_SHAPE_RATIO = 32
 
 _STRANGE_RATIO = 2.0  # above it a square crop loses more than half of the picture
 _CORNER = 16  # pixels a side
+_MOST_LIBTIFF_BYTES = 200  # of a message
 _CHECK_THREADS = 4  # Pillow's decoders release the interpreter lock
 
 # What Pillow's decoders are known to raise on damaged or hostile files.
@@ -218,12 +223,46 @@ def warnings_for(width: int, height: int, resolution: int) -> str | None:
     return f"is {width} x {height} pixels: {' and '.join(faults)}" if faults else None
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence Pillow's warnings (odd EXIF, sizes); those that matter become errors here."""
+    _keep_libtiff_quiet()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+class _LibtiffSaid(threading.local):
+    """The first error that libtiff reported of the picture which this thread decodes."""
+
+    first: str | None = None
+
+
+_libtiff_said = _LibtiffSaid()
+
+
+def _keep_first(_: bytes, template: bytes, values: int) -> None:
+    """Take an error from libtiff, as the arguments of C's vprintf."""
+    if _libtiff_said.first is None:
+        text = ctypes.create_string_buffer(_MOST_LIBTIFF_BYTES)
+        say = ctypes.CDLL(None).vsnprintf
+        say(text, ctypes.c_size_t(len(text)), ctypes.c_char_p(template), ctypes.c_void_p(values))
+        _libtiff_said.first = text.value.decode("utf-8", errors="replace").rstrip(". :\n")
+
+
+_LIBTIFF_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p)(
+    _keep_first
+)
+
+
+@functools.cache
+def _keep_libtiff_quiet() -> None:
+    """Take libtiff's errors, which it would print: one per line of pixels, a megabyte a picture.
+
+    No other decoder of ours prints anything.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # a Pillow that has no libtiff, or hides it
+        ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(_LIBTIFF_HANDLER)
 
 
 def _checked(path: Path, limits: Limits) -> ImageFacts:
@@ -245,16 +284,20 @@ def _decoded(
         raise PictureError(path, f"is in {kind} format (save it as one of {FORMATS_TEXT})")
     if (slow := why_slow(file, kind, limits)) is not None:
         raise PictureError(path, f"{slow}, which would take too long to decode (save it anew)")
+    _libtiff_said.first = None
     try:
         with Image.open(file, formats=(kind,)) as image:
             _refuse_bomb(path, *image.size, limits)
-            return finish(image)
+            found = finish(image)
     except Image.DecompressionBombError as error:
         raise PictureError(path, "has too many pixels to be opened safely") from error
     except MemoryError as error:
         raise PictureError(path, "needs more memory than there is") from error
     except _DECODER_FAULTS as error:
-        raise PictureError(path, f"is damaged ({why(error)})") from error
+        raise PictureError(path, f"is damaged ({_libtiff_said.first or why(error)})") from error
+    if _libtiff_said.first is not None:  # some of its decoders go on with any pixels
+        raise PictureError(path, f"is damaged ({_libtiff_said.first})")
+    return found
 
 
 def _refuse_bomb(path: Path, width: int, height: int, limits: Limits) -> None:

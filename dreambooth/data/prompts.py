@@ -30,16 +30,19 @@ class Prompts:
     warnings: tuple[str, ...]
 
 
-def read(folder: Path, *, with_prior_preservation: bool, limits: Limits = LIMITS) -> Prompts:
+def read(
+    folder: Path, *, with_prior_preservation: bool, inside: str, limits: Limits = LIMITS
+) -> Prompts:
     """Read the prompts of a training folder; class_prompt is required with prior preservation.
 
+    inside: the clause that says how to give a folder inside the training folder in its place.
     Raises DatasetError if the file is missing or too large, is not UTF-8, is neither JSON nor
     Python's notation, or has values of wrong types or lacks a prompt.
     """
     path = folder / INFO_NAME
     example = '{"instance_prompt": "a photo of a riobugger cat"'
     example += ', "class_prompt": "a photo of a cat"}' if with_prior_preservation else "}"
-    info, notes = _parse_info(path, _info_text(path, example, limits), example)
+    info, notes = _parse_info(path, _info_text(path, example, inside, limits), example)
     instance_prompt = _prompt(path, info, "instance_prompt", limits)
     if instance_prompt is None:
         raise DatasetError(
@@ -62,7 +65,7 @@ def read(folder: Path, *, with_prior_preservation: bool, limits: Limits = LIMITS
     )
 
 
-def _info_text(path: Path, example: str, limits: Limits) -> str:
+def _info_text(path: Path, example: str, inside: str, limits: Limits) -> str:
     """Return the text of dataset_info.json, a regular file of UTF-8 (with or without a BOM)."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -71,7 +74,7 @@ def _info_text(path: Path, example: str, limits: Limits) -> str:
             data = file.read(limits.max_dataset_info_bytes + 1)
     except FileNotFoundError as error:
         raise DatasetError(
-            f"{INFO_NAME} is missing in {printable(path.parent)}{_lookalike(path.parent)}: "
+            f"{INFO_NAME} is missing in {printable(path.parent)}{_lookalike(path.parent, inside)}: "
             f"write it with the subject's prompt, for example {example}."
         ) from error
     except OSError as error:
@@ -91,7 +94,7 @@ def _info_text(path: Path, example: str, limits: Limits) -> str:
         ) from error
 
 
-def _lookalike(folder: Path) -> str:
+def _lookalike(folder: Path, inside: str) -> str:
     """Return a hint at a similar file: Windows hides suffixes, and archives often add a folder."""
     try:
         names = sorted(os.listdir(folder))
@@ -102,7 +105,7 @@ def _lookalike(folder: Path) -> str:
             return f" (there is {printable(name)}, which is another name)"
     for name in names[:_FOLDERS_TRIED]:
         if os.path.isfile(folder / name / INFO_NAME):
-            return f" (there is one in its sub-folder {printable(name)}: give that folder instead?)"
+            return f" (there is one in its sub-folder {printable(name)}: {inside}?)"
     return ""
 
 

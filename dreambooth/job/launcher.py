@@ -49,6 +49,11 @@ class Launch:
     is_group: bool
 
 
+def is_main_process(environ: Mapping[str, str]) -> bool:
+    """Return whether this process is the first of its job's, or the only one."""
+    return not re.fullmatch("0*[1-9][0-9]*", environ.get("RANK", "0"))
+
+
 def read(environ: Mapping[str, str]) -> Launch:
     """Read the launcher's variables. Raises UserError for one that is not a fitting number."""
     for name in (*_COUNTS, *_LOCAL_COUNTS):
@@ -72,7 +77,7 @@ def read(environ: Mapping[str, str]) -> Launch:
     return Launch(
         processes=processes,
         count_variable=count_variable,
-        is_main_process=int(environ.get("RANK", "0")) < 1,
+        is_main_process=is_main_process(environ),
         is_group=processes > 1 or int(environ.get("LOCAL_RANK", "-1")) >= 0,
     )
 

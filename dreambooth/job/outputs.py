@@ -85,8 +85,9 @@ def make(environment: Environment) -> None:
 def locked(environment: Environment, hyperparameters: Hyperparameters) -> Iterator[None]:
     """Keep other jobs out of the output folders during the block, by locking the folders.
 
-    What is made here and is still empty in the end is removed. Raises UserError, which names the
-    folder that another job holds.
+    What is made here and is still empty in the end is removed. The folder of the failure file is
+    locked too, so that others write none there; jobs on one machine may share it. Raises UserError,
+    which names the folder that another job holds.
     """
     folders = {
         "model_dir": environment.model_dir,
@@ -107,6 +108,10 @@ def locked(environment: Environment, hyperparameters: Hyperparameters) -> Iterat
                     f"Another job is writing to {folder}: wait until it ends"
                     f"{another and f', or {another}'}."
                 )
+        with contextlib.suppress(OSError):
+            descriptor = os.open(environment.failure_file.parent, os.O_RDONLY | os.O_DIRECTORY)
+            undo.callback(os.close, descriptor)
+            files.try_lock(descriptor)
         yield
 
 

@@ -23,7 +23,7 @@ from dreambooth.job import launcher, outputs
 from dreambooth.model_folder import facts as model_facts
 from dreambooth.model_folder import layout
 from dreambooth.model_folder import source as model_source
-from dreambooth.process import failure, gpu_driver, logs, temporary_folder
+from dreambooth.process import failure, files, gpu_driver, logs, temporary_folder
 from dreambooth.process.stop import Stopped, StopSignals
 from dreambooth.settings import container, hyperparameters
 from dreambooth.settings.hyperparameters import Hyperparameters
@@ -78,7 +78,10 @@ def _run(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         return stopped.exit_code
     except Exception as error:  # the job's end: every error becomes its exit code
         known = failure.for_the_user(error)
-        failure.write_failure(failure_file, known or error)
+        # What stands there while another job runs would be taken for that job's failure. The
+        # processes beside a main one, which holds the lock, tell the failure of their own job.
+        if not (launcher.is_main_process(environ) and files.is_locked(failure_file.parent)):
+            failure.write_failure(failure_file, known or error)
         if known is None:
             print(logs.trace_of(error), file=sys.stderr)
         else:
@@ -113,6 +116,7 @@ def _prepare(environment: container.Environment, environ: Mapping[str, str], sta
         with_prior_preservation=settings.with_prior_preservation,
         needs_class_images=settings.trains_on_class_images,
         given=environment.ways_in.training,
+        inside=environment.ways_in.inside,
     )
     for warning in dataset.warnings:
         log.warning(warning)

@@ -152,11 +152,11 @@ def _is_factor(value: Any) -> bool:
 
 
 def _is_token_id(value: object) -> bool:
-    return value is None or type(value) is int
+    return value is None or (type(value) is int and -(2**63) <= value < 2**63)
 
 
 _NUMBER = (_is_number, "a number")
-_TOKEN_ID = (_is_token_id, "a whole number")
+_TOKEN_ID = (_is_token_id, "the number of a token")
 # What each part's settings must be; a faulty one would be found only when a picture is drawn.
 _EXPECTED: Mapping[str, Mapping[str, tuple[Callable[[Any], bool], str]]] = {
     "vae": {"scaling_factor": (_is_factor, "a number other than 0")},

@@ -19,6 +19,7 @@ from dreambooth.errors import ModelArtifactError, one_line, quoted
 from dreambooth.limits import LIMITS, Limits
 from dreambooth.model_folder import configuration
 from dreambooth.model_folder.component_classes import (
+    CLIP,
     COMPONENTS,
     FAMILIES_LISTED,
     PIPELINES,
@@ -273,9 +274,14 @@ def validate_folder(folder: Path, *, linked_weights: bool = True, limits: Limits
                 f"{folder} is not a whole Stable Diffusion model: {part}/ is missing from it or "
                 f"from its {INDEX}."
             )
-    text_family(folder, limits=limits)
+    family = text_family(folder, limits=limits)
     for part in (*TRAINED_PARTS, "scheduler"):
-        component_config(folder, part, limits=limits)
+        config = component_config(folder, part, limits=limits)
+        if part == "text_encoder" and family is CLIP and config.get("eos_token_id", 0) is None:
+            raise ModelArtifactError(
+                f"{folder / part / 'config.json'} gives eos_token_id as null, and CLIP finds the "
+                "end of a prompt by it: give the tokenizer's, which is 49407 in Stable Diffusion."
+            )
     if _entry(index, "safety_checker") and (folder / "safety_checker").is_dir():
         component_config(folder, "safety_checker", limits=limits)
     for part in TRAINED_PARTS:

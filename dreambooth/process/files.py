@@ -39,6 +39,19 @@ def try_lock(descriptor: int) -> bool:
     return True
 
 
+def is_locked(folder: Path) -> bool:
+    """Return whether any process holds the lock of a folder; False where that is unknown."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+    return False
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file beside its place, then rename it: a killed process leaves no half of it.
 

@@ -14,11 +14,11 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, TextIO, cast
 
-from dreambooth.errors import one_line
+from dreambooth.errors import ResourceError, one_line
 
 # They log what no user needs, such as optional packages that are not installed.
 _NOISY = (
-    *("httpx", "httpcore", "urllib3", "PIL", "bitsandbytes"),
+    *("httpx", "httpcore", "urllib3", "bitsandbytes"),
     *("transformers", "diffusers", "accelerate", "huggingface_hub", "kernels"),
 )
 _MOST_MESSAGE_CHARACTERS = 8_000
@@ -52,6 +52,7 @@ def to_stderr(level: str, *, phase: str | None = None) -> None:
         os.environ.setdefault(variable, "error")
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # it raises its errors too
 
 
 class _OneLineRecord(logging.LogRecord):
@@ -125,11 +126,40 @@ def fault_tolerant_streams(*names: Literal["stdout", "stderr"]) -> Iterator[None
     finally:
         for name, stream in before.items():
             setattr(sys, name, stream)
-            try:
-                stream.flush()
-            except (OSError, ValueError):  # Python's flush at exit would fail too
-                with contextlib.suppress(OSError, ValueError):
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            _drop_what_is_left(stream)
+
+
+@contextlib.contextmanager
+def stdout_faults_told() -> Iterator[None]:
+    """Raise ResourceError after the block if what it printed could not be written to stdout.
+
+    A reader that has left, such as `head`, is no fault. argparse ends the block with SystemExit.
+    """
+    before, stream = sys.stdout, _FaultTolerantStream(sys.stdout)
+    sys.stdout = cast(TextIO, stream)
+    try:
+        yield
+    except SystemExit:
+        stream.flush()
+        if stream.fault is None:
+            raise
+    finally:
+        stream.flush()
+        sys.stdout = before
+        _drop_what_is_left(before)
+    if stream.fault is not None:
+        reason = stream.fault.strerror or stream.fault
+        raise ResourceError(
+            f"Nothing can be written to standard output ({reason}): send it to another place."
+        )
+
+
+def _drop_what_is_left(stream: TextIO) -> None:
+    try:
+        stream.flush()
+    except (OSError, ValueError):  # Python's flush at exit would fail too
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def open_closed_streams() -> None:
@@ -243,19 +273,32 @@ class _NonBlockingStream:
 
 
 class _FaultTolerantStream:
-    """A text stream that drops text instead of raising OSError."""
+    """A text stream that drops text instead of raising OSError.
+
+    fault: the last such error but that of a reader that has left.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self.fault: OSError | None = None
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
+        with self._tolerance():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError):
+        with self._tolerance():
             self._stream.flush()
+
+    @contextlib.contextmanager
+    def _tolerance(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            pass
+        except OSError as error:
+            self.fault = error
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

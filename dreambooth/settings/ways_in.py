@@ -56,6 +56,16 @@ class WaysIn:
         return self._with("train")
 
     @property
+    def inside(self) -> str:
+        """Return the clause that says how to give a folder that lies in the training folder."""
+        if self._way("train") == "platform":
+            return (
+                f"let the S3 path of the channel `{TRAINING}`, or the folder mounted there, end "
+                "with that name"
+            )
+        return f"give that folder {self._with('train')}"
+
+    @property
     def model(self) -> str:
         """Return the clause that says how to give the pretrained model."""
         if self._way(MODEL) == "platform":

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
+import secrets
 import struct
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, TiffImagePlugin
 
 from dreambooth.data import images
 from dreambooth.data.picture_files import FORMATS, PictureError
@@ -300,3 +303,109 @@ def test_what_passes_the_check_can_be_trained_on(
                 pytest.fail(f"{number}: {error}")
         path.unlink()
     assert passed > 10
+
+
+COMPRESSIONS = sorted(set(TiffImagePlugin.COMPRESSION_INFO) - {1})
+BITS_AND_COLOURS = [(1, 1, 0), (4, 1, 1), (8, 1, 1), (8, 3, 2), (8, 3, 6), (16, 3, 32845)]
+
+
+def damaged_tiffs(compression: int, random: Random) -> Iterator[bytes]:
+    """Yield TIFFs of many lines whose strips hold what their compression makes no sense of."""
+    for bits, colours, meaning in BITS_AND_COLOURS:
+        for data in (random.randbytes(9_000), bytes(9_000), random.randbytes(9) * 1_000):
+            for strips in (1, 500):
+                lines, each = 3_000 // strips, len(data) // strips
+                places = [14 + 12 * 9 + 8 * strips + each * number for number in range(strips)]
+                counts = struct.pack(f"<{strips}I", *[each] * strips)
+                inline = strips == 1
+                yield (
+                    tiff(
+                        (256, 4, 1, 64),
+                        (257, 4, 1, 3_000),
+                        (258, 3, 1, bits),
+                        (259, 3, 1, compression),
+                        (262, 3, 1, meaning),
+                        (
+                            273,
+                            4,
+                            strips,
+                            places[0] if inline else struct.pack(f"<{strips}I", *places),
+                        ),
+                        (277, 3, 1, colours),
+                        (278, 4, 1, lines),
+                        (279, 4, strips, each if inline else counts),
+                    )
+                    + bytes(8 * inline)
+                    + data
+                )
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_a_damaged_tiff_is_one_sentence_and_nothing_is_printed(
+    tmp_path: Path, compression: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Libtiff goes on after an error in some ways of decoding, and said so for every line.
+
+    Zeros and repeated bytes are pixels in a few compressions.
+    """
+    refused = 0
+    for content in damaged_tiffs(compression, Random(compression)):
+        (tmp_path / "a.tif").write_bytes(content)
+        try:
+            images.open_image(tmp_path / "a.tif")
+        except PictureError as error:
+            refused += 1
+            with pytest.raises(PictureError, match=f"{re.escape(error.reason)}: replace"):
+                images.check_image(tmp_path / "a.tif")
+        else:
+            images.check_image(tmp_path / "a.tif")
+    assert refused >= 24
+    assert capfd.readouterr() == ("", "")
+
+
+def test_each_of_many_pictures_has_its_own_fault(tmp_path: Path) -> None:
+    paths, random = [tmp_path / f"{number}.tif" for number in range(60)], Random(0)
+    for number, path in enumerate(paths):
+        damaged = next(damaged_tiffs((3, 5, 32773)[number // 2 % 3], random))
+        path.write_bytes(damaged if number % 2 else saved("TIFF", compression="tiff_lzw"))
+    together = images.check_images(paths)
+    alone = [images.check_images([path])[0] for path in paths]
+    assert [isinstance(found, PictureError) for found in alone] == [False, True] * 30
+    assert [str(found) for found in together] == [str(found) for found in alone]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "LAB", "I;16", "F"])
+def test_whole_tiffs_are_read_as_ever(tmp_path: Path, mode: str) -> None:
+    """Their pixels are those of the same picture without compression."""
+    lossless = ("tiff_lzw", "tiff_adobe_deflate", "packbits", "lzma", "zstd")
+    fax = ("tiff_ccitt", "group3", "group4")
+    (tmp_path / "raw.tif").write_bytes(saved("TIFF", mode))
+    for compression in (*lossless, *(fax if mode == "1" else ())):
+        path = tmp_path / f"{compression}.tif"
+        path.write_bytes(saved("TIFF", mode, compression=compression))
+        images.check_image(path)
+        assert images.open_image(path) == images.open_image(tmp_path / "raw.tif")
+
+
+PRINTED = [
+    *(("PNG", {}), ("JPEG", {}), ("JPEG", {"progressive": True}), ("WEBP", {}), ("BMP", {})),
+    *(("WEBP", {"lossless": True}), ("GIF", {}), ("AVIF", {}), ("TIFF", {}), ("MPO", {})),
+    *(("TIFF", {"compression": name}) for name in ("tiff_lzw", "packbits", "jpeg", "zstd")),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), PRINTED)
+def test_no_decoder_prints_anything(
+    tmp_path: Path, kind: str, options: dict[str, str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole, seed = saved(kind, size=(24, 20), **options), secrets.randbits(32)
+    random = Random(seed)
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for _ in range(random.choice((1, 3, 30))):
+            damaged[random.randrange(12, len(whole))] = random.randrange(256)
+        (tmp_path / "a").write_bytes(damaged)
+        for read in (images.check_image, images.open_image):
+            with contextlib.suppress(PictureError):
+                read(tmp_path / "a")
+    assert capfd.readouterr() == ("", ""), seed

@@ -21,7 +21,7 @@ def write(folder: Path, content: str | bytes) -> Path:
 
 
 def read(folder: Path, prior: bool = False) -> prompts.Prompts:
-    return prompts.read(folder, with_prior_preservation=prior)
+    return prompts.read(folder, with_prior_preservation=prior, inside="give that one")
 
 
 def fault(folder: Path, prior: bool = False) -> str:
@@ -87,7 +87,7 @@ def test_a_hidden_suffix_and_a_nested_folder_are_noticed(tmp_path: Path) -> None
     nested = tmp_path / "photos"
     nested.mkdir()
     write(nested, '{"instance_prompt": "x"}')
-    assert "sub-folder photos" in fault(tmp_path)
+    assert "(there is one in its sub-folder photos: give that one?)" in fault(tmp_path)
     (tmp_path / "dataset_info.json.txt").write_text("{}")
     assert "there is dataset_info.json.txt" in fault(tmp_path)
 
@@ -135,7 +135,7 @@ def test_a_huge_file_is_not_read(tmp_path: Path) -> None:
     write(tmp_path, '{"instance_prompt": "x"}' + " " * 100)
     limits = replace(LIMITS, max_dataset_info_bytes=50)
     with pytest.raises(DatasetError, match="more than 50 bytes"):
-        prompts.read(tmp_path, with_prior_preservation=False, limits=limits)
+        prompts.read(tmp_path, with_prior_preservation=False, inside="", limits=limits)
 
 
 def test_a_fifo_or_folder_in_its_place_is_refused(tmp_path: Path) -> None:

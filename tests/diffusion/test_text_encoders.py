@@ -22,6 +22,7 @@ from dreambooth.diffusion import sampling, text_encoders
 from dreambooth.diffusion.sampling_request import SamplingRequest
 from dreambooth.errors import ModelArtifactError
 from dreambooth.job.run import run_job
+from dreambooth.model_folder import layout
 
 Make = Callable[..., Path]
 CPU = torch.device("cpu")
@@ -195,6 +196,11 @@ def assert_same(folder: Path, theirs: Any) -> None:
 
 def test_a_bert_folder_gives_the_pipelines_pictures(bert_folder: Path) -> None:
     assert_same(bert_folder, plain_pipeline(bert_folder))
+
+
+def test_a_bert_folder_needs_no_token_that_ends_a_prompt(bert_folder: Path) -> None:
+    change(bert_folder / "text_encoder" / "config.json", eos_token_id=None)
+    layout.validate_folder(bert_folder)
 
 
 def test_the_mask_of_a_bert_folder_is_the_pipelines(bert_folder: Path) -> None:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,7 +16,7 @@ import pytest
 from dreambooth.errors import HyperparameterError, ResourceError, UserError
 from dreambooth.job import outputs
 from dreambooth.job.run import run_job
-from dreambooth.process import temporary_folder
+from dreambooth.process import files, temporary_folder
 from dreambooth.settings import container
 from dreambooth.settings.hyperparameters import Hyperparameters
 from dreambooth.tiny import DATA
@@ -157,6 +159,82 @@ def test_in_a_container_there_is_no_other_folder_to_name(tmp_path: Path) -> None
     with outputs.locked(environment, SETTINGS), pytest.raises(UserError) as caught:
         outputs.locked(environment, SETTINGS).__enter__()
     assert str(caught.value).endswith(": wait until it ends.")
+
+
+@pytest.fixture
+def root(tmp_path: Path, small_model_folder: Path) -> Path:
+    """Return a container's /opt/ml that a job can run in."""
+    data = tmp_path / "ml" / "input" / "data"
+    (tmp_path / "ml" / "output").mkdir(parents=True)
+    shutil.copytree(DATA / "cat", data / "training")
+    data.joinpath("model").symlink_to(small_model_folder)
+    return tmp_path / "ml"
+
+
+FAULTS: list[tuple[list[str], dict[str, str], str]] = [
+    ([], {}, "Another job is writing to"),
+    (["--model_dir=elsewhere"], {}, "Another job is writing to"),
+    ([], {"SM_HP_MAX_STEPS": "many"}, "max_steps must be"),
+    (["--dry-run"], {"SM_HP_MAX_STEPS": "0"}, "max_steps must be"),
+    (["--dry-run", "--train=/none"], {}, "/none"),
+    (["stray"], {}, "stray"),
+    ([], {"WORLD_SIZE": "abc"}, "WORLD_SIZE"),
+    ([], {"RANK": "abc"}, "RANK"),
+    ([], {"WORLD_SIZE": "2", "RANK": "0"}, "LOCAL_RANK is not set"),
+]
+
+
+@pytest.mark.parametrize(("argv", "variables", "words"), FAULTS)
+def test_a_second_job_leaves_no_failure_where_the_first_one_runs(
+    root: Path,
+    argv: list[str],
+    variables: dict[str, str],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What it wrote there would be read as the failure of the first one."""
+    monkeypatch.chdir(root.parent)
+    environ = {"SAGEMAKER_BASE_DIR": str(root), **variables}
+    first = container.read([], {"SAGEMAKER_BASE_DIR": str(root)})
+    with outputs.locked(first, SETTINGS):
+        before = sorted(root.rglob("*"))
+        assert run_job(argv, environ) == 1
+        assert sorted(root.rglob("*")) == before
+    assert words in capsys.readouterr().err
+    if "Another job" not in words:
+        assert run_job(argv, environ) == 1
+        assert words in (root / "output" / "failure").read_text()
+
+
+def test_other_processes_of_the_job_tell_its_failure(root: Path) -> None:
+    environ = {"SAGEMAKER_BASE_DIR": str(root), "WORLD_SIZE": "2"}
+    with outputs.locked(container.read([], environ), SETTINGS):
+        assert run_job([], {**environ, "RANK": "1"}) == 1
+    assert "LOCAL_RANK is not set" in (root / "output" / "failure").read_text()
+
+
+def test_a_job_with_a_root_of_its_own_tells_its_failure(root: Path, tmp_path: Path) -> None:
+    """Two containers may share the model's folder alone; each has its own /opt/ml/output."""
+    shutil.copytree(root, tmp_path / "other", symlinks=True)
+    first = container.read([], {"SAGEMAKER_BASE_DIR": str(root)})
+    with outputs.locked(first, SETTINGS):
+        environ = {"SAGEMAKER_BASE_DIR": str(tmp_path / "other")}
+        assert run_job([], {**environ, "SM_MODEL_DIR": str(first.model_dir)}) == 1
+    assert not (root / "output" / "failure").exists()
+    assert "Another job is writing" in (tmp_path / "other" / "output" / "failure").read_text()
+
+
+def test_jobs_of_one_root_with_folders_of_their_own_run_side_by_side(
+    root: Path, tmp_path: Path
+) -> None:
+    with contextlib.ExitStack() as running:
+        for name in "ab":
+            argv = [f"--model_dir={tmp_path / name}", f"--output_data_dir={tmp_path / name}-output"]
+            environment = container.read(argv, {"SAGEMAKER_BASE_DIR": str(root)})
+            running.enter_context(outputs.locked(environment, SETTINGS))
+        assert files.is_locked(root / "output")
+    assert not files.is_locked(root / "output")
 
 
 def test_a_folder_of_checkpoints_beside_the_metrics_is_locked_too(tmp_path: Path) -> None:

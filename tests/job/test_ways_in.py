@@ -135,6 +135,35 @@ def test_what_is_wrong_with_an_input_is_said_in_the_users_words(
         assert "as the channel `" in said or fault in (no_prompts, no_pictures)
 
 
+@pytest.mark.parametrize(
+    ("argv", "variables", "words"),
+    [
+        ([], {}, "let the S3 path of the channel `training`, or the folder mounted there, end"),
+        (["--train"], {}, "give that folder with --train?"),
+        (["--train="], {}, "give that folder with --train?"),
+        ([], {"SM_CHANNEL_TRAINING": ""}, "let the S3 path of the channel `training`"),
+        ([], {"SM_HP_TRAIN": ""}, "give that folder with the hyperparameter train?"),
+    ],
+)
+@pytest.mark.parametrize("name", ["photos", "training", "cat pictures", "data"])
+def test_a_training_folder_in_a_folder_is_told_in_the_users_words(
+    root: Path,
+    argv: list[str],
+    variables: dict[str, str],
+    words: str,
+    name: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    training = root / "input/data/training"
+    training.rename(root / "aside")
+    training.mkdir()
+    (root / "aside").rename(training / name)
+    options = [f"{each.rstrip('=')}={training}" for each in argv]
+    said = failure_of(root, capsys, *options, **dict.fromkeys(variables, str(training)))
+    assert f"(there is one in its sub-folder {name}: {words}" in said
+    assert speaks_of_options(said) is bool(argv)
+
+
 def test_a_variable_under_another_name_is_named_in_script_mode(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

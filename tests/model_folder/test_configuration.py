@@ -120,7 +120,9 @@ NO_NUMBERS: tuple[object, ...] = (None, "", "0.18215", [], [0.1], {}, True, floa
     ("part", "name", "values"),
     [
         ("vae", "scaling_factor", (*NO_NUMBERS, 0, 0.0)),
-        ("text_encoder", "eos_token_id", ("2", [2], [49407, 2], {}, 2.0, True)),
+        ("text_encoder", "eos_token_id", ("2", [2], [49407, 2], {}, 2.0, True, 2**63)),
+        ("text_encoder", "pad_token_id", ("2", [2], [49407, 2], {}, 2.0, True, 10**90)),
+        ("text_encoder", "bos_token_id", ("2", [2], [49407, 2], {}, 2.0, True, -(2**63) - 1)),
         ("scheduler", "timestep_spacing", (None, "", "Leading", "other", 7, [], ["leading"], {})),
         ("scheduler", "beta_start", NO_NUMBERS[:-1]),
         ("scheduler", "beta_end", NO_NUMBERS[:-1]),

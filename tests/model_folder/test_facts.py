@@ -83,6 +83,8 @@ def test_a_model_without_a_target_to_train_on_is_refused_unless_it_is_to_draw(
         ("vae/config.json", {"latent_channels": 10**9}),
         ("vae/config.json", {"scaling_factor": "0.18215"}),
         ("text_encoder/config.json", {"eos_token_id": [2]}),
+        ("text_encoder/config.json", {"eos_token_id": None}),
+        ("text_encoder/config.json", {"eos_token_id": None, "model_type": "bert"}),
         ("scheduler/scheduler_config.json", {"timestep_spacing": "other"}),
         ("scheduler/scheduler_config.json", {"trained_betas": [0.1]}),
         ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**9}),

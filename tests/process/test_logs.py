@@ -5,6 +5,7 @@ import io
 import itertools
 import logging
 import os
+import struct
 import subprocess
 import sys
 import warnings
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import TiffImagePlugin
 
 from dreambooth.process import logs
 
@@ -90,7 +92,7 @@ def test_a_metric_does_not_wait_in_a_buffer(monkeypatch: pytest.MonkeyPatch) -> 
     assert written.getvalue() == b"fid_score=1.5\n"
 
 
-@pytest.mark.parametrize("name", ["bitsandbytes", "bitsandbytes.backends.cpu.ops", "PIL.Image"])
+@pytest.mark.parametrize("name", ["bitsandbytes", "bitsandbytes.backends.cpu.ops", "httpx"])
 def test_of_libraries_only_errors_are_logged(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
@@ -99,6 +101,17 @@ def test_of_libraries_only_errors_are_logged(name: str, monkeypatch: pytest.Monk
     logging.getLogger(name).error("broken")
     (line,) = stream.getvalue().splitlines()
     assert line.endswith(" ERROR broken")
+
+
+def test_what_pillow_raises_is_not_logged_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
+    logs.to_stderr("debug")
+    tags = ((256, 4), (257, 4), (277, 60_000))  # width, height, samples per pixel
+    table = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    tiff = b"II*\0" + struct.pack("<IH", 8, len(tags)) + table + bytes(4)
+    with pytest.raises(SyntaxError):
+        TiffImagePlugin.TiffImageFile(io.BytesIO(tiff))
+    assert stream.getvalue() == ""
 
 
 def test_libraries_that_set_their_own_level_are_quiet_too() -> None:

@@ -224,7 +224,8 @@ def _from_fields(
     first = request.sampling_requests(0)[0]
     seed = 0 if request.seed is None else request.seed
     sampling_request.check(facts, replace(first, seed=seed), limits=limits)
-    return request
+    scale, eta = float(request.guidance_scale), float(request.eta)
+    return replace(request, guidance_scale=scale, eta=eta)
 
 
 def _given(payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -308,8 +309,9 @@ def _side(name: str, given: Mapping[str, Any], facts: SamplingFacts) -> int:
     return value
 
 
-def _number(name: str, given: Mapping[str, Any], default: float) -> float:
+def _number(name: str, given: Mapping[str, Any], default: float) -> int | float:
+    """Return a number as it was sent, for sentences about it."""
     value = given.get(name, default)
-    if type(value) not in (int, float):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise RequestError(f"{name} must be a number, got {shown(value)}.")
-    return float(value)
+    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dreambooth import __version__
 from dreambooth.diffusion.sampling_request import SamplingFacts
@@ -77,7 +80,8 @@ def fits(value: object, schema: dict[str, Any]) -> bool:
     if not any(isinstance(value, TYPES[name]) for name in named):
         return False
     if isinstance(value, list):
-        return all(fits(item, schema["items"]) for item in value)
+        enough = schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value))
+        return enough and all(fits(item, schema["items"]) for item in value)
     if isinstance(value, dict):
         known = schema["properties"]
         return (
@@ -92,6 +96,13 @@ def fits(value: object, schema: dict[str, Any]) -> bool:
         unit = schema.get("multipleOf")
         return bool(least <= value <= most and (unit is None or value % unit == 0))
     return True
+
+
+def without_descriptions(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    bare = ((key, item) for key, item in value.items() if key != "description")
+    return {key: without_descriptions(item) for key, item in bare}
 
 
 def nodes(value: object) -> Iterator[dict[str, Any]]:
@@ -122,10 +133,16 @@ def test_its_own_requests_are_read() -> None:
 
 def test_every_content_type_key_format_and_status_is_described() -> None:
     assert tuple(INVOCATIONS["requestBody"]["content"]) == request.CONTENT_TYPES
-    assert tuple(SCHEMAS["JsonRequest"]["properties"]) == request.KEYS
     huggingface = SCHEMAS["HuggingFaceRequest"]["properties"]
-    assert tuple(huggingface) == request.HUGGINGFACE_KEYS
-    assert tuple(huggingface["parameters"]["anyOf"][0]["properties"]) == request.PARAMETERS
+    forms = [
+        (request.KEYS, SCHEMAS["JsonRequest"]["properties"]),
+        (request.HUGGINGFACE_KEYS, huggingface),
+        (request.PARAMETERS, huggingface["parameters"]["anyOf"][0]["properties"]),
+    ]
+    for own, described in forms:
+        assert tuple(described)[: len(own)] == own
+        assert set(described) == {*request.KEYS, *request.HUGGINGFACE_KEYS}
+        assert {schema["type"] for key, schema in described.items() if key not in own} == {"null"}
     assert set(JSON_EXAMPLES["every key"]) == set(request.KEYS)
     formats = INVOCATIONS["responses"]["200"]["content"]
     assert list(formats) == [format.media_type for format in reply.FORMATS]
@@ -135,6 +152,46 @@ def test_every_content_type_key_format_and_status_is_described() -> None:
         for method in ("get", "head"):
             found = DOCUMENT["paths"][f"/{path}"][method]["responses"]
             assert set(found) == statuses | COMMON_ERRORS
+
+
+VALUES: dict[str, list[object]] = {
+    "prompt": ["x", ["x", "y"], [], 5],
+    "inputs": ["x", ["x", "y"], {}],
+    "height": [8, 64, 12, "64"],
+    "width": [8, 64, 4],
+    "num_inference_steps": [1, 50, 0, 1.5],
+    "guidance_scale": [1, 7.5, -1e7, "7.5"],
+    "negative_prompt": ["x", 5],
+    "num_images_per_prompt": [1, 2, 65],
+    "eta": [0, 1, 0.5, 2],
+    "seed": [0, 2**64 - 1, -1, "0"],
+    "batch_size": [1, 256, 257],
+}
+
+
+@pytest.mark.parametrize("form", ["prompt", "inputs"])
+@settings(max_examples=300, deadline=None)
+@given(
+    asked=st.sets(st.sampled_from(request.PARAMETERS)),
+    nulls=st.sets(st.sampled_from([*VALUES, "parameters", "unknown"])),
+    inner_nulls=st.sets(st.sampled_from([*VALUES, "parameters", "unknown"])),
+    data=st.data(),
+)
+def test_what_it_allows_is_what_is_read(
+    form: str, asked: set[str], nulls: set[str], inner_nulls: set[str], data: st.DataObject
+) -> None:
+    """Requests of both forms with null keys of either, in every place, and some wrong values."""
+    values = {key: data.draw(st.sampled_from(VALUES[key])) for key in sorted({*asked, form})}
+    payload: dict[str, Any] = dict.fromkeys(nulls)
+    if form == "prompt":
+        payload |= values
+    else:
+        payload[form] = values.pop(form)
+        payload["parameters"] = dict.fromkeys(inner_nulls) | values
+    described = fits(payload, INVOCATIONS["requestBody"]["content"]["application/json"]["schema"])
+    refused = pytest.raises(RequestError)
+    with contextlib.nullcontext() if described else refused:
+        request.parse("application/json", json.dumps(payload), FACTS)
 
 
 @pytest.mark.parametrize(
@@ -215,16 +272,14 @@ def test_its_caps_and_defaults_are_the_codes() -> None:
     }
     prompt = {"oneOf": [text, texts]}
     described = SCHEMAS["JsonRequest"]["properties"]
-    bare = {
-        key: {name: bound for name, bound in schema.items() if name != "description"}
-        for key, schema in described.items()
-    }
+    bare: dict[str, Any] = without_descriptions({key: described[key] for key in request.KEYS})
     assert bare == {"prompt": prompt, **parameters}
     assert SCHEMAS["JsonRequest"]["required"] == ["prompt"]
     huggingface = SCHEMAS["HuggingFaceRequest"]["properties"]
     assert huggingface["inputs"] == prompt
-    named = {key: described[key] for key in request.PARAMETERS}
-    assert huggingface["parameters"]["anyOf"][0]["properties"] == named
+    in_parameters = huggingface["parameters"]["anyOf"][0]["properties"]
+    for key in request.PARAMETERS:
+        assert in_parameters[key] == described[key]
     assert SCHEMAS["TextRequest"].items() >= text.items()
     for key in ("height", "width"):
         assert f"at most {LIMITS.max_generated_pixels}." in described[key]["description"]

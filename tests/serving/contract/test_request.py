@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -222,7 +223,7 @@ def test_published_sentences_are_kept(payload: object, sentence: str) -> None:
         ("num_images_per_prompt", 0, "num_images_per_prompt must be at least 1, got 0"),
         ("num_images_per_prompt", 65, "make 65 pictures; one request may ask for 64"),
         ("eta", -0.1, "eta must lie between 0 and 1, not -0.1"),
-        ("eta", 2, "eta must lie between 0 and 1, not 2.0"),
+        ("eta", 2, "eta must lie between 0 and 1, not 2."),
         ("eta", [0], "eta must be a number, got [0]"),
         ("seed", -1, "seed must lie between 0 and 2**64 - 1, not -1"),
         ("seed", 2**64, "seed must lie between 0 and 2**64 - 1"),
@@ -310,6 +311,22 @@ def test_values_in_sentences_are_json(key: str, value: object) -> None:
         said = said.removesuffix(" (a string)")
     if "…" not in said:
         assert json.loads(said) == value
+
+
+@given(st.sampled_from(["guidance_scale", "eta", "seed", "num_inference_steps"]), st.data())
+def test_numbers_out_of_bounds_are_shown_as_sent(key: str, data: st.DataObject) -> None:
+    whole = st.integers(10**20, 10**80) | st.integers(-(10**80), -(10**7))
+    real = st.floats(1e7, allow_infinity=False) | st.floats(max_value=-1e7, allow_infinity=False)
+    value = data.draw(whole | real if key in ("guidance_scale", "eta") else whole)
+    sentence = refused({"prompt": CAT, key: value})
+    assert re.search(rf"(not|got) {re.escape(json.dumps(value))}\.$", sentence)
+
+
+@given(st.integers(-(10**6), 10**6), st.integers(0, 1))
+def test_whole_numbers_arrive_as_the_floats_they_are(scale: int, eta: int) -> None:
+    found = parsed({"prompt": CAT, "guidance_scale": scale, "eta": eta})
+    assert (found.guidance_scale, found.eta) == (scale, eta)
+    assert {type(found.guidance_scale), type(found.eta)} == {float}
 
 
 def test_the_caps_are_those_given() -> None:
