@@ -126,8 +126,12 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _read_data(folder: Path) -> DatasetInfo:
-    with_class = prompts.read(folder, with_prior_preservation=False).class_prompt is not None
-    info = dataset_info.read(folder, with_prior_preservation=with_class, given="with --data")
+    inside = "give that folder with --data"
+    found = prompts.read(folder, with_prior_preservation=False, inside=inside)
+    with_class = found.class_prompt is not None
+    info = dataset_info.read(
+        folder, with_prior_preservation=with_class, given="with --data", inside=inside
+    )
     for warning in info.warnings:
         log.warning(warning)
     return info
