@@ -48,14 +48,13 @@ def _main(argv: Sequence[str]) -> int:
 # Verbs of earlier versions that have left the package, and what to run instead.
 MOVED = {
     "benchmark": "benchmarks are run as `python -m benchmarks NAME` in a checkout of the project",
-    "evaluate": "the judge is run as `python -m tiny_world evaluate` in a checkout of the project",
 }
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line, with one sub-command per verb."""
     from dreambooth.commands import demo
-    from dreambooth.settings import generate_options, serve_options
+    from dreambooth.settings import evaluate_options, generate_options, serve_options
 
     made = Parser(prog="python -m dreambooth", description=__doc__)
     made.add_argument("--version", action="version", version=__version__)
@@ -68,6 +67,9 @@ def parser() -> argparse.ArgumentParser:
     verbs.add_parser("train", help="fine-tune a model (as transfer_learning.py)", add_help=False)
     generate_options.add_arguments(
         verbs.add_parser("generate", help="draw pictures from a model folder")
+    )
+    evaluate_options.add_arguments(
+        verbs.add_parser("evaluate", help="measure what a fine-tuned model draws and has kept")
     )
     serve_options.add_arguments(
         verbs.add_parser("serve", help="answer requests for pictures over HTTP")
@@ -115,6 +117,10 @@ def _run(arguments: argparse.Namespace) -> int:
         from dreambooth.commands import generate
 
         return generate.main(arguments)
+    if arguments.verb == "evaluate":
+        from dreambooth.commands import evaluate
+
+        return evaluate.main(arguments)
     if arguments.verb == "serve":
         from dreambooth.serving.http import server
         from dreambooth.settings import serve_options

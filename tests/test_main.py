@@ -83,7 +83,7 @@ def test_a_stderr_that_cannot_be_written_changes_no_exit_code(
     monkeypatch.setattr(sys, "stderr", Unwritable(number))
     assert main(["hyperparameters"]) == 0
     assert main(["generate", "--model", "/nowhere", "--prompt", "x", "--seed", "a"]) == 1
-    assert main(["evaluate"]) == 2
+    assert main(["benchmark"]) == 2
 
 
 @pytest.fixture

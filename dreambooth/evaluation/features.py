@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,11 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
+from dreambooth import tiny
 from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.diffusion.text_encoders import BUILD_ERRORS
 from dreambooth.errors import ModelArtifactError, in_one_line
+from dreambooth.evaluation import efficientnet
 from dreambooth.evaluation.vision_model import CLIP, VisionModel
 from dreambooth.tiny import judge_network
 
@@ -31,6 +34,7 @@ _CLASSES: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "dinov2": ("Dinov2Config", "Dinov2Model", {}),
     "vit": ("ViTConfig", "ViTModel", {"add_pooling_layer": False}),
 }
+_JUDGED_SIDE = 64  # pixels of the embedded world's pictures
 # Endings of names: a weight that no feature depends on, and a table that is no weight.
 _UNREAD = ("mask_token", "position_ids")
 
@@ -58,19 +62,32 @@ class FeatureNetwork:
         return stacked
 
 
-def of_vae(model: DiffusionModel) -> FeatureNetwork:
-    """Return the VAE encoder's last hidden layer, averaged over space; it needs no download."""
-    vae = model.vae
+def choose(
+    given: VisionModel | None, model: DiffusionModel, *, resolution: int, device: torch.device
+) -> FeatureNetwork:
+    """Return the network whose features are compared, for pictures that a model draws.
+
+    It is the one that is given, else the judge for models of the embedded world, else
+    EfficientNet-Lite0.
+    """
+    if given is not None:
+        return of_vision_model(given, device)
+    if resolution == _JUDGED_SIDE and model.tokenizer.get_vocab() == tiny.vocabulary():
+        return of_judge()
+    return of_photographs(device)
+
+
+def of_photographs(device: torch.device) -> FeatureNetwork:
+    """Return EfficientNet-Lite0's pooled features, which tell subjects in photographs apart."""
+    network = efficientnet.load(device)
+    size = (efficientnet.SIDE, efficientnet.SIDE)
 
     def one(picture: Picture) -> torch.Tensor:
-        pixels = torch.tensor(picture, device=vae.device).permute(2, 0, 1)[None].to(vae.dtype)
-        hidden = vae.encoder.conv_in(pixels / 127.5 - 1.0)
-        for block in vae.encoder.down_blocks:
-            hidden = block(hidden)
-        feature: torch.Tensor = vae.encoder.mid_block(hidden).float().mean(dim=(2, 3))[0].cpu()
-        return feature
+        resized = Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC)
+        pixels = torch.tensor(np.asarray(resized), device=device).permute(2, 0, 1)[None]
+        return network.features(pixels / 127.5 - 1.0)[0].cpu()
 
-    return FeatureNetwork(name="the model's own VAE encoder", one=one)
+    return FeatureNetwork(name="EfficientNet-Lite0, trained on ImageNet", one=one)
 
 
 def of_judge() -> FeatureNetwork:
@@ -90,7 +107,10 @@ def of_vision_model(model: VisionModel, device: torch.device) -> FeatureNetwork:
     authors compare pictures by the latter, and it needs no pooler, whose weights may be missing.
     Raises ModelArtifactError where weights are missing, of another shape or not finite.
     """
-    network = _load(model)
+    config_class, network_class, options = _CLASSES[model.kind]
+    network = load_network(
+        model.folder, config_class, network_class, model.config, setting=model.setting, **options
+    )
     network.to(device=device, dtype=torch.float32).eval()
     mean, std = (
         torch.tensor(numbers, device=device).reshape(3, 1, 1) for numbers in (model.mean, model.std)
@@ -109,20 +129,27 @@ def of_vision_model(model: VisionModel, device: torch.device) -> FeatureNetwork:
     return FeatureNetwork(name=f"{network.__class__.__name__} of {model.folder}", one=one)
 
 
-def _load(model: VisionModel) -> Any:
-    """Return the network on the CPU.
+def load_network(
+    folder: Path,
+    config_class: str,
+    network_class: str,
+    config: Mapping[str, Any],
+    *,
+    setting: str,
+    **options: Any,
+) -> Any:
+    """Return a network of transformers, by its class's name, with a folder's weights, on the CPU.
 
-    Missing and misshapen weights, which the library only warns of and fills with random numbers,
-    raise ModelArtifactError here.
+    setting: the one that names the folder, for messages. Missing and misshapen weights, which the
+    library only warns of and fills with random numbers, raise ModelArtifactError.
     """
     import transformers
 
-    config_class, network_class, options = _CLASSES[model.kind]
     try:
         with _without_words(transformers.utils.logging):
             network, found = getattr(transformers, network_class).from_pretrained(
-                model.folder,
-                config=getattr(transformers, config_class).from_dict(model.config),
+                folder,
+                config=getattr(transformers, config_class).from_dict(dict(config)),
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
@@ -131,7 +158,7 @@ def _load(model: VisionModel) -> Any:
             )
     except (OSError, SafetensorError, *BUILD_ERRORS) as error:
         raise ModelArtifactError(
-            f"fid_features: {model.folder} cannot be loaded: {in_one_line(error)}."
+            f"{setting}: {folder} cannot be loaded: {in_one_line(error)}."
         ) from error
     others = [entry[0] for entry in found["mismatched_keys"]]
     missing = [
@@ -149,7 +176,7 @@ def _load(model: VisionModel) -> Any:
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ModelArtifactError(
-                f"fid_features: {model.folder} {fault} {', '.join(names[:3])}{more}: "
+                f"{setting}: {folder} {fault} {', '.join(names[:3])}{more}: "
                 "its features would mean nothing."
             )
     return network

@@ -7,7 +7,7 @@ we choose the classes, and nothing in it names code that we would import or down
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ _FLOAT_TYPES = ("dtype", "torch_dtype")
 class VisionModel:
     """A checked folder. kind: one of KINDS. config: the settings of the vision part.
 
+    setting: the one that named the folder, for messages.
+
     The network takes RGB 0..1 of `height` x `width` pixels, minus `mean`, divided by `std`.
     """
 
@@ -43,19 +45,20 @@ class VisionModel:
     width: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    setting: str = "fid_features"
 
 
-def read(fid_features: Path | str) -> VisionModel:
-    """Read the configurations and weight headers of the folder that fid_features names.
+def read(given: Path | str, *, setting: str = "fid_features") -> VisionModel:
+    """Read the configurations and weight headers of the folder that a setting names.
 
     Raises ModelArtifactError, in one sentence that names the setting and the file, and UserError
     for an address.
     """
-    folder = addresses.to_path(str(fid_features), "fid_features")
+    folder = addresses.to_path(str(given), setting)
     try:
-        return _read(folder)
+        return replace(_read(folder), setting=setting)
     except (ModelArtifactError, OSError) as error:
-        raise ModelArtifactError(f"fid_features: {error}") from error
+        raise ModelArtifactError(f"{setting}: {error}") from error
 
 
 def _read(folder: Path) -> VisionModel:
@@ -105,7 +108,8 @@ def _vision_settings(path: Path, config: dict[str, Any]) -> dict[str, Any]:
             f"{path} gives vision_config as {_shown(vision)}; "
             "the settings of CLIP's vision model are expected."
         )
-    return dict(vision)
+    # The whole model's embeddings have one width, whatever its parts say of themselves.
+    return {**vision, **{k: v for k, v in config.items() if k == "projection_dim"}}
 
 
 def _image_size(path: Path, config: dict[str, Any]) -> tuple[int, int]:

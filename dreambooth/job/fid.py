@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dreambooth import tiny
 from dreambooth.data import images
 from dreambooth.data.seeds import derive_seed
 from dreambooth.diffusion.model import DiffusionModel
@@ -53,7 +52,13 @@ def print_score(task: Task, model: DiffusionModel, previews: Previews) -> float 
 
 
 def _print_score(task: Task, model: DiffusionModel, previews: Previews) -> float | None:
-    network = choose_network(task, model)
+    folder = task.hyperparameters.fid_features
+    network = features.choose(
+        vision_model.read(folder) if folder else None,
+        model,
+        resolution=task.resolution,
+        device=task.device,
+    )
     given = list(_instance_images(task))
     if len(given) < 2:
         log.warning("no fid_score: it needs two instance images, and there is %d", len(given))
@@ -81,20 +86,6 @@ def _print_score(task: Task, model: DiffusionModel, previews: Previews) -> float
     )
     logs.metric(f"fid_score={score:.6f}")
     return score
-
-
-def choose_network(task: Task, model: DiffusionModel) -> features.FeatureNetwork:
-    """Return the network whose features are compared.
-
-    It is the one of fid_features where that is set, the judge for models of the embedded world,
-    else the model's own VAE encoder.
-    """
-    if task.hyperparameters.fid_features:
-        folder = vision_model.read(task.hyperparameters.fid_features)
-        return features.of_vision_model(folder, task.device)
-    if task.resolution == 64 and model.tokenizer.get_vocab() == tiny.vocabulary():
-        return features.of_judge()
-    return features.of_vae(model)
 
 
 def _instance_images(task: Task) -> Iterator[Picture]:

@@ -105,7 +105,7 @@ def test_the_log_states_count_regularisation_and_features(
 ) -> None:
     capsys.readouterr()
     for options, name in (
-        ([], "the model's own VAE encoder"),
+        ([], "EfficientNet-Lite0, trained on ImageNet"),
         ([f"--fid_features={vit_folder}"], f"ViTModel of {vit_folder}"),
     ):
         assert start(*options) == 0
@@ -217,7 +217,7 @@ def test_what_ends_a_process_ends_the_scoring(
     def fail(*_: object) -> None:
         raise end
 
-    monkeypatch.setattr(fid, "choose_network", fail)
+    monkeypatch.setattr(fid, "_print_score", fail)
     nothing: Any = None
     with pytest.raises(type(end)):
         fid.print_score(nothing, nothing, nothing)
@@ -227,7 +227,7 @@ def test_features_that_are_not_finite_give_no_score(
     start: Start, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = features.FeatureNetwork(name="a test", one=lambda _: torch.full((4,), torch.nan))
-    monkeypatch.setattr(fid, "choose_network", lambda *_: broken)
+    monkeypatch.setattr(features, "choose", lambda *_, **__: broken)
     assert start() == 0
     shown = capsys.readouterr()
     assert "no fid_score: Features of a test are not finite." in shown.err
@@ -249,4 +249,4 @@ def test_any_copy_and_any_child_of_the_embedded_model_is_judged(
     # As large as the embedded model's pictures, but of another world.
     other = make_model_folder(pixels=64)
     assert start(model=other, out="other") == 0
-    assert "features: the model's own VAE encoder;" in capsys.readouterr().err
+    assert "features: EfficientNet-Lite0, trained on ImageNet;" in capsys.readouterr().err

@@ -356,7 +356,7 @@ def test_compute_fid_and_fid_features(
     [score] = re.findall(r"fid_score=([-+]?\d\.?\d*)", shown.out)  # the tuner's regular expression
     assert float(score) >= 0
     assert "fid_score=" not in shown.err
-    assert "features: the model's own VAE encoder" in shown.err
+    assert "features: EfficientNet-Lite0, trained on ImageNet" in shown.err
     config = transformers.CLIPVisionConfig(
         hidden_size=32,
         intermediate_size=32,
