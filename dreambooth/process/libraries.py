@@ -17,18 +17,20 @@ _UNUSED: Final = "bitsandbytes"
 def importing() -> Iterator[None]:
     """Import libraries in the block, without collecting garbage and without bitsandbytes.
 
-    Hardly anything that an import makes is garbage, and a process keeps it to its end: what the
-    first block has imported is left out of all later collections.
+    Hardly anything that an import makes is garbage, and a process keeps it to its end: it is left
+    out of all later collections.
     """
-    is_hidden = _UNUSED not in sys.modules
+    if "diffusers" in sys.modules:
+        yield
+        return
     gc.disable()
-    if is_hidden:
-        sys.modules[_UNUSED] = cast(ModuleType, None)  # to the import system: there is none
+    # To the import system None says that there is no such module.
+    hidden = {} if _UNUSED in sys.modules else {_UNUSED: cast(ModuleType, None)}
+    sys.modules.update(hidden)
     try:
         yield
     finally:
-        if is_hidden:
-            del sys.modules[_UNUSED]
+        for name in hidden:
+            del sys.modules[name]
         gc.enable()
-        if not gc.get_freeze_count():
-            gc.freeze()
+        gc.freeze()
