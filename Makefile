@@ -31,8 +31,9 @@ picture: demo ## make the README's picture from that sheet
 train: $(VENV)/.installed ## train with ARGS="--pretrained-model FOLDER --train FOLDER --model_dir FOLDER"
 	$(BIN)/python transfer_learning.py $(ARGS)
 
+# Python may write bytecode: a hundred processes then need not compile the package and its tests.
 test: $(VENV)/.installed-dev $(APART:%=$(VENV)/%/.installed) ## run the tests
-	OMP_NUM_THREADS=1 \
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= \
 	  DREAMBOOTH_TRANSFORMERS4=$(CURDIR)/$(VENV)/transformers4 \
 	  DREAMBOOTH_SAGEMAKER_INFERENCE=$(CURDIR)/$(VENV)/sagemaker-inference \
 	  DREAMBOOTH_HUGGINGFACE_TOOLKIT=$(CURDIR)/$(VENV)/huggingface-toolkit \

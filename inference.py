@@ -21,11 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dreambooth.model_folder import layout
+from dreambooth.process import libraries
 from dreambooth.serving.contract import error_reply, reply
 from dreambooth.serving.contract.reply import Picture
 from dreambooth.serving.contract.request import GenerationRequest, media_type, parse
-from dreambooth.serving.engine.engine import Engine, open_engine
 from dreambooth.settings import serve_options
+
+with libraries.importing():
+    from dreambooth.serving.engine.engine import Engine, open_engine
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,32 +54,44 @@ NOISE_SCHEDULER = {
 OLD_VAE_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
-def pytest_collection_finish() -> None:
-    """Keep what the imports made out of all later collections, of which each job asks for some."""
-    gc.collect()
-    gc.freeze()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Import without collecting garbage; leave what the imports made out of all later collections.
+
+    Each job asks for some collections.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def tried_once() -> Iterator[None]:
-    """Try each model's settings once in a session: most tests load the same few models."""
+    """Try equal parts of models once in a session: most tests load the same few."""
     if "torch" not in sys.modules:  # then no test here loads a model
         yield
         return
-    from dreambooth.diffusion import model as models
+    from dreambooth.diffusion import trial
 
-    tried: set[tuple[object, ...]] = set()
-    try_all = models._try_all
+    passed: set[str] = set()
 
-    def once(model: models.DiffusionModel) -> None:
-        texts = [p for p in model.folder.rglob("*") if p.suffix in (".json", ".txt", ".model")]
-        key = (model.unet.dtype, *((p.relative_to(model.folder), p.read_bytes()) for p in texts))
-        if key not in tried:
-            try_all(model)
-        tried.add(key)
+    def once(try_part: Callable[..., None]) -> Callable[..., None]:
+        def tried(part: Any, **options: object) -> None:
+            dtype = getattr(part, "dtype", None)
+            key = f"{try_part.__name__} {type(part)} {dtype} {part.config} {options}"
+            if key not in passed:
+                try_part(part, **options)
+            passed.add(key)
+
+        return tried
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "_try_all", once)
+        for each in (trial.sample, trial.add_noise, trial.predict, trial.encode_and_decode):
+            patch.setattr(trial, each.__name__, once(each))
         yield
 
 

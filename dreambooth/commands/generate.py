@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreambooth.errors import ResourceError, UserError
-from dreambooth.process import temporary_folder
+from dreambooth.process import libraries, temporary_folder
 from dreambooth.process.memory import is_out_of_memory
 from dreambooth.settings.generate_options import GenerateSettings, read
 
@@ -68,10 +68,11 @@ def main(args: argparse.Namespace) -> int:
 def _load(
     settings: GenerateSettings, workspace: Path
 ) -> tuple[DiffusionModel, SafetyChecker | None]:
-    import torch
+    with libraries.importing():
+        import torch
 
-    from dreambooth.diffusion import float_types, model, safety
-    from dreambooth.model_folder import source
+        from dreambooth.diffusion import float_types, model, safety
+        from dreambooth.model_folder import source
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = source.open_source(source.locate(settings.model, given="with --model"), workspace)

@@ -10,7 +10,9 @@ missing weights and unknown files.
 
 from __future__ import annotations
 
+import copy
 import functools
+import json
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -240,7 +242,13 @@ def _build(
 
 def _scheduler(model: DiffusionModel, name: str) -> Any:
     with faults_of(model.folder / _SCHEDULER, name):
-        return getattr(diffusers, name).from_config(model.scheduler_config)
+        return copy.deepcopy(_unused_scheduler(name, json.dumps(model.scheduler_config)))
+
+
+@functools.lru_cache(maxsize=8)
+def _unused_scheduler(name: str, config: str) -> Any:
+    # To build a KDPM2DiscreteScheduler takes 0.15 s, and to copy it less than a millisecond.
+    return getattr(diffusers, name).from_config(json.loads(config))
 
 
 def _check_fit(model: DiffusionModel) -> None:

@@ -23,7 +23,7 @@ from dreambooth.job import launcher, outputs
 from dreambooth.model_folder import facts as model_facts
 from dreambooth.model_folder import layout
 from dreambooth.model_folder import source as model_source
-from dreambooth.process import failure, files, gpu_driver, logs, temporary_folder
+from dreambooth.process import failure, files, gpu_driver, libraries, logs, temporary_folder
 from dreambooth.process.stop import Stopped, StopSignals
 from dreambooth.settings import container, hyperparameters
 from dreambooth.settings.hyperparameters import Hyperparameters
@@ -210,8 +210,9 @@ def _train(job: Job, stop: StopSignals) -> None:
         plan = _make_training_plan(job, model_facts.read_facts(folder), device, folder)
         _print_plan(job, plan)
         outputs.check_room(job.environment, plan)
-        from dreambooth.job import fine_tune
-        from dreambooth.job.task import Task
+        with libraries.importing():
+            from dreambooth.job import fine_tune
+            from dreambooth.job.task import Task
 
         stop.check()  # an import may have swallowed the exception of a stop signal
         accelerator = launcher.join(job.launch, on_cpu=device.kind == "cpu")

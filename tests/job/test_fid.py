@@ -61,12 +61,11 @@ def test_the_score_falls_when_the_subject_is_learned(
 
 
 @pytest.fixture
-def start(small_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
+def start(small_model_folder: Path, tmp_path: Path) -> Start:
     """Return a function that runs a job with compute_fid on three pictures.
 
     The model is written to `tmp_path / "model"`.
     """
-    monkeypatch.setattr("dreambooth.job.previews.NUM_INFERENCE_STEPS", 2)
     photos = tmp_path / "photos"
     photos.mkdir()
     generator = np.random.default_rng(0)

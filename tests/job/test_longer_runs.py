@@ -22,9 +22,8 @@ SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constan
 
 
 @pytest.fixture
-def start(small_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
+def start(small_model_folder: Path, tmp_path: Path) -> Start:
     """Return a function that runs a job on three pictures; `name` is the model folder's."""
-    monkeypatch.setattr("dreambooth.job.previews.NUM_INFERENCE_STEPS", 2)
     generator = np.random.default_rng(0)
     for shape, size in (("square", (40, 40)), ("long", (40, 48))):
         (tmp_path / shape).mkdir()

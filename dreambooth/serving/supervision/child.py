@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from dreambooth.errors import DreamBoothError
-from dreambooth.process import gpu_driver, logs
+from dreambooth.process import gpu_driver, libraries, logs
 from dreambooth.serving.contract.engine_status import EngineStatus
 from dreambooth.serving.contract.reply import Picture
 from dreambooth.serving.supervision.link import SendQueue, read_blocking
@@ -205,9 +205,10 @@ class _Child:
 
 
 def _open(folder: Path, settings: ServeSettings) -> Engine:
-    import torch
+    with libraries.importing():
+        import torch
 
-    from dreambooth.serving.engine.engine import open_engine
+        from dreambooth.serving.engine.engine import open_engine
 
     if settings.device == "auto" and not torch.cuda.is_available():
         unused = gpu_driver.why_unused(
