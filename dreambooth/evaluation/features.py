@@ -58,11 +58,12 @@ class FeatureNetwork:
         return stacked
 
 
-def of_vae(model: DiffusionModel) -> FeatureNetwork:
+def of_vae(model: DiffusionModel, device: torch.device) -> FeatureNetwork:
     """Return the VAE encoder's last hidden layer, averaged over space; it needs no download."""
     vae = model.vae
 
     def one(picture: Picture) -> torch.Tensor:
+        vae.to(device)  # while nothing is drawn, a job keeps it on the CPU
         pixels = torch.tensor(picture, device=vae.device).permute(2, 0, 1)[None].to(vae.dtype)
         hidden = vae.encoder.conv_in(pixels / 127.5 - 1.0)
         for block in vae.encoder.down_blocks:

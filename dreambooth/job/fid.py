@@ -94,7 +94,7 @@ def choose_network(task: Task, model: DiffusionModel) -> features.FeatureNetwork
         return features.of_vision_model(folder, task.device)
     if task.resolution == 64 and model.tokenizer.get_vocab() == tiny.vocabulary():
         return features.of_judge()
-    return features.of_vae(model)
+    return features.of_vae(model, task.device)
 
 
 def _instance_images(task: Task) -> Iterator[Picture]:

@@ -344,11 +344,6 @@ def _training_state(task: Task, model: DiffusionModel) -> states.TrainingState:
     return states.TrainingState(
         unet=model.unet,
         text_encoder=model.text_encoder if settings.train_text_encoder else None,
-        optimizer=optimizer.build(
-            trained,
-            settings,
-            use_8bit_adam=plan.use_8bit_adam,
-            fast_step=plan.fast_step,
-        ),
+        optimizer=optimizer.build(trained, settings, use_8bit_adam=plan.use_8bit_adam),
         precision=Precision.for_plan(plan, task.device),
     )

@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.train_step import full_size
+from benchmarks.train_step.full_size import FACTS as FULL_SIZE
 from dreambooth.settings.hyperparameters import MEMORY_PLANS, Hyperparameters
 from dreambooth.training import expected_memory, memory_plan
 from dreambooth.training.device import DeviceFacts
-from tests.training.full_size import FULL_SIZE
 
 GIB = 2**30
 PRIOR = {"with_prior_preservation": True}

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.train_step.full_size import FACTS as FULL_SIZE
 from dreambooth.data.dataset_info import DatasetInfo
 from dreambooth.settings.hyperparameters import Hyperparameters
 from dreambooth.training import plan as plans
 from dreambooth.training import plan_warnings
 from dreambooth.training.device import CPU, DeviceFacts
 from dreambooth.training.expected_memory import PhasePeak
-from tests.training.full_size import FULL_SIZE
 
 GIB = 2**30
 T4 = DeviceFacts(kind="cuda", name="Tesla T4", compute_capability=(7, 5), memory_bytes=15 * GIB)
