@@ -30,12 +30,22 @@ def of_folder(folder: Path) -> features.FeatureNetwork:
 def test_vae_features_are_one_row_per_picture_whatever_the_company(
     small_model_folder: Path,
 ) -> None:
-    network = features.of_vae(models.load(small_model_folder, device=CPU))
+    network = features.of_vae(models.load(small_model_folder, device=CPU), CPU)
     rows = network(pictures(3))
     assert rows.shape == (3, 16)
     assert np.array_equal(rows[1:2], network(pictures(3)[1:2]))
     assert not np.array_equal(rows[0], rows[1])
     assert "VAE" in network.name
+
+
+def test_the_vae_is_brought_to_the_device_from_where_it_waits(
+    small_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models.load(small_model_folder, device=CPU)
+    device, moved = torch.device("cuda", 1), []
+    monkeypatch.setattr(model.vae, "to", moved.append)
+    features.of_vae(model, device)(pictures(2))
+    assert set(moved) == {device}
 
 
 SMALL: dict[str, Any] = {

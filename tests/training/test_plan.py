@@ -80,6 +80,10 @@ def test_precision_is_chosen_by_the_device(
     assert (plan.mixed_precision, plan.prior_generation_precision) == (training, sampling)
     plan = make(device, mixed_precision="no", prior_generation_precision="fp32")
     assert (plan.mixed_precision, plan.prior_generation_precision) == ("no", "no")
+    settings = Hyperparameters(mixed_precision="no")
+    in_tf32 = "fp32 (convolutions in TF32, torch's default), fp32 weights"
+    assert (in_tf32 in plans.describe(plan, settings)) is (device is A10G)
+    assert "TF32" not in plans.describe(make(device), Hyperparameters())
 
 
 def test_the_memory_plan_is_the_fastest_that_fits() -> None:
