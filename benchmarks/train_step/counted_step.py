@@ -114,8 +114,8 @@ def count(device: DeviceFacts, **settings: Any) -> StepCount:
     plan = plans.make(hyperparameters, dataset, full_size.FACTS, device)
     if plan.gradient_checkpointing or plan.frees_gradients:
         raise ValueError(f"a step of {plan.memory_plan} is not counted")
-    counting = _Counting()
-    with _stand_ins(counting), counting:
+    counting = Counting()
+    with stand_ins(counting), counting:
         steps = _steps(plan, hyperparameters)
         next(steps)  # makes the optimizer's states
         counting.begin()
@@ -179,8 +179,12 @@ class _OneProcess:
         return tensor
 
 
-class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records every operation that computes, and what the host waits for; views cost nothing."""
+class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records what is done on meta tensors: every operation that computes, and each wait.
+
+    Views cost nothing. peak_bytes: of the tensors that are alive at a time, as far as they were
+    made under this mode.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -333,7 +337,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **others: Any
 
 
 @contextmanager
-def _stand_ins(counting: _Counting) -> Iterator[None]:
+def stand_ins(counting: Counting) -> Iterator[None]:
     """Let meta tensors take the ways of CUDA's."""
     import bitsandbytes
 
