@@ -341,13 +341,22 @@ def stand_ins(counting: Counting) -> Iterator[None]:
     """Let meta tensors take the ways of CUDA's."""
     import bitsandbytes
 
+    make_tensor = torch.tensor
+
     def wait(*_: object) -> None:
         counting.waits.append("the device is synchronized")
+
+    def tensor(data: Any, **options: Any) -> Tensor:
+        made = make_tensor(data, **options)
+        if made.is_meta:  # its data come from the host, though no operation says so
+            counting.waits.append("a tensor is copied from the host")
+        return made
 
     with (
         # The lists of devices with foreach and with fused kernels both name this one.
         mock.patch.object(torch._C, "_get_privateuse1_backend_name", return_value="meta"),
         mock.patch.object(functional, "scaled_dot_product_attention", _attention),
+        mock.patch.object(torch, "tensor", tensor),
         mock.patch.object(torch.cuda, "synchronize", wait),
         mock.patch.object(bitsandbytes.optim.optimizer, "sync_gpu", wait),
         mock.patch.object(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.train_step import counted_step, full_size
-from benchmarks.train_step.counted_step import A10G, T4, StepCount
+from benchmarks.train_step.counted_step import A10G, T4, Counting, StepCount, stand_ins
 
 WEIGHTS = full_size.PARAMETERS["unet"]
 PRIOR = {"with_prior_preservation": True}
@@ -27,6 +28,45 @@ def test_the_default_step_keeps_to_its_budget(default_step: StepCount) -> None:
     assert default_step.launches <= LAUNCHES
     assert default_step.bytes / 1e9 <= GIGABYTES
     assert default_step.flops == pytest.approx(4.94e12, rel=0.01)
+
+
+def test_the_budget_is_the_documented_one() -> None:
+    shown = Path("docs/measurements.md").read_text("utf-8")
+    assert f"{LAUNCHES:,} launches, {GIGABYTES} GB and\nthat one wait" in shown
+
+
+def test_all_that_makes_the_host_wait_is_counted() -> None:
+    counting = Counting()
+    with stand_ins(counting), counting:
+        tensor = torch.ones(3, device="meta")
+        assert not counting.waits
+        float(tensor[0])
+        bool(tensor.isfinite().all())
+        assert counting.waits == ["a value is read"] * 2
+        tensor.tolist()
+        tensor.cpu()
+        assert counting.waits[2:] == ["a tensor is copied to the host"] * 2
+        torch.ones(2).to("meta", non_blocking=True)
+        assert len(counting.waits) == 4
+        torch.ones(2).to("meta")
+        torch.tensor([1.0], device="meta")
+        assert counting.waits[4:] == ["a tensor is copied from the host"] * 2
+        float(torch.tensor([1.0]).sum())  # the host's own
+    assert len(counting.waits) == 6
+
+
+def test_an_operation_moves_what_it_reads_and_writes() -> None:
+    counting = Counting()
+    with counting:
+        one, other = (torch.zeros(250, device="meta") for _ in range(2))
+        counting.begin()
+        one + other
+        one.add_(other)
+        one.copy_(other)
+        one.view(5, 50)
+        torch._foreach_mul_([one, other], 2.0)
+    assert [operation.bytes for operation in counting.operations] == [3000, 3000, 2000, 4000]
+    assert counting.peak_bytes == 3000
 
 
 def test_the_planner_expects_the_memory_that_it_takes(default_step: StepCount) -> None:
