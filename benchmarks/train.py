@@ -157,9 +157,9 @@ def _settings(arguments: argparse.Namespace, subject: Subject) -> Iterator[Setti
 def _derive() -> int:
     from benchmarks.train_step import derived
 
-    counts, rows = derived.derive()
-    derived.show(counts, rows)
-    print(json.dumps(derived.document(counts, rows)), flush=True)
+    rows = derived.derive()
+    derived.show(rows)
+    print(json.dumps(derived.document(rows)), flush=True)
     return 0
 
 

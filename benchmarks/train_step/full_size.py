@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dreambooth.model_folder.facts import ModelFacts
+
 TOKENS, WIDTH, ENTRIES = 77, 1024, 49_408
 SIDE = 512  # pixels
 UNET = {
@@ -55,6 +57,17 @@ NOISE_SCHEDULER = {
 }
 # From the headers of the published weights.
 PARAMETERS = {"unet": 865_910_724, "text_encoder": 340_387_840, "vae": 83_653_863}
+# What training plans are derived from.
+FACTS = ModelFacts(
+    prediction_type="epsilon",
+    resolution=SIDE,
+    latent_channels=4,
+    vae_scale_factor=8,
+    unet_layer_elements=5 * (320 * 64**2 + 640 * 32**2 + 1280 * 16**2 + 1280 * 8**2),
+    unet_parameters=PARAMETERS["unet"],
+    text_encoder_parameters=PARAMETERS["text_encoder"],
+    vae_parameters=PARAMETERS["vae"],
+)
 
 
 def write_model(folder: Path) -> None:

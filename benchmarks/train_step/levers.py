@@ -1,7 +1,7 @@
 """List what each measure that speeds up training should gain, and what it gained if measured.
 
 Predictions are counted operations and bytes on an H100 at 800 TFLOP/s and 3 TB/s, for 1 picture a
-step, or 2 with prior preservation. As of 2026-11-23 none has been measured on a GPU. CPU figures
+step, or 2 with prior preservation. As of 2026-11-30 none has been measured on a GPU. CPU figures
 are rough: the embedded model on one thread of a machine that did other work too.
 """
 
@@ -78,22 +78,22 @@ LEVERS = (
     ),
     Lever(
         lever="half weights, no autocast",
-        predicted="3310 launches become 1841; activations move 12.7 GB instead of 26.6 (4.6 ms "
-        "less), with prior 20.6 instead of 38.0 (5.8)",
+        predicted="a step's 3,347 launches become 2,614 and its 61.2 GB 49.1 (4.0 ms less), with "
+        "prior 72.6 GB become 56.9 (5.2)",
         measured=NOT_MEASURED,
         where="fast",
     ),
     Lever(
         lever="passes as one CUDA graph",
-        predicted="1841 launches become 1: 60-120 ms of launching are gone, and the GPU's own "
-        "12-25 ms remain",
+        predicted="some 1,840 launches become 1: 60-120 ms of launching are gone, and the GPU's "
+        "own 12-25 ms remain",
         measured=NOT_MEASURED,
         where="fast",
     ),
     Lever(
         lever="unscale and clip in the cast, fused AdamW on fp32 masters",
         predicted="42 bytes per parameter (norm 2, cast 6, AdamW 28, copy back 6): 12.1 ms, where "
-        "autocast's passes take 54: 15.6 ms",
+        "autocast's take 52 (norm 4, clip 8, AdamW 28, casts 12): 15.0 ms",
         measured="CPU 2026-11-23, fused AdamW alone: 6.9 ms where foreach takes 39 (4.8 million "
         "parameters, process time); on a GPU not measured",
         where="fast",
@@ -109,7 +109,7 @@ LEVERS = (
         predicted="no transposes around tensor-core kernels; no figure",
         measured="CPU 2026-11-23: 63.4 ms against 65.8 (batch 1), 115.7 against 119.1 (batch 2) "
         "in one probe, 93 against 85 in another: no gain; on a GPU not measured",
-        where="fast",
+        where="not built",
     ),
     Lever(
         lever="floor of all these",

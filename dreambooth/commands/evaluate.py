@@ -19,7 +19,7 @@ from dreambooth.data import dataset_info, prompts
 from dreambooth.data.dataset_info import DatasetInfo
 from dreambooth.errors import ResourceError, UserError
 from dreambooth.evaluation import prompt_list, vision_model
-from dreambooth.process import temporary_folder
+from dreambooth.process import gpu_driver, libraries, temporary_folder
 from dreambooth.settings.evaluate_options import EvaluateSettings, read
 
 if TYPE_CHECKING:
@@ -103,10 +103,12 @@ def main(arguments: argparse.Namespace) -> int:
     given = (
         vision_model.read(settings.features, setting="--features") if settings.features else None
     )
-    import torch
+    with libraries.importing():
+        import torch
 
-    from dreambooth.evaluation import features, text_image
+        from dreambooth.evaluation import features, text_image
 
+    gpu_driver.refuse_gpu_without_kernels(torch)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with temporary_folder.temporary() as workspace:
         reader = text_image.load(settings.text_image, device) if settings.text_image else None

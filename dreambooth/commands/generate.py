@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreambooth.errors import ResourceError, UserError
-from dreambooth.process import libraries, temporary_folder
+from dreambooth.process import gpu_driver, libraries, temporary_folder
 from dreambooth.process.memory import is_out_of_memory
 from dreambooth.settings.generate_options import GenerateSettings, read
 
@@ -74,6 +74,7 @@ def _load(
         from dreambooth.diffusion import float_types, model, safety
         from dreambooth.model_folder import source
 
+    gpu_driver.refuse_gpu_without_kernels(torch)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = source.open_source(source.locate(settings.model, given="with --model"), workspace)
     _check_steps(settings.num_inference_steps, folder)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Generator, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -32,11 +33,14 @@ def decode_in_parts(
     """
     if not bool(torch.isfinite(latents).all()):
         return None
-    pixels = yield from _pixels(model.vae, latents)
-    if model.vae.dtype != torch.float32 and not bool(torch.isfinite(pixels).all()):
-        logger.warning("The VAE overflows as %s: the picture is decoded again.", model.vae.dtype)
+    vae, kind = model.vae, latents.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else vae.dtype
+    pixels = yield from _pixels(vae, latents)
+    if dtype != torch.float32 and not bool(torch.isfinite(pixels).all()):
+        logger.warning("The VAE overflows as %s: the picture is decoded again.", dtype)
         yield
-        pixels = yield from _pixels(copy.deepcopy(model.vae).float(), latents)
+        exact = vae if vae.dtype == torch.float32 else copy.deepcopy(vae).float()
+        pixels = yield from _pixels(exact, latents, autocast=False)
     if not bool(torch.isfinite(pixels).all()):
         return None
     pixels = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
@@ -60,15 +64,23 @@ def decode(model: DiffusionModel, latents: Tensor) -> np.ndarray | None:
             return picture
 
 
-def _pixels(vae: Any, latents: Tensor) -> Generator[None, None, Tensor]:
-    """Decode latents [B, C, h, w] to pixels float32 [B, 3, H, W], -1..1 except for overshoots."""
+def _pixels(vae: Any, latents: Tensor, *, autocast: bool = True) -> Generator[None, None, Tensor]:
+    """Decode latents [B, C, h, w] to pixels float32 [B, 3, H, W], -1..1 except for overshoots.
+
+    autocast: leave it as the caller has it; otherwise it is off in each layer.
+    """
+
+    def called(layer: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        with nullcontext() if autocast else torch.autocast(hidden.device.type, enabled=False):
+            return layer(hidden)
+
     hidden = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
     if vae.post_quant_conv is not None:
-        hidden = vae.post_quant_conv(hidden)
+        hidden = called(vae.post_quant_conv, hidden)
     for number, layer in enumerate(_layers(vae.decoder)):
         if number:
             yield
-        hidden = layer(hidden)
+        hidden = called(layer, hidden)
     pixels: Tensor = hidden.float()
     return pixels
 

@@ -25,9 +25,9 @@ from torch.func import functional_call
 from dreambooth.diffusion.step_tables import timesteps_of
 from dreambooth.diffusion.text_encoders import BUILD_ERRORS
 from dreambooth.errors import ModelArtifactError, in_one_line
+from dreambooth.process.memory import is_out_of_memory
 
 _CELLS = 8
-# RuntimeErrors of torch that are no fault of a folder.
 _DEVICE_ERRORS = {"OutOfMemoryError", "AcceleratorError"}
 
 
@@ -40,7 +40,9 @@ def faults_of(config: Path, what: str) -> Iterator[None]:
     try:
         yield
     except BUILD_ERRORS as error:
-        if _DEVICE_ERRORS & {each.__name__ for each in type(error).__mro__}:
+        # A GPU's errors are no fault of a folder; a CPU runs out of memory for absurd sizes alone.
+        on_gpu = torch.cuda.is_available() and is_out_of_memory(error)
+        if on_gpu or _DEVICE_ERRORS & {each.__name__ for each in type(error).__mro__}:
             raise
         raise ModelArtifactError(
             f"{config} does not describe a {what}: {in_one_line(error)}."

@@ -1,13 +1,13 @@
 """Captures calls as CUDA graphs that are replayed in one launch; only this module needs a GPU.
 
-As of 2026-11-23 it has not been measured on one.
+As of 2026-11-30 it has not been measured on one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -45,10 +45,18 @@ class GraphCapturer(Protocol):
 
 
 class CudaGraphCapturer:
-    """Captures CUDA graphs that share one memory pool; replay only one of them at a time."""
+    """Captures CUDA graphs that share one memory pool; replay only one of them at a time.
+
+    After a capture that failed no other one is tried in this process: until 2.12 torch's allocator
+    then takes the capture for still under way (pull request 180395).
+    """
+
+    _has_failed: ClassVar[bool] = False
 
     def __init__(self, device: torch.device) -> None:
-        """Create a stream for captures on a CUDA device."""
+        """Create a stream for captures on a CUDA device, by default the current one."""
+        if device == torch.device("cuda"):  # some of torch.cuda's functions want an index
+            device = torch.device("cuda", torch.cuda.current_device())
         self._device = device
         self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
@@ -57,7 +65,9 @@ class CudaGraphCapturer:
     def capture(
         self, call: Callable[[], Tensor], prepare: Callable[[], None] | None = None
     ) -> CapturedCall:
-        """See GraphCapturer. Errors that torch raises during a capture are not caught."""
+        """See GraphCapturer. Raises what torch raises, and RuntimeError after a failed capture."""
+        if CudaGraphCapturer._has_failed:
+            raise RuntimeError("an earlier capture has failed in this process")
         prepare = prepare or _nothing
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(self._device)
@@ -71,13 +81,17 @@ class CudaGraphCapturer:
             prepare()
             torch.cuda.empty_cache()  # other streams cannot use what this one has cached
             before = torch.cuda.memory_reserved(self._device)
-            with torch.cuda.graph(
-                graph,
-                pool=self._pool,
-                stream=self._stream,
-                capture_error_mode="thread_local",  # other threads may use the device
-            ):
-                output = call()
+            try:
+                with torch.cuda.graph(
+                    graph,
+                    pool=self._pool,
+                    stream=self._stream,
+                    capture_error_mode="thread_local",  # other threads may use the device
+                ):
+                    output = call()
+            except BaseException:
+                CudaGraphCapturer._has_failed = True
+                raise
             self._pool_bytes += torch.cuda.memory_reserved(self._device) - before
         current.wait_stream(self._stream)
         return CapturedCall(replay=graph.replay, output=output)

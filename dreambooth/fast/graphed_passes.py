@@ -78,7 +78,6 @@ class GraphedPasses:
                 type(error).__name__,
                 " ".join(str(error).split()),
             )
-        self._capture = without_capture
         return without_capture(self._call, self._drop_gradients)
 
     def _call(self) -> Tensor:

@@ -33,12 +33,13 @@ class MasterWeights:
     def __init__(
         self, state: TrainingState, max_grad_norm: float, *, part_elements: int = PART_ELEMENTS
     ) -> None:
-        """Make the half copy, `self.unet`; its convolutions are channels_last, as GPUs prefer."""
+        """Make the half copy, `self.unet`, laid out as the masters are: copies need no strides."""
         self._state, self._precision = state, state.precision
         self._max_norm = max_grad_norm
         self._norm = torch.zeros(())
         half_of = {
-            weight: _half(weight, state.precision.dtype) for weight in state.unet.parameters()
+            weight: nn.Parameter(weight.detach().to(state.precision.dtype, copy=True))
+            for weight in state.unet.parameters()
         }
         self.unet: nn.Module = copy.deepcopy(state.unet, {id(m): h for m, h in half_of.items()})
         self._parts = list(_parts(state.optimizer, half_of, part_elements))
@@ -93,11 +94,6 @@ def _parts(
             part.append((master, half_of[master]))
         if part:
             yield part
-
-
-def _half(weight: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
-    layout = torch.channels_last if weight.dim() == 4 else torch.preserve_format
-    return nn.Parameter(weight.detach().to(dtype, memory_format=layout, copy=True))
 
 
 def _gradient(half: nn.Parameter) -> torch.Tensor:

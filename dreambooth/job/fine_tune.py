@@ -20,9 +20,8 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
+from dreambooth.diffusion import device_memory, safety
 from dreambooth.diffusion import model as models
-from dreambooth.diffusion import safety
-from dreambooth.diffusion.device_memory import free_caches
 from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.errors import ResourceError
 from dreambooth.fast import captured_loop
@@ -116,8 +115,15 @@ def _fine_tune_with_smaller_memory_plans(
         )
         task = replace(task, plan=plan)
         run_report.task, run_report.step = task, None
+        _forget_training(accelerator)
+
+
+def _forget_training(accelerator: Accelerator) -> None:
+    """Free the memory of what the accelerator prepared and its allocators keep."""
+    with device_memory.refusals_ignored():
         accelerator.free_memory()
-        free_caches()
+    accelerator._models.clear()  # it empties the caches first, and may end there
+    device_memory.free_caches()
 
 
 def _ask_for_determinism() -> None:
@@ -194,7 +200,7 @@ def _fine_tune(
                 "that may be trained further"
             )
         state.optimizer.state.clear()  # frees its memory for the last pictures,
-        accelerator.free_memory()  # and that of half-precision weights and graphs
+        _forget_training(accelerator)  # and that of half-precision weights and graphs
         try:
             run_report.last_sample = draw_sample()
             with _errors_only_logged():
@@ -325,7 +331,7 @@ def _move_to_cpu(model: DiffusionModel, *, text_encoder: bool) -> None:
     model.vae.to("cpu")
     if text_encoder:
         model.text_encoder.to("cpu")
-    free_caches()
+    device_memory.free_caches()
 
 
 def _training_state(task: Task, model: DiffusionModel) -> states.TrainingState:
@@ -344,11 +350,6 @@ def _training_state(task: Task, model: DiffusionModel) -> states.TrainingState:
     return states.TrainingState(
         unet=model.unet,
         text_encoder=model.text_encoder if settings.train_text_encoder else None,
-        optimizer=optimizer.build(
-            trained,
-            settings,
-            use_8bit_adam=plan.use_8bit_adam,
-            fast_step=plan.fast_step,
-        ),
+        optimizer=optimizer.build(trained, settings, use_8bit_adam=plan.use_8bit_adam),
         precision=Precision.for_plan(plan, task.device),
     )

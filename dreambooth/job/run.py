@@ -198,6 +198,7 @@ def _train(job: Job, stop: StopSignals) -> None:
         stop.check()
         import torch  # from here on the job is heavy
 
+        gpu_driver.refuse_gpu_without_kernels(torch)
         device = devices.from_torch(torch)
         if device.kind == "cpu":
             host_allocator.keep_freed_memory()

@@ -1,17 +1,19 @@
 """Explain why an expected GPU cannot be used, before a job spends hours on a CPU.
 
 torch from the package index is built for one CUDA version and needs a driver at least as new. With
-an older driver `torch.cuda.is_available()` is merely False. Standard library only.
+an older driver `torch.cuda.is_available()` is merely False; on a GPU that the build has no kernels
+for it is True, and the first kernel fails. Standard library only.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
-from dreambooth.errors import ResourceError
+from dreambooth.errors import ResourceError, UserError
 
 _VERSION_FILE = Path("/proc/driver/nvidia/version")
 _DEVICES = Path("/dev")
@@ -99,3 +101,40 @@ def why_unused(
         "the driver (on SageMaker: InferenceAmiVersion), or build the image with "
         f"--build-arg TORCH_INDEX=<an index with a build for an older CUDA>. {cure}"
     )
+
+
+def refuse_gpu_without_kernels(torch: ModuleType) -> None:
+    """Raise UserError if the GPU that torch will use is one that it has no kernels for."""
+    if not torch.cuda.is_available():
+        return
+    major, minor = torch.cuda.get_device_capability()
+    built_for = torch.cuda.get_arch_list()
+    if not built_for or has_kernels((major, minor), built_for):
+        return
+    raise UserError(
+        f"The GPU {torch.cuda.get_device_name()} has compute capability {major}.{minor}, and torch "
+        f"{torch.__version__} has kernels for {', '.join(built_for)} only: build the image with "
+        "--build-arg TORCH_INDEX=<an index with a build for this GPU>, or take another GPU. Set "
+        "CUDA_VISIBLE_DEVICES=-1 to use the CPU on purpose."
+    )
+
+
+def has_kernels(capability: tuple[int, int], built_for: Sequence[str]) -> bool:
+    """Return whether a GPU runs code that was built for one of these architectures.
+
+    sm_86 is binary code, for compute capability 8.6 to 8.9. compute_86 is PTX, which the driver
+    compiles for any from 8.6 on. sm_90a is for 9.0 alone. Unknown names are taken to fit.
+    """
+    return any(_runs(capability, name) for name in built_for)
+
+
+def _runs(capability: tuple[int, int], name: str) -> bool:
+    found = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name)
+    if found is None:
+        return True
+    kind, major, minor, variant = found.groups()
+    oldest = (int(major), int(minor))
+    if variant == "a":
+        return capability == oldest
+    crosses_families = kind == "compute" and not variant
+    return capability >= oldest and (crosses_families or capability[0] == oldest[0])

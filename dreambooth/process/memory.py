@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Final
 
 # Parts of the messages of CPU allocators and CUDA libraries, in lower case. cuBLAS and cuDNN report
-# a workspace that could not be allocated as a handle or an engine that is missing.
+# a workspace that could not be allocated as a handle or an engine that is missing. Where NVML may
+# not be asked (a slice of a GPU, in a container), torch fails while it words its own error (issue
+# 112377).
 _SIGNS: Final = (
     "out of memory",
     "can't allocate memory",
@@ -16,6 +18,7 @@ _SIGNS: Final = (
     "cudnn_status_internal_error_device_allocation_failed",
     "unable to find an engine to execute this computation",
     "unable to find a valid cudnn algorithm to run convolution",
+    "nvml_success == r internal assert failed",
 )
 
 

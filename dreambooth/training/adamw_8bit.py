@@ -1,4 +1,4 @@
-"""bitsandbytes' AdamW with 8-bit states (Dettmers et al. 2022), with or without fp32 weights.
+"""bitsandbytes' AdamW with 8-bit states (Dettmers et al. 2022), without its waits for the GPU.
 
 Import this module only where it is needed: importing bitsandbytes takes seconds.
 """
@@ -12,13 +12,6 @@ import torch
 from bitsandbytes import functional
 from bitsandbytes.optim import AdamW8bit
 
-__all__ = [
-    "AdamW8bit",
-    "NonBlockingAdamW8bit",
-    "from_fp32",
-    "to_fp32",
-]
-
 _BLOCK = 256  # elements of a moment that share a scale
 _SMALLEST = 4096  # tensors with fewer elements keep fp32 states
 _WRAPPED = AdamW8bit._FSDP_WRAPPED_QUANT_STATE_KEY
@@ -29,8 +22,7 @@ class NonBlockingAdamW8bit(AdamW8bit):  # type: ignore[misc]
 
     The updates are the same. bitsandbytes 0.50.2 waits after each weight, 686 times in a step of
     Stable Diffusion. Its kernels run on CUDA's default stream; if the caller's stream is another
-    one, this class waits as well. Only the fast step uses it, because it has not been measured on a
-    GPU.
+    one, this class waits as well. It has not been measured on a GPU.
     """
 
     _started = False

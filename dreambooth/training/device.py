@@ -35,6 +35,11 @@ class DeviceFacts:
             return "no"
         return "bf16" if self.compute_capability >= (8, 0) else "fp16"
 
+    @property
+    def has_tf32(self) -> bool:
+        """Return whether torch computes convolutions of fp32 tensors in TF32 here."""
+        return self.compute_capability is not None and self.compute_capability >= (8, 0)
+
 
 CONTEXT_BYTES = int(0.4 * 2**30)  # CUDA context, not there yet when nvidia-smi runs
 

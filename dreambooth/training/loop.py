@@ -136,7 +136,8 @@ def train(
         norm = nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
         with_class = data.class_text is not None
         metrics = read_metrics(state, plan, losses, norm, learning_rate, with_class=with_class)
-        if clip_factor(norm, hyperparameters.max_grad_norm) < 1:  # a factor of 1 changes nothing
+        known = torch.tensor(metrics.grad_norm)  # reading `norm` would wait for the device again
+        if clip_factor(known, hyperparameters.max_grad_norm) < 1:  # 1 would change nothing
             nn.utils.clip_grads_with_norm_(weights, hyperparameters.max_grad_norm, norm)
 
         # Update the weights, and free the gradients

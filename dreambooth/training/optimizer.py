@@ -40,12 +40,10 @@ def build(
     hyperparameters: Hyperparameters,
     *,
     use_8bit_adam: bool,
-    fast_step: bool = False,
 ) -> torch.optim.Optimizer:
     """Return AdamW (Loshchilov and Hutter 2019) with the published hyperparameters.
 
-    fast_step: update 8-bit states without waiting for the kernels. Raises ResourceError if 8-bit
-    states are asked for and bitsandbytes cannot be loaded.
+    Raises ResourceError if 8-bit states are asked for and bitsandbytes cannot be loaded.
     """
     groups = decay_groups(modules, hyperparameters.adam_weight_decay)
     settings = {
@@ -61,9 +59,8 @@ def build(
                 f"8-bit AdamW needs bitsandbytes, which cannot be loaded here ({error}); "
                 "install it or set use_8bit_adam to False."
             ) from error
-        kind = adamw_8bit.NonBlockingAdamW8bit if fast_step else adamw_8bit.AdamW8bit
-        plain: torch.optim.Optimizer = kind(groups, **settings)
-        return plain
+        in_8bit: torch.optim.Optimizer = adamw_8bit.NonBlockingAdamW8bit(groups, **settings)
+        return in_8bit
     # fused makes one pass over all weights. Torch's default on CUDA, foreach, moves 80 bytes per
     # parameter instead of 28 and keeps a temporary copy of all of them.
     return torch.optim.AdamW(groups, fused=True, **settings)  # type: ignore[arg-type]

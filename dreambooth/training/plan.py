@@ -256,6 +256,8 @@ def _pictures_line(plan: TrainingPlan) -> str:
 
 def _precision_line(plan: TrainingPlan) -> str:
     name = {"no": "fp32", "fp16": "fp16 with loss scaling", "bf16": "bf16"}[plan.mixed_precision]
+    if plan.mixed_precision == "no" and plan.device.has_tf32:
+        name += " (convolutions in TF32, torch's default)"
     weights = "half weights beside fp32" if plan.fast_step else "fp32"
     line = f"{name}, {weights} weights, " + ("8-bit AdamW" if plan.use_8bit_adam else "AdamW")
     line += ", replayed as a CUDA graph" if plan.fast_step else ""

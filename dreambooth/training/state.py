@@ -29,6 +29,7 @@ from torch import nn
 from dreambooth.errors import HyperparameterError, TrainingDivergedError
 from dreambooth.process import files
 from dreambooth.process.files import fsync
+from dreambooth.process.memory import is_out_of_memory
 from dreambooth.training import lr_schedulers
 from dreambooth.training import optimizer as optimizers
 from dreambooth.training.mixed_precision import Precision
@@ -182,6 +183,8 @@ def load_newest(state: TrainingState, folder: Path, *, identity: Mapping[str, st
             _load_files(state, path, manifest["files"].keys())
             state.precision.scaler.load_state_dict(manifest["scaler"])
         except (*_LOADING_FAULTS, SafetensorError) as error:
+            if is_out_of_memory(error):  # a smaller memory plan may have room for it
+                raise
             # Its checksums are right, so skipping is wrong; parts of it may be loaded already.
             raise HyperparameterError(
                 f"The checkpoint {path} does not fit this model ({' '.join(str(error).split())}): "

@@ -27,6 +27,21 @@ def test_a_capture_that_makes_the_same_calls_is_equal(small_model_folder: Path) 
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+def test_kernels_that_do_not_repeat_are_refused_and_not_only_warned_of(
+    small_model_folder: Path,
+) -> None:
+    """Attention's backward passes on CUDA are deterministic only then."""
+    asked = []
+
+    def capture(call: Any, prepare: Any) -> CapturedCall:
+        asked.append(torch.are_deterministic_algorithms_enabled())
+        asked.append(torch.is_deterministic_algorithms_warn_only_enabled())
+        return without_capture(call, prepare)
+
+    check(small_model_folder, capture)
+    assert asked == [True, False]
+
+
 @pytest.mark.parametrize("wrong", ["loss", "gradient", "never replayed"])
 def test_a_capture_that_differs_is_found_out(small_model_folder: Path, wrong: str) -> None:
     def capture(call: Any, prepare: Any) -> CapturedCall:

@@ -10,8 +10,18 @@ from PIL import Image
 
 from benchmarks import provenance, train
 from benchmarks.__main__ import main
-from benchmarks.train_step import derived, full_size, levers, ours, peer, processes, table, work
+from benchmarks.train_step import (
+    counted_step,
+    full_size,
+    levers,
+    ours,
+    peer,
+    processes,
+    table,
+    work,
+)
 from benchmarks.train_step import transforms_stand_in as transforms
+from benchmarks.train_step.counted_step import Operation, StepCount
 from benchmarks.train_step.figures import StepTimes, step_times
 from benchmarks.train_step.ours import RunFigures, RunOutcome, RunScale, Setting, Subject
 from benchmarks.train_step.phases import Phase
@@ -314,36 +324,18 @@ def test_the_stand_in_makes_of_a_picture_what_the_script_trains_on() -> None:
     assert centre.getpixel((0, 0)) == (255, 0, 0)
 
 
-@pytest.mark.on_demand
-def test_the_full_size_step_is_derived_from_what_was_counted() -> None:
-    operations = derived.count(1, autocast=False)
-    counts = derived.total(operations)
-    assert counts.flops == pytest.approx(2.47e12, rel=0.02)  # attention is computed twice
-    assert counts.bytes == pytest.approx(12.7e9, rel=0.05)
-    assert 1700 < counts.launches < 2000
-    slow = derived.gpu_seconds(operations, 65e12, 320e9)
-    assert counts.flops / 65e12 < slow < counts.flops / 65e12 + counts.bytes / 320e9
-    assert derived.gpu_seconds(operations, 65e12, 1e30) == pytest.approx(counts.flops / 65e12)
-
-
-@pytest.mark.parametrize(
-    ("weights", "plan", "mixed_precision", "expected"),
-    [
-        ("autocast", "fp32_adamw", "fp16", 48),
-        ("autocast", "8bit_adamw", "bf16", 28),
-        ("half", "fp32_adamw", "fp16", 30),
-    ],
-)
-def test_what_follows_the_backward_pass_moves_so_many_bytes(
-    weights: str, plan: str, mixed_precision: str, expected: int
-) -> None:
-    assert derived.bytes_after_backward(weights, plan, mixed_precision) == expected
-
-
 def test_derived_figures_say_that_they_are(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(derived, "count", lambda pictures, autocast: [ONE])
+    # Each takes a second: one on a T4 at its sustained rate, one to move its bytes there.
+    operations = (Operation(flops=int(30e12), bytes=1), Operation(flops=1, bytes=int(320e9)))
+    monkeypatch.setattr(
+        counted_step,
+        "count",
+        lambda device, **_: StepCount(
+            memory_plan="", expected_bytes=0, peak_bytes=0, operations=operations, waits=("", "")
+        ),
+    )
     assert main(["train", "--derived"]) == 0
     said = capsys.readouterr().out
     assert said.startswith("DERIVED, not measured")
@@ -351,7 +343,6 @@ def test_derived_figures_say_that_they_are(
     assert document["derived"] is True
     row = document["cards"][0]
     assert (row["card"], row["weights"], row["memory_plan"]) == ("T4", "autocast", "fp32_adamw")
-    assert row["step_s"] == pytest.approx(1 + 48 * full_size.PARAMETERS["unet"] / 320e9)
-
-
-ONE = derived.Operation(flops=int(30e12), bytes=1)  # takes a second on a T4 at its sustained rate
+    assert (row["launches"], row["waits"]) == (2, 2)
+    assert row["step_s"] == pytest.approx(2)
+    assert row["gpu_s"] == pytest.approx(30 / 65 + 1)

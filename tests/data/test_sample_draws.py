@@ -116,3 +116,19 @@ def test_four_micro_batches_of_one_are_one_of_four() -> None:
         step=5, micro_batch=0, batch_size=4, micro_batches=1, process=0, processes=1
     )
     assert single == list(whole)
+
+
+def test_a_gpu_is_given_pinned_memory_which_it_copies_while_the_host_goes_on() -> None:
+    class Given:
+        """Stands in for a CPU tensor where there is no GPU."""
+
+        pinned = False
+
+        def pin_memory(self) -> Given:
+            self.pinned = True
+            return self
+
+        def to(self, device: torch.device, non_blocking: bool = False) -> bool:
+            return self.pinned and non_blocking
+
+    assert sample_draws.onto(torch.device("cuda"), Given())  # type: ignore[arg-type]

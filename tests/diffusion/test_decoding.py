@@ -126,3 +126,24 @@ def test_a_vae_that_overflows_is_asked_again_in_float32() -> None:
     model.vae.decoder.conv_out.register_forward_hook(overflow)
     assert decode(model, latents(8)) is not None
     assert calls == [torch.bfloat16, torch.float32]
+
+
+@torch.no_grad()
+def test_under_autocast_an_overflow_is_decoded_again_in_float32(embedded: DiffusionModel) -> None:
+    """Sample pictures of a run with mixed precision are drawn with fp32 weights under autocast."""
+    calls: list[torch.dtype] = []
+
+    def overflow(_: object, inputs: object, output: torch.Tensor) -> torch.Tensor:
+        calls.append(output.dtype)
+        return torch.full_like(output, float("inf")) if len(calls) == 1 else output
+
+    exact = decode(embedded, latents(8))
+    hook = embedded.vae.decoder.conv_out.register_forward_hook(overflow)
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            again = decode(embedded, latents(8))
+            assert torch.is_autocast_enabled("cpu")
+    finally:
+        hook.remove()
+    assert calls == [torch.bfloat16, torch.float32]
+    assert np.array_equal(np.asarray(again), np.asarray(exact))

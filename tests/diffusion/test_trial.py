@@ -15,7 +15,7 @@ import torch
 from transformers import CLIPTextConfig
 
 from dreambooth.diffusion import model as models
-from dreambooth.diffusion import sampling
+from dreambooth.diffusion import sampling, trial
 from dreambooth.diffusion.sampling_request import SamplingRequest
 from dreambooth.errors import ModelArtifactError
 from dreambooth.model_folder.component_classes import SCHEDULERS
@@ -117,3 +117,13 @@ def _draw_and_train(model: models.DiffusionModel) -> None:
     timesteps = torch.tensor([0, noise_scheduler.config.num_train_timesteps - 1])
     latents = torch.zeros(2, model.latent_channels, 8, 8)
     assert bool(noise_scheduler.add_noise(latents, latents, timesteps).isfinite().all())
+
+
+def test_memory_that_runs_out_on_a_gpu_is_no_fault_of_the_folder(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A server tries a model again that did not fit, and gives up one that is faulty."""
+    for has_gpu, expected in ((True, RuntimeError), (False, ModelArtifactError)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
+        with pytest.raises(expected), trial.faults_of(Path("config.json"), "text encoder"):
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")

@@ -6,6 +6,7 @@ Tests marked `gpu` are skipped without CUDA.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from safetensors.torch import load_file
 from dreambooth.job.run import run_job
 from tests.training import plain_loop
 
+# cuBLAS reads it at the first matrix product of the process, whichever test makes that.
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Start = Callable[..., Path]
 
@@ -27,6 +31,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if DEVICE == "cpu" and item.get_closest_marker("gpu"):
             item.add_marker(missing)
+
+
+@pytest.fixture(autouse=True)
+def determinism_ends_with_the_test() -> Iterator[None]:
+    """Undo what a job with deterministic=True asks of the whole process."""
+    benchmark = torch.backends.cudnn.benchmark
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.benchmark = benchmark
 
 
 @pytest.fixture(params=[DEVICE])
@@ -51,10 +64,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def start(
-    small_model_folder: Path, pictures: Path, tmp_path: Path, device: torch.device
-) -> Iterator[Start]:
-    """Yield a function that runs a job of the miniature model and returns the model folder.
+def start(small_model_folder: Path, pictures: Path, tmp_path: Path, device: torch.device) -> Start:
+    """Return a function that runs a job of the miniature model and returns the model folder.
 
     code: the exit code it must have.
     """
@@ -65,8 +76,7 @@ def start(
         assert run_job([*argv, *options], {"SAGEMAKER_BASE_DIR": str(tmp_path)}) == code
         return tmp_path / out
 
-    yield run
-    torch.use_deterministic_algorithms(False)
+    return run
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -151,7 +151,7 @@ def test_a_job_that_moved_resumes_its_8_bit_checkpoint_under_any_automatic_plan(
 def test_the_smallest_plan_is_reached(start: Start, tmp_path: Path) -> None:
     with out_of_memory(lambda adamw, _: keeps_gradients(adamw)) as failed:
         assert start("moved") == 0
-    assert failed == ["AdamW", "AdamW8bit", "AdamW8bit"]
+    assert failed == ["AdamW", "NonBlockingAdamW8bit", "NonBlockingAdamW8bit"]
     assert start("named", *EIGHT_BIT) == 0
     assert torch.equal(weights(tmp_path / "moved"), weights(tmp_path / "named"))
 
@@ -188,7 +188,7 @@ def test_a_named_plan_stays_and_the_smaller_ones_are_named(
 ) -> None:
     with out_of_memory(lambda *_: True) as failed:
         assert start("none", *EIGHT_BIT) == 1
-    assert failed == ["AdamW8bit"]
+    assert failed == ["NonBlockingAdamW8bit"]
     assert "memory_plan to 8bit_adamw_checkpointing or 8bit_adamw_in_backward" in (
         capsys.readouterr().err
     )
@@ -402,3 +402,18 @@ def test_a_stop_in_the_fast_step_waits_for_the_figures_of_steps_that_are_made() 
     with stop.listening(), pytest.raises(Stopped), stop.held():
         read.extend(metrics.step for metrics in followed)
     assert read == [1, 2, 3, 4]
+
+
+def test_what_was_prepared_is_forgotten_even_where_torch_refuses_to_empty_its_caches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch does, before 2.12, after a capture of a CUDA graph that failed."""
+
+    def refuse() -> None:
+        raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+    accelerator = Accelerator(cpu=True)
+    trained = weakref.ref(accelerator.prepare(torch.nn.Linear(1, 1)))
+    monkeypatch.setattr(accelerator, "free_memory", refuse)
+    fine_tune._forget_training(accelerator)
+    assert trained() is None

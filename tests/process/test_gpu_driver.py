@@ -5,17 +5,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from dreambooth.errors import ResourceError
+from dreambooth.__main__ import main
+from dreambooth.errors import ResourceError, UserError
 from dreambooth.job.run import run_job
 from dreambooth.process import gpu_driver
 from dreambooth.process.gpu_driver import (
     Machine,
     gpu_promise,
+    has_kernels,
     inspect_machine,
     refuse_cpu,
     why_unused,
 )
-from dreambooth.tiny import DATA
+from dreambooth.serving.engine.engine import open_engine
+from dreambooth.settings.serve_options import ServeSettings
+from dreambooth.tiny import DATA, WEIGHTS
 
 OLD = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39:15 UTC 2024\n"
 OPEN = (
@@ -88,3 +92,65 @@ def test_a_job_on_an_old_driver_fails_with_both_versions(
     assert f"torch {torch.__version__} (CUDA 13.0)" in told
     assert "580" in told
     assert not (tmp_path / "m" / "model_index.json").exists()
+
+
+CU130 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for", "expected"),
+    [
+        ((7, 0), CU130, False),  # V100
+        ((6, 0), CU130, False),
+        *(((major, minor), CU130, True) for major, minor in ((7, 5), (8, 0), (8, 6), (8, 9))),
+        *(((major, 0), CU130, True) for major in (9, 10, 12)),
+        ((13, 0), CU130, True),  # from the PTX
+        ((13, 0), CU130[:-1], False),
+        ((8, 6), ("sm_80",), True),
+        ((8, 0), ("sm_86",), False),
+        ((9, 0), ("sm_80", "sm_86"), False),
+        ((7, 5), ("sm_80", "compute_80"), False),
+        ((9, 0), ("sm_80", "compute_80"), True),
+        ((9, 0), ("sm_90a",), True),
+        ((10, 0), ("compute_90a",), False),
+        ((10, 3), ("sm_100f",), True),
+        ((12, 0), ("compute_100f",), False),
+        ((9, 0), ("gfx90a",), True),
+    ],
+)
+def test_a_gpu_runs_what_was_built_for_its_family_and_any_older_ptx(
+    capability: tuple[int, int], built_for: tuple[str, ...], expected: bool
+) -> None:
+    assert has_kernels(capability, built_for) is expected
+
+
+@pytest.fixture
+def old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torch see a GPU that its build has no kernels for."""
+    for name, value in (
+        *(("is_available", True), ("get_device_capability", (7, 0))),
+        *(("get_arch_list", list(CU130)), ("get_device_name", "Tesla V100-SXM2-16GB")),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+
+
+@pytest.mark.usefixtures("old_gpu")
+def test_a_gpu_without_kernels_is_refused_in_one_sentence_by_every_verb(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "The GPU Tesla V100-SXM2-16GB has compute capability 7.0, and torch"
+    argv = ["--pretrained-model=tiny", f"--train={DATA / 'cat'}", f"--model_dir={tmp_path / 'm'}"]
+    assert run_job([*argv, "--max_steps=1"], {"SAGEMAKER_BASE_DIR": str(tmp_path)}) == 1
+    assert words in (tmp_path / "output" / "failure").read_text()
+    assert "Plan" not in capsys.readouterr().out
+    for device in ("auto", "cuda"):
+        with pytest.raises(UserError, match=words):  # the server gives up at once
+            open_engine(WEIGHTS, ServeSettings(model="", device=device))
+    drawing = ["generate", "--model", str(WEIGHTS), "--prompt", "a cat"]
+    assert main([*drawing, "--out", str(tmp_path / "pictures")]) == 1
+    assert words in capsys.readouterr().err
+    open_engine(WEIGHTS, ServeSettings(model="", device="cpu")).close(drain=False)
+
+
+def test_without_a_gpu_no_kernels_are_missed() -> None:
+    gpu_driver.refuse_gpu_without_kernels(torch)

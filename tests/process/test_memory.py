@@ -24,6 +24,7 @@ from dreambooth.process.memory import is_out_of_memory
             True,
         ),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"), True),
+        (RuntimeError('NVML_SUCCESS == r INTERNAL ASSERT FAILED at "CUDACachingAllocator"'), True),
         (RuntimeError("shapes do not match"), False),
         (torch.AcceleratorError("CUDA error: device-side assert triggered"), False),
         (ValueError("CUDA out of memory"), False),

@@ -226,7 +226,7 @@ def test_use_8bit_adam_and_memory_plan(
     start_job(memory_plan="8bit_adamw")
     start_job()
     assert [type(made).__name__ for made in built_optimizers] == [
-        *("AdamW8bit", "AdamW8bit", "AdamW"),
+        *("NonBlockingAdamW8bit", "NonBlockingAdamW8bit", "AdamW"),
     ]
 
 

@@ -168,32 +168,22 @@ def test_with_another_stream_than_its_kernels_it_waits_as_ever(
     waits: list[torch.Size], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = network()
-    adamw = optimizer.build([module], SETTINGS, use_8bit_adam=True, fast_step=True)
+    adamw = optimizer.build([module], SETTINGS, use_8bit_adam=True)
     monkeypatch.setattr(type(adamw), "_in_order", lambda self: False)
     step(module, adamw, 0)
     assert len(waits) == len(list(module.parameters()))
 
 
-def test_only_the_fast_step_goes_without_waiting(waits: list[torch.Size]) -> None:
-    for fast_step, count in ((False, 6), (True, 0)):
-        module = network()
-        step(
-            module, optimizer.build([module], SETTINGS, use_8bit_adam=True, fast_step=fast_step), 0
-        )
-        assert len(waits) == count
-        waits.clear()
+def test_no_8_bit_step_waits_for_each_weight(waits: list[torch.Size]) -> None:
+    module = network()
+    step(module, optimizer.build([module], SETTINGS, use_8bit_adam=True), 0)
+    assert waits == []
 
 
 def test_nothing_in_an_8_bit_fast_step_waits_for_the_device(
     make_training: Callable[..., Any], waits: list[torch.Size], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training = make_training(mixed_precision="bf16", fast_step=True, use_8bit_adam=True)
-    training.state.optimizer = optimizer.build(
-        [training.state.unet],
-        training.settings,
-        use_8bit_adam=True,
-        fast_step=training.plan.fast_step,
-    )
     masters = MasterWeights(training.state, 1.0)
 
     def refuse(*_: object) -> None:

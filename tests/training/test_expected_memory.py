@@ -1,66 +1,36 @@
-"""Checks the memory expected of each phase against live bytes counted on fake tensors."""
+"""Checks the memory expected of each phase against live bytes counted on tensors without data."""
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from benchmarks.train_step import full_size
+from benchmarks.train_step.counted_step import Counting, stand_ins
+from benchmarks.train_step.full_size import FACTS as FULL_SIZE
 from dreambooth.settings.hyperparameters import MEMORY_PLANS, Hyperparameters
 from dreambooth.training import expected_memory, memory_plan
 from dreambooth.training.device import DeviceFacts
-from tests.training.full_size import FULL_SIZE
 
 GIB = 2**30
 PRIOR = {"with_prior_preservation": True}
 
 
-class _Live(TorchDispatchMode):
-    """Counts the bytes of computed tensors that are still referred to, without the weights."""
-
-    def __init__(self, weights: list[torch.Tensor]) -> None:
-        super().__init__()
-        self._known = {weight.untyped_storage()._cdata for weight in weights}
-        self._now = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if torch.is_tensor(tensor):
-                self._note(tensor.untyped_storage())
-        return result
-
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._known:
-            self._known.add(key)
-            self._now += size
-            self.peak = max(self.peak, self._now)
-            weakref.finalize(storage, self._freed, key, size)
-
-    def _freed(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self._now -= size
-
-
 def live_peak(network: str, call: str, *shapes: tuple[int, ...]) -> float:
     """Return a call's peak of live elements, for a full-size fp32 network without gradients."""
-    with FakeTensorMode(), torch.no_grad():
-        build = {"vae": AutoencoderKL, "unet": UNet2DConditionModel}[network]
-        config = {"vae": full_size.VAE, "unet": full_size.UNET}[network]
+    build = {"vae": AutoencoderKL, "unet": UNet2DConditionModel}[network]
+    config = {"vae": full_size.VAE, "unet": full_size.UNET}[network]
+    counting = Counting()
+    with torch.no_grad(), stand_ins(counting), torch.device("meta"), counting:
         module: Any = build(**config).eval()
-        weights = [*module.parameters(), *module.buffers()]
         given = [torch.empty(shape) for shape in shapes]
-        with _Live(weights) as live:
-            getattr(module, call)(*given)
-    return live.peak / 4
+        counting.begin()
+        before = counting.peak_bytes
+        getattr(module, call)(*given)
+    return (counting.peak_bytes - before) / 4
 
 
 def test_the_vaes_part_is_counted_at_full_size() -> None:

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks.train_step.full_size import FACTS as FULL_SIZE
 from dreambooth.errors import HyperparameterError
 from dreambooth.fast import master_weights
 from dreambooth.settings.hyperparameters import MEMORY_PLANS, Hyperparameters, MemoryPlan
 from dreambooth.training import expected_memory, memory_plan
 from dreambooth.training.device import CPU, DeviceFacts
-from tests.training.full_size import FULL_SIZE
 
 GIB = 2**30
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.train_step.full_size import FACTS as FULL_SIZE
 from dreambooth.data.dataset_info import DatasetInfo
 from dreambooth.settings.hyperparameters import Hyperparameters
 from dreambooth.training import plan as plans
 from dreambooth.training import plan_warnings
 from dreambooth.training.device import CPU, DeviceFacts
 from dreambooth.training.expected_memory import PhasePeak
-from tests.training.full_size import FULL_SIZE
 
 GIB = 2**30
 T4 = DeviceFacts(kind="cuda", name="Tesla T4", compute_capability=(7, 5), memory_bytes=15 * GIB)
@@ -80,6 +80,10 @@ def test_precision_is_chosen_by_the_device(
     assert (plan.mixed_precision, plan.prior_generation_precision) == (training, sampling)
     plan = make(device, mixed_precision="no", prior_generation_precision="fp32")
     assert (plan.mixed_precision, plan.prior_generation_precision) == ("no", "no")
+    settings = Hyperparameters(mixed_precision="no")
+    in_tf32 = "fp32 (convolutions in TF32, torch's default), fp32 weights"
+    assert (in_tf32 in plans.describe(plan, settings)) is (device is A10G)
+    assert "TF32" not in plans.describe(make(device), Hyperparameters())
 
 
 def test_the_memory_plan_is_the_fastest_that_fits() -> None:

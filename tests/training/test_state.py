@@ -62,6 +62,22 @@ def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(
             assert torch.equal(a, b)
 
 
+def test_memory_that_runs_out_while_resuming_is_no_fault_of_the_checkpoint(
+    make_training: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A smaller memory plan may have room for it."""
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    training = make_training(max_steps=2)
+    next(training.steps())
+    states.save(training.state, tmp_path, identity=IDENTITY, keep=1)
+    monkeypatch.setattr(states.optimizers, "load", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        states.load_newest(make_training(max_steps=2).state, tmp_path, identity=IDENTITY)
+
+
 def test_the_loss_scale_is_resumed(make_training: Make, tmp_path: Path) -> None:
     first, second = (make_training(max_steps=2, mixed_precision="fp16") for _ in range(2))
     next(first.steps())

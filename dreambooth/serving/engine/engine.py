@@ -33,6 +33,7 @@ from dreambooth.diffusion.sampling_request import SamplingRequest, check
 from dreambooth.errors import ResourceError, UnavailableError, UserError
 from dreambooth.fast import served_unet
 from dreambooth.limits import LIMITS, Limits
+from dreambooth.process import gpu_driver
 from dreambooth.serving.contract.engine_status import EngineStatus
 from dreambooth.serving.engine.drawing_jobs import DrawingJob, OnPicture
 from dreambooth.serving.engine.row_limits import free_caches, is_out_of_memory
@@ -260,6 +261,8 @@ def open_engine(
             "The device cuda is asked for, and no GPU can be used here: see that the container is "
             "given one and that the driver fits this torch, or choose the device auto or cpu."
         )
+    if device.type == "cuda":
+        gpu_driver.refuse_gpu_without_kernels(torch)
     dtype = dtype_for(settings.precision, device)
     try:
         model = models.load(folder, device=device, dtype=dtype, limits=limits)
