@@ -1,0 +1,281 @@
+"""The goals that only a GPU can show, each with its source, and how a fact is held against it.
+
+Step times depend on the card: a goal of a card holds for devices whose name contains the card's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from benchmarks.gpu_stages.found import Found
+from benchmarks.train_step.conditions import GIB, T4_MEMORY_GIB
+from dreambooth.settings.hyperparameters import MEMORY_PLANS
+
+_GOAL = "the project's goal"
+_COUNTED = "derived from counts (train --derived)"
+_PLAN = "the memory plan's own expectation"
+
+
+Judged = tuple[str, bool | None] | None
+"""The figure in words and whether the goal is met (None: unknown); None: it was not found."""
+NO_GPU: Judged = ("a CPU's memory is not measured", None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Goal:
+    """One goal.
+
+    stage, fact: where its figure is found. wanted: in words. judge: returns what was found.
+    """
+
+    name: str
+    wanted: str
+    source: str
+    stage: str
+    fact: str
+    judge: Callable[[Found], Judged]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepGoal:
+    """The milliseconds of a step on a card; setting: the name of a trial of the stage "steps"."""
+
+    cards: tuple[str, ...]
+    setting: str
+    ms: float
+    source: str
+
+
+STEP_GOALS = (
+    StepGoal(cards=("H100", "H200"), setting="fast fp32_adamw plain", ms=25, source=_GOAL),
+    StepGoal(cards=("H100", "H200"), setting="fast fp32_adamw prior", ms=30, source=_GOAL),
+    StepGoal(cards=("H200",), setting="fp32_adamw prior", ms=65, source=_COUNTED),
+    StepGoal(cards=("A10G",), setting="fp32_adamw prior", ms=200, source=_GOAL),
+    StepGoal(cards=("A10G",), setting="fast fp32_adamw prior", ms=160, source=_COUNTED),
+    StepGoal(cards=("T4",), setting="8bit_adamw prior", ms=300, source=_GOAL),
+    StepGoal(cards=("T4",), setting="fast 8bit_adamw prior", ms=280, source=_COUNTED),
+)
+RESERVED_GIB = {"8bit_adamw": 10.0, "8bit_adamw_in_backward": 6.0}
+"""What torch may reserve in training with prior preservation at 512 x 512."""
+_FAST_CARDS = ("H100", "H200")
+
+
+def goals(device: str) -> Iterator[Goal]:
+    """Yield the goals that hold for a device of this name, in the order of the stages."""
+    for goal in STEP_GOALS:
+        if any(card in device for card in goal.cards):
+            yield _step_goal(goal)
+    for plan in MEMORY_PLANS:
+        yield _expected_memory(plan)
+    for plan, gib in RESERVED_GIB.items():
+        yield _reserved(plan, gib)
+    for precision in ("bf16", "fp16"):
+        yield Goal(
+            name=f"replays of the training step's graph, {precision}",
+            wanted="bit-equal to eager calls",
+            source=_GOAL,
+            stage="graphs",
+            fact=precision,
+            judge=partial(_graphs, precision=precision),
+        )
+    yield from (_tests(stage, name) for stage, name in TEST_FILES.items())
+    if any(card in device for card in _FAST_CARDS):
+        yield from _job_goals()
+    for way in ("eager", "graphs", "channels_last", "channels_last+graphs"):
+        yield Goal(
+            name=f"pictures drawn again in exact mode, {way}",
+            wanted="0 bytes differ",
+            source=_GOAL,
+            stage="serving",
+            fact=way,
+            judge=partial(_exact, way=way),
+        )
+    yield Goal(
+        name="a whole job as on a T4",
+        wanted=f"{T4_MEMORY_GIB:g} GiB reserved",
+        source=_GOAL,
+        stage="t4",
+        fact="whole",
+        judge=_t4,
+    )
+
+
+TEST_FILES = {"learning": "test_training.py", "memory": "test_memory.py"}
+
+
+def tests(found: Found, stage: str) -> Judged:
+    """Return how many tests of a stage passed; unknown if some were skipped or cut off."""
+    ends = [fact.figures["outcome"] for fact in found.all(stage, "test")]
+    if not ends:
+        return None
+    counts = {name: ends.count(name) for name in ("passed", "failed", "skipped")}
+    words = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    is_over = found.figures(stage, "tests", TEST_FILES[stage]) is not None
+    if not is_over:
+        words += f", the others not run ({found.why_missing(stage)})"
+    if counts["failed"]:
+        return words, False
+    return words, True if is_over and not counts["skipped"] else None
+
+
+def _tests(stage: str, name: str) -> Goal:
+    return Goal(
+        name=f"tests/gpu/{name}",
+        wanted="all pass",
+        source="tests/gpu/README.md",
+        stage=stage,
+        fact=name,
+        judge=partial(tests, stage=stage),
+    )
+
+
+def _step_goal(goal: StepGoal) -> Goal:
+    def judge(found: Found) -> Judged:
+        figures = found.figures("steps", "step", goal.setting)
+        if figures is None:
+            return None
+        ms = figures["times"]["median_ms"]
+        return f"{ms:.1f} ms", ms <= goal.ms
+
+    return Goal(
+        name=f"a step, {goal.setting}",
+        wanted=f"{goal.ms:g} ms",
+        source=goal.source,
+        stage="steps",
+        fact=goal.setting,
+        judge=judge,
+    )
+
+
+def of_expected(figures: Mapping[str, Any]) -> float | None:
+    """Return a trial's allocated peak / what its plan expected; None on a CPU."""
+    expected, allocated = figures["expected_bytes"], figures["allocated"]
+    return allocated / expected if expected and allocated else None
+
+
+def _expected_memory(plan: str) -> Goal:
+    setting = f"{plan} prior"
+
+    def judge(found: Found) -> Judged:
+        figures = found.figures("steps", "step", setting)
+        if figures is None:
+            return None
+        share = of_expected(figures)
+        return NO_GPU if share is None else (f"{share:.1%} of it", abs(share - 1) <= 0.1)
+
+    return Goal(
+        name=f"memory of {plan}",
+        wanted="within 10 % of the expected",
+        source=_PLAN,
+        stage="steps",
+        fact=setting,
+        judge=judge,
+    )
+
+
+def _reserved(plan: str, gib: float) -> Goal:
+    setting = f"{plan} prior"
+
+    def judge(found: Found) -> Judged:
+        figures = found.figures("steps", "step", setting)
+        return None if figures is None else _at_most(figures["reserved"], gib)
+
+    return Goal(
+        name=f"reserved by {plan}",
+        wanted=f"{gib:g} GiB",
+        source=_GOAL,
+        stage="steps",
+        fact=setting,
+        judge=judge,
+    )
+
+
+def _at_most(reserved: int | None, gib: float) -> Judged:
+    return (f"{reserved / GIB:.2f} GiB", reserved <= gib * GIB) if reserved else NO_GPU
+
+
+def _graphs(found: Found, precision: str) -> Judged:
+    figures = found.figures("graphs", "graphs", precision)
+    if figures is None:
+        return None
+    equal = figures["captured"] and figures["eager_repeats"] and figures["graph_equals_eager"]
+    return str(figures["in_words"]), bool(equal)
+
+
+def _exact(found: Found, way: str) -> Judged:
+    figures = found.figures("serving", "pictures", way)
+    if figures is None:
+        return None
+    exact = figures["exact"]
+    words = f"{exact['bytes_differing']} in {exact['pictures']} pictures"
+    given_up = "graphs" in way and not figures["graphs"]
+    words += ", the graphs were given up" * given_up
+    return words, not exact["bytes_differing"] and not given_up
+
+
+def _t4(found: Found) -> Judged:
+    job = found.figures("t4", "job", "whole")
+    if job is None:
+        return None
+    if job["figures"] is None:
+        return str(job["fault"]), False
+    return _at_most(job["figures"]["memory"]["reserved"], T4_MEMORY_GIB)
+
+
+def _job_goals() -> Iterator[Goal]:
+    """Yield the goals for whole jobs on an H100 or H200."""
+
+    def first_step(found: Found) -> Judged:
+        figures = (found.figures("job", "job", "whole") or {}).get("figures")
+        if figures is None:
+            return None
+        return f"{figures['first_step_s']:.1f} s", figures["first_step_s"] <= 20
+
+    def whole(found: Found) -> Judged:
+        job = found.figures("job", "job", "whole") or {}
+        figures = job.get("figures")
+        if figures is None:
+            return None
+        seconds = figures["run_s"]
+        steps = job["scale"]["warm_up"] + job["scale"]["steps"]
+        seconds += (400 - steps) * figures["times"]["mean_ms"] / 1000
+        seconds += (100 - job["scale"]["class_images"]) * (figures["class_image_s"] or 0.0)
+        return f"{seconds:.0f} s, extrapolated", seconds <= 60
+
+    def ratio(found: Found) -> Judged:
+        both = [(found.figures("peer", "job", name) or {}).get("figures") for name in _BESIDE]
+        if None in both:
+            return None
+        ours, theirs = (figures["times"]["median_ms"] for figures in both if figures)
+        return f"{theirs / ours:.2f} times", theirs / ours >= 4
+
+    yield Goal(
+        name="first step of a job",
+        wanted="20 s",
+        source=_GOAL,
+        stage="job",
+        fact="whole",
+        judge=first_step,
+    )
+    yield Goal(
+        name="400 steps with 100 class images",
+        wanted="60 s",
+        source=_GOAL,
+        stage="job",
+        fact="whole",
+        judge=whole,
+    )
+    yield Goal(
+        name="a step beside diffusers' script",
+        wanted="4 times as fast",
+        source=_GOAL,
+        stage="peer",
+        fact="ours",
+        judge=ratio,
+    )
+
+
+_BESIDE = ("ours", "theirs")
