@@ -1,6 +1,6 @@
 """The goals that only a GPU can show, each with its source, and how a fact is held against it.
 
-Step times depend on the card: a goal of a card holds for devices whose name contains the card's.
+Those of step times and reserved memory stand in train_step/goals.py.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from typing import Any
 
 from benchmarks.gpu_stages.found import Found
 from benchmarks.train_step.conditions import GIB, T4_MEMORY_GIB
+from benchmarks.train_step.goals import GOAL, RESERVED_GIB, STEP_GOALS, StepGoal
 from dreambooth.settings.hyperparameters import MEMORY_PLANS
 
-_GOAL = "the project's goal"
-_COUNTED = "derived from counts (train --derived)"
 _PLAN = "the memory plan's own expectation"
 
 
@@ -25,7 +24,7 @@ NO_GPU: Judged = ("a CPU's memory is not measured", None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Goal:
+class GpuGoal:
     """One goal.
 
     stage, fact: where its figure is found. wanted: in words. judge: returns what was found.
@@ -39,44 +38,26 @@ class Goal:
     judge: Callable[[Found], Judged]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepGoal:
-    """The milliseconds of a step on a card; setting: the name of a trial of the stage "steps"."""
-
-    cards: tuple[str, ...]
-    setting: str
-    ms: float
-    source: str
-
-
-STEP_GOALS = (
-    StepGoal(cards=("H100", "H200"), setting="fast fp32_adamw plain", ms=25, source=_GOAL),
-    StepGoal(cards=("H100", "H200"), setting="fast fp32_adamw prior", ms=30, source=_GOAL),
-    StepGoal(cards=("H200",), setting="fp32_adamw prior", ms=65, source=_COUNTED),
-    StepGoal(cards=("A10G",), setting="fp32_adamw prior", ms=200, source=_GOAL),
-    StepGoal(cards=("A10G",), setting="fast fp32_adamw prior", ms=160, source=_COUNTED),
-    StepGoal(cards=("T4",), setting="8bit_adamw prior", ms=300, source=_GOAL),
-    StepGoal(cards=("T4",), setting="fast 8bit_adamw prior", ms=280, source=_COUNTED),
-)
-RESERVED_GIB = {"8bit_adamw": 10.0, "8bit_adamw_in_backward": 6.0}
-"""What torch may reserve in training with prior preservation at 512 x 512."""
 _FAST_CARDS = ("H100", "H200")
 
 
-def goals(device: str) -> Iterator[Goal]:
+def goals(device: str) -> Iterator[GpuGoal]:
     """Yield the goals that hold for a device of this name, in the order of the stages."""
     for goal in STEP_GOALS:
-        if any(card in device for card in goal.cards):
+        if goal.card in device:
             yield _step_goal(goal)
     for plan in MEMORY_PLANS:
         yield _expected_memory(plan)
+    for plan, switches in MEMORY_PLANS.items():
+        if switches.can_step_fast:
+            yield _expected_memory(f"fast {plan}")
     for plan, gib in RESERVED_GIB.items():
         yield _reserved(plan, gib)
     for precision in ("bf16", "fp16"):
-        yield Goal(
+        yield GpuGoal(
             name=f"replays of the training step's graph, {precision}",
             wanted="bit-equal to eager calls",
-            source=_GOAL,
+            source=GOAL,
             stage="graphs",
             fact=precision,
             judge=partial(_graphs, precision=precision),
@@ -85,18 +66,18 @@ def goals(device: str) -> Iterator[Goal]:
     if any(card in device for card in _FAST_CARDS):
         yield from _job_goals()
     for way in ("eager", "graphs", "channels_last", "channels_last+graphs"):
-        yield Goal(
+        yield GpuGoal(
             name=f"pictures drawn again in exact mode, {way}",
             wanted="0 bytes differ",
-            source=_GOAL,
+            source=GOAL,
             stage="serving",
             fact=way,
             judge=partial(_exact, way=way),
         )
-    yield Goal(
+    yield GpuGoal(
         name="a whole job as on a T4",
         wanted=f"{T4_MEMORY_GIB:g} GiB reserved",
-        source=_GOAL,
+        source=GOAL,
         stage="t4",
         fact="whole",
         judge=_t4,
@@ -121,8 +102,8 @@ def tests(found: Found, stage: str) -> Judged:
     return words, True if is_over and not counts["skipped"] else None
 
 
-def _tests(stage: str, name: str) -> Goal:
-    return Goal(
+def _tests(stage: str, name: str) -> GpuGoal:
+    return GpuGoal(
         name=f"tests/gpu/{name}",
         wanted="all pass",
         source="tests/gpu/README.md",
@@ -132,7 +113,7 @@ def _tests(stage: str, name: str) -> Goal:
     )
 
 
-def _step_goal(goal: StepGoal) -> Goal:
+def _step_goal(goal: StepGoal) -> GpuGoal:
     def judge(found: Found) -> Judged:
         figures = found.figures("steps", "step", goal.setting)
         if figures is None:
@@ -140,7 +121,7 @@ def _step_goal(goal: StepGoal) -> Goal:
         ms = figures["times"]["median_ms"]
         return f"{ms:.1f} ms", ms <= goal.ms
 
-    return Goal(
+    return GpuGoal(
         name=f"a step, {goal.setting}",
         wanted=f"{goal.ms:g} ms",
         source=goal.source,
@@ -156,7 +137,7 @@ def of_expected(figures: Mapping[str, Any]) -> float | None:
     return allocated / expected if expected and allocated else None
 
 
-def _expected_memory(plan: str) -> Goal:
+def _expected_memory(plan: str) -> GpuGoal:
     setting = f"{plan} prior"
 
     def judge(found: Found) -> Judged:
@@ -166,7 +147,7 @@ def _expected_memory(plan: str) -> Goal:
         share = of_expected(figures)
         return NO_GPU if share is None else (f"{share:.1%} of it", abs(share - 1) <= 0.1)
 
-    return Goal(
+    return GpuGoal(
         name=f"memory of {plan}",
         wanted="within 10 % of the expected",
         source=_PLAN,
@@ -176,17 +157,17 @@ def _expected_memory(plan: str) -> Goal:
     )
 
 
-def _reserved(plan: str, gib: float) -> Goal:
+def _reserved(plan: str, gib: float) -> GpuGoal:
     setting = f"{plan} prior"
 
     def judge(found: Found) -> Judged:
         figures = found.figures("steps", "step", setting)
         return None if figures is None else _at_most(figures["reserved"], gib)
 
-    return Goal(
+    return GpuGoal(
         name=f"reserved by {plan}",
         wanted=f"{gib:g} GiB",
-        source=_GOAL,
+        source=GOAL,
         stage="steps",
         fact=setting,
         judge=judge,
@@ -225,7 +206,7 @@ def _t4(found: Found) -> Judged:
     return _at_most(job["figures"]["memory"]["reserved"], T4_MEMORY_GIB)
 
 
-def _job_goals() -> Iterator[Goal]:
+def _job_goals() -> Iterator[GpuGoal]:
     """Yield the goals for whole jobs on an H100 or H200."""
 
     def first_step(found: Found) -> Judged:
@@ -252,26 +233,26 @@ def _job_goals() -> Iterator[Goal]:
         ours, theirs = (figures["times"]["median_ms"] for figures in both if figures)
         return f"{theirs / ours:.2f} times", theirs / ours >= 4
 
-    yield Goal(
+    yield GpuGoal(
         name="first step of a job",
         wanted="20 s",
-        source=_GOAL,
+        source=GOAL,
         stage="job",
         fact="whole",
         judge=first_step,
     )
-    yield Goal(
+    yield GpuGoal(
         name="400 steps with 100 class images",
         wanted="60 s",
-        source=_GOAL,
+        source=GOAL,
         stage="job",
         fact="whole",
         judge=whole,
     )
-    yield Goal(
+    yield GpuGoal(
         name="a step beside diffusers' script",
         wanted="4 times as fast",
-        source=_GOAL,
+        source=GOAL,
         stage="peer",
         fact="ours",
         judge=ratio,

@@ -59,7 +59,7 @@ STAGES = (
         name="job",
         sentence="a whole job with class images, checkpoints, sample pictures and fid_score",
         expected_s=60,
-        limit_s=110,
+        limit_s=150,
     ),
     Stage(
         name="serving",
@@ -71,7 +71,7 @@ STAGES = (
         name="t4",
         sentence="a whole job as a T4 runs it: fp16, 13 GiB, no flash attention",
         expected_s=45,
-        limit_s=90,
+        limit_s=120,
     ),
     Stage(
         name="peer",

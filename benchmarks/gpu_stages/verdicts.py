@@ -20,7 +20,7 @@ LEAST_COSINE = 0.99
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
+class GpuVerdict:
     """What was found of one goal; met: None if it was not measured, and `found` says why."""
 
     name: str
@@ -36,12 +36,14 @@ class Verdict:
         return f"{self.name}: goal {self.wanted}: {self.found}, {end}"
 
 
-def verdicts(found: Found) -> Iterator[Verdict]:
+def verdicts(found: Found) -> Iterator[GpuVerdict]:
     """Yield a verdict for each goal of the measured device."""
     for goal in goals(str(found.machine.get("device", ""))):
         judged = goal.judge(found)
         text, met = judged or (found.why_missing(goal.stage, goal.fact), None)
-        yield Verdict(name=goal.name, wanted=goal.wanted, found=text, met=met, source=goal.source)
+        yield GpuVerdict(
+            name=goal.name, wanted=goal.wanted, found=text, met=met, source=goal.source
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

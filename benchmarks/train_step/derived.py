@@ -28,6 +28,7 @@ from torch.utils.flop_counter import (
 )
 
 from benchmarks.train_step import full_size, work
+from benchmarks.train_step.goals import step_ms
 from benchmarks.train_step.work import PeakRates
 from dreambooth.settings.hyperparameters import MEMORY_PLANS
 
@@ -52,14 +53,14 @@ CARDS = (
         peak=work.CARDS["Tesla T4"],
         sustained_flop_per_s=30e12,
         mixed_precision="fp16",
-        goal_s=0.30,
+        goal_s=step_ms("T4", "8bit_adamw prior") / 1000,
     ),
     KnownCard(
         name="A10G",
         peak=work.CARDS["NVIDIA A10G"],
         sustained_flop_per_s=50e12,
         mixed_precision="bf16",
-        goal_s=0.20,
+        goal_s=step_ms("A10G", "fp32_adamw prior") / 1000,
     ),
 )
 

@@ -178,6 +178,17 @@ def test_when_the_call_is_cut_all_facts_up_to_then_are_kept_and_nothing_runs_on(
     assert [*found.incomplete()] == ["graphs: cut off: the run ended while it was running"]
 
 
+def test_the_call_itself_needs_nothing_that_has_to_be_carried() -> None:
+    missing = ("torch", *pack.LACKING)
+    script = f"""
+        import sys
+        sys.modules |= dict.fromkeys({missing}, None)
+        from benchmarks import __main__
+        __main__.parser()
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, check=True)
+
+
 def test_half_a_line_costs_only_itself(tmp_path: Path) -> None:
     FactFile(tmp_path, "steps").add("step", "one", ms=1)
     with (tmp_path / facts.FILE_NAME).open("ab") as file:
@@ -222,6 +233,23 @@ def test_stages_find_their_facts_in_miniature(
     (error,) = found.all("levers", "error")
     assert error.name == unusable.name
     assert list(context.work.iterdir()) == []
+
+
+def test_a_model_is_written_whole_or_not_at_all(
+    context: StageContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks.train_step import full_size
+
+    def cut(folder: Path) -> None:
+        folder.mkdir()
+        raise OSError("no space left")
+
+    monkeypatch.setattr(full_size, "write_model", cut)
+    assert child.run("model", context) == 1
+    assert not context.model.exists()
+    monkeypatch.setattr(full_size, "write_model", lambda folder: folder.mkdir(exist_ok=True))
+    assert child.run("model", context) == 0
+    assert context.model.is_dir()
 
 
 def test_every_stage_has_a_function() -> None:
