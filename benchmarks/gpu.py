@@ -90,7 +90,8 @@ def _run(arguments: argparse.Namespace, out: Path) -> None:
     only = _names(arguments.only)
     peer = _file(arguments.peer, "--peer", "a train_dreambooth.py")
     packages = _file(arguments.packages, "--packages", "what `gpu pack` wrote")
-    if not arguments.dry and devices.from_driver().kind == "cpu":
+    device = devices.from_driver()
+    if device.kind == "cpu" and not arguments.dry:
         raise UserError(
             "nvidia-smi shows no GPU here: --dry runs every stage in miniature on a CPU."
         )
@@ -101,12 +102,20 @@ def _run(arguments: argparse.Namespace, out: Path) -> None:
         model = {"tiny": tiny.WEIGHTS, "full": work / "base"}.get(name) or Path(name).resolve()
         if name != "full":
             read_facts(model)
+        stages = [stage for stage in STAGES if stage.name in only]
+        writes_model = name == "full" and any(stage.needs_model for stage in stages)
         stages = [
             stage
             for stage in STAGES
-            if (stage.name in only if stage.name != "model" else name == "full")
+            if (stage in stages if stage.name != "model" else writes_model)
         ]
-        FactFile(out, "run").add("call", "gpu", budget_s=arguments.budget, dry=arguments.dry)
+        FactFile(out, "run").add(
+            *("call", "gpu"),
+            budget_s=arguments.budget,
+            dry=arguments.dry,
+            device=device.name,
+            compute_capability=device.compute_capability,
+        )
         run_all(
             stages,
             StageContext(out=out, work=work, model=model, peer=peer, dry=arguments.dry),

@@ -11,11 +11,17 @@ from benchmarks.gpu_stages.stages import NAMES
 
 
 class Found:
-    """The facts of one folder; of several runs into it, the latest of each kind and name counts."""
+    """The facts of one folder; a stage that was run again has replaced what it had found before."""
 
     def __init__(self, facts: Sequence[Fact]) -> None:
         self.facts = tuple(facts)
-        self._latest = {(fact.stage, fact.kind, fact.name): fact for fact in facts}
+        self._latest: dict[tuple[str, str, str], Fact] = {}
+        for fact in facts:
+            if fact.kind == "begins":
+                earlier = [key for key in self._latest if _is_of(fact.name, key)]
+                for key in earlier:
+                    del self._latest[key]
+            self._latest[fact.stage, fact.kind, fact.name] = fact
 
     def figures(self, stage: str, kind: str, name: str) -> Mapping[str, Any] | None:
         """Return the figures of one fact, None if it was not found."""
@@ -31,7 +37,8 @@ class Found:
     @property
     def machine(self) -> Mapping[str, Any]:
         """Return the facts of the machine, as far as they are known."""
-        return next((fact.figures for fact in self.all("ceilings", "machine")), {})
+        told = self.figures("run", "call", "gpu") or {}
+        return next((fact.figures for fact in self.all("ceilings", "machine")), told)
 
     @property
     def dry(self) -> bool:
@@ -50,7 +57,7 @@ class Found:
         end = self._latest.get(("run", "stage", stage))
         if begins is None and end is None:
             return "not asked for", 0.0, None
-        if end is None or (begins is not None and begins.at > end.at):
+        if end is None:
             return CUT_OFF, 0.0, "the run ended while it was running"
         return end.figures["ended"], end.figures["seconds"], end.figures["why"]
 
@@ -83,3 +90,8 @@ class Found:
             or any(fact.figures["outcome"] == "failed" for fact in self.all(stage, "test"))
             for stage in NAMES
         )
+
+
+def _is_of(stage: str, key: tuple[str, str, str]) -> bool:
+    """Return whether a fact was found by a stage, or is about its end."""
+    return key[0] == stage or key == ("run", "stage", stage)

@@ -51,8 +51,9 @@ def _lines(found: Found) -> Iterator[str]:
     if found.dry:
         yield "A dry run: everything in miniature, and no figure says anything about a GPU."
         yield ""
-    known = {name: machine[name] for name in _OF_MACHINE if machine.get(name) is not None}
-    yield ", ".join(f"{name} {value}" for name, value in known.items()) + "."
+    known = {**machine, "compute_capability": found.compute_capability}
+    stated = [(name, known[name]) for name in _OF_MACHINE if known.get(name) is not None]
+    yield ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in stated) + "."
     tables = (
         ("Stages", ("stage", "seconds", "end"), _stage_rows(found)),
         ("Ceilings", ("what", "measured"), _ceiling_rows(found)),
@@ -67,7 +68,6 @@ def _lines(found: Found) -> Iterator[str]:
             ("U-Net calls", "a picture, s", "8 at once, pictures/s", "call of 2 rows, ms", "GiB"),
             _picture_rows(found),
         ),
-        ("Goals", ("goal", "wanted", "found", "verdict", "source"), _goal_rows(found)),
         (
             "Levers",
             ("lever", "10 % faster", "memory", "equality", "tests/gpu", "decision"),
@@ -76,9 +76,10 @@ def _lines(found: Found) -> Iterator[str]:
     )
     for title, columns, rows in tables:
         yield from _table(title, columns, rows)
-    incomplete = [*found.incomplete()]
+    yield "\n## Goals\n"
+    yield from (f"* {each.in_words}" for each in verdicts(found))
     yield "\n## Cut off, left out or failed\n"
-    yield from (f"* {line}" for line in incomplete or ["nothing"])
+    yield from (f"* {line}" for line in [*found.incomplete()] or ["nothing"])
 
 
 def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
@@ -153,12 +154,6 @@ def _picture_rows(found: Found) -> Iterator[Sequence[str]]:
             "".join(f"{ms:.2f}" for ms in calls) or "-",
             _gib(peak.get("allocated"), peak.get("reserved")),
         )
-
-
-def _goal_rows(found: Found) -> Iterator[Sequence[str]]:
-    words = {None: "not measured", True: "met", False: "missed"}
-    for each in verdicts(found):
-        yield each.name, each.wanted, each.found, words[each.met], each.source
 
 
 def _lever_rows(found: Found) -> Iterator[Sequence[str]]:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import dreambooth
@@ -46,9 +46,7 @@ class StageContext:
 
     def to_json(self) -> str:
         """Return the context as text for a command line."""
-        paths = {"out": self.out, "work": self.work, "model": self.model, "peer": self.peer}
-        texts = {name: None if path is None else str(path) for name, path in paths.items()}
-        return json.dumps({**texts, "dry": self.dry})
+        return json.dumps(asdict(self), default=str)
 
     @classmethod
     def from_json(cls, text: str) -> StageContext:
@@ -86,7 +84,7 @@ def run_all(
     """
     ends = time.monotonic() + budget_s
     facts = FactFile(context.out, "run")
-    # The stages end as they end here, also on a machine that kills this process politely.
+    # SIGTERM must reach the running stage too, which has a session of its own.
     with _terminated_as_interrupted(), (context.out / LOG_NAME).open("ab") as log:
         for stage in stages:
             left = ends - time.monotonic()

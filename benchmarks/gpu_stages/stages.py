@@ -15,13 +15,15 @@ class Stage:
     """One stage, run in a process of its own.
 
     sentence: what it finds out. expected_s: its seconds on an H200 (estimated, not measured).
-    limit_s: the seconds after which it is killed.
+    limit_s: the seconds after which it is killed. needs_model: it uses what the stage "model"
+    writes.
     """
 
     name: str
     sentence: str
     expected_s: int
     limit_s: int
+    needs_model: bool = True
 
 
 STAGES = (
@@ -30,6 +32,7 @@ STAGES = (
         sentence="matrix products, convolutions, memory bandwidth, launch latency",
         expected_s=20,
         limit_s=60,
+        needs_model=False,
     ),
     Stage(
         name="model",
@@ -54,6 +57,7 @@ STAGES = (
         sentence="tests/gpu/test_training.py: every plan learns what the plain loop learns",
         expected_s=80,
         limit_s=130,
+        needs_model=False,
     ),
     Stage(
         name="job",
@@ -90,6 +94,7 @@ STAGES = (
         sentence="tests/gpu/test_memory.py: whole jobs in every memory plan, within its goal",
         expected_s=240,
         limit_s=420,
+        needs_model=False,
     ),
 )
 NAMES = tuple(stage.name for stage in STAGES)

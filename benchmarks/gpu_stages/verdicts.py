@@ -31,9 +31,9 @@ class GpuVerdict:
 
     @property
     def in_words(self) -> str:
-        """Return the verdict as one line, such as "a step: goal 25 ms: 27.3 ms, missed"."""
+        """Return the verdict as one line: "a step: goal 25 ms (its source): 27.3 ms, missed"."""
         end = "not measured" if self.met is None else "met" if self.met else "missed"
-        return f"{self.name}: goal {self.wanted}: {self.found}, {end}"
+        return f"{self.name}: goal {self.wanted} ({self.source}): {self.found}, {end}"
 
 
 def verdicts(found: Found) -> Iterator[GpuVerdict]:
@@ -112,16 +112,12 @@ def _step_lever(found: Found, stage: str, lever: str, base: str, name: str) -> L
         speed = _speed(before["times"]["median_ms"], after["times"]["median_ms"])
     if after:
         share, cosine = of_expected(after), after["cosine"]
-        memory = (
-            _UNKNOWN
-            if share is None
-            else Condition(found=f"{share:.1%} of the plan", holds=share <= MOST_OF_PLAN)
-        )
-        equality = (
-            _UNKNOWN
-            if cosine is None
-            else Condition(found=f"cosine {cosine:.4f}", holds=cosine >= LEAST_COSINE)
-        )
+        memory = _NO_GPU
+        if share is not None:
+            memory = Condition(found=f"{share:.1%} of the plan", holds=share <= MOST_OF_PLAN)
+        equality = Condition(found="the fp32 loop did not run", holds=None)
+        if cosine is not None:
+            equality = Condition(found=f"cosine {cosine:.4f}", holds=cosine >= LEAST_COSINE)
     return LeverVerdict(
         lever=lever,
         compute_capability=found.compute_capability,
@@ -150,7 +146,7 @@ def _serving_lever(found: Found, option: str, way: str) -> LeverVerdict:
     )
 
 
-_UNKNOWN = Condition(found="not on a CPU", holds=None)
+_NO_GPU = Condition(found="not measured on a CPU", holds=None)
 
 
 def _speed(before_ms: float, after_ms: float) -> Condition:
@@ -162,7 +158,7 @@ def _speed(before_ms: float, after_ms: float) -> Condition:
 def _served_memory(peak: Mapping[str, Any] | None) -> Condition:
     """Return whether a way of serving fits where it must: a T4's memory, as graphs are bounded."""
     if peak is None:
-        return _UNKNOWN
+        return _NO_GPU
     share = peak["reserved"] / (T4_MEMORY_GIB * GIB)
     words = f"{peak['reserved'] / GIB:.2f} of {T4_MEMORY_GIB:g} GiB"
     return Condition(found=words, holds=share <= MOST_OF_PLAN)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 GOAL: Final = "the project's goal"
-COUNTED: Final = "derived from counts (train --derived)"
+COUNTED: Final = "derived from counts at full size"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -312,6 +312,31 @@ def test_a_dry_run_of_one_stage_ends_in_a_table_and_a_json_line(
     assert (tmp_path / report.TABLE_NAME).read_text() == table
 
 
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        ([], stages.NAMES),
+        (["--only", "memory,ceilings"], ("ceilings", "memory")),
+        (["--only", "levers,steps"], ("model", "steps", "levers")),
+        (["--only", "levers,model", "--model", "tiny"], ("levers",)),
+    ],
+)
+def test_the_full_size_model_is_written_where_a_stage_needs_it(
+    options: list[str], asked: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = DeviceFacts(kind="cuda", name="a card", compute_capability=(8, 6))
+    monkeypatch.setattr("dreambooth.training.device.from_driver", lambda: card)
+    given: list[Any] = []
+    monkeypatch.setattr(gpu, "run_all", lambda *run, **named: given.append((*run, named)))
+    assert main(["gpu", "--out", str(tmp_path), "--budget", "99", *options]) == 0
+    ((run, given_context, named),) = given
+    assert tuple(one.name for one in run) == asked
+    assert StageContext.from_json(given_context.to_json()) == given_context
+    assert (given_context.dry, named["budget_s"]) == (False, 99)
+    found = Found(facts.read(tmp_path))
+    assert (found.machine["device"], found.compute_capability) == ("a card", "8.6")
+
+
 @pytest.mark.on_demand
 def test_a_dry_run_goes_through_every_stage(small_model_folder: Path, tmp_path: Path) -> None:
     peer = tmp_path / "peer.py"
@@ -402,7 +427,9 @@ MACHINE = Fact(
 
 
 def lines(*found: Fact) -> list[str]:
-    return [each.in_words for each in verdicts(Found([MACHINE, *found]))]
+    """Return the verdicts without the goals' sources."""
+    each = verdicts(Found([MACHINE, *found]))
+    return [verdict.in_words.replace(f" ({verdict.source})", "") for verdict in each]
 
 
 def test_figures_are_held_against_the_goals_of_their_card() -> None:
@@ -419,8 +446,12 @@ def test_figures_are_held_against_the_goals_of_their_card() -> None:
     why = "stage steps killed: it was not over after 180 s, not measured"
     assert f"a step, fp32_adamw prior: goal 65 ms: {why}" in shown
     assert not any("A10G" in line or "300 ms" in line for line in shown)
-    other = Fact(stage="ceilings", kind="machine", name="x", figures={"device": "Tesla T4"})
-    assert any("300 ms" in each.in_words for each in verdicts(Found([other])))
+    call = Fact(stage="run", kind="call", name="gpu", figures={"device": "Tesla T4"})
+    (words,) = (each.in_words for each in verdicts(Found([call])) if each.wanted == "300 ms")
+    assert words == (
+        "a step, 8bit_adamw prior: goal 300 ms (the project's goal): stage steps not asked for, "
+        "not measured"
+    )
 
 
 def test_jobs_graphs_tests_and_pictures_have_verdicts() -> None:
@@ -528,6 +559,18 @@ def test_levers_of_serving_and_single_levers_are_decided_too() -> None:
     assert lever("--cuda_graphs", *drawn, *GREEN).decision == "stays off: speed, equality"
 
 
+def test_a_stage_that_is_run_again_replaces_what_it_had_found() -> None:
+    begins = Fact(stage="run", kind="begins", name="steps")
+    error = Fact(stage="steps", kind="error", name="steps", figures={"error": "no room"})
+    first = (begins, step("8bit_adamw prior", 50.0), error, ended("steps", "crashed"))
+    assert Found(first).failed
+    again = Found([*first, begins, step("fp32_adamw prior", 60.0)])
+    assert again.figures("steps", "step", "8bit_adamw prior") is None
+    assert again.end("steps")[0] == "cut off"
+    assert not again.failed
+    assert again.facts[: len(first)] == first
+
+
 def test_the_table_is_markdown_and_names_what_is_missing(tmp_path: Path) -> None:
     found = Found(
         [
@@ -546,7 +589,8 @@ def test_the_table_is_markdown_and_names_what_is_missing(tmp_path: Path) -> None
     assert "| fp32_adamw prior | 60.0 | 60.0 to 60.0 | 10.00/11.00 | 100.0% | 0.99900 |" in rows
     assert "* graphs: killed: it was not over after 60 s" in text
     assert "* steps, 8bit_adamw prior: no | lib" in text
-    assert any("| no / lib | not measured |" in row for row in rows)
+    assert any(line.endswith(": no | lib, not measured") for line in text.splitlines())
+    assert "| --cuda_graphs | ?: stage serving not asked for |" in text
     document = json.loads((tmp_path / report.RECORD_NAME).read_text())
     assert document["compute_capability"] == [9, 0]
     assert len(document["facts"]) == 5
