@@ -62,7 +62,7 @@ def write(folder: Path, *, python: str, cuda: str, limit_bytes: int = LIMIT_BYTE
         python=python,
         cuda=cuda,
         names=", ".join(pins),
-        name=path.name,
+        name=path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name,
     )
 
 

@@ -337,6 +337,18 @@ def test_the_full_size_model_is_written_where_a_stage_needs_it(
     assert (found.machine["device"], found.compute_capability) == ("a card", "8.6")
 
 
+def test_a_call_that_is_stopped_shows_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu, "run_all", stopped)
+    assert main(["gpu", "--dry", "--out", str(tmp_path)]) == 130
+    assert "## Goals" in capsys.readouterr().out
+    assert (tmp_path / report.RECORD_NAME).exists()
+
+
 @pytest.mark.on_demand
 def test_a_dry_run_goes_through_every_stage(small_model_folder: Path, tmp_path: Path) -> None:
     peer = tmp_path / "peer.py"
