@@ -63,10 +63,10 @@ def _run_tests(path: Path, facts: FactFile, *options: str) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
     class Outcomes:
-        """Hears of each test's end."""
+        """A plugin of pytest that writes each test's outcome."""
 
         def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-            """Write a test's outcome; of its set-up and tear-down only a failure or a skip."""
+            """Write the outcome of a test; of its set-up and tear-down only failures and skips."""
             if report.when == "call" or report.outcome != "passed":
                 facts.add(
                     "test",

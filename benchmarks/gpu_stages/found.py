@@ -37,8 +37,8 @@ class Found:
     @property
     def machine(self) -> Mapping[str, Any]:
         """Return the facts of the machine, as far as they are known."""
-        told = self.figures("run", "call", "gpu") or {}
-        return next((fact.figures for fact in self.all("ceilings", "machine")), told)
+        call = self.figures("run", "call", "gpu") or {}
+        return next((fact.figures for fact in self.all("ceilings", "machine")), call)
 
     @property
     def dry(self) -> bool:

@@ -199,39 +199,38 @@ def _exact(found: Found, way: str) -> Judged:
 
 def _t4(found: Found) -> Judged:
     job = found.figures("t4", "job", "whole")
-    if job is None:
-        return None
-    if job["figures"] is None:
-        return str(job["fault"]), False
-    return _at_most(job["figures"]["memory"]["reserved"], T4_MEMORY_GIB)
+    if job is not None:
+        return _at_most(job["memory"]["reserved"], T4_MEMORY_GIB)
+    error = found.figures("t4", "error", "whole")  # above all: memory ran out
+    return None if error is None else (error["error"], False)
 
 
 def _job_goals() -> Iterator[GpuGoal]:
     """Yield the goals for whole jobs on an H100 or H200."""
 
     def first_step(found: Found) -> Judged:
-        figures = (found.figures("job", "job", "whole") or {}).get("figures")
-        if figures is None:
+        job = found.figures("job", "job", "whole")
+        if job is None:
             return None
-        return f"{figures['first_step_s']:.1f} s", figures["first_step_s"] <= 20
+        return f"{job['first_step_s']:.1f} s", job["first_step_s"] <= 20
 
     def whole(found: Found) -> Judged:
-        job = found.figures("job", "job", "whole") or {}
-        figures = job.get("figures")
-        if figures is None:
+        job = found.figures("job", "job", "whole")
+        if job is None:
             return None
-        seconds = figures["run_s"]
-        steps = job["scale"]["warm_up"] + job["scale"]["steps"]
-        seconds += (400 - steps) * figures["times"]["mean_ms"] / 1000
-        seconds += (100 - job["scale"]["class_images"]) * (figures["class_image_s"] or 0.0)
+        scale = job["scale"]
+        missing_steps = 400 - scale["warm_up"] - scale["steps"]
+        missing_images = 100 - scale["class_images"]
+        seconds = job["run_s"] + missing_steps * job["times"]["median_ms"] / 1000
+        seconds += missing_images * (job["class_image_s"] or 0.0)
         return f"{seconds:.0f} s, extrapolated", seconds <= 60
 
     def ratio(found: Found) -> Judged:
-        both = [(found.figures("peer", "job", name) or {}).get("figures") for name in _BESIDE]
-        if None in both:
+        ours, theirs = (found.figures("peer", "job", name) for name in ("ours", "theirs"))
+        if ours is None or theirs is None:
             return None
-        ours, theirs = (figures["times"]["median_ms"] for figures in both if figures)
-        return f"{theirs / ours:.2f} times", theirs / ours >= 4
+        times = theirs["times"]["median_ms"] / ours["times"]["median_ms"]
+        return f"{times:.2f} times", times >= 4
 
     yield GpuGoal(
         name="first step of a job",
@@ -254,9 +253,6 @@ def _job_goals() -> Iterator[GpuGoal]:
         wanted="4 times as fast",
         source=GOAL,
         stage="peer",
-        fact="ours",
+        fact="theirs",
         judge=ratio,
     )
-
-
-_BESIDE = ("ours", "theirs")

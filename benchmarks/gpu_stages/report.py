@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -126,13 +126,9 @@ def _step_rows(found: Found, stage: str) -> Iterator[Sequence[str]]:
 def _job_rows(found: Found) -> Iterator[Sequence[str]]:
     for stage in ("job", "t4", "peer"):
         for fact in found.all(stage, "job"):
-            figures, name = fact.figures["figures"], f"{stage}, {fact.name}"
-            if figures is None:
-                yield name, str(fact.figures["fault"]), "", "", "", ""
-                continue
-            memory: Mapping[str, Any] = figures["memory"] or {}
+            figures, memory = fact.figures, fact.figures["memory"] or {}
             yield (
-                name,
+                f"{stage}, {fact.name}",
                 figures.get("memory_plan", "-"),
                 f"{figures['times']['median_ms']:.1f}",
                 f"{figures['first_step_s']:.1f} s",

@@ -59,8 +59,10 @@ def peer(context: StageContext, facts: FactFile) -> None:
         if outcome.figures is None:
             return
         theirs = peers.run(context.peer, outcome, subject, scale, Path(place) / "peer")
-    figures = None if theirs.figures is None else asdict(theirs.figures)
-    facts.add("job", "theirs", fault=theirs.fault, figures=figures)
+    if theirs.figures is None:
+        facts.add("error", "theirs", error=theirs.fault)
+    else:
+        facts.add("job", "theirs", **asdict(theirs.figures))
 
 
 def _whole_job(
@@ -83,11 +85,8 @@ def _subject(context: StageContext, conditions: Conditions | None = None) -> Sub
 
 def _add(facts: FactFile, name: str, outcome: RunOutcome, scale: RunScale) -> None:
     figures = outcome.figures
-    facts.add(
-        "job",
-        name,
-        fault=outcome.fault,
-        figures=None if figures is None else asdict(figures),
-        of_expected=None if figures is None else figures.of_expected,
-        scale=asdict(scale),
-    )
+    if figures is None:
+        facts.add("error", name, error=outcome.fault)
+    else:
+        of_expected = figures.of_expected
+        facts.add("job", name, **asdict(figures), of_expected=of_expected, scale=asdict(scale))
