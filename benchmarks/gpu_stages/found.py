@@ -9,6 +9,8 @@ from benchmarks.gpu_stages.facts import Fact
 from benchmarks.gpu_stages.running import CRASHED, CUT_OFF, DONE, KILLED
 from benchmarks.gpu_stages.stages import NAMES
 
+NOT_ASKED = "not asked for"
+
 
 class Found:
     """The facts of one folder; a stage that was run again has replaced what it had found before."""
@@ -56,7 +58,7 @@ class Found:
         begins = self._latest.get(("run", "begins", stage))
         end = self._latest.get(("run", "stage", stage))
         if begins is None and end is None:
-            return "not asked for", 0.0, None
+            return NOT_ASKED, 0.0, None
         if end is None:
             return CUT_OFF, 0.0, "the run ended while it was running"
         return end.figures["ended"], end.figures["seconds"], end.figures["why"]
@@ -76,7 +78,7 @@ class Found:
         """Yield a line about each stage that did not come to its end, and each error."""
         for stage in NAMES:
             ended, _, why = self.end(stage)
-            if ended not in (DONE, "not asked for"):
+            if ended not in (DONE, NOT_ASKED):
                 yield f"{stage}: {ended}" + (f": {why}" if why else "")
             for fact in self.all(stage, "error"):
                 yield f"{stage}, {fact.name}: {fact.figures['error']}"

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_stages.found import Found
+from benchmarks.gpu_stages.found import NOT_ASKED, Found
 from benchmarks.gpu_stages.goals import of_expected
 from benchmarks.gpu_stages.stages import NAMES
 from benchmarks.gpu_stages.verdicts import lever_verdicts, verdicts
@@ -99,7 +99,8 @@ def _row(cells: Sequence[str]) -> str:
 def _stage_rows(found: Found) -> Iterator[Sequence[str]]:
     for stage in NAMES:
         ended, seconds, why = found.end(stage)
-        yield stage, f"{seconds:.0f}", ended + (f": {why}" if why else "")
+        if ended != NOT_ASKED:
+            yield stage, f"{seconds:.0f}", ended + (f": {why}" if why else "")
 
 
 def _ceiling_rows(found: Found) -> Iterator[Sequence[str]]:
