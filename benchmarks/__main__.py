@@ -13,6 +13,7 @@ from dreambooth.process import logs
 from dreambooth.settings.command_line import Parser
 
 BENCHMARKS = {
+    "gpu": "all that only a GPU can show, in one call of nine minutes; a dry run on a CPU",
     "probes": "hurt a server in every way; nothing may take it down",
     "serving": "serve under load: serially, by whole requests, step by step",
     "startup": "how long a user waits before anything happens",

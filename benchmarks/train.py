@@ -2,8 +2,7 @@
 
 On a CPU the embedded model is trained, on CUDA the configuration of Stable Diffusion 2.1 base with
 random weights. Every figure comes from a real run: there is no second training loop here.
-`--record` writes the JSON document of a run on a GPU to a file as well. Such files are committed in
-the folder `records` beside this module, named by date and device; there is none yet.
+`python -m benchmarks gpu` runs some of this, and much else, in one call of a few minutes.
 """
 
 from __future__ import annotations
@@ -66,12 +65,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         *("--memory_plan", "--memory-plan"), choices=tuple(MEMORY_PLANS), help="only this one"
     )
     parser.add_argument(
-        "--record",
-        type=Path,
-        metavar="FILE",
-        help="on a GPU: write the JSON document to this file too, to be committed",
-    )
-    parser.add_argument(
         "--steps", type=_steps, metavar="N", help="measured per setting; default: 50, quick 3"
     )
     parser.add_argument(
@@ -122,9 +115,6 @@ def main(arguments: argparse.Namespace) -> int:
     table.show(result)
     document = summary(result, subject, scale, job_scale, model=name, found=found)
     print(json.dumps(document), flush=True)
-    if arguments.record is not None:
-        arguments.record.parent.mkdir(parents=True, exist_ok=True)
-        arguments.record.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return 1 if result.failed else 0
 
 
@@ -139,7 +129,7 @@ def _refuse(arguments: argparse.Namespace, device: DeviceFacts) -> None:
             "--peer is timed on the GPU as it is: leave out --memory_gib and --as_t4, or --peer."
         )
     if device.kind == "cpu":
-        for option, given in {**held, "--record": arguments.record is not None}.items():
+        for option, given in held.items():
             if given:
                 raise UserError(f"{option} is for a run on a CUDA GPU, and torch sees none here.")
     if arguments.memory_gib is not None and arguments.memory_gib <= 0:

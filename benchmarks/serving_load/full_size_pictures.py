@@ -96,12 +96,22 @@ class FullSize:
 
 
 def measure(
-    folder: Path, device: torch.device, effort: Effort, *, say: Callable[[str], None]
+    folder: Path,
+    device: torch.device,
+    effort: Effort,
+    *,
+    say: Callable[[str], None],
+    found: Callable[[WayFigures | float], None] = lambda _: None,
 ) -> FullSize:
-    """Measure every way that the device supports; say(what): called with what is measured next."""
+    """Measure every way that the device supports.
+
+    say(what): called with what is measured next. found: called with the seconds of diffusers'
+    picture and then with each way's figures, for a caller that may be cut off.
+    """
     model = models.load(folder, device=device, dtype=dtype_for("auto", device))
     say("diffusers' pipeline")
     peer_picture_s = _peer_picture_s(model, effort)
+    found(peer_picture_s)
     eager = full_size_calls.outputs(model)
     ways = []
     for way in WAYS:
@@ -110,6 +120,7 @@ def measure(
         say(way.name)
         free_caches()
         ways.append(_measure_way(model, way, eager, effort))
+        found(ways[-1])
     return FullSize(
         dtype=str(model.unet.dtype).removeprefix("torch."),
         pixels=model.resolution,

@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks.train_step import counted_step, work
 from benchmarks.train_step.counted_step import Operation, StepCount
+from benchmarks.train_step.goals import step_ms
 from benchmarks.train_step.work import PeakRates
 from dreambooth.training.device import DeviceFacts
 
@@ -39,14 +40,14 @@ CARDS = (
         device=counted_step.T4,
         peak=work.CARDS["Tesla T4"],
         sustained_flop_per_s=30e12,
-        goal_s=0.30,
+        goal_s=step_ms("T4", "8bit_adamw prior") / 1000,
     ),
     KnownCard(
         name="A10G",
         device=counted_step.A10G,
         peak=work.CARDS["NVIDIA A10G"],
         sustained_flop_per_s=50e12,
-        goal_s=0.20,
+        goal_s=step_ms("A10G", "fp32_adamw prior") / 1000,
     ),
 )
 

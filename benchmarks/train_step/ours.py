@@ -173,9 +173,7 @@ def _server_ready_s(model: Path) -> float:
 
 
 def _figures(ended: Ended, output: Path, scale: RunScale) -> RunFigures:
-    text = (output / "metrics.jsonl").read_text("utf-8")
-    rows = [json.loads(row) for row in text.splitlines()]
-    ends = [row["time"] for row in rows]
+    first_end = _metrics(output)[0]["time"]
     begins = _begins(ended.lines)
     written = next(line.seconds for line in ended.lines if _MODEL_WRITTEN.search(line.text))
     sampling_s = begins["loading the model"] - begins["class images"]
@@ -183,13 +181,9 @@ def _figures(ended: Ended, output: Path, scale: RunScale) -> RunFigures:
     expected = [float(match[1]) * _UNITS[match[2]] for match in _all(_EXPECTED, ended.lines)]
     saving = ended.memory.phases.get("checkpoints") if ended.memory else None
     return RunFigures(
-        times=step_times(
-            ends,
-            warm_up=scale.warm_up,
-            milliseconds=[1000 / row["steps_per_second"] for row in rows],
-        ),
+        times=times(output, warm_up=scale.warm_up),
         memory=ended.memory,
-        first_step_s=ends[0] - ended.started_at,
+        first_step_s=first_end - ended.started_at,
         class_image_s=_seconds_per_class_image(ended.lines),
         export_s=written - begins["export"],
         run_s=ended.seconds,
@@ -198,6 +192,21 @@ def _figures(ended: Ended, output: Path, scale: RunScale) -> RunFigures:
         expected_bytes=int(expected[-1]) if expected and len(plans) == 1 else None,
         checkpoint_s=saving.seconds / saving.times if saving else None,
     )
+
+
+def times(output: Path, *, warm_up: int) -> StepTimes:
+    """Return the step times of a run that has written metrics.jsonl into `output`."""
+    rows = _metrics(output)
+    return step_times(
+        [row["time"] for row in rows],
+        warm_up=warm_up,
+        milliseconds=[1000 / row["steps_per_second"] for row in rows],
+    )
+
+
+def _metrics(output: Path) -> list[dict[str, float]]:
+    text = (output / "metrics.jsonl").read_text("utf-8")
+    return [json.loads(row) for row in text.splitlines()]
 
 
 def _all(sign: re.Pattern[str], lines: Sequence[Line]) -> list[re.Match[str]]:

@@ -80,23 +80,27 @@ def optimizer_bytes(memory_plan: str, mixed_precision: str) -> int:
 
 def peak(device: DeviceFacts) -> PeakRates:
     """Return the rates of a known card; those of another device are measured now."""
-    return CARDS.get(device.name) or _measure(device)
+    return CARDS.get(device.name) or measure(device)
 
 
-def _measure(device: DeviceFacts) -> PeakRates:
+def measure(device: DeviceFacts, *, small: bool = False) -> PeakRates:
+    """Measure the rates of a device that has nothing else to do; small: in a moment, roughly."""
     on = torch.device(device.kind)
     side, elements = (8192, 2**28) if device.kind == "cuda" else (1024, 2**25)
+    if small:
+        side, elements = 256, 2**20
     left = torch.rand(side, side, device=on, dtype=DTYPES[device.mixed_precision])
     source = torch.rand(elements, device=on)
     target = torch.empty_like(source)
     return PeakRates(
-        flop_per_s=2 * side**3 / _shortest_s(lambda: left @ left, on),
-        bytes_per_s=8 * elements / _shortest_s(lambda: target.copy_(source), on),
+        flop_per_s=2 * side**3 / shortest_s(lambda: left @ left, on),
+        bytes_per_s=8 * elements / shortest_s(lambda: target.copy_(source), on),
         source="measured here: matrix product, copy",
     )
 
 
-def _shortest_s(call: Callable[[], object], device: torch.device) -> float:
+def shortest_s(call: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of the shortest of a few calls, until the device has finished."""
     found = []
     for _ in range(7):
         began = time.perf_counter()

@@ -148,7 +148,7 @@ def _fine_tune(
     with phase("encoding"):
         data, text = encoding.encode(task, model, run_report.class_paths)
     _move_to_cpu(model, text_encoder=not settings.train_text_encoder)
-    state = _training_state(task, model)
+    state = training_state(task, model)
     prior_unet = None
     if settings.predicts_the_prior:
         prior_unet = state.precision.frozen_copy(model.unet)
@@ -166,7 +166,7 @@ def _fine_tune(
             with stop.released():
                 return previews.sample()
 
-    steps = _training_loop(task)(
+    steps = training_loop(task)(
         state,
         data,
         plan,
@@ -227,7 +227,7 @@ def _errors_only_logged() -> Iterator[None]:
         log.debug("what went wrong after the export", exc_info=True)
 
 
-def _training_loop(task: Task) -> Callable[..., Iterator[StepMetrics]]:
+def training_loop(task: Task) -> Callable[..., Iterator[StepMetrics]]:
     """Return the training loop that the training plan asks for."""
     if task.plan.fast_step:
         on_cuda = task.device.type == "cuda"
@@ -334,7 +334,7 @@ def _move_to_cpu(model: DiffusionModel, *, text_encoder: bool) -> None:
     device_memory.free_caches()
 
 
-def _training_state(task: Task, model: DiffusionModel) -> states.TrainingState:
+def training_state(task: Task, model: DiffusionModel) -> states.TrainingState:
     """Return the parts that are trained, in training mode, with their optimizer."""
     settings, plan = task.hyperparameters, task.plan
     trained: list[nn.Module] = [model.unet]

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.train_step import full_size, graph_check, ours
 from benchmarks.train_step.conditions import GIB, T4_MEMORY_GIB, Conditions
+from benchmarks.train_step.goals import RESERVED_GIB
 from benchmarks.train_step.graph_check import GraphCheck
 from benchmarks.train_step.ours import RunFigures, RunScale, Setting, Subject
 from dreambooth import tiny
@@ -33,8 +34,7 @@ def expected_gib(plan: str) -> float:
 # Reserved memory. fp32 AdamW's is the least free memory for which the planner chooses it.
 GOALS_GIB = {
     "fp32_adamw": expected_gib("fp32_adamw") * MARGIN + OVERHEAD_BYTES / GIB,
-    "8bit_adamw": 10.0,
-    "8bit_adamw_in_backward": 6.0,
+    **RESERVED_GIB,
 }
 
 
