@@ -122,7 +122,9 @@ def _measured_reduce(sent: int, processes: int) -> float:
     command = [sys.executable, "-m", __name__, str(sent)]
     ours = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
     others = [
-        subprocess.Popen(command, env=_environ({**ours, "RANK": str(rank)}))
+        subprocess.Popen(
+            command, env=_environ({**ours, "RANK": str(rank)}), stdout=subprocess.DEVNULL
+        )
         for rank in range(1, processes)
     ]
     try:
