@@ -137,14 +137,22 @@ def refuse_a_missing_gpu(environ: Mapping[str, str], gpus: int) -> None:
 def join(launch: Launch, *, on_cpu: bool) -> Accelerator:
     """Join the processes of the group. Raises UserError where they do not come together."""
     from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    waits = [InitProcessGroupKwargs(timeout=_LONGEST_WAIT)] if launch.processes > 1 else []
+    group = [
+        InitProcessGroupKwargs(timeout=_LONGEST_WAIT),
+        DistributedDataParallelKwargs(
+            gradient_as_bucket_view=True
+        ),  # holds gradients once, not twice
+    ]
     try:
         # The training loop sets the precision and nothing is compiled, whatever an accelerate
         # configuration says.
         accelerator = Accelerator(
-            mixed_precision="no", dynamo_backend="no", cpu=on_cpu, kwargs_handlers=waits
+            mixed_precision="no",
+            dynamo_backend="no",
+            cpu=on_cpu,
+            kwargs_handlers=group if launch.processes > 1 else None,
         )
     except (ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
         if is_out_of_memory(error):

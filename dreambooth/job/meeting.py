@@ -199,7 +199,7 @@ class _Waiting:
         if waited >= LONGEST_S:
             raise UserError(
                 f"The {named} of this job could not be reached for {LONGEST_S / 60:g} minutes: "
-                f"all hosts must share a network in which port {PORT} of the first one is open."
+                f"all hosts must reach each other's ports, beginning with {PORT} of the first one."
             )
         if waited >= (self._notes + 1) * NOTE_S:
             self._notes += 1

@@ -188,7 +188,7 @@ def _watch(
         if stop.number is not None and not is_told:
             is_told, deadline = True, min(deadline, now + STOP_S)
             for process in running:
-                process.send_signal(stop.number)
+                process.terminate()  # whatever the signal: one that is still starting ends silently
         if not early and (len(running) < len(processes) or meeting.ends):
             early = tuple(n for n, one in enumerate(processes) if one.returncode is not None)
             deadline = min(deadline, now + LAST_S)
