@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +63,8 @@ def run_job(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     SIGTERM, SIGINT; 129: by SIGHUP, which a closing terminal sends, unless it was ignored (nohup).
     """
     worker = FromParent.read(environ)
+    if worker is not None:
+        child_process.die_with_parent()
     with logs.fault_tolerant_streams("stdout", "stderr"):
         if worker is None or worker.is_main:
             return _run(argv, environ, worker)
@@ -84,7 +86,6 @@ def _run(argv: Sequence[str], environ: Mapping[str, str], worker: FromParent | N
             if environment.dry_run:
                 _dry_run(job)
             elif worker is not None:
-                child_process.die_with_parent()
                 _work(job, worker.model_folder, stop)
             else:
                 _train(job, stop)
@@ -127,6 +128,8 @@ def _prepare(
     """Read settings and data, and find the model; one error lists all wrong settings."""
     parsed = hyperparameters.parse(environment.settings)
     warnings = (*environment.warnings, *parsed.warnings)
+    if worker is None:  # otherwise the parent has logged them
+        _log_warnings(warnings)
     # The training toolkit, which runs the entry point of source_dir, sets SM_MODULE_DIR.
     if "sagemaker_submit_directory" in environment.settings and "SM_MODULE_DIR" not in environ:
         log.info("source_dir and entry_point are not used: this image runs its own code")
@@ -138,9 +141,8 @@ def _prepare(
         needs_class_images=settings.trains_on_class_images,
         given=environment.ways_in.training,
     )
-    if worker is None:  # otherwise the parent has logged them
-        for warning in (*warnings, *dataset.warnings):
-            log.warning(warning)
+    if worker is None:
+        _log_warnings(dataset.warnings)
     source = model_source.locate(
         settings.pretrained_model, environment.model_channel, given=environment.ways_in.model
     )
@@ -161,6 +163,11 @@ def _prepare(
     )
 
 
+def _log_warnings(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        log.warning(warning)
+
+
 def _print_plan(job: Job, plan: TrainingPlan, *warnings: str) -> str:
     """Print the training plan, in the main process alone, and return its text."""
     text = plans.describe(plan, job.hyperparameters)
@@ -169,8 +176,7 @@ def _print_plan(job: Job, plan: TrainingPlan, *warnings: str) -> str:
         return text
     print(text, flush=True)
     sizes = dataset_info.size_warnings(job.dataset, plan.resolution) if plan.resolution else ()
-    for warning in (*warnings, *plan.warnings, *sizes):
-        log.warning(warning)
+    _log_warnings((*warnings, *plan.warnings, *sizes))
     return text
 
 

@@ -193,6 +193,9 @@ def _watch(
             early = tuple(n for n, one in enumerate(processes) if one.returncode is not None)
             deadline = min(deadline, now + LAST_S)
         if now > deadline:
+            deadline = float("inf")
+            if is_told:
+                log.warning("%d of the processes did not stop in time and are killed", len(running))
             for process in running:
                 process.kill()
         time.sleep(_POLL_S)
