@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final
 
-from dreambooth.errors import UserError, in_one_line, one_line
+from dreambooth.errors import DreamBoothError, UserError, in_one_line, one_line
 from dreambooth.process.stop import Stopped
 from dreambooth.settings.container import Hosts
 
@@ -90,7 +90,9 @@ class Meeting:
         trace: TracebackType | None,
     ) -> None:
         code = 0 if error is None else error.exit_code if isinstance(error, Stopped) else 1
-        sentence = "" if error is None else in_one_line(error)
+        sentence = str(error) if isinstance(error, DreamBoothError) else ""
+        if error is not None and not sentence:
+            sentence = in_one_line(error)
         for connection in self._connections.values():
             connection.send({"code": code, "sentence": sentence[:1000]})
         until = time.monotonic() + _LAST_S
@@ -105,8 +107,7 @@ class Meeting:
 
     def begin(self, on_each_host: int) -> Start:
         """Wait until all hosts are there, and tell them to start. Raises UserError without one."""
-        began = time.monotonic()
-        waiting = _Waiting(began)
+        waiting = _Waiting(time.monotonic())
         strangers: list[_Connection] = []
         while missing := [name for name in self._hosts.names[1:] if name not in self._connections]:
             strangers = [one for one in strangers if not one.is_closed] + self._accepted()
@@ -117,7 +118,6 @@ class Meeting:
                     strangers.remove(stranger)
             self.poll()
             self.refuse_failed_hosts()
-            missing += self.ends
             waiting.note(missing)
             time.sleep(_POLL_S)
         for stranger in strangers:
@@ -128,9 +128,9 @@ class Meeting:
         return start
 
     def wait_for_the_first(self) -> Start | None:
-        """Return what the first host says to start, or None where it has ended without the others.
+        """Return what the first host says to start; None where it has trained alone, and ended.
 
-        It then trained alone.
+        Raises UserError where it has failed before the start.
         """
         (connection,) = self._connections.values()
         while True:
@@ -138,6 +138,10 @@ class Meeting:
             port, on_each_host = message.get("port"), message.get("on_each_host")
             if isinstance(port, int) and isinstance(on_each_host, int):
                 return Start(port=port, on_each_host=on_each_host)
+            if message.get("code"):
+                raise UserError(
+                    f"The host {self._hosts.names[0]} of this job has ended: see its log."
+                )
             if connection.is_closed:
                 return None
             time.sleep(_POLL_S)

@@ -93,6 +93,28 @@ def test_what_another_host_failed_of_is_said_on_the_first() -> None:
             first.refuse_failed_hosts()
 
 
+def test_the_others_end_with_a_first_host_that_fails_before_the_start() -> None:
+    refused: list[str] = []
+
+    def second() -> None:
+        try:
+            with Meeting(OTHER) as other:
+                other.wait_for_the_first()
+        except UserError as error:
+            refused.append(str(error))
+
+    def first() -> None:
+        with Meeting(Hosts(names=(FIRST, SECOND, "algo-3"))) as met:
+            while not (accepted := met._accepted()):
+                time.sleep(0.01)
+            met._connections[SECOND] = accepted[0]
+            raise UserError("The disk is full.")
+
+    with beside(second), pytest.raises(UserError):
+        first()
+    assert refused == [f"The host {FIRST} of this job has ended: see its log."]
+
+
 def test_a_stop_of_the_first_host_is_known_to_the_others() -> None:
     codes: list[int] = []
 
@@ -132,7 +154,7 @@ def test_a_host_that_cannot_be_reached_is_named_and_ends_the_job(
 
     with caplog.at_level(logging.WARNING), pytest.raises(UserError, match=missing) as raised:
         meet()
-    assert f"port {meeting.PORT}" in str(raised.value)
+    assert f"beginning with {meeting.PORT} of the first one" in str(raised.value)
     named = [line for line in caplog.messages if f"the {missing} of this job cannot" in line]
     assert len(named) == 3
 
