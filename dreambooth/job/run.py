@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,13 +63,16 @@ def run_job(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     SIGTERM, SIGINT; 129: by SIGHUP, which a closing terminal sends, unless it was ignored (nohup).
     """
     worker = FromParent.read(environ)
-    if worker is not None:
-        child_process.die_with_parent()
     with logs.fault_tolerant_streams("stdout", "stderr"):
-        if worker is None or worker.is_main:
-            return _run(argv, environ, worker)
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-            return _run(argv, environ, worker)
+        if worker is None:
+            return _run(argv, environ, None)
+        child_process.die_with_parent()
+        with open(os.devnull, "w") as nowhere, ExitStack() as silence:
+            if not worker.is_main:
+                silence.enter_context(redirect_stdout(nowhere))
+                silence.enter_context(redirect_stderr(nowhere))
+            code = _run(argv, environ, worker)
+    os._exit(code)  # every file is written: libraries that hold the group may hang in their cleanup
 
 
 def _run(argv: Sequence[str], environ: Mapping[str, str], worker: FromParent | None) -> int:
@@ -339,3 +342,5 @@ def _work(job: Job, folder: Path, stop: StopSignals, *warnings: str) -> None:
         else None,
     )
     fine_tune.run(task, accelerator, stop)
+    if group is not None:
+        group.end_training()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from dreambooth.errors import UserError
 from dreambooth.job import agreement
@@ -78,3 +80,18 @@ def test_all_stop_after_the_step_in_which_one_was_asked() -> None:
 def test_a_signal_that_comes_too_late_for_a_step_counts_at_the_next() -> None:
     # A process that stopped alone would leave the others waiting in the next step.
     assert _steps([0, 0, 0, 0], StopSignals(), late=2) == [1, 2, 3]
+
+
+def test_a_stop_in_the_fast_step_waits_for_the_figures_of_steps_that_are_made() -> None:
+    stop, state, read = StopSignals(), SimpleNamespace(step=1), []
+
+    def made() -> Iterator[Any]:
+        yield SimpleNamespace(step=1)
+        state.step = 4
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield from (SimpleNamespace(step=step) for step in (2, 3, 4))
+
+    followed = agreement.until_stopped(made(), state, stop, Accelerator(cpu=True))  # type: ignore[arg-type]
+    with stop.listening(), pytest.raises(Stopped), stop.held():
+        read.extend(metrics.step for metrics in followed)
+    assert read == [1, 2, 3, 4]
