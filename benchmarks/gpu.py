@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -91,7 +92,7 @@ def _run(arguments: argparse.Namespace, out: Path) -> None:
     only = _names(arguments.only)
     peer = _file(arguments.peer, "--peer", "a train_dreambooth.py")
     packages = _file(arguments.packages, "--packages", "what `gpu pack` wrote")
-    device = devices.from_driver()
+    device = devices.in_common(devices.visible_gpus(os.environ)[:1])
     if device.kind == "cpu" and not arguments.dry:
         raise UserError(
             "nvidia-smi shows no GPU here: --dry runs every stage in miniature on a CPU."

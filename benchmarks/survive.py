@@ -181,6 +181,7 @@ class _Run:
             *("--checkpoint_dir", str(folder / "checkpoints")),
             *("--with_prior_preservation", f"--num_class_images={setup.class_images}"),
             *("--batch_size=2", f"--max_steps={setup.steps}", "--learning_rate=0.0001"),
+            "--processes=1",
             f"--checkpointing_steps={CHECKPOINTING_STEPS}",
         ]
 

@@ -50,6 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--levers", action="store_true", help="only print what each lever should gain, and gains"
     )
     parser.add_argument(
+        "--scaling",
+        action="store_true",
+        help="only print the share of communication of 1, 2, 4 and 8 processes",
+    )
+    parser.add_argument(
         *("--memory_gib", "--memory-gib"),
         type=float,
         metavar="N",
@@ -81,6 +86,8 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.levers:
         levers.show()
         return 0
+    if arguments.scaling:
+        return _scale(quick=arguments.quick)
     import torch
 
     from benchmarks import provenance
@@ -116,6 +123,16 @@ def main(arguments: argparse.Namespace) -> int:
     document = summary(result, subject, scale, job_scale, model=name, found=found)
     print(json.dumps(document), flush=True)
     return 1 if result.failed else 0
+
+
+def _scale(*, quick: bool) -> int:
+    from benchmarks.train_step import scaling
+
+    counts = scaling.PROCESSES[:2] if quick else scaling.PROCESSES
+    rows = [*scaling.count(), *scaling.measure(counts, steps=3 if quick else 20)]
+    scaling.show(rows)
+    print(json.dumps(scaling.document(rows)), flush=True)
+    return 0
 
 
 def _refuse(arguments: argparse.Namespace, device: DeviceFacts) -> None:

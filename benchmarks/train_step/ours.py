@@ -144,7 +144,7 @@ def run(setting: Setting, subject: Subject, scale: RunScale, folder: Path) -> Ru
     arguments = [
         *("--pretrained-model", subject.model, "--train", subject.photos),
         *("--model_dir", folder / "model", "--output_data_dir", output, "--log_level", "info"),
-        *("--max_steps", scale.all_steps, "--batch_size", BATCH_SIZE),
+        *("--max_steps", scale.all_steps, "--batch_size", BATCH_SIZE, "--processes", 1),
         *("--memory_plan", setting.memory_plan, "--mixed_precision", subject.mixed_precision),
         *("--with_prior_preservation", setting.with_prior_preservation),
         *("--num_class_images", scale.class_images, "--fast_step", setting.fast_step),

@@ -10,9 +10,10 @@ Legend: H W pixels, uint8 0..255; C latent channels, h w latent cells.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,9 +39,25 @@ class Sampled:
 
 Sampler = Callable[[Sequence[int]], Sequence[Sampled | None]]
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingShare:
+    """The part of one process among those that sample together; of all of it without others.
+
+    gather: a value -> the values of all processes, in the same order everywhere. writes: whether
+    this process writes what its host lacks.
+    """
+
+    process: int = 0
+    processes: int = 1
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
+    writes: bool = True
+
+
 ATTEMPTS = 4
 """Seeds that are tried for one picture: its first and up to three more."""
 
+_EXCHANGED_AT_ONCE = 64  # pictures of 512 x 512 take 0.5 MB each
 _BLACK_LEVEL = 4  # of 255: a picture without a brighter pixel is black
 _NOTE_KEY = "dreambooth"
 
@@ -56,6 +73,7 @@ def ensure(
     fingerprint: str = "",
     elsewhere: str = "give another folder",
     on_image: Callable[[int], None] = lambda done: None,
+    share: SamplingShare | None = None,
 ) -> tuple[Path, ...]:
     """Sample what the given class images lack of `count`; return all paths, the given ones first.
 
@@ -65,24 +83,35 @@ def ensure(
     size. Pictures of an earlier, stopped run are kept if they are readable and carry the same
     `fingerprint` and seed. Refused pictures (None, black) are sampled again with the next attempt's
     seed. `on_image` is called with the number of sampled pictures in the folder, old ones included;
-    `elsewhere` says in messages how to have another folder.
+    `elsewhere` says in messages how to have another folder. Several processes take the batches in
+    turns; in the end all pictures are on the disk of each of them.
 
     Raises DatasetError if a picture was refused ATTEMPTS times, ResourceError if the folder cannot
     be written.
     """
     paths = [folder / f"class_{index:05d}.png" for index in range(max(0, count - len(given)))]
-    missing = {
-        index
-        for index, path in enumerate(paths)
-        if not _is_kept(path, {_note(fingerprint, seed, index, k) for k in range(ATTEMPTS)})
-    }
-    done = len(paths) - len(missing)
+
+    def lacking() -> set[int]:
+        return {
+            index
+            for index, path in enumerate(paths)
+            if not _is_kept(path, {_note(fingerprint, seed, index, k) for k in range(ATTEMPTS)})
+        }
+
+    share = share or SamplingShare()
+    missing: set[int] = share.gather(lacking())[0]
+    samplers = dict.fromkeys(range(len(paths)), 0)  # by picture; 0 has those of an earlier run
+    done, turn = len(paths) - len(missing), 0
     on_image(done)
     for start in range(0, len(paths), batch_size):
         # Keep the same batches even after a stop within one: the last bits of a picture depend on
         # the others in its batch, and may change the level of a pixel.
         pending = list(range(start, min(start + batch_size, len(paths))))
         if missing.isdisjoint(pending):
+            continue
+        process, turn = turn % share.processes, turn + 1
+        samplers |= dict.fromkeys(missing.intersection(pending), process)
+        if process != share.process:
             continue
         for attempt in range(ATTEMPTS):
             seeds = [derived_seed(seed, index, attempt) for index in pending]
@@ -101,7 +130,38 @@ def ensure(
                 break
         if pending:
             raise DatasetError(_refused(pending[0]))
+    if share.processes > 1:
+        share.gather(None)  # all pictures are sampled
+        _exchange(paths, lacking(), samplers, share, elsewhere)
+        on_image(len(paths))
     return (*given, *paths)
+
+
+def _exchange(
+    paths: Sequence[Path],
+    lacking: set[int],
+    samplers: Mapping[int, int],
+    share: SamplingShare,
+    elsewhere: str,
+) -> None:
+    """Write the pictures that other hosts have sampled, with their latents, onto this host's disk.
+
+    lacking: of this host. samplers: picture -> the process that has it.
+    """
+    wanted = sorted(set().union(*share.gather(lacking)))
+    for start in range(0, len(wanted), _EXCHANGED_AT_ONCE):
+        part = [n for n in wanted[start:][:_EXCHANGED_AT_ONCE] if samplers[n] == share.process]
+        for sent in share.gather({n: _read(paths[n]) for n in part}):
+            for number in lacking.intersection(sent) if share.writes else ():
+                picture, latents = sent[number]
+                _put(paths[number], picture, latents, elsewhere)
+    share.gather(None)  # all files are written
+
+
+def _read(path: Path) -> tuple[bytes, bytes]:
+    """Return the files of a sampled picture and of its latents, which may be lost."""
+    latents = class_latents.place_of(path)
+    return path.read_bytes(), latents.read_bytes() if latents.is_file() else b""
 
 
 def derived_seed(seed: int, index: int, attempt: int = 0) -> int:
@@ -135,6 +195,10 @@ def _write(path: Path, sampled: Sampled, note: str, fingerprint: str, elsewhere:
     Image.fromarray(sampled.picture).save(png, "PNG", pnginfo=text)
     picture = png.getvalue()
     latents = class_latents.content(sampled.latents, picture=picture, origin=fingerprint)
+    _put(path, picture, latents, elsewhere)
+
+
+def _put(path: Path, picture: bytes, latents: bytes, elsewhere: str) -> None:
     with files.disk_faults_named(
         f"The class image {printable(path.name)}",
         printable(path.parent),
@@ -142,6 +206,8 @@ def _write(path: Path, sampled: Sampled, note: str, fingerprint: str, elsewhere:
         smaller="lower num_class_images",
     ):
         for place, content in ((class_latents.place_of(path), latents), (path, picture)):
+            if not content:
+                continue
             place.parent.mkdir(parents=True, exist_ok=True)
             files.write_whole(place, content)
 

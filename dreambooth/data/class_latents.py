@@ -9,6 +9,7 @@ Legend: C latent channels, h w latent cells.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 from pathlib import Path
@@ -42,7 +43,11 @@ def content(latents: Latents, *, picture: bytes, origin: str) -> bytes:
         {_TENSOR: np.ascontiguousarray(latents, dtype=np.float32)},
         metadata={"picture": hashlib.sha256(picture).hexdigest(), "origin": origin},
     )
-    return written
+    # safetensors writes the two names in any order; here equal latents give equal bytes.
+    end = 8 + int.from_bytes(written[:8], "little")
+    header = json.dumps(json.loads(written[8:end]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + written[end:]
 
 
 def read(picture: Path, *, origin: str, shape: tuple[int, int, int]) -> Latents | None:

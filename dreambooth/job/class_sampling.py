@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from dreambooth.data import class_images, class_latents, fingerprint
-from dreambooth.data.class_images import Sampled
+from dreambooth.data.class_images import Sampled, SamplingShare
 from dreambooth.diffusion import model as models
 from dreambooth.diffusion import sampling
 from dreambooth.diffusion.device_memory import free_caches
@@ -51,13 +51,16 @@ _FALLBACK_STEPS = 50  # for a model whose noise schedule DPM-Solver++ refuses
 
 
 def class_image_paths(
-    task: Task, capture_on: Callable[[torch.device], GraphCapturer] = CudaGraphCapturer
+    task: Task,
+    capture_on: Callable[[torch.device], GraphCapturer] = CudaGraphCapturer,
+    share: SamplingShare | None = None,
 ) -> Sequence[Path]:
     """Return the paths of the class images: those given, then those sampled.
 
     There are none where the run does not train on class images. The base model is loaded only
     where pictures are missing, and is unloaded again. capture_on: device -> what captures the
-    U-Net's calls there, used where the training plan has the fast step.
+    U-Net's calls there, used where the training plan has the fast step. share: this process's part,
+    where several sample.
     """
     if not task.hyperparameters.trains_on_class_images:
         return ()
@@ -76,6 +79,7 @@ def class_image_paths(
             fingerprint=_sampling_fingerprint(task),
             elsewhere=outputs.elsewhere_for_class_images(task.environment),
             on_image=progress.update,
+            share=share,
         )
     sampler.unload()
     return paths
@@ -144,6 +148,8 @@ def _sampling_fingerprint(task: Task) -> str:
 
 
 def _folder(task: Task) -> Path:
+    if task.workspace is not None:
+        return task.workspace / "class_images"
     folder = outputs.class_image_folder(task.environment)
     return (
         folder / _sampling_fingerprint(task)

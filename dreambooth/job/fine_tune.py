@@ -10,7 +10,6 @@ import contextlib
 import functools
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -27,7 +26,7 @@ from dreambooth.errors import ResourceError
 from dreambooth.fast import captured_loop
 from dreambooth.fast.cuda_graphs import CudaGraphCapturer
 from dreambooth.fast.graphed_passes import without_capture
-from dreambooth.job import class_sampling, encoding, fid, outputs, stopping
+from dreambooth.job import agreement, class_sampling, encoding, fid, outputs, stopping
 from dreambooth.job.checkpoints import Checkpoints
 from dreambooth.job.previews import Previews
 from dreambooth.job.run_report import RunReport
@@ -62,6 +61,7 @@ def run(task: Task, accelerator: Accelerator, stop: StopSignals) -> None:
         _ask_for_determinism()
     checkpoints = _checkpoints(task)
     checkpoints.check()
+    agreement.refuse_unequal_processes(accelerator, checkpoints.identity)
     # The export takes it along, so a faulty one ends the job before anything is sampled.
     safety.load(task.model_folder, device=torch.device("cpu"), dtype=torch.float32)
     if accelerator.is_main_process:
@@ -72,11 +72,18 @@ def run(task: Task, accelerator: Accelerator, stop: StopSignals) -> None:
         )
     try:
         with RunReport(task=task, writes=accelerator.is_main_process) as run_report:
-            with accelerator.main_process_first(), run_report.phase("class images"):
-                # The main process samples; the others then find all class images on the disk.
-                run_report.class_paths = class_sampling.class_image_paths(task)
+            with run_report.phase("class images"):
+                run_report.class_paths = class_sampling.class_image_paths(
+                    task, share=agreement.share(accelerator)
+                )
             stop.check()
             _fine_tune_with_smaller_memory_plans(task, run_report, accelerator, stop, checkpoints)
+        if accelerator.is_main_process:
+            accelerator.wait_for_everyone()
+    except Stopped:
+        if run_report.others_wait:
+            accelerator.wait_for_everyone()
+        raise
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -154,6 +161,7 @@ def _fine_tune(
         prior_unet = state.precision.frozen_copy(model.unet)
     with phase("resuming"):
         checkpoints.resume(state, may_remove=accelerator.is_main_process)
+        agreement.refuse_unequal_steps(accelerator, state.step)
     if accelerator.is_main_process:  # an earlier model goes when nothing can be refused any more
         elsewhere = task.environment.ways_in.elsewhere("model_dir")
         export.clear(task.environment.model_dir, elsewhere=elsewhere)
@@ -177,15 +185,15 @@ def _fine_tune(
         accelerator=accelerator,
     )
     with stop.held():  # from here on a stop signal waits for the end of a step, or of the export
-        steps = _until_stopped(steps, state, stop, accelerator)
+        steps = agreement.until_stopped(steps, state, stop, accelerator)
         if not accelerator.is_main_process:  # with several processes, one reports and writes
-            for _ in steps:
-                pass
-            return
+            return agreement.follow(steps, accelerator)
         run_log = _run_log(task, state, draw_sample)
         try:
             _run_loop(task, run_report, state, steps, run_log, checkpoints)
+            run_report.others_wait = True
         except Stopped:
+            run_report.others_wait = True
             with phase("stopping"):
                 run_report.stopped = stopping.after_stop(task, state, checkpoints, stop)
             raise
@@ -245,24 +253,6 @@ def _checkpoints(task: Task) -> Checkpoints:
         keep=task.hyperparameters.checkpoints_total_limit,
         elsewhere=task.environment.ways_in.elsewhere("checkpoint_dir"),
     )
-
-
-def _until_stopped(
-    steps: Iterator[StepMetrics],
-    state: states.TrainingState,
-    stop: StopSignals,
-    accelerator: Accelerator,
-) -> Iterator[StepMetrics]:
-    """Yield the step metrics; raise Stopped on all processes after a step with a stop signal."""
-    for metrics in steps:
-        yield metrics
-        if metrics.step < state.step:  # `captured_loop` yields up to ten steps' metrics at once
-            continue
-        if accelerator.num_processes > 1:
-            asked = torch.tensor(float(stop.asked), device=accelerator.device)
-            if accelerator.reduce(asked, "sum") > 0 and not stop.asked:
-                raise Stopped(signal.SIGTERM)
-        stop.check()
 
 
 def _run_log(

@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from dreambooth.errors import UserError, in_one_line, quoted
@@ -32,6 +33,8 @@ _RANKS = (
 # What each process needs beside the count, to find the others.
 _NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _LAUNCH = "start the job with torchrun or accelerate launch, or unset {} to train in one process"
+# While one process draws pictures or writes a model, the others wait in a collective.
+_LONGEST_WAIT = timedelta(hours=2)
 _NAME_SECONDS = 30.0  # the other hosts of a cluster may get their names late
 
 
@@ -125,14 +128,37 @@ def _has_an_address(host: str) -> bool:
             return True
 
 
+def refuse_a_missing_gpu(environ: Mapping[str, str], gpus: int) -> None:
+    """Raise UserError where a process of a host with GPUs has none for itself."""
+    number = int(environ.get("LOCAL_RANK", "0"))
+    if 0 < gpus <= number:
+        raise UserError(
+            f"Process {number} of this host needs a GPU of its own, and torch sees {gpus}: start "
+            "as many processes as there are GPUs, or set CUDA_VISIBLE_DEVICES=-1 to train on the "
+            "CPU."
+        )
+
+
 def join(launch: Launch, *, on_cpu: bool) -> Accelerator:
     """Join the processes of the group. Raises UserError where they do not come together."""
     from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+    group = [
+        InitProcessGroupKwargs(timeout=_LONGEST_WAIT),
+        DistributedDataParallelKwargs(
+            gradient_as_bucket_view=True
+        ),  # holds gradients once, not twice
+    ]
     try:
         # The training loop sets the precision and nothing is compiled, whatever an accelerate
         # configuration says.
-        accelerator = Accelerator(mixed_precision="no", dynamo_backend="no", cpu=on_cpu)
+        accelerator = Accelerator(
+            mixed_precision="no",
+            dynamo_backend="no",
+            cpu=on_cpu,
+            kwargs_handlers=group if launch.processes > 1 else None,
+        )
     except (ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
         if is_out_of_memory(error):
             raise

@@ -45,7 +45,8 @@ class RunReport:
     diverged or was stopped after a step. Inside it every log line begins with the phase and `step`.
 
     writes: whether this process writes the report. stopped: a sentence on why the run ended early,
-    None where it did not.
+    None where it did not. others_wait: whether the other processes wait for the last file of this
+    one.
     """
 
     task: Task
@@ -56,6 +57,7 @@ class RunReport:
     last_sample: Image.Image | None = None
     fid_score: float | None = None
     stopped: str | None = None
+    others_wait: bool = False
     step: int | None = None
     _warnings: list[str] = field(default_factory=list)
     _warning_collector: _WarningCollector | None = None

@@ -32,7 +32,8 @@ class Task:
     """A job that is ready to run.
 
     model_folder: the base model, a diffusers folder. base_name: what the user called it.
-    warnings: those about the settings. started: when the job began, by time.monotonic.
+    warnings: those about the settings. started: when the job began, by time.monotonic. workspace: a
+    folder for class images on a host that writes nothing into the job's own folders.
     """
 
     environment: Environment
@@ -44,6 +45,7 @@ class Task:
     device: torch.device
     warnings: tuple[str, ...] = ()
     started: float = field(default_factory=time.monotonic)
+    workspace: Path | None = None
 
     @property
     def resolution(self) -> int:

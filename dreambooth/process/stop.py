@@ -67,6 +67,11 @@ class StopSignals:
         """Return whether a signal has arrived."""
         return self._number is not None
 
+    @property
+    def number(self) -> signal.Signals | None:
+        """Return the first signal that has arrived."""
+        return self._number
+
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Handle the signals during the block; outside the main thread none can be handled."""

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, replace
 from pathlib import Path
@@ -28,6 +29,8 @@ from dreambooth.settings.ways_in import Way, WaysIn
 
 DEFAULT_ROOT: Final = "/opt/ml"
 _BASE: Final = "SAGEMAKER_BASE_DIR"
+_HOST: Final = "[A-Za-z0-9._:-]{1,253}"  # a name or an address
+_INTERFACE: Final = "[^/\\s]{1,15}"  # as Linux names them
 
 # The platform alone names this folder: no option is called so, with a blank.
 _MODEL_CHANNEL: Final = Knob(
@@ -40,13 +43,35 @@ _MODEL_CHANNEL: Final = Knob(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Hosts:
+    """The hosts of one job, in an order that all of them share.
+
+    names: two or more; none where the job has one host. current: the place of this host among them.
+    interface: the network interface that they share, where the platform names one.
+    """
+
+    names: tuple[str, ...] = ()
+    current: int = 0
+    interface: str | None = None
+
+    @property
+    def count(self) -> int:
+        """Return the number of hosts."""
+        return max(1, len(self.names))
+
+    @property
+    def is_first(self) -> bool:
+        """Return whether this host is the first, whose main process alone writes results."""
+        return self.current == 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Environment:
     """The paths of a job, none of which is created here, and its raw settings.
 
     `settings` holds hyperparameters and unknown names, but not the options that have fields here.
-    `ways_in` says how its folders are given. `is_first_host`: of the hosts that a platform starts
-    for one job, this is the first. `warnings` are whole sentences about addresses that are not used
-    as they were given.
+    `ways_in` says how its folders are given. `hosts`: those that a platform starts for one job.
+    `warnings` are whole sentences about addresses that are not used as they were given.
     """
 
     root: Path
@@ -73,7 +98,7 @@ class Environment:
         "info", "What the log holds.", choices=LOG_LEVELS, variables=("SM_LOG_LEVEL",)
     )
     ways_in: WaysIn = field(default_factory=WaysIn)
-    is_first_host: bool = True
+    hosts: Hosts = field(default_factory=Hosts)
     warnings: tuple[str, ...] = ()
 
 
@@ -126,7 +151,7 @@ def read(
         dry_run=chosen.value(DRY_RUN) or False,
         log_level=chosen.value(LOG_LEVEL) or "info",
         ways_in=_ways_in(chosen, arguments, environ, root),
-        is_first_host=_is_first_host(environ, root, limits),
+        hosts=read_hosts(environ, limits=limits),
     )
     if faults:
         faults = list(dict.fromkeys(faults))
@@ -175,16 +200,26 @@ def _is_container(root: Path) -> bool:
     return (root / "input").is_dir()
 
 
-def _is_first_host(environ: Mapping[str, str], root: Path, limits: Limits) -> bool:
-    """Return whether this host is the first of the job's hosts, or the only one that is known."""
-    path = root / "input" / "config" / "resourceconfig.json"
+def read_hosts(environ: Mapping[str, str], *, limits: Limits = LIMITS) -> Hosts:
+    """Return the job's hosts: those of SM_HOSTS, else those of resourceconfig.json.
+
+    Never raises: where they do not name several hosts and this one among them, it is the only one.
+    """
+    path = _root(environ, []) / "input" / "config" / "resourceconfig.json"
     config = sources.from_file(path, [], limits)
-    current, hosts = config.get("current_host"), config.get("hosts")
+    current, names = config.get("current_host"), config.get("hosts")
+    interface = environ.get("SM_NETWORK_INTERFACE_NAME") or config.get("network_interface_name")
     if environ.get("SM_HOSTS"):
         current = environ.get("SM_CURRENT_HOST")
         with contextlib.suppress(ValueError, RecursionError):
-            hosts = json.loads(environ["SM_HOSTS"])
-    return not isinstance(hosts, list) or current not in hosts[1:]
+            names = json.loads(environ["SM_HOSTS"])
+    if not isinstance(interface, str) or not re.fullmatch(_INTERFACE, interface):
+        interface = None
+    if not isinstance(names, list) or len(names) < 2 or current not in names:
+        return Hosts(interface=interface)
+    if not all(isinstance(name, str) and re.fullmatch(_HOST, name) for name in names):
+        return Hosts(interface=interface)
+    return Hosts(names=tuple(names), current=names.index(current), interface=interface)
 
 
 def failure_file(environ: Mapping[str, str]) -> Path:

@@ -209,6 +209,12 @@ class Hyperparameters:
         "On CUDA: passes in half precision beside fp32 master weights, replayed as a CUDA graph, "
         "losses read every 10 steps; no GPU has measured it yet.",
     )
+    processes: str = ours(
+        "auto",
+        "Processes on each host, which train together, with batch_size pictures each; auto: one "
+        "per GPU; 1: one process for the whole job, on the first host.",
+        choices=("auto", *map(str, range(1, 17))),
+    )
 
     @property
     def trains_on_class_images(self) -> bool:

@@ -1,7 +1,7 @@
 """Finds the kind, memory and arithmetic of the training device, for the training plan.
 
-Standard library only: `--dry-run` runs nvidia-smi and a job asks torch (which it passes to
-`from_torch`); both give the same facts.
+Standard library only: `visible_gpus` runs nvidia-smi, for `--dry-run` and to count the processes,
+and a process that trains asks torch (passed to `from_torch`); both give the same facts.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
@@ -46,28 +47,75 @@ CONTEXT_BYTES = int(0.4 * 2**30)  # CUDA context, not there yet when nvidia-smi 
 CPU = DeviceFacts(kind="cpu", name="CPU")
 
 
-def from_driver() -> DeviceFacts:
-    """Return the first GPU that nvidia-smi lists, or the CPU; torch is not imported."""
+def visible_gpus(environ: Mapping[str, str]) -> tuple[DeviceFacts, ...]:
+    """Return the GPUs that nvidia-smi lists and CUDA_VISIBLE_DEVICES leaves; torch is not imported.
+
+    Of GPUs in MIG mode there is one, because a process sees no more than one of their parts.
+    """
     if shutil.which("nvidia-smi") is None:
-        return CPU
+        return ()
     query = [
         "nvidia-smi",
-        "--query-gpu=name,memory.total,memory.free,compute_cap",
+        "--query-gpu=uuid,mig.mode.current,name,memory.total,memory.free,compute_cap",
         "--format=csv,noheader,nounits",
     ]
+    gpus: dict[str, DeviceFacts] = {}
+    is_split = False
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True)
-        name, total, free, capability = answer.stdout.splitlines()[0].split(", ")
-        major, minor = capability.split(".")
-        mebibytes = int(total), int(free)
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        for row in answer.stdout.splitlines():
+            uuid, mig_mode, name, total, free, capability = row.split(", ")
+            major, minor = capability.split(".")
+            mebibytes = int(total), int(free)
+            is_split = is_split or mig_mode == "Enabled"
+            gpus[uuid] = DeviceFacts(
+                kind="cuda",
+                name=name,
+                compute_capability=(int(major), int(minor)),
+                memory_bytes=mebibytes[0] * 2**20,
+                free_bytes=max(0, mebibytes[1] * 2**20 - CONTEXT_BYTES),
+            )
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return ()
+    wanted = environ.get("CUDA_VISIBLE_DEVICES")
+    found = tuple(gpus.values()) if wanted is None else tuple(_chosen(wanted, gpus))
+    return found[:1] if is_split else found
+
+
+def _chosen(wanted: str, gpus: Mapping[str, DeviceFacts]) -> Iterator[DeviceFacts]:
+    """Yield the GPUs, by their UUIDs, that CUDA_VISIBLE_DEVICES lists as numbers or UUIDs.
+
+    As CUDA reads it, the list ends before the first entry that is no GPU.
+    """
+    for entry in wanted.split(","):
+        entry = entry.strip()
+        if entry.isdecimal():
+            matching = list(gpus.values())[int(entry) :][:1]
+        elif entry.startswith("MIG-"):
+            matching = list(gpus.values())[:1]
+        else:
+            matching = [facts for uuid, facts in gpus.items() if entry and uuid.startswith(entry)]
+        if len(matching) != 1:
+            return
+        yield matching[0]
+
+
+def in_common(devices: Sequence[DeviceFacts]) -> DeviceFacts:
+    """Return the facts of one device that each of these can stand in for; the CPU if it is one.
+
+    The processes of a job make the same training plan, so they plan for the least of their GPUs.
+    """
+    if not devices or any(one.kind == "cpu" for one in devices):
         return CPU
+    capabilities = [one.compute_capability for one in devices if one.compute_capability]
+    memory = [one.memory_bytes for one in devices if one.memory_bytes is not None]
+    free = [one.free_bytes for one in devices if one.free_bytes is not None]
     return DeviceFacts(
         kind="cuda",
-        name=name,
-        compute_capability=(int(major), int(minor)),
-        memory_bytes=mebibytes[0] * 2**20,
-        free_bytes=max(0, mebibytes[1] * 2**20 - CONTEXT_BYTES),
+        name=", ".join(dict.fromkeys(one.name for one in devices)),
+        compute_capability=min(capabilities, default=None),
+        memory_bytes=min(memory, default=None),
+        free_bytes=min(free, default=None),
     )
 
 

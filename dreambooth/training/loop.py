@@ -125,10 +125,16 @@ def train(
 
         # Forward and backward: the gradients of the step's micro-batches add up
         losses = torch.zeros(3, device=accelerator.device)
-        for micro_batch in micro_batches(
-            state, data, plan, hyperparameters, accelerator, noise_scheduler, prior_unet
+        for number, micro_batch in enumerate(
+            micro_batches(
+                state, data, plan, hyperparameters, accelerator, noise_scheduler, prior_unet
+            ),
+            start=1,
         ):
-            losses += forward_backward(networks, micro_batch, plan, hyperparameters, precision)
+            # Several processes average their gradients once, after the last micro-batch.
+            is_last = number == plan.gradient_accumulation_steps
+            with nullcontext() if is_last else accelerator.no_sync(networks):
+                losses += forward_backward(networks, micro_batch, plan, hyperparameters, precision)
         losses = accelerator.reduce(losses / plan.gradient_accumulation_steps, "mean")
 
         # Clip the gradients by their global norm

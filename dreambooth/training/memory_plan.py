@@ -82,7 +82,7 @@ def choose(
         )
     if usable is None or facts is None:
         return tuple(choices)
-    fitting = (n for n, one in enumerate(choices) if _fits(one, usable))
+    fitting = (n for n, one in enumerate(choices) if fits(one.phases, device))
     return tuple(choices[next(fitting, len(choices) - 1) :])
 
 
@@ -123,13 +123,14 @@ def usable_bytes(device: DeviceFacts) -> int | None:
     return None if free is None else max(0, free - OVERHEAD_BYTES)
 
 
-def _fits(choice: MemoryChoice, usable: int) -> bool:
-    """Return whether the phases that depend on the memory plan fit.
+def fits(phases: Sequence[PhasePeak], device: DeviceFacts) -> bool:
+    """Return whether the phases that depend on the memory plan fit into the device's free memory.
 
     The others are the same in all memory plans, so they do not help to choose one.
     """
-    of_plan = filter(expected_memory.depends_on_the_memory_plan, choice.phases)
-    return all(peak.bytes * MARGIN <= usable for peak in of_plan)
+    usable = usable_bytes(device)
+    of_plan = filter(expected_memory.depends_on_the_memory_plan, phases)
+    return usable is None or all(peak.bytes * MARGIN <= usable for peak in of_plan)
 
 
 def _candidates(hyperparameters: Hyperparameters, processes: int) -> Sequence[MemoryPlan]:
@@ -143,7 +144,7 @@ def _candidates(hyperparameters: Hyperparameters, processes: int) -> Sequence[Me
         if named.frees_gradients and processes > 1:
             raise HyperparameterError(
                 f"memory_plan={hyperparameters.memory_plan} trains in one process, and this job "
-                f"has {processes}: start it without accelerate launch, or set memory_plan=auto."
+                f"has {processes}: set processes=1 (and start no launcher), or memory_plan=auto."
             )
         return [named]
     found: list[MemoryPlan] = []

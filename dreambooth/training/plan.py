@@ -237,7 +237,8 @@ def _steps_line(plan: TrainingPlan, hyperparameters: Hyperparameters) -> str:
     if plan.batch_size * plan.gradient_accumulation_steps > 1:
         line += f", batch {plan.batch_size} x {plan.gradient_accumulation_steps} accumulated"
     if plan.processes > 1:
-        line += f", {plan.processes} processes"
+        per_step = plan.batch_size * plan.gradient_accumulation_steps * plan.processes
+        line += f", {plan.processes} processes: global batch {per_step}"
     line += ")"
     if hyperparameters.max_steps is None and plan.steps_by_longer_set != plan.steps:
         line += (

@@ -376,7 +376,7 @@ def test_the_full_size_model_is_written_where_a_stage_needs_it(
     options: list[str], asked: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     card = DeviceFacts(kind="cuda", name="a card", compute_capability=(8, 6))
-    monkeypatch.setattr("dreambooth.training.device.from_driver", lambda: card)
+    monkeypatch.setattr("dreambooth.training.device.visible_gpus", lambda _: (card,))
     given: list[Any] = []
     monkeypatch.setattr(gpu, "run_all", lambda *run, **named: given.append((*run, named)))
     assert main(["gpu", "--out", str(tmp_path), "--budget", "99", *options]) == 0
@@ -442,8 +442,7 @@ def test_what_cannot_be_run_is_said_in_one_sentence(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    cpu = DeviceFacts(kind="cpu", name="CPU")
-    monkeypatch.setattr("dreambooth.training.device.from_driver", lambda: cpu)
+    monkeypatch.setattr("dreambooth.training.device.visible_gpus", lambda _: ())
     assert main(["gpu", *options, "--out", str(tmp_path)]) == 1
     shown = capsys.readouterr()
     assert said in shown.err

@@ -17,6 +17,7 @@ from benchmarks.train_step import (
     ours,
     peer,
     processes,
+    scaling,
     table,
     work,
 )
@@ -346,3 +347,24 @@ def test_derived_figures_say_that_they_are(
     assert (row["launches"], row["waits"]) == (2, 2)
     assert row["step_s"] == pytest.approx(2)
     assert row["gpu_s"] == pytest.approx(30 / 65 + 1)
+
+
+def test_an_all_reduce_takes_as_long_as_a_ring_and_more_processes_gain_less_each() -> None:
+    assert scaling.ring_seconds(8e9, 1, 1e9) == 0
+    assert scaling.ring_seconds(8e9, 2, 1e9) == 8
+    assert scaling.ring_seconds(8e9, 8, 1e9) == 14
+    rows = [
+        scaling.Scaling(where="", processes=count, step_s=1, reduce_s=reduce_s)
+        for count, reduce_s in ((1, 0.0), (2, 1.0))
+    ]
+    assert [(row.share, row.speed) for row in rows] == [(0, 1), (0.5, 1)]
+
+
+@pytest.mark.on_demand
+def test_the_share_of_communication_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--scaling", "--quick"]) == 0
+    shown = capsys.readouterr().out
+    rows = json.loads(shown.splitlines()[-1])["scaling"]
+    assert [row["processes"] for row in rows] == [1, 2, 4, 8] * 6 + [1, 2]
+    assert all(row["share"] == 0 if row["processes"] == 1 else row["share"] > 0 for row in rows)
+    assert rows[-1]["where"] == "embedded model, gloo"

@@ -41,7 +41,7 @@ def estimator(given: dict[str, Any], made: Any, **more: Any) -> Any:
     options: dict[str, Any] = {
         "role": ROLE,
         "image_uri": given["image"],
-        "instance_count": 1,
+        "instance_count": given.get("hosts", 1),
         "instance_type": "local",
         "model_uri": given.get("model"),
         "hyperparameters": given["hyperparameters"],

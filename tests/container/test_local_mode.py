@@ -120,6 +120,19 @@ def test_v2_prior_preservation_with_class_images(v2: Flow) -> None:
     assert {"model.tar.gz", "output.tar.gz"} <= set(result["files"])
 
 
+def test_v2_two_hosts_train_one_model(v2: Flow, tmp_path: Path) -> None:
+    settings = {**STRINGS, "with_prior_preservation": "True", "num_class_images": "9"}
+    result, printed = v2("fit", hosts=2, hyperparameters=settings)
+    assert {"model.tar.gz", "output.tar.gz"} <= set(result["files"])
+    assert "2 processes: global batch 2" in printed
+    assert printed.count("End of training: train_avg_loss=") == 1
+    assert "Traceback" not in printed
+    with tarfile.open(tmp_path / "out" / "output.tar.gz") as archive:
+        names = archive.getnames()
+    assert len([name for name in names if name.endswith(".png") and "class_images" in name]) == 9
+    assert not [name for name in names if name.endswith("failure")]
+
+
 def test_v2_a_second_job_resumes_from_the_firsts_model(v2: Flow, tmp_path: Path) -> None:
     v2("fit")
     first = tmp_path / "out" / "model.tar.gz"

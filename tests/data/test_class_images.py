@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from dreambooth.data import class_latents
-from dreambooth.data.class_images import Pixels, Sampled, derived_seed, ensure
+from dreambooth.data.class_images import Pixels, Sampled, SamplingShare, derived_seed, ensure
 from dreambooth.errors import DatasetError, ResourceError
 
 
@@ -58,6 +60,7 @@ def run(
     seed: int = 5,
     fingerprint: str = "abc",
     done: list[int] | None = None,
+    share: SamplingShare | None = None,
 ) -> tuple[Path, ...]:
     counts: list[int] = [] if done is None else done
     return ensure(
@@ -69,6 +72,7 @@ def run(
         sample=sampler,
         fingerprint=fingerprint,
         on_image=counts.append,
+        share=share,
     )
 
 
@@ -253,3 +257,49 @@ def test_what_a_stop_left_missing_is_sampled_in_the_batch_it_belongs_to(tmp_path
     run(tmp_path, again)
     assert again.batches == [whole.batches[1]]
     assert paths[3].stat().st_mtime_ns == before
+
+
+class Group:
+    """Processes of two hosts, as threads: 0 and 1 on the first, 2 on the second."""
+
+    def __init__(self) -> None:
+        self._barrier = threading.Barrier(3, timeout=20)
+        self._values: list[Any] = [None] * 3
+
+    def share(self, process: int) -> SamplingShare:
+        def gather(value: Any) -> list[Any]:
+            self._values[process] = value
+            self._barrier.wait()
+            gathered = list(self._values)
+            self._barrier.wait()
+            return gathered
+
+        return SamplingShare(process=process, processes=3, gather=gather, writes=process != 1)
+
+
+@pytest.mark.parametrize("kept", [0, 2])
+def test_processes_of_two_hosts_share_the_batches_and_the_files(kept: int, tmp_path: Path) -> None:
+    alone, first, second = (tmp_path / name for name in ("alone", "first", "second"))
+    run(alone, Sampler(), count=8)
+    run(first, Sampler(), count=kept)
+    group, samplers = Group(), [Sampler() for _ in range(3)]
+    (second / "latents").mkdir(parents=True)
+    (second / "class_00007.png").write_bytes(b"of another run")
+    counts: list[list[int]] = [[], [], []]
+
+    def sample(process: int) -> None:
+        folder = second if process == 2 else first
+        share = group.share(process)
+        run(folder, samplers[process], count=8, done=counts[process], share=share)
+
+    threads = [threading.Thread(target=sample, args=(n,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    seeds = [derived_seed(5, index) for index in range(8)]
+    assert [sampler.seeds for sampler in samplers] == [seeds[:3], seeds[3:6], seeds[6:]]
+    assert [seen[-1] for seen in counts] == [8, 8, 8]
+    for path in (path for path in alone.rglob("*") if path.is_file()):
+        name = path.relative_to(alone)
+        assert (first / name).read_bytes() == path.read_bytes() == (second / name).read_bytes()

@@ -73,6 +73,7 @@ def start(small_model_folder: Path, pictures: Path, tmp_path: Path, device: torc
     def run(out: str, *options: str, code: int = 0) -> Path:
         argv = [f"--pretrained-model={small_model_folder}", f"--train={pictures}"]
         argv += [f"--model_dir={tmp_path / out}", "--num_class_images=4", "--log_level=info"]
+        argv += ["--processes=1"]
         assert run_job([*argv, *options], {"SAGEMAKER_BASE_DIR": str(tmp_path)}) == code
         return tmp_path / out
 

@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,6 @@ from dreambooth.data import cache
 from dreambooth.errors import ResourceError
 from dreambooth.job import fine_tune
 from dreambooth.job.run import run_job
-from dreambooth.process.stop import Stopped, StopSignals
 from dreambooth.training import run_log
 from dreambooth.training.step_metrics import StepMetrics
 
@@ -387,21 +385,6 @@ def test_out_of_memory_in_the_fast_step_resumes_from_the_last_checkpoint(
     assert failed == ["AdamW"]
     assert "resumed at step 2" in capsys.readouterr().err
     assert steps(tmp_path / "moved") == [1, 2, 3, 4]
-
-
-def test_a_stop_in_the_fast_step_waits_for_the_figures_of_steps_that_are_made() -> None:
-    stop, state, read = StopSignals(), SimpleNamespace(step=1), []
-
-    def made() -> Iterator[Any]:
-        yield SimpleNamespace(step=1)
-        state.step = 4
-        os.kill(os.getpid(), signal.SIGTERM)
-        yield from (SimpleNamespace(step=step) for step in (2, 3, 4))
-
-    followed = fine_tune._until_stopped(made(), state, stop, Accelerator(cpu=True))  # type: ignore[arg-type]
-    with stop.listening(), pytest.raises(Stopped), stop.held():
-        read.extend(metrics.step for metrics in followed)
-    assert read == [1, 2, 3, 4]
 
 
 def test_what_was_prepared_is_forgotten_even_where_torch_refuses_to_empty_its_caches(

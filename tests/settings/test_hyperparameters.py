@@ -67,6 +67,7 @@ OURS = {
     "deterministic": "False",
     "prior_preservation_mode": "images",
     "fast_step": "False",
+    "processes": "auto",
 }
 # For every knob a value other than its default, and how a user would type it.
 OFF_DEFAULT: dict[str, tuple[str, object]] = {
@@ -109,6 +110,7 @@ OFF_DEFAULT: dict[str, tuple[str, object]] = {
     "deterministic": ("True", True),
     "prior_preservation_mode": ("prediction", "prediction"),
     "fast_step": ("True", True),
+    "processes": ("2", "2"),
 }
 
 

@@ -371,6 +371,19 @@ def test_compute_fid_and_fid_features(
     assert "features: CLIPVisionModelWithProjection" in capsys.readouterr().err
 
 
+def test_processes(start_job: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That they train is seen in tests/job/test_processes.py; here, that they are started."""
+    started = []
+
+    def note(*arguments: Any, **keywords: Any) -> None:
+        started.append(arguments[2].on_each_host)
+
+    monkeypatch.setattr("dreambooth.job.workers.run", note)
+    start_job(processes=3)
+    start_job(processes=1)
+    assert started == [3]
+
+
 EFFECTS = {
     "compute_fid": "test_compute_fid_and_fid_features",
     "fid_features": "test_compute_fid_and_fid_features",

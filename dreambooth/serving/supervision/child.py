@@ -9,7 +9,6 @@ accepted requests are still to be drawn. The server sends Close when that is don
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import json
 import logging
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from dreambooth.errors import DreamBoothError
-from dreambooth.process import gpu_driver, libraries, logs
+from dreambooth.process import child_process, gpu_driver, libraries, logs
 from dreambooth.serving.contract.engine_status import EngineStatus
 from dreambooth.serving.contract.reply import Picture
 from dreambooth.serving.supervision.link import SendQueue, read_blocking
@@ -51,7 +50,6 @@ STATUS_S: Final = 0.5
 # When several requests end at about the same time, one status covers them all.
 _SHORTEST_STATUS_S: Final = 0.02
 _FLUSH_S: Final = 5.0
-_PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +60,8 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    _die_with_parent()
+    # Or when the socket stays open although the parent has ended.
+    child_process.die_with_parent()
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries that print
     os.set_inheritable(arguments.fd, False)
     with logs.non_blocking_streams() as dropped_lines:
@@ -81,15 +80,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _settings(text: str) -> ServeSettings:
     return ServeSettings(**json.loads(text))
-
-
-def _die_with_parent() -> None:
-    """Ask Linux for SIGKILL when the thread that started us ends, in case the socket stays open."""
-    if sys.platform == "linux":
-        try:
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        except (OSError, AttributeError):
-            log.debug("this system's C library knows no prctl")
 
 
 class _Child:

@@ -17,13 +17,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
-import dreambooth
 from dreambooth.limits import MIB
+from dreambooth.process import child_process
 from dreambooth.serving.supervision.link import Link
 from dreambooth.serving.supervision.messages import FromEngine, ToEngine
 from dreambooth.settings.serve_options import ServeSettings
@@ -62,7 +62,7 @@ class EngineProcess:
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                env=_environment(os.environ),
+                env=child_process.environment(os.environ),
             )
         except BaseException:
             ours.close()
@@ -156,10 +156,3 @@ class EngineProcess:
 def arguments(folder: Path, settings: ServeSettings) -> tuple[str, ...]:
     """Return the arguments of `child`: the model's folder and all settings as one JSON."""
     return f"--model={folder}", f"--settings={json.dumps(asdict(settings))}"
-
-
-def _environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return our environment with our package on PYTHONPATH, since -P omits the current folder."""
-    root = str(Path(dreambooth.__file__).parents[1])
-    others = environ.get("PYTHONPATH", "")
-    return {**environ, "PYTHONPATH": os.pathsep.join(path for path in (root, others) if path)}

@@ -7,6 +7,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+from dreambooth.process import child_process
 from dreambooth.serving.contract.engine_status import EngineStatus
 from dreambooth.serving.supervision import child, engine_process
 from dreambooth.serving.supervision.engine_process import COMMAND, EngineProcess
@@ -17,6 +18,7 @@ LONG_S = 60.0
 SAY_AND = """
 import socket, subprocess, sys, time
 from dreambooth.serving.supervision.messages import pack
+from dreambooth.process import child_process
 from dreambooth.serving.contract.engine_status import EngineStatus
 connection = socket.socket(fileno=int(sys.argv[-1]))
 connection.sendall(b"".join(pack(EngineStatus(rss_bytes=5))))
@@ -99,7 +101,7 @@ def test_the_engine_gets_every_setting() -> None:
 def test_what_lies_in_the_current_folder_is_not_imported(tmp_path: Path) -> None:
     for name in ("json", "torch", "dreambooth"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from the model folder')")
-    environ = engine_process._environment({"PATH": os.environ["PATH"]})
+    environ = child_process.environment({"PATH": os.environ["PATH"]})
     done = subprocess.run(
         [*COMMAND, "--help"], cwd=tmp_path, env=environ, capture_output=True, text=True
     )

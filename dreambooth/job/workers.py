@@ -1,0 +1,253 @@
+"""Start the processes that train on this host, pass stop signals on, and end with one sentence.
+
+The process that the user or the platform started is their parent: it reads the settings, prints the
+training plan and holds the locks, and loads no torch. Each of the others is told its place by the
+variables that torchrun sets, and by WORKER what the parent has done already. torchrun itself is not
+used: of a group that neither grows nor restarts it would only start the processes, and its own
+SIGTERM ends the main process, which writes a checkpoint, as soon as another one has ended.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from dreambooth.errors import (
+    DreamBoothError,
+    HyperparameterError,
+    ResourceError,
+    UserError,
+    in_one_line,
+)
+from dreambooth.job.meeting import Meeting
+from dreambooth.process import child_process, failure, logs
+from dreambooth.process.stop import Stopped, StopSignals
+
+WORKER: Final = "DREAMBOOTH_WORKER"
+
+STOP_S: Final = 110.0
+"""What the processes have after a stop signal, of SageMaker's 120 s."""
+
+LAST_S: Final = 30.0
+"""What the others have once one process has ended; they leave together, after the last file."""
+
+_POLL_S = 0.05
+_STOPS = {128 + number: number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+_INTERFACES = Path("/sys/class/net")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FromParent:
+    """What the parent tells a process that trains.
+
+    model_folder: the unpacked model. workspace: a folder of this host alone. end_file: where the
+    process writes what it failed of. shown_plan: the text of the training plan that was printed.
+    """
+
+    model_folder: Path
+    workspace: Path
+    end_file: Path
+    is_main: bool
+    shown_plan: str
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str]) -> FromParent | None:
+        """Return what the parent says, None in a process that has none."""
+        text = environ.get(WORKER)
+        if not text:
+            return None
+        told = json.loads(text)
+        for name in ("model_folder", "workspace", "end_file"):
+            told[name] = Path(told[name])
+        return cls(**told)
+
+    def as_text(self) -> str:
+        """Return the text that `read` reads."""
+        paths = (str(self.model_folder), str(self.workspace), str(self.end_file))
+        told = dict(zip(("model_folder", "workspace", "end_file"), paths, strict=True))
+        return json.dumps({**told, "is_main": self.is_main, "shown_plan": self.shown_plan})
+
+    def tell(self, error: Exception) -> None:
+        """Leave what this process failed of for the parent, which says it once for all of them."""
+        known = failure.for_the_user(error)
+        told: dict[str, object] = {
+            "sentence": str(known) if known is not None else "",
+            "faults": list(known.faults) if isinstance(known, HyperparameterError) else [],
+            "name": f"{type(error).__name__}: {in_one_line(error)}",
+            "trace": "" if known is not None else logs.trace_of(error),
+        }
+        part = self.end_file.with_suffix(".part")
+        part.write_text(json.dumps(told))
+        part.rename(self.end_file)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """All processes of a job, and which of them this host starts."""
+
+    on_each_host: int
+    hosts: int = 1
+    host: int = 0
+    address: str = "127.0.0.1"
+    port: int
+    interface: str | None = None
+
+    def variables(self, local: int, environ: Mapping[str, str]) -> dict[str, str]:
+        """Return the variables of a process of this host, by its number here."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        ours = {
+            "RANK": str(self.host * self.on_each_host + local),
+            "LOCAL_RANK": str(local),
+            "WORLD_SIZE": str(self.hosts * self.on_each_host),
+            "LOCAL_WORLD_SIZE": str(self.on_each_host),
+            "GROUP_RANK": str(self.host),
+            "MASTER_ADDR": self.address,
+            "MASTER_PORT": str(self.port),
+        }
+        preset = {"OMP_NUM_THREADS": str(max(1, cores // self.on_each_host))}
+        # A platform may name an interface that its containers do not have.
+        if self.interface is not None and (_INTERFACES / self.interface).exists():
+            preset |= {"NCCL_SOCKET_IFNAME": self.interface, "GLOO_SOCKET_IFNAME": self.interface}
+        return {**preset, **environ, **ours}
+
+
+def run(
+    argv: Sequence[str],
+    environ: Mapping[str, str],
+    group: Group,
+    *,
+    model_folder: Path,
+    workspace: Path,
+    shown_plan: str,
+    meeting: Meeting,
+    stop: StopSignals,
+) -> None:
+    """Train with the processes of this host, started with the arguments of their parent.
+
+    Returns when all have ended well. Raises the error of the process that failed first, and Stopped
+    where they were stopped.
+    """
+    first = group.host * group.on_each_host
+    workers = [
+        FromParent(
+            model_folder=model_folder,
+            workspace=workspace,
+            end_file=workspace / f"end-{local}.json",
+            is_main=first + local == 0,
+            shown_plan=shown_plan,
+        )
+        for local in range(group.on_each_host)
+    ]
+    running: list[subprocess.Popen[bytes]] = []
+    try:
+        with stop.held():  # a signal is passed on, and answered when all have ended
+            for local, worker in enumerate(workers):
+                variables = {**group.variables(local, environ), WORKER: worker.as_text()}
+                running.append(_start(argv, variables))
+            early = _watch(running, meeting, stop)
+            _raise_failure(running, early, workers, meeting, stop)
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+def _start(argv: Sequence[str], environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start a process in a session of its own: a terminal's signals reach its parent alone."""
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "dreambooth", "train", *argv],
+        env=child_process.environment(environ),
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def _watch(
+    processes: Sequence[subprocess.Popen[bytes]], meeting: Meeting, stop: StopSignals
+) -> tuple[int, ...]:
+    """Return when all processes have ended, with the places of those that ended first.
+
+    Those that stay behind the others are killed.
+    """
+    is_told, deadline = False, float("inf")
+    early: tuple[int, ...] = ()
+    while running := [process for process in processes if process.poll() is None]:
+        now = time.monotonic()
+        meeting.poll()
+        if stop.number is not None and not is_told:
+            is_told, deadline = True, min(deadline, now + STOP_S)
+            for process in running:
+                process.terminate()  # whatever the signal: one that is still starting ends silently
+        if not early and (len(running) < len(processes) or meeting.ends):
+            early = tuple(n for n, one in enumerate(processes) if one.returncode is not None)
+            deadline = min(deadline, now + LAST_S)
+        if now > deadline:
+            deadline = float("inf")
+            if is_told:
+                log.warning("%d of the processes did not stop in time and are killed", len(running))
+            for process in running:
+                process.kill()
+        time.sleep(_POLL_S)
+    return early
+
+
+def _raise_failure(
+    processes: Sequence[subprocess.Popen[bytes]],
+    early: Sequence[int],
+    workers: Sequence[FromParent],
+    meeting: Meeting,
+    stop: StopSignals,
+) -> None:
+    """Raise what ended the job, if anything did but the signal that is answered already.
+
+    When one process fails, the others lose their connections to it and fail too, so a sentence for
+    the user counts most, then a stop signal, then a process that was killed.
+    """
+    codes = [process.returncode for process in processes]
+    if not any(codes):
+        return
+    told = [found for found in map(_told, workers) if found is not None]
+    for one in told:
+        if one["faults"]:
+            raise HyperparameterError(one["faults"])
+        if one["sentence"]:
+            raise DreamBoothError(one["sentence"])
+    if stop.number is not None:
+        return
+    meeting.wait_for_an_end(LAST_S)
+    meeting.refuse_failed_hosts()
+    for code in (*codes, *(end.code for end in meeting.ends.values())):
+        if code in _STOPS:
+            raise Stopped(_STOPS[code])
+    for place in early:
+        if codes[place] < 0:
+            raise ResourceError(
+                f"A process of this job was ended by {signal.Signals(-codes[place]).name}, and the "
+                f"other{'s' * (len(codes) > 2)} with it: if memory ran out on this host, set "
+                "processes=1 or take a larger one."
+            )
+    if told:
+        print(told[0]["trace"], file=sys.stderr)
+        raise DreamBoothError(f"InternalError: {told[0]['name']}")
+    for name in meeting.ends:
+        raise UserError(f"The host {name} of this job has ended: its log says why.")
+    raise DreamBoothError("A process of this job ended without a word.")
+
+
+def _told(worker: FromParent) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads(worker.end_file.read_text())
+    except (OSError, ValueError):
+        return None
+    return found
