@@ -21,7 +21,7 @@ from dreambooth.errors import ResourceError
 from dreambooth.evaluation import vision_model
 from dreambooth.job import launcher, outputs
 from dreambooth.model_folder import facts as model_facts
-from dreambooth.model_folder import layout
+from dreambooth.model_folder import layout, single_file
 from dreambooth.model_folder import source as model_source
 from dreambooth.process import failure, gpu_driver, logs, temporary_folder
 from dreambooth.process.stop import Stopped, StopSignals
@@ -117,7 +117,11 @@ def _prepare(environment: container.Environment, environ: Mapping[str, str], sta
     for warning in dataset.warnings:
         log.warning(warning)
     source = model_source.locate(
-        settings.pretrained_model, environment.model_channel, given=environment.ways_in.model
+        settings.pretrained_model,
+        environment.model_channel,
+        given=environment.ways_in.model,
+        prediction_type=settings.prediction_type,
+        base=settings.base,
     )
     outputs.check(environment, source.path)
     if settings.compute_fid and settings.fid_features:
@@ -150,8 +154,10 @@ def _make_training_plan(
     folder: Path | None = None,
 ) -> TrainingPlan:
     """Make the training plan. folder: the model's folder, None if it is not there yet."""
-    unpacked = folder if job.source.kind == "archive" else None
+    unpacked = folder if job.source.kind in ("archive", "single_file") else None
     copied_parts = [folder / part for part in layout.OPTIONAL_PARTS] if folder else []
+    if job.hyperparameters.export_single_file and folder is not None:
+        single_file.structure_of(folder)  # a model without one is refused before it is trained
     return plans.make(
         job.hyperparameters,
         job.dataset,
@@ -188,7 +194,7 @@ def _train(job: Job, stop: StopSignals) -> None:
         outputs.make(job.environment)
         if leads:
             outputs.report_unused_checkpoints(job.environment, job.hyperparameters)
-        if job.source.kind == "archive" and job.source.path is not None:
+        if job.source.kind in ("archive", "single_file") and job.source.path is not None:
             outputs.check_room_to_unpack(job.source.path, temporary)
         folder = model_source.open_source(job.source, temporary)
         stop.check()

@@ -160,6 +160,11 @@ def read_json(path: Path, *, limits: Limits = LIMITS) -> dict[str, Any]:
     return content
 
 
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write one JSON object. Raises OSError."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def _int_of_at_most(digits: int) -> Callable[[str], int]:
     """Return a parser for the whole numbers of JSON that raises ValueError for longer ones.
 

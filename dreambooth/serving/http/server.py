@@ -176,11 +176,17 @@ async def _fetch(settings: ServeSettings, workspace: Path) -> Path:
 
 
 def _folder_of(settings: ServeSettings, workspace: Path) -> Path:
-    if not settings.model_is_platforms:
-        found = source.locate(settings.model, given="with --model")
-    else:
+    model, channel, given = settings.model or None, None, "with --model"
+    if settings.model_is_platforms:
+        model, channel = None, Path(settings.model)
         given = "as the endpoint's model data or with --model"
-        found = source.locate(None, Path(settings.model), given=given)
+    found = source.locate(
+        model,
+        channel,
+        given=given,
+        prediction_type=settings.prediction_type,
+        base=settings.base,
+    )
     return source.open_source(found, workspace)
 
 
