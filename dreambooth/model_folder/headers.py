@@ -88,6 +88,8 @@ def read_with_metadata(
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict):
         _refuse(path, "its metadata is not a table")
+    if len(header) > limits.max_tensors:
+        _refuse(path, f"it holds {len(header)} tensors, and at most {limits.max_tensors} are read")
     start = 8 + length
     entries = tuple(_entry(path, name, fields, start, limits) for name, fields in header.items())
     return entries, {key: text for key, text in metadata.items() if isinstance(text, str)}

@@ -448,9 +448,13 @@ def _of_sidecar(path: Path, limits: Limits) -> str:
         if not path.is_file() or path.stat().st_size > limits.max_sidecar_bytes:
             raise ValueError(f"it is no regular file of at most {limits.max_sidecar_bytes} bytes")
         text = path.read_text("utf-8")
-        # An alias is a second name for a part: a few lines can grow to gigabytes by them.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ValueError("it holds aliases")
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            starts = isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent))
+            depth += starts - isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent))
+            # An alias is a second name for a part: a few lines can grow to gigabytes by them.
+            if isinstance(event, yaml.AliasEvent) or depth > limits.max_sidecar_depth:
+                raise ValueError("it holds aliases, or is nested too deep")
         content = yaml.safe_load(text)
         stated = content["model"]["params"].get("parameterization", "eps")
         return _STATED[stated]
