@@ -105,7 +105,7 @@ def _found(
         return _by_name(pretrained_model, how, limits)
     if channel is None or not channel.exists():
         where = "" if channel is None else f" at {channel}"
-        raise ModelArtifactError(f"There is no model{where}: {how}.")
+        raise ModelArtifactError(f"There is no model{where}: {how}. {hub.BASES}.")
     return _at(channel, how, limits)
 
 
