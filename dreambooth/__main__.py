@@ -34,7 +34,7 @@ def _main(argv: Sequence[str]) -> int:
             print(f"error: {argv[0]} has moved: {MOVED[argv[0]]}.", file=sys.stderr)
             return 2
         arguments = parser().parse_args(argv)
-        logs.to_stderr("warning")
+        logs.to_stderr("info")  # what is read of a single file, what is not, and why
         return _run(arguments)
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr)
@@ -116,7 +116,6 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.verb == "convert":
         from dreambooth.model_folder import conversion
 
-        logs.to_stderr("info")  # it says what is read, what is not, and why
         destination = addresses.to_path(arguments.destination, "OUT")
         conversion.convert(
             arguments.source,

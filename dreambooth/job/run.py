@@ -154,7 +154,9 @@ def _make_training_plan(
     folder: Path | None = None,
 ) -> TrainingPlan:
     """Make the training plan. folder: the model's folder, None if it is not there yet."""
-    unpacked = folder if job.source.kind in ("archive", "single_file") else None
+    made = folder if job.source.kind in ("archive", "single_file") else None
+    if job.source.kind == "single_file":
+        made = folder or job.source.path  # the folder takes as much
     copied_parts = [folder / part for part in layout.OPTIONAL_PARTS] if folder else []
     if job.hyperparameters.export_single_file and folder is not None:
         single_file.structure_of(folder)  # a model without one is refused before it is trained
@@ -165,7 +167,7 @@ def _make_training_plan(
         device,
         has_checkpoint_dir=job.environment.checkpoint_dir is not None,
         processes=job.launch.processes,
-        base_bytes=outputs.size([unpacked]) if unpacked else 0,
+        base_bytes=outputs.size([made]) if made else 0,
         copied_bytes=outputs.size(copied_parts),
     )
 

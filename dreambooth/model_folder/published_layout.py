@@ -339,9 +339,7 @@ def _text_2(settings: _Settings) -> Iterator[PublishedTensor]:
         if layer.name == "positional_embedding":  # a bare tensor, not a layer's weight
             name = prefix + layer.name
             yield _tensor("text_encoder", name, layer, ".weight", layer.shape)
-        elif layer.name.endswith(".in_proj"):
-            if not layer.folder_name.endswith(".q_proj"):
-                continue
+        elif layer.folder_name.endswith(".q_proj"):  # and k_proj and v_proj, which follow
             attention = layer.folder_name.removesuffix(".q_proj")
             for end, shape in (("weight", layer.shape), ("bias", layer.shape[:1])):
                 yield PublishedTensor(
@@ -351,7 +349,7 @@ def _text_2(settings: _Settings) -> Iterator[PublishedTensor]:
                     names=tuple(f"{attention}.{each}_proj.{end}" for each in "qkv"),
                     folder_shape=shape,
                 )
-        else:
+        elif not layer.name.endswith(".in_proj"):
             yield from _tensors("text_encoder", prefix, [layer])
 
 

@@ -105,8 +105,11 @@ _UNREAD: Final = (
     ),
 )
 # modelspec's values, and those of a sidecar's `parameterization`.
-_STATED: Final = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction"} | {
-    "v_prediction": "v_prediction"
+_STATED: Final = {
+    "epsilon": "epsilon",
+    "eps": "epsilon",
+    "v": "v_prediction",
+    "v_prediction": "v_prediction",
 }
 _BY_ARCHITECTURE: Final = {
     "stable-diffusion-v2-512": "epsilon",
@@ -222,6 +225,11 @@ def write_folder(checkpoint: Checkpoint, folder: Path, *, headers_only: bool = F
     for part, config in checkpoint.configurations.items():
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
         layout.write_json(folder / part / name, config)
+    if checkpoint.base is None:  # it may be missing, so it comes before the gigabytes
+        clip_vocabulary.write(folder / "tokenizer", checkpoint.family)
+    else:
+        for path in _tokenizer_files(checkpoint.base):
+            shutil.copyfile(path, folder / "tokenizer" / path.name)
     for part, name in WEIGHTS.items():
         content = [
             each
@@ -230,11 +238,6 @@ def write_folder(checkpoint: Checkpoint, folder: Path, *, headers_only: bool = F
             for each in _in_folder(checkpoint, tensor, headers_only)
         ]
         write(folder / part / name, content, {"format": "pt"})
-    if checkpoint.base is None:
-        clip_vocabulary.write(folder / "tokenizer", checkpoint.family)
-    else:
-        for path in _tokenizer_files(checkpoint.base):
-            shutil.copyfile(path, folder / "tokenizer" / path.name)
     scheduler = checkpoint.configurations["scheduler"]["_class_name"]
     index = {**published_configurations.INDEX, "scheduler": ["diffusers", scheduler]}
     layout.write_json(folder / layout.INDEX, index)

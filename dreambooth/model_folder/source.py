@@ -6,6 +6,7 @@ Standard library only, and quick, because a dry run makes its training plan with
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -255,6 +256,9 @@ def _converted(
 ) -> Path:
     """Write a single-file checkpoint as a folder, and log what was decided."""
     assert source.path is not None
+    home = os.path.realpath(source.path.parent)
+    if not source.linked_weights and layout.leads_out(source.path, home):
+        raise ModelArtifactError(layout.LEADS_OUT.format(source.path))
     checkpoint = single_file.read(
         source.path, prediction_type=source.prediction_type, base=source.base, limits=limits
     )

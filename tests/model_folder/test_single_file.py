@@ -332,6 +332,16 @@ def test_a_channel_may_hold_one_file(tmp_path: Path) -> None:
         source.locate(None, folder)
 
 
+def test_a_link_that_leads_out_of_a_channel_is_not_followed(tmp_path: Path) -> None:
+    channel = tmp_path / "channel"
+    channel.mkdir()
+    there = write_holes(tmp_path / "sd.safetensors", published("1.x", "F16"))
+    (channel / "sd.safetensors").symlink_to(there)
+    with pytest.raises(ModelArtifactError, match="leads out of the model"):
+        source.peek(source.locate(None, channel))
+    assert facts(channel / "sd.safetensors")  # named by the user
+
+
 def test_what_is_said_of_a_folder_must_be_so(small_model_folder: Path) -> None:
     for said, words in (
         ({"prediction_type": V}, "and .* says 'epsilon'"),
