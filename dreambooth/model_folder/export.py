@@ -45,12 +45,6 @@ __all__ = [
     "write",
 ]
 
-_WEIGHTS = {
-    "unet": "diffusion_pytorch_model.safetensors",
-    "vae": "diffusion_pytorch_model.safetensors",
-    "text_encoder": "model.safetensors",
-    "safety_checker": "model.safetensors",
-}
 _PLAIN_FILES = {
     "tokenizer": (
         *("vocab.json", "merges.txt", "vocab.txt", "sentencepiece.bpe.model"),
@@ -152,7 +146,7 @@ def _write_parts(
                 shutil.copyfile(base / part / name, target / name)
         if part == "scheduler":
             layout.write_json(target / "scheduler_config.json", layout.component_config(base, part))
-        if part not in _WEIGHTS:
+        if part not in layout.WRITTEN_WEIGHTS:
             continue
         module = getattr(trained, part, None)
         state = {}
@@ -164,7 +158,7 @@ def _write_parts(
         if module is not None:
             changed = _trained_state(module, part, steps)
             state |= {_name(part, family, key): tensor for key, tensor in changed.items()}
-        weights.save(_cast(state, dtype, part), target / _WEIGHTS[part])
+        weights.save(_cast(state, dtype, part), target / layout.WRITTEN_WEIGHTS[part])
         _write_config(base / part / "config.json", target / "config.json", part)
     _complete_tokenizer(base / "tokenizer", stage / "tokenizer", family)
 

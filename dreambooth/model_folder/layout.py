@@ -36,6 +36,13 @@ INDEX = "model_index.json"
 MODEL_INFO = "__model_info__.json"
 TRAINED_PARTS = ("unet", "vae", "text_encoder")
 SAMPLES = "samples"
+# The files that weights are written to.
+WRITTEN_WEIGHTS = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+    "safety_checker": "model.safetensors",
+}
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 LEADS_OUT = (
     "{} is a link, or lies behind one, that leads out of the model: copy the file itself there."

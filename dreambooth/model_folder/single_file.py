@@ -40,12 +40,7 @@ from dreambooth.settings.knob import PREDICTION_TYPES
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS: Final[Mapping[str, str]] = {
-    "unet": "diffusion_pytorch_model.safetensors",
-    "vae": "diffusion_pytorch_model.safetensors",
-    "text_encoder": "model.safetensors",
-}
-TOKENIZER_FILES: Final = (
+_TOKENIZER_FILES: Final = (
     *("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json"),
 )
@@ -136,7 +131,9 @@ def structure_of(folder: Path, *, limits: Limits = LIMITS) -> Structure:
         raise ModelArtifactError(
             f"{folder} has no CLIP text encoder, and other models have no layout in one file."
         )
-    networks = {part: layout.component_config(folder, part, limits=limits) for part in WEIGHTS}
+    networks = {
+        part: layout.component_config(folder, part, limits=limits) for part in layout.TRAINED_PARTS
+    }
     family = family_of(networks["unet"], networks["text_encoder"], folder)
     return Structure(
         family=family, networks=networks, tensors=tensors(family, **networks, where=folder)
@@ -230,14 +227,14 @@ def write_folder(checkpoint: Checkpoint, folder: Path, *, headers_only: bool = F
     else:
         for path in _tokenizer_files(checkpoint.base):
             shutil.copyfile(path, folder / "tokenizer" / path.name)
-    for part, name in WEIGHTS.items():
+    for part in layout.TRAINED_PARTS:
         content = [
             each
             for tensor in checkpoint.tensors
             if tensor.part == part
             for each in _in_folder(checkpoint, tensor, headers_only)
         ]
-        write(folder / part / name, content, {"format": "pt"})
+        write(folder / part / layout.WRITTEN_WEIGHTS[part], content, {"format": "pt"})
     scheduler = checkpoint.configurations["scheduler"]["_class_name"]
     index = {**published_configurations.INDEX, "scheduler": ["diffusers", scheduler]}
     layout.write_json(folder / layout.INDEX, index)
@@ -318,7 +315,7 @@ def _structure_of_base(base: Path, family: Family, limits: Limits) -> Structure:
 
 
 def _tokenizer_files(base: Path) -> list[Path]:
-    paths = (base / "tokenizer" / name for name in TOKENIZER_FILES)
+    paths = (base / "tokenizer" / name for name in _TOKENIZER_FILES)
     return [path for path in paths if path.is_file()]
 
 
@@ -330,7 +327,9 @@ def _unread(
 ) -> list[str]:
     """Return what is not read, with the reasons; refuse tensors that no such model has."""
     names = {tensor.name for tensor in expected}
-    averaged = {EMA + name.removeprefix("model.").replace(".", "") for name in names}
+    averaged = {
+        EMA + name.removeprefix("model.").replace(".", "") for name in names if UNET in name
+    }
     averaged |= {f"{EMA}decay", f"{EMA}num_updates"}
     behind = _layer_behind(family, expected)
     counts: dict[tuple[str, str], int] = {}

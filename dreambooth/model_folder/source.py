@@ -92,7 +92,7 @@ def locate(
 
 def _base(name: str) -> Path:
     path = tiny.WEIGHTS if name == "tiny" else addresses.to_path(name, "--base")
-    if not (path / INDEX).is_file():
+    if not os.path.isfile(path / INDEX):  # False for what cannot be read, too
         raise ModelArtifactError(
             f"--base {one_line(name, 300)} is no diffusers folder: it holds no {INDEX}."
         )

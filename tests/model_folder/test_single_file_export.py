@@ -30,10 +30,12 @@ from dreambooth.diffusion import model as models
 from dreambooth.diffusion import sampling
 from dreambooth.diffusion.sampling_request import SamplingRequest
 from dreambooth.errors import ModelArtifactError, ResourceError, UserError
-from dreambooth.model_folder import conversion, single_file_export
+from dreambooth.limits import LIMITS
+from dreambooth.model_folder import conversion, single_file, single_file_export, source
 from dreambooth.model_folder.headers import read_with_metadata
 from tests.conftest import old_vae_name
 from tests.job.test_published_shapes import SHAPES, write
+from tests.model_folder.single_files import published, write_holes
 
 Make = Callable[..., Path]
 PARTS = ("unet", "vae", "text_encoder")
@@ -200,6 +202,40 @@ def test_what_is_not_in_the_file_is_named(
     caplog.clear()
     single_file_export.export(pairs("2.x base").folder, tmp_path / "b.safetensors")
     assert "resblocks.3.*, text_projection and logit_scale" in caplog.text
+
+
+def test_settings_that_the_file_cannot_hold_are_named(tmp_path: Path) -> None:
+    """At full size other tools take the published settings, whatever the folder says."""
+    holes = write_holes(tmp_path / "sd.safetensors", published("1.x", "F16"))
+    folder = source.open_source(source.locate(str(holes)), tmp_path)
+    structure = single_file.structure_of(folder)
+
+    def remarks(prediction_type: str) -> str:
+        out = tmp_path / "x.safetensors"
+        found = single_file_export._remarks(folder, out, structure, prediction_type, LIMITS)
+        return "\n".join(found)
+
+    assert "other tools take" not in remarks("epsilon")
+    assert "other tools take 1.x for epsilon" in remarks("v_prediction")
+    for part, change in (
+        ("vae/config.json", {"scaling_factor": 0.5}),
+        ("unet/config.json", {"attention_head_dim": [8, 8, 8, 8], "norm_num_groups": 16}),
+        ("scheduler/scheduler_config.json", {"beta_end": 0.02}),
+    ):
+        config = json.loads((folder / part).read_text())
+        (folder / part).write_text(json.dumps(config | change))
+    structure = single_file.structure_of(folder)
+    told = remarks("epsilon")
+    for words in ("vae's scaling_factor = 0.5", "unet's norm_num_groups = 16", "beta_end = 0.02"):
+        assert words in told
+    assert "attention_head_dim" not in told  # the same, said for each block
+
+
+def test_bf16_goes_there_and_back(make_model_folder: Make, tmp_path: Path) -> None:
+    folder = make_model_folder(dtype=torch.bfloat16)
+    conversion.convert(folder, tmp_path / "a.safetensors")
+    conversion.convert(tmp_path / "a.safetensors", tmp_path / "back", base=str(folder))
+    assert same(folder, tmp_path / "back")
 
 
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
