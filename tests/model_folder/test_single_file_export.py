@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from dreambooth import __main__ as cli
 from dreambooth import tiny
+from dreambooth.data import fingerprint
 from dreambooth.diffusion import model as models
 from dreambooth.diffusion import sampling
 from dreambooth.diffusion.sampling_request import SamplingRequest
@@ -202,6 +203,22 @@ def test_what_is_not_in_the_file_is_named(
     caplog.clear()
     single_file_export.export(pairs("2.x base").folder, tmp_path / "b.safetensors")
     assert "resblocks.3.*, text_projection and logit_scale" in caplog.text
+
+
+def test_a_job_that_starts_again_finds_the_same_model(
+    pairs: Callable[[str], Pair], tmp_path: Path
+) -> None:
+    """Its checkpoints are known by the weights' hash."""
+    pair = pairs("2.x base")
+    found = source.locate(str(pair.file), base=str(pair.folder))
+    opened = [source.open_source(found, tmp_path / name) for name in "ab"]
+    prints = {
+        fingerprint.of_weights(sorted((folder / part).glob("*.safetensors"))[0] for part in PARTS)
+        for folder in opened
+    }
+    assert len(prints) == 1
+    other = source.open_source(source.locate("tiny"), tmp_path)
+    assert fingerprint.of_weights([*(other / "unet").glob("*.safetensors")]) not in prints
 
 
 def test_settings_that_the_file_cannot_hold_are_named(tmp_path: Path) -> None:
