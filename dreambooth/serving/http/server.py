@@ -176,14 +176,11 @@ async def _fetch(settings: ServeSettings, workspace: Path) -> Path:
 
 
 def _folder_of(settings: ServeSettings, workspace: Path) -> Path:
-    model, channel, given = settings.model or None, None, "with --model"
-    if settings.model_is_platforms:
-        model, channel = None, Path(settings.model)
-        given = "as the endpoint's model data or with --model"
+    is_platforms = settings.model_is_platforms
     found = source.locate(
-        model,
-        channel,
-        given=given,
+        None if is_platforms else settings.model,
+        Path(settings.model) if is_platforms else None,
+        given="as the endpoint's model data or with --model" if is_platforms else "with --model",
         prediction_type=settings.prediction_type,
         base=settings.base,
     )
