@@ -21,12 +21,14 @@ ENV PYTHONUNBUFFERED=1 \
 
 WORKDIR /opt/dreambooth
 
-# The heavy layer: rebuilt only when requirements.txt changes. Of torch, C++ tests and headers stay out.
+# The heavy layer: rebuilt only when the requirements change. Of torch, C++ tests and headers stay out.
 COPY requirements.txt ./
+COPY requirements/clip-vocabulary.txt requirements/
 RUN if [ -n "$TORCH_INDEX" ]; then \
       pip install --no-cache-dir --index-url "$TORCH_INDEX" "$(grep -o '^torch==[^ ]*' requirements.txt)"; \
     fi \
  && pip install --no-cache-dir -r requirements.txt \
+ && pip install --no-cache-dir --no-deps -r requirements/clip-vocabulary.txt \
  && cd "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
  && rm -rf torch/test torch/include
 

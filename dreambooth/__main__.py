@@ -11,6 +11,7 @@ from dreambooth import __version__
 from dreambooth.process import addresses, failure, logs
 from dreambooth.settings import hyperparameter_text
 from dreambooth.settings.command_line import Parser
+from dreambooth.settings.knob import BASE_SENTENCE, PREDICTION_TYPE_SENTENCE, PREDICTION_TYPES
 
 
 def main(argv: Sequence[str]) -> int:
@@ -41,7 +42,7 @@ def _main(argv: Sequence[str]) -> int:
         print(f"error: {argv[0]} has moved: {MOVED[argv[0]]}.", file=sys.stderr)
         return 2
     arguments = parser().parse_args(argv)
-    logs.to_stderr("warning")
+    logs.to_stderr("info")  # what is read of a single file, what is not, and why
     return _run(arguments)
 
 
@@ -76,9 +77,22 @@ def parser() -> argparse.ArgumentParser:
     )
     table = verbs.add_parser("hyperparameters", help="print the table of hyperparameters")
     table.add_argument("--format", choices=("text", "json", "markdown"), default="text")
-    convert = verbs.add_parser("convert", help="turn old .bin weights into safetensors")
-    convert.add_argument("source", metavar="IN", help="model folder or tarball")
-    convert.add_argument("destination", metavar="OUT", help="new model folder")
+    convert = verbs.add_parser(
+        "convert", help="make a folder in safetensors, or one file, of a model"
+    )
+    convert.add_argument("source", metavar="MODEL", help="model folder, tarball or single file")
+    convert.add_argument(
+        "destination",
+        metavar="OUT",
+        help="new model folder, or one file if it ends in .safetensors",
+    )
+    convert.add_argument(
+        "--prediction_type", choices=PREDICTION_TYPES, help=PREDICTION_TYPE_SENTENCE
+    )
+    convert.add_argument("--base", metavar="FOLDER", help=BASE_SENTENCE)
+    convert.add_argument(
+        "--precision", choices=("fp32", "fp16"), help="float type of the one file; else as it is"
+    )
     pack = verbs.add_parser("pack", help="make the model.tar.gz that an endpoint is made from")
     pack.add_argument("model", metavar="MODEL", help="model folder, tarball, or `tiny`")
     pack.add_argument("archive", metavar="OUT.tar.gz", help="new archive")
@@ -100,10 +114,16 @@ def _run(arguments: argparse.Namespace) -> int:
         print(printers[arguments.format]().rstrip("\n"))
         return 0
     if arguments.verb == "convert":
-        from dreambooth.model_folder import weights
+        from dreambooth.model_folder import conversion
 
         destination = addresses.to_path(arguments.destination, "OUT")
-        weights.convert(arguments.source, destination)
+        conversion.convert(
+            arguments.source,
+            destination,
+            prediction_type=arguments.prediction_type,
+            base=arguments.base,
+            precision=arguments.precision,
+        )
         print(destination)
         return 0
     if arguments.verb == "pack":

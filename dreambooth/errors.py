@@ -25,6 +25,7 @@ MOST_SENTENCE_CHARACTERS: Final = 2_000
 _MOST_MESSAGE_CHARACTERS: Final = 20_000
 _MOST_QUOTED_CHARACTERS: Final = 60
 _MOST_FOREIGN_CHARACTERS: Final = 300
+_NAMED_AT_MOST: Final = 3
 
 
 def one_line(text: str, most: int = MOST_SENTENCE_CHARACTERS) -> str:
@@ -45,6 +46,13 @@ def quoted(value: object) -> str:
     text = repr(value[: _MOST_QUOTED_CHARACTERS + 1]) if isinstance(value, str) else str(value)
     is_short = len(text) <= _MOST_QUOTED_CHARACTERS
     return text if is_short else one_line(text[: _MOST_QUOTED_CHARACTERS - 3]) + "..."
+
+
+def some_of(names: Sequence[str]) -> str:
+    """Return the first of many untrusted names, and how many more there are."""
+    more = len(names) - _NAMED_AT_MOST
+    listed = ", ".join(one_line(name, 100) for name in names[:_NAMED_AT_MOST])
+    return listed + (f" and {more} more" if more > 0 else "")
 
 
 def in_one_line(error: BaseException) -> str:

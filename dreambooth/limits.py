@@ -130,6 +130,13 @@ class Limits:
     max_config_bytes: int = 32 * MIB
     # A whole pipeline in one file has a header of about 300 KB; the library refuses 100 MB.
     max_safetensors_header_bytes: int = 16 * MIB
+    # The settings of a single-file checkpoint, in a .yaml beside it: 2 KB.
+    max_sidecar_bytes: int = 64 * KIB
+    # Levels of it; those of the published models have five. The parser's time grows with their
+    # square.
+    max_sidecar_depth: int = 16
+    # A whole pipeline in one file, with moving averages, has about 1,900.
+    max_tensors: int = 20_000
     # Dimensions of a tensor; the convolutions of these networks have four.
     max_tensor_rank: int = 8
     # Weight files of one component; sharded U-Nets have a handful.

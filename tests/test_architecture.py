@@ -50,7 +50,9 @@ NEVER = [("serving", "training"), ("serving", "data"), ("serving", "evaluation")
 # no third-party package at the top, except where weights are read and written.
 LIGHT_ROOMS = ("errors", "limits", "process", "settings", "model_folder")
 LIGHT_PACKAGES = ("safetensors",)  # it imports in milliseconds, without torch
-HEAVY_MODULES = {"dreambooth.model_folder.weights", "dreambooth.model_folder.export"}
+HEAVY_MODULES = {
+    f"dreambooth.model_folder.{name}" for name in ("weights", "export", "single_file_export")
+}
 
 
 def module_name(path: Path) -> str:

@@ -2,7 +2,8 @@
 
 A model folder with the configuration of Stable Diffusion 2.1 base and random weights is trained
 with the published defaults and prior preservation, and `generate` draws a JPEG with the result; the
-same folder is served; and a training run is stopped while its disk writes 125 MB/s.
+same folder is served, and goes into one safetensors file and back; and a training run is stopped
+while its disk writes 125 MB/s.
 
 `make test-real-size` runs this in minutes. It needs about 20 GB of memory and 35 GB of disk (in
 TMPDIR), and prints one JSON line per test.
@@ -197,6 +198,41 @@ def peak_memory_gib(pid: int) -> float:
     """Return the peak memory of a running process in GiB (VmHWM; proc(5), status)."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024**2
+
+
+def test_one_file_holds_every_number_there_and_back(base: Path, side: int, place: Path) -> None:
+    one, half, back = (place / name for name in ("one.safetensors", "half.safetensors", "back"))
+    convert = ("-m", "dreambooth", "convert")
+    written = run(*convert, base, one)
+    run(*convert, base, half, "--precision", "fp16")
+    half_bytes = half.stat().st_size
+    half.unlink()
+    read = run(*convert, one, back, "--base", base)
+    for part in ("unet", "vae", "text_encoder"):
+        [before], [after] = ((f / part).glob("*.safetensors") for f in (base, back))
+        with safe_open(before, "np") as first, safe_open(after, "np") as second:
+            prefix = "text_model." if part == "text_encoder" else ""
+            held = list(first.keys())
+            names = {prefix + name.removeprefix(prefix): name for name in held}
+            assert names.keys() == set(second.keys())
+            for name, there in names.items():
+                assert np.array_equal(first.get_tensor(there), second.get_tensor(name))
+    with safe_open(one, "np") as file:
+        tensors = len(file.keys())
+    assert tensors == 1_214 or not FULL
+    for model, pictures in ((base, place / "a"), (back, place / "b")):
+        draw(model, side, pictures)
+    [first_picture], [second_picture] = ((place / name).iterdir() for name in "ab")
+    with Image.open(first_picture) as one_picture, Image.open(second_picture) as other:
+        assert np.array_equal(np.asarray(one_picture), np.asarray(other))
+    tell(
+        "one file",
+        write_s_and_gib=written,
+        read_s_and_gib=read,
+        bytes=one.stat().st_size,
+        half_bytes=half_bytes,
+        tensors=tensors,
+    )
 
 
 @pytest.mark.parametrize("checkpoints", [True, False], ids=["checkpoint", "no checkpoint"])

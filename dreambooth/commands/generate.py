@@ -76,7 +76,13 @@ def _load(
 
     gpu_driver.refuse_gpu_without_kernels(torch)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    folder = source.open_source(source.locate(settings.model, given="with --model"), workspace)
+    found = source.locate(
+        settings.model,
+        given="with --model",
+        prediction_type=settings.prediction_type,
+        base=settings.base,
+    )
+    folder = source.open_source(found, workspace)
     _check_steps(settings.num_inference_steps, folder)
     dtype = float_types.dtype_for(settings.precision, device)
     try:

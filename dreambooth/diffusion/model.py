@@ -31,6 +31,7 @@ from dreambooth.errors import ModelArtifactError
 from dreambooth.limits import LIMITS, Limits
 from dreambooth.model_folder import layout, weights
 from dreambooth.model_folder.facts import ModelFacts, read_facts
+from dreambooth.model_folder.weight_names import current_vae_name
 
 logger = logging.getLogger(__name__)
 
@@ -39,15 +40,6 @@ _LOGGED = 80
 _MOST_REPORTED = 64  # truncated prompts that are remembered as reported
 _SCHEDULER = "scheduler/scheduler_config.json"
 _TRIED_STEPS = 50  # the default of num_inference_steps
-
-# Names of the VAE's attention layers in diffusers up to 0.17; Stable Diffusion 1.x and 2.x were
-# published with them.
-_OLD_VAE_NAMES = {
-    ".query.": ".to_q.",
-    ".key.": ".to_k.",
-    ".value.": ".to_v.",
-    ".proj_attn.": ".to_out.0.",
-}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -220,14 +212,6 @@ def encode_posterior(
     """
     posterior = model.vae.encode(pixels.to(model.vae.device, model.vae.dtype)).latent_dist
     return posterior.mean, posterior.std
-
-
-def current_vae_name(key: str) -> str:
-    """Return today's diffusers name of a VAE weight, given that name or one of 0.17 or before."""
-    if ".attentions." in key:
-        for old, new in _OLD_VAE_NAMES.items():
-            key = key.replace(old, new)
-    return key
 
 
 def _build(

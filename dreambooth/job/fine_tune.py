@@ -199,6 +199,8 @@ def _fine_tune(
             raise
         with phase("export"):
             stopping.write_model(task, state)
+            with _errors_only_logged():
+                stopping.write_single_file(task, stop)
         if checkpoints.due(state.step) and not (checkpoints.holds(state) or stop.asked):
             with _errors_only_logged(), phase("checkpoints"):
                 checkpoints.save(state)

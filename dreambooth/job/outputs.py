@@ -172,6 +172,11 @@ def class_image_folder(environment: Environment) -> Path:
     return (environment.checkpoint_dir or environment.output_data_dir) / "class_images"
 
 
+def single_file(environment: Environment) -> Path:
+    """Return the path of the model in one file, for which the hyperparameters may ask."""
+    return environment.output_data_dir / "model.safetensors"
+
+
 def elsewhere_for_class_images(environment: Environment) -> str:
     """Return the clause that says how to have class images sampled into another folder."""
     option = "output_data_dir" if environment.checkpoint_dir is None else "checkpoint_dir"
@@ -196,6 +201,7 @@ def check_room(environment: Environment, plan: TrainingPlan) -> None:
         ),
         _Need("class images", samples, budget.class_images, (samples,)),
         _Need("the report", output, budget.rest, (output / "report.html",)),
+        _Need("one file of it", output, budget.single_file, (single_file(environment),)),
     ]
     if checkpoints is not None:
         many = f"{budget.checkpoints} checkpoints at a time"
@@ -210,9 +216,9 @@ def check_room(environment: Environment, plan: TrainingPlan) -> None:
 
 
 def check_room_to_unpack(archive: Path, workspace: Path) -> None:
-    """Refuse a tarball larger than the free space to unpack it in, because weights hardly compress.
+    """Refuse a tarball or file larger than the free space to make a folder of it in.
 
-    Raises ResourceError.
+    Weights hardly compress. Raises ResourceError.
     """
     size, free = archive.stat().st_size, shutil.disk_usage(workspace).free
     if size > free:

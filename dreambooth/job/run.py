@@ -25,7 +25,7 @@ from dreambooth.job.meeting import Meeting, Start
 from dreambooth.job.process_count import ProcessCount
 from dreambooth.job.workers import FromParent
 from dreambooth.model_folder import facts as model_facts
-from dreambooth.model_folder import layout
+from dreambooth.model_folder import layout, single_file
 from dreambooth.model_folder import source as model_source
 from dreambooth.process import (
     child_process,
@@ -159,7 +159,11 @@ def _prepare(
     if worker is None:
         _log_warnings(dataset.warnings)
     source = model_source.locate(
-        settings.pretrained_model, environment.model_channel, given=environment.ways_in.model
+        settings.pretrained_model,
+        environment.model_channel,
+        given=environment.ways_in.model,
+        prediction_type=settings.prediction_type,
+        base=settings.base,
     )
     outputs.check(environment, source.path)
     if settings.compute_fid and settings.fid_features:
@@ -203,8 +207,12 @@ def _make_training_plan(
     processes: int,
 ) -> TrainingPlan:
     """Make the training plan. folder: the model's folder, None if it is not there yet."""
-    unpacked = folder if job.source.kind == "archive" else None
+    made = folder if job.source.kind in ("archive", "single_file") else None
+    if job.source.kind == "single_file":
+        made = folder or job.source.path  # the folder takes as much
     copied_parts = [folder / part for part in layout.OPTIONAL_PARTS] if folder else []
+    if job.hyperparameters.export_single_file and folder is not None:
+        single_file.structure_of(folder)  # a model without one is refused before it is trained
     return plans.make(
         job.hyperparameters,
         job.dataset,
@@ -212,7 +220,7 @@ def _make_training_plan(
         device,
         has_checkpoint_dir=job.environment.checkpoint_dir is not None,
         processes=processes,
-        base_bytes=outputs.size([unpacked]) if unpacked else 0,
+        base_bytes=outputs.size([made]) if made else 0,
         copied_bytes=outputs.size(copied_parts),
     )
 
@@ -260,7 +268,7 @@ def _train(job: Job, stop: StopSignals) -> None:
             outputs.make(job.environment)
         if leads:
             outputs.report_unused_checkpoints(job.environment, job.hyperparameters)
-        if job.source.kind == "archive" and job.source.path is not None:
+        if job.source.kind in ("archive", "single_file") and job.source.path is not None:
             outputs.check_room_to_unpack(job.source.path, temporary)
         folder = model_source.open_source(job.source, temporary)
         stop.check()

@@ -4,7 +4,8 @@ SageMaker sends SIGKILL 120 s after SIGTERM, and a disk may write no more than 1
 size a checkpoint (10.4 GB) then takes 83 s and a model (5.2 GB) 41 s, so there may be no time for
 both. What is written after a stop:
 
-* after the last step: the whole model (a stop during the export lets it finish);
+* after the last step: the whole model (a stop during the export lets it finish, but no second
+  copy in one file is begun);
 * with a checkpoint folder: the checkpoint, from which the next start resumes; then also the model
   of the steps so far, if the remaining time is enough at the last measured speed;
 * without one: the model of the steps so far, marked as partial in its card.
@@ -17,10 +18,10 @@ import logging
 from PIL import Image
 
 from dreambooth.data import fingerprint
-from dreambooth.job import run_report
+from dreambooth.job import outputs, run_report
 from dreambooth.job.checkpoints import Checkpoints
 from dreambooth.job.task import Task
-from dreambooth.model_folder import export
+from dreambooth.model_folder import export, single_file_export
 from dreambooth.process.stop import StopSignals
 from dreambooth.settings import hyperparameter_text
 from dreambooth.training.state import TrainingState
@@ -73,6 +74,16 @@ def write_model(task: Task, state: TrainingState) -> None:
         task.plan.steps,
         task.environment.model_dir,
     )
+
+
+def write_single_file(task: Task, stop: StopSignals) -> None:
+    """Write the model in the model folder as one file, too, if it is asked for and time is left."""
+    if not task.hyperparameters.export_single_file or stop.asked:
+        return
+    out = outputs.single_file(task.environment)
+    out.unlink(missing_ok=True)  # of an earlier run
+    title = task.dataset.instance_prompt
+    single_file_export.export(task.environment.model_dir, out, title=title)
 
 
 def add_sample(task: Task, state: TrainingState, sample: Image.Image | None) -> None:

@@ -21,8 +21,9 @@ _NOT_IDENTITY = frozenset(
     (
         *("checkpointing_steps", "checkpointing_minutes", "checkpoints_total_limit", "resume"),
         "keep_last_checkpoint",
-        *("sample_steps", "sample_prompt", "export_precision", "compute_fid", "fid_features"),
-        *("class_data_dir", "pretrained_model"),
+        *("sample_steps", "sample_prompt", "export_precision", "export_single_file"),
+        *("compute_fid", "fid_features"),
+        *("class_data_dir", "pretrained_model", "base", "prediction_type"),
     )
 )
 
@@ -67,6 +68,11 @@ class Task:
         ]
         return fingerprint.of_weights(files)
 
+    def prediction_type(self) -> str:
+        """Return what the model predicts, which its weights do not show."""
+        config = layout.component_config(self.model_folder, "scheduler")
+        return str(config.get("prediction_type", "epsilon"))
+
     def identity(self) -> dict[str, str]:
         """Return the settings, data and model that a checkpoint shares with a job resuming it."""
         settings = {
@@ -82,6 +88,7 @@ class Task:
             "use_8bit_adam": str(self.plan.use_8bit_adam),
             "processes": str(self.plan.processes),
             "resolution": str(self.plan.resolution),
+            "prediction_type": self.prediction_type(),
             "data": fingerprint.of_dataset(self.dataset),
             "model": self.model_fingerprint(),
         }

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
 import os
 import re
 import shutil
@@ -22,7 +21,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -46,12 +45,6 @@ __all__ = [
     "write",
 ]
 
-_WEIGHTS = {
-    "unet": "diffusion_pytorch_model.safetensors",
-    "vae": "diffusion_pytorch_model.safetensors",
-    "text_encoder": "model.safetensors",
-    "safety_checker": "model.safetensors",
-}
 _PLAIN_FILES = {
     "tokenizer": (
         *("vocab.json", "merges.txt", "vocab.txt", "sentencepiece.bpe.model"),
@@ -152,8 +145,8 @@ def _write_parts(
             if (base / part / name).is_file():
                 shutil.copyfile(base / part / name, target / name)
         if part == "scheduler":
-            _write_json(target / "scheduler_config.json", layout.component_config(base, part))
-        if part not in _WEIGHTS:
+            layout.write_json(target / "scheduler_config.json", layout.component_config(base, part))
+        if part not in layout.WRITTEN_WEIGHTS:
             continue
         module = getattr(trained, part, None)
         state = {}
@@ -165,7 +158,7 @@ def _write_parts(
         if module is not None:
             changed = _trained_state(module, part, steps)
             state |= {_name(part, family, key): tensor for key, tensor in changed.items()}
-        weights.save(_cast(state, dtype, part), target / _WEIGHTS[part])
+        weights.save(_cast(state, dtype, part), target / layout.WRITTEN_WEIGHTS[part])
         _write_config(base / part / "config.json", target / "config.json", part)
     _complete_tokenizer(base / "tokenizer", stage / "tokenizer", family)
 
@@ -220,7 +213,7 @@ def _write_config(origin: Path, target: Path, part: str) -> None:
     if "_class_name" not in config:  # transformers
         config.pop("dtype", None)
         config["torch_dtype"] = "float32"  # the name that 4.x and 5.x read
-    _write_json(target, config)
+    layout.write_json(target, config)
 
 
 def _write_sample_size(path: Path, base: Path, resolution: int) -> None:
@@ -230,7 +223,7 @@ def _write_sample_size(path: Path, base: Path, resolution: int) -> None:
     if config.get("sample_size") != (size := facts.drawn_side(resolution, scale) // scale):
         # The pipeline takes a small size of a version before 0.9 for a mistake.
         version = importlib.metadata.version("diffusers")
-        _write_json(path, {**config, "sample_size": size, "_diffusers_version": version})
+        layout.write_json(path, {**config, "sample_size": size, "_diffusers_version": version})
 
 
 def _complete_tokenizer(base: Path, target: Path, family: TextFamily) -> None:
@@ -246,7 +239,9 @@ def _complete_tokenizer(base: Path, target: Path, family: TextFamily) -> None:
     settings = target / "tokenizer_config.json"
     if not special.exists() and settings.exists():
         known = layout.read_json(settings)
-        _write_json(special, {name: known[name] for name in _SPECIAL_TOKENS if known.get(name)})
+        layout.write_json(
+            special, {name: known[name] for name in _SPECIAL_TOKENS if known.get(name)}
+        )
 
 
 def _write_index(stage: Path, base: Path) -> None:
@@ -255,7 +250,7 @@ def _write_index(stage: Path, base: Path) -> None:
     for part in layout.OPTIONAL_PARTS:
         if not (stage / part).exists() and part in index:
             index[part] = [None, None]
-    _write_json(stage / layout.INDEX, index)
+    layout.write_json(stage / layout.INDEX, index)
 
 
 def _write_model_info(stage: Path, base: Path, card: ModelCard, resolution: int) -> None:
@@ -269,7 +264,7 @@ def _write_model_info(stage: Path, base: Path, card: ModelCard, resolution: int)
         "steps": card.steps,
         **destination.MARK,
     }
-    _write_json(stage / layout.MODEL_INFO, {**info, **own})
+    layout.write_json(stage / layout.MODEL_INFO, {**info, **own})
 
 
 def _write_samples(stage: Path, samples: Mapping[str, Image.Image]) -> list[tuple[str, str]]:
@@ -300,7 +295,3 @@ def _parts(base: Path) -> Iterator[str]:
         elif not (base / part).is_dir():
             raise ModelArtifactError(f"{base / part} of the base model is not there any more.")
         yield part
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

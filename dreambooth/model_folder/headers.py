@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,29 +19,34 @@ from safetensors import SafetensorError, safe_open
 from dreambooth.errors import ModelArtifactError, in_one_line, quoted
 from dreambooth.limits import LIMITS, Limits
 
-# Stable Diffusion's weights are floats; only position_ids are integers. The format knows more.
-DTYPES = frozenset(
-    (
-        *("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"),
-        *("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"),
-    )
-)
+# Bytes of a value. Stable Diffusion's weights are floats; only position_ids are integers. The
+# format knows more.
+DTYPES: Mapping[str, int] = {
+    **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1},
+    **{"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1},
+}
 # Sizes and counts of values must be smaller: libraries hold them as int64.
 _TOO_LARGE = 2**63
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorEntry:
-    """One tensor as the header declares it."""
+    """One tensor as the header declares it. begin: where its bytes begin in the file."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    begin: int
 
     @property
     def count(self) -> int:
         """Return how many values the tensor holds."""
         return math.prod(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Return how many bytes the tensor takes."""
+        return self.count * DTYPES[self.dtype]
 
     @property
     def is_float(self) -> bool:
@@ -50,6 +56,16 @@ class TensorEntry:
 
 def read_header(path: Path, *, limits: Limits = LIMITS) -> tuple[TensorEntry, ...]:
     """Check the header of a safetensors file, and return its entries in the header's order.
+
+    Raises ModelArtifactError as `read_with_metadata` does.
+    """
+    return read_with_metadata(path, limits=limits)[0]
+
+
+def read_with_metadata(
+    path: Path, *, limits: Limits = LIMITS
+) -> tuple[tuple[TensorEntry, ...], dict[str, str]]:
+    """Check the header of a safetensors file, and return its entries and its metadata.
 
     The library proves that the header is whole and that its tensors fill the rest of the file
     exactly. It accepts tensors of any rank, sizes that it cannot return, and names that stand
@@ -69,9 +85,14 @@ def read_header(path: Path, *, limits: Limits = LIMITS) -> tuple[TensorEntry, ..
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
     except (SafetensorError, TypeError, OverflowError, ValueError, RecursionError) as error:
         _refuse(path, in_one_line(error), error)
-    if not isinstance(header.pop("__metadata__", {}), dict):
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
         _refuse(path, "its metadata is not a table")
-    return tuple(_entry(path, name, fields, limits) for name, fields in header.items())
+    if len(header) > limits.max_tensors:
+        _refuse(path, f"it holds {len(header)} tensors, and at most {limits.max_tensors} are read")
+    start = 8 + length
+    entries = tuple(_entry(path, name, fields, start, limits) for name, fields in header.items())
+    return entries, {key: text for key, text in metadata.items() if isinstance(text, str)}
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -81,9 +102,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def _entry(path: Path, name: str, fields: object, limits: Limits) -> TensorEntry:
+def _entry(path: Path, name: str, fields: object, start: int, limits: Limits) -> TensorEntry:
     match fields:
-        case {"dtype": str(dtype), "shape": list(shape)}:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int()]}:
             pass
         case _:  # the library reads lists, ["F32", [2], [0, 8]], as well
             _refuse(path, f"the entry {quoted(name)} of its header is malformed")
@@ -94,7 +115,7 @@ def _entry(path: Path, name: str, fields: object, limits: Limits) -> TensorEntry
     # Zeros are left out: libraries multiply the other sizes for the strides.
     if math.prod(size for size in shape if size) >= _TOO_LARGE:
         _refuse(path, f"{quoted(name)} has a shape too large for any library")
-    return TensorEntry(name=name, dtype=dtype, shape=tuple(shape))
+    return TensorEntry(name=name, dtype=dtype, shape=tuple(shape), begin=start + begin)
 
 
 def _refuse(path: Path, why: str, cause: Exception | None = None) -> NoReturn:

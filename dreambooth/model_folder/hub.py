@@ -26,6 +26,12 @@ from dreambooth.process import files
 
 # A reachable hub answers in a fraction of this.
 _SECONDS = 6.0
+# The owners of 1.5 and of 2.x have removed theirs by November 2025.
+BASES = (
+    "Stable Diffusion 1.5 is mirrored on the hub as stable-diffusion-v1-5/stable-diffusion-v1-5 "
+    "(licence CreativeML Open RAIL-M), 2.x under sd2-community (CreativeML Open RAIL++-M); nothing "
+    "is fetched unless it is named"
+)
 _LOGGERS = ("huggingface_hub", "httpx", "httpcore", "httpx2", "httpcore2", "urllib3")
 
 
@@ -53,14 +59,16 @@ def download(name: str) -> Path:
                 raise ModelArtifactError(
                     f"The hub's {name} is not a whole model in the diffusers layout: it has no "
                     f"{INDEX} (a LoRA is fused into its base model first, a single-file checkpoint "
-                    "is converted)."
+                    "is downloaded and given by its path)."
                 )
             wanted = needed_files(names)
             return Path(snapshot_download(name, allow_patterns=wanted))
         except (RepositoryNotFoundError, GatedRepoError, HFValidationError) as error:
+            moved = f" {BASES}." if "stable-diffusion" in name.lower() else ""
             raise ModelArtifactError(
                 f"{nothing_here}, and the hub has no model of that name that can be read without "
                 "logging in: check the path or the name, or log in with `hf auth login`."
+                f"{moved}"
             ) from error
         except (HTTPError, OSError, ValueError) as error:
             if files.is_disk_full(error):

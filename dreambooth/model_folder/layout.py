@@ -37,6 +37,13 @@ INDEX = "model_index.json"
 MODEL_INFO = "__model_info__.json"
 TRAINED_PARTS = ("unet", "vae", "text_encoder")
 SAMPLES = "samples"
+# The files that weights are written to.
+WRITTEN_WEIGHTS = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+    "safety_checker": "model.safetensors",
+}
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 LEADS_OUT = (
     "{} is a link, or lies behind one, that leads out of the model: copy the file itself there."
@@ -159,6 +166,11 @@ def read_json(path: Path, *, limits: Limits = LIMITS) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelArtifactError(f"{path} must hold one JSON object.")
     return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write one JSON object. Raises OSError."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _int_of_at_most(digits: int) -> Callable[[str], int]:

@@ -32,6 +32,7 @@ _LORA: Final = re.compile(r"(?:^|[._-])(?:lora|dora|hada|lokr|oft)(?:[._-]|$)", 
 _LORA_FILE: Final = re.compile(r"lora|lycoris|adapter_model", re.IGNORECASE)
 # The U-Net in single-file checkpoints of Stable Diffusion.
 _CHECKPOINT_UNET: Final = "model.diffusion_model."
+_CONVERT: Final = "`python -m dreambooth convert FILE FOLDER` makes one of it"
 
 
 def refuse_pointer(path: Path, start: bytes) -> None:
@@ -104,10 +105,21 @@ def single_file_fault(path: Path, *, limits: Limits = LIMITS) -> str | None:
             f"holds weights, such as {quoted(min(names))}, but not those of a whole Stable "
             "Diffusion model: give the diffusers folder that they belong to."
         )
+    if names:
+        return f"is a single-file checkpoint, and a diffusers folder is needed here: {_CONVERT}."
+    if path.suffix.lower() == ".safetensors":
+        return "is not a valid safetensors file: its header cannot be read; fetch the file again."
     return (
-        "is a single-file checkpoint, and a diffusers folder is needed: convert it once with "
-        "diffusers, StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER), and "
-        "give the folder."
+        "is a pickle, which is opened only to be converted, and only if it holds nothing but "
+        f"weights: {_CONVERT}, or give the model as safetensors."
+    )
+
+
+def is_checkpoint(path: Path, *, limits: Limits = LIMITS) -> bool:
+    """Return whether a file is a safetensors file with the U-Net of a single-file checkpoint."""
+    names = _tensor_names(path, limits) if path.is_file() else []
+    return any(name.startswith(_CHECKPOINT_UNET) for name in names) and not any(
+        map(_LORA.search, names)
     )
 
 

@@ -7,14 +7,10 @@ runs no code.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
 import logging
 import pickle
-import shutil
 import struct
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -23,18 +19,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dreambooth.errors import ModelArtifactError, one_line, quoted
+from dreambooth.errors import ModelArtifactError, quoted, some_of
 from dreambooth.limits import LIMITS, Limits
-from dreambooth.model_folder import layout, source
+from dreambooth.model_folder import layout
 from dreambooth.model_folder.headers import read_header
-from dreambooth.process import files
 
 logger = logging.getLogger(__name__)
 
 # Tables of 0, 1, 2, ... that transformers up to 4.30 saved with a text encoder.
 _HARMLESS = "position_ids"
-_OTHER_PICKLES = (".ckpt", ".pt", ".pth", ".pkl", ".pickle")
-_NAMED_AT_MOST = 3
 # The types that safetensors headers may name (`headers.DTYPES`).
 _DTYPES = frozenset(
     (
@@ -96,7 +89,7 @@ def load_into(
     for fault, names in (("lacks", missing), ("holds the foreign", foreign)):
         if names:
             raise ModelArtifactError(
-                f"{component} does not fit its config.json: it {fault} {_some(names)}."
+                f"{component} does not fit its config.json: it {fault} {some_of(names)}."
             )
     module.load_state_dict(state, strict=False, assign=True)
 
@@ -143,10 +136,11 @@ def _read_safetensors(path: Path, limits: Limits) -> Iterator[tuple[Path, str, t
         raise ModelArtifactError(f"{path} cannot be read as safetensors: {error}.") from error
 
 
-def read_bin(path: Path) -> dict[str, torch.Tensor]:
+def read_bin(path: Path, *, inside: str | None = None) -> dict[str, torch.Tensor]:
     """Read the tensors of an old `.bin`, only with `torch.load(weights_only=True)`.
 
-    Raises ModelArtifactError for a pickle that holds anything but named tensors.
+    inside: the name of a table within the pickle, which is read instead if it is there. Raises
+    ModelArtifactError for a pickle that holds anything but named tensors.
     """
     try:
         packed = zipfile.is_zipfile(path)
@@ -158,6 +152,8 @@ def read_bin(path: Path) -> dict[str, torch.Tensor]:
             f"{path} is a pickle that holds more than weights, or is damaged: it is not loaded, "
             "for it could run code; give the model as safetensors."
         ) from error
+    if inside is not None and isinstance(state, dict):
+        state = state.get(inside, state)
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
     ):
@@ -210,101 +206,6 @@ def save(state: Mapping[str, torch.Tensor], path: Path) -> None:
     path.chmod(mode)
 
 
-def convert(origin: Path | str, destination: Path, *, limits: Limits = LIMITS) -> None:
-    """Copy a model folder (or a tarball of one) with every old `.bin` turned into safetensors.
-
-    Nothing else is changed. `destination` must be empty or absent; it appears only when complete.
-    Raises ModelArtifactError for anything but a model on this machine (nothing is downloaded), for
-    links to folders, and for pickles that hold more than weights or are not called `.bin`. Raises
-    ResourceError where the disk is full or `destination` cannot be written.
-    """
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise ModelArtifactError(f"{destination} exists already: give a new or an empty folder.")
-    found = source.locate(str(origin), given="as IN", limits=limits)
-    if found.path is None:  # it could be the name of a model on a hub
-        raise ModelArtifactError(
-            f"There is no folder or file {origin} in {Path.cwd()}: give a model folder or a "
-            "tarball of one."
-        )
-    parent = destination.absolute().parent
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(
-            files.disk_faults_named(
-                "The converted model", destination, elsewhere="choose another place"
-            )
-        )
-        parent.mkdir(parents=True, exist_ok=True)
-        workspace = stack.enter_context(tempfile.TemporaryDirectory(prefix=".partial-", dir=parent))
-        folder = source.open_source(found, Path(workspace) / "opened", limits=limits)
-        if parent.resolve().is_relative_to(folder.resolve()):
-            raise ModelArtifactError(f"{destination} lies inside of {folder}, which is read.")
-        whole = Path(workspace) / "converted"
-        _convert_folder(folder, whole, layout.home_of(folder), limits)
-        layout.validate_folder(whole, limits=limits)
-        if destination.exists():
-            destination.rmdir()
-        files.put_in_place(whole, destination)
-
-
-def _convert_folder(folder: Path, target: Path, home: str, limits: Limits) -> None:
-    """Copy a folder with its content. home: the folder that links may not lead out of."""
-    target.mkdir()
-    for entry in sorted(folder.iterdir()):
-        if entry.name.startswith("."):
-            continue  # .git, .cache and the like are not part of a model
-        copy = target / _safetensors_name(entry.name)
-        if entry.is_dir():
-            if entry.is_symlink():  # it may lead anywhere, even in a circle
-                raise ModelArtifactError(
-                    f"{entry} is a link to a folder, which is not followed: put the folder itself "
-                    "there, or remove the link."
-                )
-            _convert_folder(entry, copy, home, limits)
-            continue
-        _refuse_foreign(entry, home, limits)
-        if copy.name != entry.name and (folder / copy.name).exists():
-            continue  # a safetensors twin is there already
-        elif entry.suffix in _OTHER_PICKLES:
-            raise ModelArtifactError(
-                f"{entry} is a pickle, which is never opened: remove it first."
-            )
-        elif entry.name.endswith(".bin"):
-            save(read_bin(entry), copy)
-        elif copy.name != entry.name:
-            index = layout.read_json(entry, limits=limits)
-            weight_map = index.get("weight_map")
-            if isinstance(weight_map, dict):
-                index["weight_map"] = {
-                    key: _safetensors_name(str(name)) for key, name in weight_map.items()
-                }
-            copy.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        else:
-            shutil.copyfile(entry, copy)
-
-
-def _refuse_foreign(entry: Path, home: str, limits: Limits) -> None:
-    """Raise ModelArtifactError for what is not a file, and for links that lead out of the model.
-
-    Links to weights may lead out. Safetensors there are checked: they might be any text.
-    """
-    if not entry.is_file():
-        raise ModelArtifactError(f"{entry} is no regular file, or a link to nothing.")
-    if layout.leads_out(entry, home):
-        if entry.suffix not in layout.WEIGHT_SUFFIXES:
-            raise ModelArtifactError(layout.LEADS_OUT.format(entry))
-        if entry.suffix == ".safetensors":
-            read_header(entry, limits=limits)
-
-
-def _safetensors_name(name: str) -> str:
-    """Return the safetensors name of an old weight file or index; other names stay as they are."""
-    if not (name.endswith(".bin") or ".bin.index" in name):
-        return name
-    if name.startswith("pytorch_model"):  # only pickles have the prefix
-        name = name.removeprefix("pytorch_")
-    return name.replace(".bin", ".safetensors")
-
-
 def _check(path: Path, key: str, tensor: torch.Tensor, expected: torch.Tensor) -> None:
     if tensor.shape != expected.shape:
         raise ModelArtifactError(
@@ -315,10 +216,3 @@ def _check(path: Path, key: str, tensor: torch.Tensor, expected: torch.Tensor) -
         raise ModelArtifactError(
             f"{path} holds {quoted(key)} as {tensor.dtype}, which are no weights."
         )
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - _NAMED_AT_MOST
-    return ", ".join(one_line(name, 100) for name in names[:_NAMED_AT_MOST]) + (
-        f" and {more} more" if more > 0 else ""
-    )

@@ -10,7 +10,13 @@ from typing import Final
 from dreambooth.errors import HyperparameterError
 from dreambooth.limits import LIMITS
 from dreambooth.settings import command_line
-from dreambooth.settings.knob import knobs_of, option
+from dreambooth.settings.knob import (
+    BASE_SENTENCE,
+    PREDICTION_TYPE_SENTENCE,
+    PREDICTION_TYPES,
+    knobs_of,
+    option,
+)
 
 _SIDES: Final = {"minimum": 8, "maximum": LIMITS.max_generated_side_pixels, "multiple_of": 8}
 _PROMPT: Final = {"max_characters": LIMITS.max_prompt_characters}
@@ -20,7 +26,11 @@ _PROMPT: Final = {"max_characters": LIMITS.max_prompt_characters}
 class GenerateSettings:
     """The options, read and checked. seed: None if one is still to be chosen."""
 
-    model: str = option(MISSING, "Model folder, tarball, hub id, or tiny (the embedded model).")
+    model: str = option(
+        MISSING, "Model folder, tarball, single file, hub id, or tiny (the embedded model)."
+    )
+    prediction_type: str | None = option(None, PREDICTION_TYPE_SENTENCE, choices=PREDICTION_TYPES)
+    base: str | None = option(None, BASE_SENTENCE)
     prompts: tuple[str, ...] = option(
         MISSING,
         'What to draw, as in --prompt "a photo of a cat"; may be given several times.',

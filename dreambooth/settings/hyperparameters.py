@@ -16,7 +16,13 @@ from typing import Any, Final, NamedTuple
 
 from dreambooth.errors import HyperparameterError, UserError, quoted
 from dreambooth.limits import LIMITS, Limits
-from dreambooth.settings.knob import knobs_of, option
+from dreambooth.settings.knob import (
+    BASE_SENTENCE,
+    PREDICTION_TYPE_SENTENCE,
+    PREDICTION_TYPES,
+    knobs_of,
+    option,
+)
 
 PUBLISHED: Final = "published"
 published = partial(option, origin=PUBLISHED)
@@ -148,9 +154,11 @@ class Hyperparameters:
 
     pretrained_model: str | None = ours(
         None,
-        "Model to start from: a diffusers folder, its tarball, a hub id, or tiny (the embedded "
-        "model); None: the model channel.",
+        "Model to start from: a diffusers folder, its tarball, a single-file checkpoint, a hub id, "
+        "or tiny (the embedded model); None: the model channel.",
     )
+    prediction_type: str | None = ours(None, PREDICTION_TYPE_SENTENCE, choices=PREDICTION_TYPES)
+    base: str | None = ours(None, BASE_SENTENCE)
     resolution: int | None = ours(
         None,
         "Side of the training pictures in pixels; None: the model's own.",
@@ -190,6 +198,10 @@ class Hyperparameters:
     )
     export_precision: str = ours(
         "fp32", "Number format of the exported weights.", choices=("fp32", "fp16")
+    )
+    export_single_file: bool = ours(
+        False,
+        "Also writes the model as one safetensors file for other tools, beside the report.",
     )
     fid_features: str | None = ours(
         None,

@@ -20,6 +20,14 @@ from dreambooth.errors import UserError, quoted
 from dreambooth.limits import LIMITS, Limits
 from dreambooth.process import addresses
 
+# Of the options of a single-file checkpoint, which train, serve, generate and convert share.
+PREDICTION_TYPES: Final = ("epsilon", "v_prediction")
+PREDICTION_TYPE_SENTENCE: Final = "What a single-file checkpoint predicts; None: as it says itself."
+BASE_SENTENCE: Final = (
+    "Diffusers folder from which a single-file checkpoint takes configurations and vocabulary; "
+    "None: the published ones."
+)
+
 
 class BareFlag:
     """The value of a command-line option given without one; for a boolean knob it means True."""

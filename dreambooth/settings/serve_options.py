@@ -15,7 +15,14 @@ from typing import Final
 from dreambooth.errors import HyperparameterError
 from dreambooth.limits import LIMITS, MIB
 from dreambooth.settings import command_line
-from dreambooth.settings.knob import Knob, knobs_of, option
+from dreambooth.settings.knob import (
+    BASE_SENTENCE,
+    PREDICTION_TYPE_SENTENCE,
+    PREDICTION_TYPES,
+    Knob,
+    knobs_of,
+    option,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,10 +35,12 @@ class ServeSettings:
 
     model: str = option(
         "/opt/ml/model",
-        "Model folder, tarball, hub id, or tiny (the embedded model).",
+        "Model folder, tarball, single file, hub id, or tiny (the embedded model).",
         is_printable=True,
         variables=("SM_MODEL_DIR",),
     )
+    prediction_type: str | None = option(None, PREDICTION_TYPE_SENTENCE, choices=PREDICTION_TYPES)
+    base: str | None = option(None, BASE_SENTENCE, is_printable=True)
     host: str = option("0.0.0.0", "Address to listen on.", is_printable=True)
     port: int = option(
         8080,

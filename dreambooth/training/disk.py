@@ -17,12 +17,14 @@ REST_BYTES = 16 * 2**20  # report.html, metrics, the model's vocabulary and samp
 class DiskBudget:
     """Bytes on disk at the peak of a run; while the model is unknown, all but base are 0.
 
-    base: the pretrained model, unpacked from its tarball. checkpoint: one checkpoint. checkpoints:
+    base: the pretrained model, unpacked from its tarball or file. single_file: the model a second
+    time, for other tools. checkpoint: one checkpoint. checkpoints:
     how many exist at once, those that are kept and the one being written.
     """
 
     base: int = 0
     model: int = 0
+    single_file: int = 0
     checkpoint: int = 0
     checkpoints: int = 0
     class_images: int = 0
@@ -36,7 +38,8 @@ class DiskBudget:
     @property
     def total(self) -> int:
         """Return the bytes of everything."""
-        return self.base + self.model + self.all_checkpoints + self.class_images + self.rest
+        models = self.base + self.model + self.single_file
+        return models + self.all_checkpoints + self.class_images + self.rest
 
 
 def expected(
@@ -51,7 +54,7 @@ def expected(
 ) -> DiskBudget:
     """Return the disk budget; of an unknown model only base_bytes is counted.
 
-    class_images: how many are to be sampled. base_bytes: of the unpacked tarball. copied_bytes: of
+    class_images: how many are to be sampled. base_bytes: of the unpacked base. copied_bytes: of
     the parts that are copied unchanged into the new model (a safety checker).
     """
     if facts is None:
@@ -59,10 +62,12 @@ def expected(
     text_encoder = facts.text_encoder_parameters
     trained = facts.unet_parameters + text_encoder * hyperparameters.train_text_encoder
     every = facts.unet_parameters + text_encoder + facts.vae_parameters
+    weights = (2 if hyperparameters.export_precision == "fp16" else 4) * every
     resolution = hyperparameters.resolution or facts.resolution
     return DiskBudget(
         base=base_bytes,
-        model=(2 if hyperparameters.export_precision == "fp16" else 4) * every + copied_bytes,
+        model=weights + copied_bytes,
+        single_file=weights if hyperparameters.export_single_file else 0,
         # fp32 weights, and AdamW's two moments of 4 bytes or of 1
         checkpoint=(4 + (2 if use_8bit_adam else 8)) * trained if keeps_checkpoints else 0,
         checkpoints=hyperparameters.checkpoints_total_limit + 1 if keeps_checkpoints else 0,

@@ -288,6 +288,7 @@ def _expected_line(plan: TrainingPlan) -> str:
 def _disk_line(budget: DiskBudget) -> str:
     parts = [
         ("the model", budget.model),
+        ("one file of it", budget.single_file),
         (f"{budget.checkpoints} checkpoints at a time", budget.all_checkpoints),
         ("the unpacked base", budget.base),
         ("class images", budget.class_images),

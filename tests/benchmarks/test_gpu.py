@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -138,7 +139,7 @@ def test_what_the_budget_cuts_off_or_leaves_out_is_named(context: StageContext) 
     assert found.end("long")[0::2] == ("cut off", "the budget of 12 s was used up")
     ended, _, why = found.end("later")
     assert ended == "left out"
-    assert why == "10 of the budget's 12 s were left"
+    assert re.fullmatch(r"(9|10) of the budget's 12 s were left", why)
     assert found.end("never asked") == ("not asked for", 0.0, None)
 
 

@@ -152,7 +152,7 @@ def test_the_build_argument_takes_torch_from_another_index_first(
         asked = docker("run", "--rm", "--entrypoint=cat", built, "/asked").stdout.splitlines()
     finally:
         docker("rmi", "--force", built, base, check=False)
-    torch, everything = asked
+    torch, everything, vocabulary = asked
     pin = next(
         line.split()[0]
         for line in (ROOT / "requirements.txt").read_text().splitlines()
@@ -160,6 +160,7 @@ def test_the_build_argument_takes_torch_from_another_index_first(
     )
     assert torch.endswith(f"--index-url https://index.invalid/cu126 {pin}")
     assert everything.endswith("-r requirements.txt")
+    assert vocabulary.endswith("--no-deps -r requirements/clip-vocabulary.txt")
 
 
 def test_docker_stop_during_training_ends_it_in_time(

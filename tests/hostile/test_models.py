@@ -262,8 +262,14 @@ def test_files_that_are_none(sandbox: Any, own_model: Own, file: str, kind: str)
     sandbox.refuses("base")
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt", "model.pt", "model.bin"])
-def test_a_single_file_gets_the_convert_command_named(sandbox: Any, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("model.safetensors", "is not a valid safetensors file"),
+        *((f"model.{end}", "dreambooth convert FILE FOLDER") for end in ("ckpt", "pt", "bin")),
+    ],
+)
+def test_a_single_file_gets_a_sentence(sandbox: Any, name: str, words: str) -> None:
     sandbox.model = sandbox.root / name
     sandbox.model.write_bytes(b"\0" * 100)
-    assert "from_single_file" in sandbox.refuses(name)
+    assert words in sandbox.refuses(name)

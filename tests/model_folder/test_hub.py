@@ -164,3 +164,15 @@ def test_a_repository_of_a_lora_is_no_model() -> None:
 @pytest.mark.usefixtures("small_hub")
 def test_a_repositorys_files_are_listed() -> None:
     assert hub._file_names("owner/known") == ["model_index.json", "weights.ckpt"]
+
+
+@pytest.mark.usefixtures("small_hub")
+def test_a_base_that_has_moved_is_told_where_it_is(tmp_path: Path) -> None:
+    for name in ("runwayml/stable-diffusion-v1-5", "stabilityai/stable-diffusion-2-1-base"):
+        with pytest.raises(ModelArtifactError, match=r"stable-diffusion-v1-5/.*under sd2-commun"):
+            hub.download(name)
+    with pytest.raises(ModelArtifactError) as error:
+        hub.download("owner/other")
+    assert "sd2-community" not in str(error.value)
+    with pytest.raises(ModelArtifactError, match="nothing is fetched unless it is named"):
+        source.locate(None, tmp_path / "nothing")

@@ -195,11 +195,17 @@ def test_other_pickles_are_no_weights(make_model_folder: Make) -> None:
         validate_folder(folder)
 
 
-@pytest.mark.parametrize("name", ["v1-5.ckpt", "sd.safetensors", "unet.pt"])
-def test_a_single_file_checkpoint_gets_the_convert_command_named(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["v1-5.ckpt", "unet.pt"])
+def test_a_pickle_gets_the_convert_command_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(bytes(100))
-    with pytest.raises(ModelArtifactError, match="from_single_file"):
+    with pytest.raises(ModelArtifactError, match="dreambooth convert FILE FOLDER"):
         validate_folder(tmp_path / name)
+
+
+def test_a_file_that_only_is_called_safetensors_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "sd.safetensors").write_bytes(bytes(100))
+    with pytest.raises(ModelArtifactError, match="not a valid safetensors file"):
+        validate_folder(tmp_path / "sd.safetensors")
 
 
 def test_a_link_to_nothing_is_no_weights(make_model_folder: Make) -> None:

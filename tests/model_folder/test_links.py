@@ -19,7 +19,7 @@ import inference
 from dreambooth import __main__ as cli
 from dreambooth.errors import ModelArtifactError
 from dreambooth.evaluation import vision_model
-from dreambooth.model_folder import layout, pack, source, weights
+from dreambooth.model_folder import conversion, layout, pack, source
 from dreambooth.model_folder.model_card import licence_of
 from dreambooth.serving.http import server
 from dreambooth.settings.serve_options import ServeSettings
@@ -110,7 +110,7 @@ def test_convert_copies_no_file_from_behind_a_link(
     (folder / "docs").mkdir()
     link(folder / "docs" / "notes.md", secret)
     with pytest.raises(ModelArtifactError, match=r"docs/notes\.md is a link"):
-        weights.convert(folder, tmp_path / "new")
+        conversion.convert(folder, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -121,7 +121,7 @@ def test_text_that_is_named_like_weights_is_copied_by_nobody(
     folder = make_model_folder()
     link(folder / name, secret)
     with pytest.raises(ModelArtifactError, match=Path(name).name):
-        weights.convert(folder, tmp_path / "new")
+        conversion.convert(folder, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -182,7 +182,7 @@ def test_a_snapshot_of_the_hub_clients_cache_is_a_model(
         path.unlink()
         path.symlink_to(os.path.relpath(cache / "blobs" / str(number), path.parent))
     layout.validate_folder(folder, linked_weights=False)
-    weights.convert(folder, tmp_path / "new")
+    conversion.convert(folder, tmp_path / "new")
     # In a folder of another name the same links lead outside.
     (cache / "snapshots").rename(cache / "shots")
     with pytest.raises(ModelArtifactError, match="leads out of the model"):

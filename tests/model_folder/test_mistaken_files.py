@@ -293,8 +293,9 @@ def test_a_part_alone_is_no_checkpoint(tmp_path: Path, names: list[str]) -> None
 def test_a_checkpoint_is_still_called_one(tmp_path: Path, stem: str, metadata: object) -> None:
     names = ["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.explora.weight"]
     path = write_safetensors(tmp_path / f"{stem}.safetensors", names, metadata)
-    with pytest.raises(ModelArtifactError, match=r"is a single-file checkpoint.*from_single_file"):
-        source.locate(str(path))
+    assert source.locate(str(path)).kind == "single_file"
+    with pytest.raises(ModelArtifactError, match=r"is a single-file checkpoint.*dreambooth conver"):
+        validate_folder(path)
 
 
 @pytest.mark.parametrize(

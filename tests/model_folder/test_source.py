@@ -96,13 +96,18 @@ def test_a_hub_id_is_a_name_that_is_no_path(
             source.locate(name, None)
 
 
-@pytest.mark.parametrize("name", ["sd.safetensors", "v1-5-pruned.ckpt"])
-def test_a_single_file_checkpoint_gets_the_convert_command_named(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("sd.safetensors", "not a valid safetensors file"),
+        ("v1-5-pruned.ckpt", "dreambooth convert FILE FOLDER"),
+    ],
+)
+def test_what_is_no_safetensors_is_refused(tmp_path: Path, name: str, words: str) -> None:
     (tmp_path / name).write_bytes(bytes(100))
-    with pytest.raises(ModelArtifactError, match="from_single_file"):
-        source.locate(str(tmp_path / name), None)
-    with pytest.raises(ModelArtifactError, match="from_single_file"):
-        source.locate(None, tmp_path)
+    for given in ((str(tmp_path / name), None), (None, tmp_path)):
+        with pytest.raises(ModelArtifactError, match=words):
+            source.locate(*given)
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dreambooth.errors import ModelArtifactError, ResourceError
-from dreambooth.model_folder import weights
+from dreambooth.model_folder import conversion, weights
 
 Make = Callable[..., Path]
 CPU = torch.device("cpu")
@@ -219,7 +219,7 @@ def test_convert_turns_every_bin_into_safetensors_and_changes_nothing_else(
 ) -> None:
     old = make_model_folder(bin=True, **options)
     (old / "notes.txt").write_text("mine")
-    weights.convert(old, tmp_path / "new")
+    conversion.convert(old, tmp_path / "new")
     new = make_model_folder(**options)  # the same model, saved as safetensors from the start
     assert names(tmp_path / "new") == names(new) | {"notes.txt"}
     expected, converted = tensors(new), tensors(tmp_path / "new")
@@ -240,7 +240,7 @@ def test_convert_takes_a_tarball_and_an_empty_folder(
     with tarfile.open(tmp_path / "old.tar.gz", "w:gz") as tar:
         tar.add(old, arcname=".")
     (tmp_path / "new").mkdir()
-    weights.convert(tmp_path / "old.tar.gz", tmp_path / "new")
+    conversion.convert(tmp_path / "old.tar.gz", tmp_path / "new")
     assert (tmp_path / "new" / "text_encoder" / "model.safetensors").exists()
     assert not list((tmp_path / "new").rglob("*.bin"))
 
@@ -251,7 +251,7 @@ def test_convert_prefers_a_twin_that_is_safetensors_already(
     old = make_model_folder()
     twin = old / "unet" / "diffusion_pytorch_model.bin"
     twin.write_bytes(b"never opened")
-    weights.convert(old, tmp_path / "new")
+    conversion.convert(old, tmp_path / "new")
     assert names(tmp_path / "new") == names(old) - {"unet/diffusion_pytorch_model.bin"}
 
 
@@ -275,7 +275,7 @@ def test_convert_writes_nothing_where_it_refuses(
         (inside, inside / "new"),
     ):
         with pytest.raises(ModelArtifactError):
-            weights.convert(origin, target)
+            conversion.convert(origin, target)
         assert [path.name for path in tmp_path.iterdir()] == ["full"]
     assert names(full) == {"mine"}
     assert not evil_mark.exists()
@@ -316,7 +316,7 @@ def test_a_tensor_that_is_no_plain_one_is_one_sentence(
     with pytest.raises(ModelArtifactError, match=r"model\.bin .*"):
         weights.read_bin(path)
     with pytest.raises(ModelArtifactError):
-        weights.convert(folder, tmp_path / "new")
+        conversion.convert(folder, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -336,7 +336,7 @@ def test_tensors_that_share_their_memory_are_plain(tmp_path: Path) -> None:
 def test_convert_takes_nothing_from_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelArtifactError, match="no folder or file models/stable-diffusion") as e:
-        weights.convert(Path("models/stable-diffusion-2-1-base"), tmp_path / "new")
+        conversion.convert(Path("models/stable-diffusion-2-1-base"), tmp_path / "new")
     assert "hub" not in str(e.value)
     assert not list(tmp_path.iterdir())
 
@@ -348,15 +348,15 @@ def test_convert_follows_links_to_files_and_none_to_folders(
     file = old / "unet" / "diffusion_pytorch_model.bin"
     file.rename(blob)
     file.symlink_to(blob)  # the hub client's cache uses such links
-    weights.convert(old, tmp_path / "new")
+    conversion.convert(old, tmp_path / "new")
     assert not list(path for path in (tmp_path / "new").rglob("*") if path.is_symlink())
     (old / "unet" / "loop").symlink_to("..")
     with pytest.raises(ModelArtifactError, match=r"unet/loop is a link to a folder"):
-        weights.convert(old, tmp_path / "newer")
+        conversion.convert(old, tmp_path / "newer")
     (old / "unet" / "loop").unlink()
     (old / "notes.txt").symlink_to("nowhere")
     with pytest.raises(ModelArtifactError, match=r"notes\.txt is no regular file, or a link to"):
-        weights.convert(old, tmp_path / "newer")
+        conversion.convert(old, tmp_path / "newer")
     assert not (tmp_path / "newer").exists()
 
 
@@ -365,18 +365,18 @@ def test_convert_asks_for_room_only_where_it_is_short(
 ) -> None:
     (tmp_path / "dangling").symlink_to("nowhere")
     with pytest.raises(ResourceError) as caught:
-        weights.convert(make_model_folder(), tmp_path / "dangling")
+        conversion.convert(make_model_folder(), tmp_path / "dangling")
     assert "free some space" not in str(caught.value)
 
 
 def test_convert_tells_where_it_cannot_write(make_model_folder: Make, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ResourceError, match="cannot be written to"):
-        weights.convert(make_model_folder(), tmp_path / "file" / "new")
+        conversion.convert(make_model_folder(), tmp_path / "file" / "new")
 
 
 def test_a_converted_index_is_plain_json(make_model_folder: Make, tmp_path: Path) -> None:
-    weights.convert(make_model_folder(bin=True, sharded=True), tmp_path / "new")
+    conversion.convert(make_model_folder(bin=True, sharded=True), tmp_path / "new")
     path = tmp_path / "new" / "unet" / "diffusion_pytorch_model.safetensors.index.json"
     files = set(json.loads(path.read_text("utf-8"))["weight_map"].values())
     assert files == {f"diffusion_pytorch_model-0000{n}-of-00002.safetensors" for n in (1, 2)}

@@ -53,6 +53,8 @@ ACCEPTED = {
 }
 OURS = {
     "pretrained_model": "None",
+    "prediction_type": "None",
+    "base": "None",
     "resolution": "None",
     "checkpointing_steps": "None",
     "checkpointing_minutes": "None",
@@ -63,6 +65,7 @@ OURS = {
     "sample_prompt": "None",
     "memory_plan": "auto",
     "export_precision": "fp32",
+    "export_single_file": "False",
     "fid_features": "None",
     "deterministic": "False",
     "prior_preservation_mode": "images",
@@ -96,6 +99,8 @@ OFF_DEFAULT: dict[str, tuple[str, object]] = {
     "lr_warmup_steps": ("0", 0),
     "class_data_dir": ("cats", "cats"),
     "pretrained_model": ("tiny", "tiny"),
+    "prediction_type": ("v_prediction", "v_prediction"),
+    "base": ("tiny", "tiny"),
     "resolution": ("256", 256),
     "checkpointing_steps": ("50", 50),
     "checkpointing_minutes": ("2.5", 2.5),
@@ -106,6 +111,7 @@ OFF_DEFAULT: dict[str, tuple[str, object]] = {
     "sample_prompt": ("a photo of a zwx dog", "a photo of a zwx dog"),
     "memory_plan": ("8bit_adamw", "8bit_adamw"),
     "export_precision": ("fp16", "fp16"),
+    "export_single_file": ("True", True),
     "fid_features": ("models/dinov2-base", "models/dinov2-base"),
     "deterministic": ("True", True),
     "prior_preservation_mode": ("prediction", "prediction"),

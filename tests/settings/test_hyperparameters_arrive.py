@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dreambooth.job import run
+from dreambooth.model_folder import conversion
 from dreambooth.settings.hyperparameters import Hyperparameters
 from dreambooth.training import optimizer
 
@@ -261,6 +262,39 @@ def test_pretrained_model(run_job: Start, make_model_folder: Folder) -> None:
     run = run_job(pretrained_model=other)
     assert f"{other}" in (run.model / "README.md").read_text()
     assert not torch.equal(run.weights(), run_job().weights())
+
+
+@pytest.fixture(scope="module")
+def single_file(small_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the miniature model as one file."""
+    path = tmp_path_factory.mktemp("file") / "small.safetensors"
+    conversion.convert(small_model_folder, path)
+    return path
+
+
+def test_base(run_job: Start, single_file: Path, small_model_folder: Path) -> None:
+    run = run_job(pretrained_model=single_file, base=small_model_folder)
+    assert torch.equal(run.weights(), run_job().weights())
+
+
+def test_prediction_type(run_job: Start, single_file: Path, small_model_folder: Path) -> None:
+    settings = {"pretrained_model": single_file, "base": small_model_folder}
+    run = run_job(**settings, prediction_type="v_prediction")
+    scheduler = json.loads((run.model / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["prediction_type"] == "v_prediction"
+    assert not torch.equal(run.weights(), run_job().weights())
+
+
+def test_export_single_file(run_job: Start, small_model_folder: Path, tmp_path: Path) -> None:
+    assert not (run_job().output / "model.safetensors").exists()
+    run = run_job(export_single_file=True)
+    conversion.convert(run.output / "model.safetensors", tmp_path / "m", base=str(run.model))
+    for part in ("unet", "vae", "text_encoder"):
+        [mine], [other] = ((f / part).glob("*.safetensors") for f in (run.model, tmp_path / "m"))
+        first, second = load_file(mine), load_file(other)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first)
+    assert not (run.model / "model.safetensors").exists()
 
 
 def test_resolution(run_job: Start) -> None:

@@ -35,6 +35,8 @@ def test_the_defaults_are_sagemakers() -> None:
 # For every option an unusual value and the setting it must give.
 ODD = {
     "model": ("tiny", "tiny"),
+    "prediction_type": ("V_prediction", "v_prediction"),
+    "base": ("tiny", "tiny"),
     "host": ("127.0.0.1", "127.0.0.1"),
     "port": ("0", 0),
     "request_timeout_s": ("3600.5", 3600.5),

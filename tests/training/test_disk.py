@@ -45,6 +45,13 @@ def test_the_model_counts_every_weight_in_the_precision_of_the_export() -> None:
     assert budget(copied=1000).model == model + 1000
 
 
+def test_one_file_takes_as_much_as_the_model_again() -> None:
+    assert budget().single_file == 0
+    whole = budget(export_single_file=True, export_precision="fp16", copied=1000)
+    assert whole.single_file == 2 * (UNET + TEXT + VAE) == whole.model - 1000
+    assert whole.total == whole.model + whole.single_file + disk.REST_BYTES
+
+
 def test_checkpoints_hold_weights_and_moments_and_one_more_than_is_kept() -> None:
     assert budget().all_checkpoints == 0
     kept = budget(keeps=True, checkpoints_total_limit=2)

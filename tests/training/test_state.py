@@ -112,6 +112,19 @@ def test_a_changed_setting_is_named(make_training: Make, tmp_path: Path) -> None
         states.load_newest(training.state, tmp_path, identity=changed)
 
 
+def test_another_prediction_type_is_another_model_but_earlier_versions_did_not_store_it(
+    make_training: Make, tmp_path: Path
+) -> None:
+    training = make_training()
+    said = {**IDENTITY, "prediction_type": "epsilon"}
+    states.save(training.state, tmp_path, identity=IDENTITY, keep=1)
+    assert states.load_newest(training.state, tmp_path, identity=said)
+    states.save(training.state, tmp_path, identity=said, keep=1)
+    changed = {**IDENTITY, "prediction_type": "v_prediction"}
+    with pytest.raises(HyperparameterError, match="prediction_type was epsilon and is now v_pred"):
+        states.load_newest(training.state, tmp_path, identity=changed)
+
+
 def test_only_a_plan_that_was_chosen_by_itself_may_change(
     make_training: Make, tmp_path: Path
 ) -> None:

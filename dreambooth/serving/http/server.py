@@ -176,11 +176,14 @@ async def _fetch(settings: ServeSettings, workspace: Path) -> Path:
 
 
 def _folder_of(settings: ServeSettings, workspace: Path) -> Path:
-    if not settings.model_is_platforms:
-        found = source.locate(settings.model, given="with --model")
-    else:
-        given = "as the endpoint's model data or with --model"
-        found = source.locate(None, Path(settings.model), given=given)
+    is_platforms = settings.model_is_platforms
+    found = source.locate(
+        None if is_platforms else settings.model,
+        Path(settings.model) if is_platforms else None,
+        given="as the endpoint's model data or with --model" if is_platforms else "with --model",
+        prediction_type=settings.prediction_type,
+        base=settings.base,
+    )
     return source.open_source(found, workspace)
 
 
