@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,15 @@ def test_all_that_makes_the_host_wait_is_counted() -> None:
         assert counting.waits[4:] == ["a tensor is copied from the host"] * 2
         float(torch.tensor([1.0]).sum())  # the host's own
     assert len(counting.waits) == 6
+
+
+def test_the_stand_ins_leave_torch_as_it_was() -> None:
+    code = (
+        "import torch; from benchmarks.train_step.counted_step import Counting, stand_ins\n"
+        "with stand_ins(Counting()), torch.device('meta'): torch.empty(0)\n"
+        "with torch.device('meta'): assert torch.tensor([]).is_meta"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_an_operation_moves_what_it_reads_and_writes() -> None:
