@@ -13,6 +13,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -37,6 +38,8 @@ DESCRIBED: dict[str, dict[str, Any]] = {
 }
 OBJECTS: dict[str, bytes] = {}
 """Contents of S3 by bucket and key, such as `bucket/folder/name`."""
+ASYNC_OUTPUTS: list[str] = []
+"""Where the replies of the asynchronous endpoints go, such as `s3://bucket/folder`."""
 
 
 class Aws:
@@ -86,6 +89,10 @@ class Handler(BaseHTTPRequestHandler):
             print(json.dumps([operation, request]), flush=True)
             if operation == "CreateTransformJob":
                 transform(request)
+            elif "AsyncInferenceConfig" in request:
+                ASYNC_OUTPUTS.append(
+                    request["AsyncInferenceConfig"]["OutputConfig"]["S3OutputPath"]
+                )
         created = {f"{kind}Arn": ARN for kind in MADE}
         self.answer(json.dumps(DESCRIBED.get(operation, created)).encode())
 
@@ -110,13 +117,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def invoke_later(self) -> None:
         """Draw at once; the client asks S3 for the reply later."""
-        sent, kinds = {}, ("InputLocation", "Content-Type", "Accept")
-        for kind in kinds:
-            sent[kind] = self.headers[f"X-Amzn-SageMaker-{kind}"]
-        place = sent["InputLocation"].removeprefix("s3://")
-        _, reply, _ = ask(OBJECTS[place], sent["Content-Type"], sent["Accept"])
-        OBJECTS[f"{place}.out"] = reply
-        headers = {"X-Amzn-SageMaker-OutputLocation": f"s3://{place}.out"}
+        place, kind, accept = (
+            self.headers[f"X-Amzn-SageMaker-{name}"]
+            for name in ("InputLocation", "Content-Type", "Accept")
+        )
+        _, reply, _ = ask(OBJECTS[place.removeprefix("s3://")], kind, accept)
+        written = f"{ASYNC_OUTPUTS[-1]}/{uuid.uuid4()}.out"
+        OBJECTS[written.removeprefix("s3://")] = reply
+        headers = {"X-Amzn-SageMaker-OutputLocation": written}
         self.answer(b'{"InferenceId": "1"}', status=202, **headers)
 
     def body(self) -> bytes:
