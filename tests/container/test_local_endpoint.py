@@ -34,4 +34,5 @@ def test_it_runs_in_a_container_where_docker_has_the_image(
             endpoint.predict(b"{}", {"ContentType": "application/json", "Accept": "image/png"})
     finally:
         endpoint.delete_endpoint()
-    assert not docker("ps", "--all", "--quiet", "--filter=name=dreambooth-").stdout
+    port = endpoint.address.rpartition(":")[2]
+    assert not docker("ps", "--all", "--quiet", f"--filter=name=dreambooth-{port}").stdout
