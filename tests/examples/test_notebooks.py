@@ -78,31 +78,6 @@ def check_outputs(notebook: Notebook) -> None:
     assert sum("image/png" in output.get("data", {}) for output in outputs(notebook)) >= 8
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_notebook_has_the_outputs_of_a_whole_run(name: str) -> None:
-    notebook = committed(name)
-    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
-    assert notebook["metadata"]["digest_of_what_was_run"] == digest(notebook)
-    check_outputs(notebook)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_notebook_is_small(name: str) -> None:
-    assert (EXAMPLES / f"{name}.ipynb").stat().st_size <= 1_000_000
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_notebook_is_for_people(name: str) -> None:
-    """Its cells are short, each piece of code is explained, and its links lead somewhere."""
-    cells = committed(name)["cells"]
-    assert cells[0]["cell_type"] == "markdown"
-    assert max(len(cell["source"]) for cell in cells if cell["cell_type"] == "code") <= 30
-    assert sum(cell["cell_type"] == "markdown" for cell in cells) >= len(cells) / 3
-    text = "".join(line for cell in cells for line in cell["source"])
-    for target in re.findall(r"\]\(([^)\s#]+)[^)]*\)", text):
-        assert target.startswith("../out/") or (EXAMPLES / target).is_file(), target
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Notebook], Aws]:
     """Return the executed notebooks by name, and the calls to AWS that they made."""
@@ -218,3 +193,28 @@ def test_they_call_aws_as_the_published_notebooks_do(run: tuple[dict[str, Notebo
     assert transform["TransformResources"]["TransformAmiVersion"]
     assert len(calls["DeleteEndpoint"]) == len(calls["CreateEndpoint"]) == 3
     assert len(calls["DeleteModel"]) == 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_has_the_outputs_of_a_whole_run(name: str) -> None:
+    notebook = committed(name)
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    assert notebook["metadata"]["digest_of_what_was_run"] == digest(notebook)
+    check_outputs(notebook)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_is_small(name: str) -> None:
+    assert (EXAMPLES / f"{name}.ipynb").stat().st_size <= 1_000_000
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_is_for_people(name: str) -> None:
+    """Its cells are short, each piece of code is explained, and its links lead somewhere."""
+    cells = committed(name)["cells"]
+    assert cells[0]["cell_type"] == "markdown"
+    assert max(len(cell["source"]) for cell in cells if cell["cell_type"] == "code") <= 30
+    assert sum(cell["cell_type"] == "markdown" for cell in cells) >= len(cells) / 3
+    text = "".join(line for cell in cells for line in cell["source"])
+    for target in re.findall(r"\]\(([^)\s#]+)[^)]*\)", text):
+        assert target.startswith("../out/") or (EXAMPLES / target).is_file(), target
