@@ -6,15 +6,17 @@ BIN    := $(VENV)/bin
 # transformers 4.x, which must load our model folders too, and the toolkits that must serve them.
 APART := transformers4 sagemaker-inference huggingface-toolkit
 
-# Environments of SageMaker's own clients, each with its own packages.
+# Environments of SageMaker's own clients, each with its own packages. (That of the notebooks is
+# made in the same way.)
 CLIENTS := sdk-v2 sdk-v3 training-toolkit
 IMAGE  ?= dreambooth
 DOCKER ?= docker
 BUILD_ARGS ?=
 # `make test-container ONLY="-k fit_deploy"` runs some of them.
 ONLY   ?=
+WRITE  ?=
 
-.PHONY: help demo picture test test-benchmarks test-real-size test-container check train serve image bench clean
+.PHONY: help demo picture test test-benchmarks test-real-size test-notebooks test-container notebooks check train serve image bench clean
 
 help:
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /make \1|/p' Makefile | while IFS='|' read -r command sentence; \
@@ -27,6 +29,9 @@ demo: $(VENV)/.installed ## fine-tune the embedded model on eight pictures of a 
 picture: demo ## make the README's picture from that sheet
 	$(BIN)/python -c "from PIL import Image; Image.open('out/demo/sheet.png') \
 	  .crop((0, 0, 1089, 835)).quantize(256, kmeans=1).save('docs/demo.png', optimize=True)"
+
+notebooks: $(VENV)/.installed $(VENV)/notebooks/.client ## open the notebooks of examples/ in Jupyter
+	SAGEMAKER_SUPPRESS_V2_WARNING=1 $(VENV)/notebooks/bin/jupyter lab examples/fun_images_of_your_pet.ipynb
 
 train: $(VENV)/.installed ## train with ARGS="--pretrained-model FOLDER --train FOLDER --model_dir FOLDER"
 	$(BIN)/python transfer_learning.py $(ARGS)
@@ -50,6 +55,12 @@ test-benchmarks: $(VENV)/.installed-dev ## run the tests left out for time: benc
 # Stable Diffusion 2.1 base with random weights through all commands.
 test-real-size: $(VENV)/.installed-dev ## run the tests at full size: minutes, 20 GB of memory
 	DREAMBOOTH_REAL_SIZE=1 $(BIN)/python -m pytest -s tests/test_real_size.py
+
+# `make test-notebooks WRITE=1` writes the outputs of the run into the notebooks.
+test-notebooks: $(VENV)/.installed-dev $(VENV)/notebooks/.client ## run the notebooks from top to bottom: minutes
+	OMP_NUM_THREADS=1 DREAMBOOTH_WRITE_NOTEBOOKS=$(WRITE) \
+	  DREAMBOOTH_NOTEBOOKS=$(CURDIR)/$(VENV)/notebooks/bin/python \
+	  $(BIN)/python -m pytest -s tests/examples
 
 serve: $(VENV)/.installed ## serve with ARGS="--model FOLDER"
 	$(BIN)/python -m dreambooth serve $(ARGS)

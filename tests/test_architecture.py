@@ -221,7 +221,8 @@ def test_no_two_classes_and_no_two_modules_have_one_name() -> None:
 
 
 def test_the_tests_mirror_the_rooms() -> None:
-    others = {"container", "gpu", "hostile", "slow_disk"}  # kinds of tests that span several rooms
+    # Kinds of tests that span several rooms.
+    others = {"container", "examples", "gpu", "hostile", "slow_disk"}
     folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()}
     folders -= {"__pycache__", *others}
     assert folders <= {name.partition(".")[0] for name in FLOOR_OF} | {"serving"}

@@ -6,26 +6,23 @@ of AWS's endpoints and notes the calls: they are made by the real SDK and checke
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from dreambooth.tiny import DATA, WEIGHTS
+from tests.container.aws_stand_in import Aws
 from tests.documents import blocks, shell_block
 
-HERE = Path(__file__).parent
 BEFORE = """
 import time
 time.sleep = lambda seconds: None  # between two questions whether a job is done
@@ -71,36 +68,6 @@ def replaced(code: str, *pairs: tuple[str, str]) -> str:
         assert old in code, old
         code = code.replace(old, new)
     return code
-
-
-class Aws:
-    """Runs the AWS stand-in.
-
-    environ: variables that lead clients to it. calls: the calls made.
-    """
-
-    def __init__(self, server: str = "") -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, HERE / "aws_stand_in.py", server], stdout=subprocess.PIPE, text=True
-        )
-        assert self._process.stdout is not None
-        self.environ = {
-            "AWS_ENDPOINT_URL": self._process.stdout.readline().strip(),
-            "AWS_ACCESS_KEY_ID": "anybody",
-            "AWS_SECRET_ACCESS_KEY": "anything",
-            "no_proxy": "127.0.0.1",
-        }
-        self.calls: dict[str, list[dict[str, Any]]] = {}
-
-    def __enter__(self) -> Aws:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        said, _ = self._process.communicate(timeout=30)
-        for line in said.splitlines():
-            operation, request = json.loads(line)
-            self.calls.setdefault(operation, []).append(request)
 
 
 def test_the_docker_lines_train_and_serve(image: str, tree: Tree, free_port: int) -> None:
