@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from tests.training.full_size import FULL_SIZE
 
+from benchmarks.train_step.full_size import FACTS
 from dreambooth.data import dataset_info
 from dreambooth.errors import HyperparameterError
 from dreambooth.job import process_count
@@ -36,7 +36,7 @@ def chosen(
     data = dataset_info.read(DATA / "cat", class_data_dir="class_data_dir")
 
     def make(processes: int, device: DeviceFacts) -> TrainingPlan:
-        return plans.make(asked, data, FULL_SIZE, device, processes=processes)
+        return plans.make(asked, data, FACTS, device, processes=processes)
 
     return process_count.choose(asked, devices, hosts, make)
 

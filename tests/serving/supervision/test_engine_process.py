@@ -87,6 +87,8 @@ def test_the_engine_gets_every_setting() -> None:
         channels_last=True,
         log_level="debug",
         model_is_platforms=True,
+        prediction_type="v_prediction",
+        base="folder",
     )
     usual = ServeSettings(model='\u00e9 \\ " tiny')
     assert all(
