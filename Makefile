@@ -30,8 +30,9 @@ picture: demo ## make the README's picture from that sheet
 	$(BIN)/python -c "from PIL import Image; Image.open('out/demo/sheet.png') \
 	  .crop((0, 0, 1089, 835)).quantize(256, kmeans=1).save('docs/demo.png', optimize=True)"
 
-notebooks: $(VENV)/.installed $(VENV)/notebooks/.client ## open the notebooks of examples/ in Jupyter
-	SAGEMAKER_SUPPRESS_V2_WARNING=1 $(VENV)/notebooks/bin/jupyter lab examples/fun_images_of_your_pet.ipynb
+notebooks: $(VENV)/.installed $(VENV)/notebooks/.client ## open the notebooks of examples/ in Jupyter (as root: ARGS=--allow-root)
+	SAGEMAKER_SUPPRESS_V2_WARNING=1 $(VENV)/notebooks/bin/jupyter lab $(ARGS) \
+	  examples/fun_images_of_your_pet.ipynb
 
 train: $(VENV)/.installed ## train with ARGS="--pretrained-model FOLDER --train FOLDER --model_dir FOLDER"
 	$(BIN)/python transfer_learning.py $(ARGS)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dreambooth import tiny
+from dreambooth.commands import evaluate
 from dreambooth.job.run import run_job
 from dreambooth.process import addresses
 from dreambooth.settings import hyperparameter_text
@@ -89,25 +90,13 @@ def _draw_sheet(dataset: Path, model_dir: Path, path: Path) -> None:
 
 def _draw(model: DiffusionModel, label: str) -> dict[str, list[np.ndarray]]:
     """Return pictures by prompt; base and fine-tuned model start from the same noise."""
-    from dreambooth.diffusion import sampling
-    from dreambooth.diffusion.sampling_request import SamplingRequest
-    from dreambooth.process.progress import Progress
-
-    requests = [
-        SamplingRequest(
-            prompt=prompt,
-            num_inference_steps=int(tiny.DEFAULTS["num_inference_steps"]),
-            guidance_scale=float(tiny.DEFAULTS["guidance_scale"]),
-            seed=SEED + number,
-        )
-        for prompt in PROMPTS
-        for number in range(PICTURES_PER_ROW)
-    ]
-    drawn: dict[str, list[np.ndarray]] = {prompt: [] for prompt in PROMPTS}
-    pictures = sampling.generate(model, requests, batch_size=PICTURES_PER_ROW)
-    with Progress(len(requests), label, stream=sys.stderr, unit="pictures") as progress:
-        for number, (request, picture) in enumerate(zip(requests, pictures, strict=True)):
-            if picture is not None:
-                drawn[request.prompt].append(picture)
-            progress.update(number + 1)
-    return drawn
+    return evaluate.draw(
+        model,
+        PROMPTS,
+        label,
+        pictures=PICTURES_PER_ROW,
+        num_inference_steps=int(tiny.DEFAULTS["num_inference_steps"]),
+        guidance_scale=float(tiny.DEFAULTS["guidance_scale"]),
+        seed=SEED,
+        batch_size=PICTURES_PER_ROW,
+    )

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 SHEET_CELL_PIXELS = 128
 SHEET_PICTURES = 8  # of each prompt
+_DRAWING = ("pictures", "num_inference_steps", "guidance_scale", "seed", "batch_size")
 
 _NO_CLASS_PICTURES = "it needs --base, or class images beside the data's pictures"
 _NOT_FINITE = "no picture of it is finite"
@@ -115,12 +116,13 @@ def main(arguments: argparse.Namespace) -> int:
         model = _load(settings.model, "--model", settings, device, workspace / "model")
         network = features.choose(given, model, resolution=model.resolution, device=device)
         side = model.resolution
-        drawn = _draw(model, asked.all, settings, "drawing")
+        how = {name: getattr(settings, name) for name in _DRAWING}
+        drawn = draw(model, asked.all, "drawing", **how)
         base: Drawn = {}
         del model
         if settings.base is not None:
             other = _load(settings.base, "--base", settings, device, workspace / "base")
-            base = _draw(other, asked.of_classes, settings, "drawing, base model")
+            base = draw(other, asked.of_classes, "drawing, base model", **how)
     report = _measure(asked, info, drawn, base, network, reader, side)
     _print(report)
     _write(settings, asked, info, drawn, base, report)
@@ -172,10 +174,21 @@ def _load(
     return loaded
 
 
-def _draw(
-    model: DiffusionModel, asked: Sequence[str], settings: EvaluateSettings, label: str
-) -> Drawn:
-    """Return the finite pictures of each prompt."""
+def draw(
+    model: DiffusionModel,
+    prompts: Sequence[str],
+    label: str,
+    *,
+    pictures: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    seed: int,
+    batch_size: int,
+) -> dict[str, list[np.ndarray]]:
+    """Return the finite pictures of each prompt; picture i of each starts from seed + i.
+
+    label: what the line of progress says.
+    """
     from dreambooth.diffusion import sampling
     from dreambooth.diffusion.sampling_request import SamplingRequest
     from dreambooth.process.progress import Progress
@@ -183,19 +196,19 @@ def _draw(
     requests = [
         SamplingRequest(
             prompt=prompt,
-            num_inference_steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
-            seed=settings.seed + number,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            seed=seed + number,
         )
-        for prompt in asked
-        for number in range(settings.pictures)
+        for prompt in prompts
+        for number in range(pictures)
     ]
-    drawn: dict[str, list[np.ndarray]] = {prompt: [] for prompt in asked}
-    pictures = sampling.generate(model, requests, batch_size=settings.batch_size)
+    drawn: dict[str, list[np.ndarray]] = {prompt: [] for prompt in prompts}
+    made = sampling.generate(model, requests, batch_size=batch_size)
     with Progress(len(requests), label, stream=sys.stderr, unit="pictures") as progress:
-        for number, (request, picture) in enumerate(zip(requests, pictures, strict=True)):
+        for number, (request, picture) in enumerate(zip(requests, made, strict=True)):
             if picture is None:
-                log.warning("a picture of seed %s is not finite and not measured", request.seed)
+                log.warning("a picture of seed %s is not finite and left out", request.seed)
             else:
                 drawn[request.prompt].append(picture)
             progress.update(number + 1)

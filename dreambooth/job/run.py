@@ -207,7 +207,7 @@ def _make_training_plan(
     processes: int,
 ) -> TrainingPlan:
     """Make the training plan. folder: the model's folder, None if it is not there yet."""
-    made = folder if job.source.kind in ("archive", "single_file") else None
+    made = folder if job.source.kind == "archive" else None
     if job.source.kind == "single_file":
         made = folder or job.source.path  # the folder takes as much
     copied_parts = [folder / part for part in layout.OPTIONAL_PARTS] if folder else []
