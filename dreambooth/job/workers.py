@@ -178,7 +178,8 @@ def _watch(
 ) -> tuple[int, ...]:
     """Return when all processes have ended, with the places of those that ended first.
 
-    Those that stay behind the others are killed.
+    These are all of them where none was seen running without another. Those that stay behind the
+    others are killed.
     """
     is_told, deadline = False, float("inf")
     early: tuple[int, ...] = ()
@@ -199,7 +200,7 @@ def _watch(
             for process in running:
                 process.kill()
         time.sleep(_POLL_S)
-    return early
+    return early or tuple(range(len(processes)))
 
 
 def _raise_failure(

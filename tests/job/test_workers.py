@@ -97,6 +97,19 @@ def test_a_killed_process_ends_the_others_and_is_named(run: Run) -> None:
     assert time.monotonic() - began < 20
 
 
+def test_a_killed_process_is_named_where_all_have_ended_at_the_next_look(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "_POLL_S", 2.0)
+    lost = repr(RuntimeError("Connection closed by peer"))
+    with pytest.raises(ResourceError, match="ended by SIGKILL, and the other with it"):
+        run(
+            "from dreambooth.job.workers import FromParent\n"
+            "rank and os.kill(os.getpid(), signal.SIGKILL)\n"
+            f"FromParent.read(os.environ).tell({lost}); sys.exit(1)"
+        )
+
+
 def _fails(error: Exception, *, of_rank: int = 1) -> str:
     """Return a program whose one rank tells an error, after the other has lost its connection."""
     lost = repr(RuntimeError("Connection closed by peer"))
