@@ -64,6 +64,8 @@ def encode(
         class_text=train_text(class_prompt) if class_prompt is not None else None,
         latent_scale=float(model.vae.config.scaling_factor),
         prior_text=text(class_prompt) if class_prompt is not None else None,
+        empty_text=train_text("") if settings.predicts_the_prior else None,
+        prior_empty_text=text("") if settings.predicts_the_prior else None,
     )
     if settings.train_text_encoder:
         return data, {}

@@ -216,6 +216,12 @@ class Hyperparameters:
         "images compares with class images, prediction with what the base model predicts.",
         choices=("images", "prediction"),
     )
+    training_guidance_scale: float = ours(
+        1.0,
+        "With prior_preservation_mode=prediction: trains the subject for pictures drawn with this "
+        "guidance; 2 where they are burnt at 7.5.",
+        minimum=1.0,
+    )
     fast_step: bool = ours(
         False,
         "On CUDA: passes in half precision beside fp32 master weights, replayed as a CUDA graph, "
@@ -308,6 +314,13 @@ def _contradictions(given: Hyperparameters) -> list[tuple[tuple[str, ...], str]]
             (
                 ("prior_preservation_mode", "with_prior_preservation"),
                 "prior_preservation_mode=prediction needs with_prior_preservation=True.",
+            )
+        )
+    if given.training_guidance_scale != 1 and given.prior_preservation_mode != "prediction":
+        found.append(
+            (
+                ("training_guidance_scale", "prior_preservation_mode"),
+                "training_guidance_scale needs prior_preservation_mode=prediction.",
             )
         )
     if given.memory_plan in MEMORY_PLANS:

@@ -72,7 +72,7 @@ def ours(world: World, trained: nn.ModuleDict, settings: Hyperparameters) -> Non
         )
         for stream, paths in (("instance", world.instances), ("class", world.classes))
     ]
-    ids = [models.tokenize(model, [prompt]) for prompt in (INSTANCE, CLASS)]
+    ids = [models.tokenize(model, [prompt]) for prompt in (INSTANCE, CLASS, "")]
     base_texts = texts = [models.encode_text(model, each) for each in ids]
     if settings.train_text_encoder:
         model.text_encoder, texts = trained["text_encoder"], ids
@@ -85,6 +85,8 @@ def ours(world: World, trained: nn.ModuleDict, settings: Hyperparameters) -> Non
         class_text=texts[1] if with_class else None,
         latent_scale=model.vae.config.scaling_factor,
         prior_text=base_texts[1],
+        empty_text=texts[2],
+        prior_empty_text=base_texts[2],
     )
     dataset = DatasetInfo(
         folder=world.instances[0].parent,
@@ -157,6 +159,8 @@ PREDICTION = {
     "max_steps": 30,
 }
 
+GUIDED = {**PREDICTION, "training_guidance_scale": 2.0, "max_steps": 15}
+
 
 # Measured 2026-11-23: all cosines 1.0000000, norms within 2e-07.
 @pytest.mark.parametrize(
@@ -169,10 +173,11 @@ PREDICTION = {
         {"gradient_checkpointing": True},
         PREDICTION,
         {"train_text_encoder": True, **PREDICTION},
+        {"train_text_encoder": True, "batch_size": 3, **GUIDED},
     ],
     ids=[
         *("defaults", "prior preservation", "accumulation", "clipping and decay"),
-        *("gradient checkpointing", "prior prediction", "text encoder"),
+        *("gradient checkpointing", "prior prediction", "text encoder", "training for guidance"),
     ],
 )
 def test_fp32_displacement_equals_the_references(compare: Compare, changes: Changes) -> None:
