@@ -1,6 +1,6 @@
-"""Tries the parts of a model with random or empty inputs, before it trains or draws.
+"""Builds the parts of a model, and tries them with random or empty inputs before their first use.
 
-A configuration may build parts that fail at their first use. Each function here uses one part as
+A configuration may build parts that fail at their first use. The other functions use one part as
 drawing and training do, in a fraction of a second for Stable Diffusion too: networks whose size
 matters get tensors without data, on the device "meta", which prove the shapes. The functions raise
 what the libraries raise, and ValueError for results that are none; `faults_of` makes sentences of
