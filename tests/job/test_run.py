@@ -25,6 +25,7 @@ from safetensors.numpy import load_file
 from dreambooth.job.run import run_job
 from dreambooth.tiny import DATA
 
+pytestmark = pytest.mark.usefixtures("class_images_of_four_steps")
 ROOT = Path(__file__).parents[2]
 Folder = Callable[..., Path]
 

@@ -26,6 +26,7 @@ from dreambooth.report import pictures as report_pictures
 from dreambooth.report.report_data import InstancePicture, MetricsRow, ReportData
 from dreambooth.settings.hyperparameters import KNOBS, Hyperparameters
 
+pytestmark = pytest.mark.usefixtures("class_images_of_four_steps")
 EVIL = "<script>alert(1)<"  # file names cannot contain a slash
 PROMPT = 'a photo of <script>alert("x")</script> & riobugger cat'
 SECTIONS = [

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -50,9 +50,11 @@ Start = Callable[..., Run]
 
 @pytest.fixture(scope="module")
 def start_job(
-    small_model_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Start]:
-    """Yield a function that runs a job of two steps with the settings that it is given."""
+    class_images_of_four_steps: None,
+    small_model_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Start:
+    """Return a function that runs a job of two steps with the settings that it is given."""
     place = tmp_path_factory.mktemp("arrive")
     photos = place / "photos"
     for folder, count in ((photos, 3), (photos / "class_data_dir", 2), (photos / "mine", 2)):
@@ -76,10 +78,7 @@ def start_job(
         assert run.run_job(argv, {}) == 0
         return Run(out)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dreambooth.job.class_sampling.NUM_INFERENCE_STEPS", 4)
-        patch.setattr("dreambooth.job.previews.NUM_INFERENCE_STEPS", 2)
-        yield start
+    return start
 
 
 @pytest.fixture(scope="module")
