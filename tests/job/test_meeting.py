@@ -112,7 +112,7 @@ def test_the_others_end_with_a_first_host_that_fails_before_the_start() -> None:
 
     with beside(second), pytest.raises(UserError):
         first()
-    assert refused == [f"The host {FIRST} of this job has ended: see its log."]
+    assert refused == [f"The host {FIRST} of this job has ended: its log says why."]
 
 
 def test_a_stop_of_the_first_host_is_known_to_the_others() -> None:

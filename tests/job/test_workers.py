@@ -160,6 +160,7 @@ def test_the_interface_is_used_where_it_exists_and_nobody_chose_another() -> Non
 
 def test_what_a_process_is_told_is_what_it_reads(tmp_path: Path) -> None:
     worker = FromParent(
+        parent=7,
         model_folder=tmp_path / "ü",
         workspace=tmp_path,
         end_file=tmp_path / "end",
