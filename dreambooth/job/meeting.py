@@ -194,8 +194,9 @@ class Meeting:
     def refuse_ended_hosts(self) -> None:
         """Raise as `refuse_failed_hosts`, and UserError for a host that ended without a word."""
         self.refuse_failed_hosts()
-        for name in self.ends:
-            raise UserError(_ended(name))
+        for name, end in self.ends.items():
+            if end.code != 0:
+                raise UserError(_ended(name))
 
     def _accepted(self) -> list[_Connection]:
         found = []

@@ -252,13 +252,12 @@ def _raise_failure(
                 "processes=1 or take a larger one."
             )
     meeting.wait_for_an_end(LAST_S)
-    meeting.refuse_failed_hosts()
-    for one in told:
+    meeting.refuse_ended_hosts()
+    for one in sorted(told, key=lambda one: not one["sentence"]):
         if one["sentence"]:
             raise DreamBoothError(one["sentence"])
         print(one["trace"], file=sys.stderr)
         raise DreamBoothError(f"InternalError: {one['name']}")
-    meeting.refuse_ended_hosts()
     raise DreamBoothError("A process of this job ended without a word.")
 
 
