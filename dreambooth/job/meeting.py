@@ -99,14 +99,14 @@ class Meeting:
         trace: TracebackType | None,
     ) -> None:
         code = 0 if error is None else error.exit_code if isinstance(error, Stopped) else 1
-        until = time.monotonic() + _LAST_S
+        began = time.monotonic()
+        until = began + _LAST_S
         told = [*self._connections.values(), *self._accepted()]
-        # Where the first host has trained alone, others may still be on their way to it.
-        while error is None and self._listener and len(told) < len(self.others):
+        # Where the first host has trained alone or failed early, others may be on their way to it.
+        late = until if error is None else began + _TELL_S * isinstance(error, Exception)
+        while self._listener and len(told) < len(self.others) and time.monotonic() < late:
             time.sleep(_POLL_S)
             told += self._accepted()
-            if time.monotonic() > until:
-                break
         for connection in told:
             connection.send({"code": code, "sentence": _sentence(error)})
         for connection in told:

@@ -3,8 +3,10 @@
 The process that the user or the platform started is their parent: it reads the settings, prints the
 training plan and holds the locks, and loads no torch. Each of the others is told its place by the
 variables that torchrun sets, and by WORKER what the parent has done already. torchrun itself is not
-used: of a group that neither grows nor restarts it would only start the processes, and its own
-SIGTERM ends the main process, which writes a checkpoint, as soon as another one has ended.
+used: of a group that neither grows nor restarts it would only start the processes. Once one of them
+has ended with a code other than 0 it sends SIGTERM to the others, of which the main one may still
+write a checkpoint, and SIGKILL after 30 s that cannot be set (torch 2.13, elastic/multiprocessing/
+api.py, `SubprocessContext._poll`); which hosts are missing, and why one failed, it does not say.
 """
 
 from __future__ import annotations

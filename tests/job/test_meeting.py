@@ -32,6 +32,7 @@ def port(monkeypatch: pytest.MonkeyPatch) -> int:
     found = meeting._free_port()
     monkeypatch.setattr(meeting, "PORT", found)
     monkeypatch.setattr(meeting, "_LAST_S", 5.0)
+    monkeypatch.setattr(meeting, "_TELL_S", 1.0)
     monkeypatch.setattr(meeting, "_POLL_S", 0.01)
     monkeypatch.setattr(meeting, "_RETRY_S", 0.01)
     return found
@@ -129,17 +130,23 @@ def test_a_first_host_that_vanishes_has_not_ended_well(port: int) -> None:
             other.wait_for_the_first()
 
 
-def test_a_first_host_that_has_trained_alone_waits_for_one_on_its_way() -> None:
-    began: list[Start | None] = []
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_first_host_that_ends_before_another_has_come_waits_for_it(fails: bool) -> None:
+    began: list[Start | str | None] = []
 
     def second() -> None:
         time.sleep(0.5)
-        with Meeting(OTHER) as other:
-            began.append(other.wait_for_the_first())
+        try:
+            with Meeting(OTHER) as other:
+                began.append(other.wait_for_the_first())
+        except UserError as error:
+            began.append(str(error))
 
-    with beside(second), Meeting(HOSTS):
-        pass
-    assert began == [None]
+    with beside(second), contextlib.suppress(UserError), Meeting(HOSTS):
+        if fails:
+            raise UserError("The disk is full.")
+    ended = f"The host {FIRST} of this job has ended: its log says why."
+    assert began == [ended if fails else None]
 
 
 @pytest.mark.parametrize(

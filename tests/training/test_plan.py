@@ -232,6 +232,16 @@ def test_the_description_names_all_that_was_decided() -> None:
         assert part in text
 
 
+@pytest.mark.parametrize(("device", "processes"), [(T4, 1), (CPU, 2), (T4, 2)])
+def test_the_description_names_nccls_buffers_where_there_are_some(
+    device: DeviceFacts, processes: int
+) -> None:
+    settings = Hyperparameters()
+    plan = plans.make(settings, dataset(), FULL_SIZE, device, processes=processes)
+    shown = "0.70 GiB of NCCL's buffers beside it" in plans.describe(plan, settings)
+    assert shown is (device is T4 and processes == 2)
+
+
 def test_the_fast_step_is_taken_where_it_can_be_and_else_one_line_says_why() -> None:
     big = replace(A10G, memory_bytes=80 * GIB)
     plan = make(big, fast_step=True)
