@@ -140,13 +140,13 @@ def test_a_phase_that_does_not_fit_is_reported_with_what_lowers_it() -> None:
     peaks = [PhasePeak(phase=name, bytes=n * GIB) for name, n in (("encoding", 9), ("training", 8))]
     card = replace(T4, memory_bytes=6 * GIB)
     assert plan_warnings.memory_warnings(
-        card, peaks
+        card, peaks, 1
     ) == (  # no memory plan changes the peak of encoding
         "The run is expected to take 9.00 GiB of memory in encoding, and Tesla T4 has 5.20 GiB to "
         "give: lower batch_size or resolution.",
     )
-    assert plan_warnings.memory_warnings(replace(card, memory_bytes=10 * GIB), peaks) == ()
-    assert plan_warnings.memory_warnings(card, ()) == ()
+    assert plan_warnings.memory_warnings(replace(card, memory_bytes=10 * GIB), peaks, 1) == ()
+    assert plan_warnings.memory_warnings(card, (), 1) == ()
     (told,) = make(replace(T4, memory_bytes=12 * GIB), memory_plan="fp32_adamw").warnings
     assert "take 13.24 GiB of memory in training" in told
     assert told.endswith("lower batch_size or resolution, or choose a smaller memory_plan.")
