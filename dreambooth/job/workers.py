@@ -246,15 +246,16 @@ def _raise_failure(
         return
     for stopped in filter(None, map(signal_of, codes)):
         raise Stopped(stopped)
-    for place in early:
-        if codes[place] < 0:
-            raise ResourceError(
-                f"A process of this job was ended by {signal.Signals(-codes[place]).name}, and the "
-                f"other{'s' * (len(codes) > 2)} with it: if memory ran out on this host, set "
-                "processes=1 or take a larger one."
-            )
-    meeting.wait_for_an_end(LAST_S)
-    meeting.refuse_ended_hosts()
+    killed = [-codes[place] for place in early if codes[place] < 0]
+    if signal.SIGKILL not in killed:  # NCCL aborts processes that have lost another host
+        meeting.wait_for_an_end(LAST_S)
+        meeting.refuse_ended_hosts()
+    for number in killed:
+        raise ResourceError(
+            f"A process of this job was ended by {signal.Signals(number).name}, and the "
+            f"other{'s' * (len(codes) > 2)} with it: if memory ran out on this host, set "
+            "processes=1 or take a larger one."
+        )
     for one in sorted(told, key=lambda one: not one["sentence"]):
         if one["sentence"]:
             raise DreamBoothError(one["sentence"])

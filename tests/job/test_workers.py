@@ -146,6 +146,17 @@ def test_a_host_that_vanishes_is_named(run: Run, capfd: pytest.CaptureFixture[st
     assert "Connection" not in capfd.readouterr().err
 
 
+def test_a_process_that_aborts_has_perhaps_lost_another_host(run: Run) -> None:
+    class LateNews(Meeting):
+        def wait_for_an_end(self, seconds: float) -> None:
+            self.ends["algo-2"] = HostEnd(code=1, sentence="Full.")
+
+    with pytest.raises(UserError, match="On host algo-2: Full"):
+        run("rank or os.kill(os.getpid(), signal.SIGABRT); time.sleep(60)", LateNews(Hosts()))
+    with pytest.raises(ResourceError, match="ended by SIGKILL"):  # which nobody else does
+        run("rank or os.kill(os.getpid(), signal.SIGKILL); time.sleep(60)", LateNews(Hosts()))
+
+
 def test_a_process_without_its_parent_ends_before_it_begins(tmp_path: Path) -> None:
     worker = FromParent(
         parent=os.getppid(),  # this one's, not that of the process below
