@@ -164,7 +164,7 @@ def make(
         ),
         warnings=(
             *(facts.warnings if facts and hyperparameters.resolution is None else ()),
-            *plan_warnings.memory_warnings(device, chosen.phases),
+            *plan_warnings.memory_warnings(device, chosen.phases, processes),
             *plan_warnings.settings_warnings(
                 hyperparameters, device, mixed_precision, steps, warmup, instances
             ),
@@ -281,8 +281,11 @@ def _expected_line(plan: TrainingPlan) -> str:
         return _UNKNOWN
     line = f"{size_in_words(plan.memory_bytes)} in training"
     if most.bytes > plan.memory_bytes:
-        return f"{line}; the most, {size_in_words(most.bytes)}, in {most.phase}"
-    return f"{line}, the most of all phases"
+        line += f"; the most, {size_in_words(most.bytes)}, in {most.phase}"
+    else:
+        line += ", the most of all phases"
+    nccl = memory_plan.nccl_bytes(plan.device, plan.processes)
+    return line + (f"; {size_in_words(nccl)} of NCCL's buffers beside it" if nccl else "")
 
 
 def _disk_line(budget: DiskBudget) -> str:

@@ -12,9 +12,11 @@ from dreambooth.training.expected_memory import PhasePeak
 from dreambooth.training.memory_plan import MemoryChoice
 
 
-def memory_warnings(device: DeviceFacts, phases: Sequence[PhasePeak]) -> tuple[str, ...]:
+def memory_warnings(
+    device: DeviceFacts, phases: Sequence[PhasePeak], processes: int
+) -> tuple[str, ...]:
     """Return a warning if the phase that takes the most memory is not expected to fit."""
-    usable = memory_plan.usable_bytes(device)
+    usable = memory_plan.usable_bytes(device, processes)
     there = host_memory_bytes() if usable is None else usable
     most = expected_memory.largest(phases)
     if most is None or not most.bytes > there > 0:

@@ -149,7 +149,7 @@ def test_a_plan_whose_sample_pictures_do_not_fit_is_not_taken() -> None:
 def test_class_images_share_a_call_as_far_as_they_fit(
     free_gib: float, precision: str, pictures: int
 ) -> None:
-    usable = memory_plan.usable_bytes(card(free_gib))
+    usable = memory_plan.usable_bytes(card(free_gib), 1)
     settings = Hyperparameters(**PRIOR)  # type: ignore[arg-type]
     assert expected_memory.class_batch(settings, FULL_SIZE, precision, usable) == pictures
     choices = memory_plan.choose(
