@@ -189,7 +189,7 @@ def _measure(
     from dreambooth.evaluation import scores, shares
     from dreambooth.evaluation.measures import summarised
 
-    pictures = shares.Pictures(
+    pictures = shares.MeasuredPictures(
         instance=_squared(info.instance_images, side),
         drawn=drawn,
         base=base,

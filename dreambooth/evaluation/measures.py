@@ -166,15 +166,14 @@ def read_alike(drawn: Labels, own: Labels, akin: npt.NDArray[np.bool_]) -> Value
     """Return [N] 1 where a drawing is read as a class of the `own` pictures, or as one akin to it.
 
     None where the classifier has no class for these pictures: where fewer than KNOWN_SHARE of them
-    are read as akin to another one; the rest are left out. drawn [N], own [G]: the classes that are
-    read. akin: as `akin_classes` returns it.
+    are read as akin to another one. drawn [N], own [G]: the classes that are read. akin: as
+    `akin_classes` returns it.
     """
     between = akin[np.ix_(own, own)]
     np.fill_diagonal(between, False)
-    known = between.any(axis=0)
-    if not len(own) or known.mean() < KNOWN_SHARE:
+    if not len(own) or between.any(axis=0).mean() < KNOWN_SHARE:
         return None
-    return np.asarray(akin[np.ix_(own[known], drawn)].any(axis=0), np.float64)
+    return np.asarray(akin[np.ix_(own, drawn)].any(axis=0), np.float64)
 
 
 def akin_classes(weights: Features) -> npt.NDArray[np.bool_]:

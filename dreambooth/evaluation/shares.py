@@ -26,6 +26,7 @@ SHARES = ("subject", "context", "class_kept", "other_class_kept")
 _LOOK = ("color", "marking", "collar")  # of the judge's heads: what an individual looks like
 _SUBJECT = ("species", *_LOOK)
 _NOT_FINITE = "no picture of it is finite"
+_NO_CLASS_PROMPT = "dataset_info.json gives no class_prompt"
 _NO_BASE = "it needs --base"
 _NO_CLASS_PICTURES = f"{_NO_BASE}, or class images beside the data's pictures"
 
@@ -36,7 +37,7 @@ Found = Values | str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pictures:
+class MeasuredPictures:
     """The pictures that are measured, all of one size.
 
     base: drawn by the base model with the same seeds. class_images: given ones, which stand in for
@@ -61,17 +62,17 @@ def finite(pictures: Sequence[Picture | None]) -> list[Picture]:
 
 def measured(
     asked: AskedPrompts,
-    pictures: Pictures,
+    pictures: MeasuredPictures,
     network: FeatureNetwork,
     reader: TextImage | None = None,
 ) -> dict[str, Found]:
     """Return the SHARES by name, then the raw measures that there are."""
-    seen = _Seen.by(network, asked, pictures)
+    seen = _SeenFeatures.by(network, asked, pictures)
     found = {"subject": _subject(seen), **_context(seen, pictures, reader)}
     # `clean` joins the shares here: it compares `pictures.beside_the_base` of each prompt.
     own = seen.class_pictures
     if asked.own_class is None:
-        found["class_kept"] = "dataset_info.json gives no class_prompt"
+        found["class_kept"] = _NO_CLASS_PROMPT
     else:
         found |= _kept(seen, asked.own_class, own, "class", missing=_NO_CLASS_PICTURES)
     if asked.other_class is None:
@@ -83,7 +84,7 @@ def measured(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Seen:
+class _SeenFeatures:
     """The features of pictures as the network gives them, each [N,D]; of drawings by their prompts.
 
     class_pictures: drawn by the base, or given.
@@ -97,7 +98,9 @@ class _Seen:
     class_pictures: Features | None
 
     @classmethod
-    def by(cls, network: FeatureNetwork, asked: AskedPrompts, pictures: Pictures) -> _Seen:
+    def by(
+        cls, network: FeatureNetwork, asked: AskedPrompts, pictures: MeasuredPictures
+    ) -> _SeenFeatures:
         """Return the features of all pictures."""
         drawn, base = (
             {prompt: network(finite(row)) for prompt, row in rows.items() if finite(row)}
@@ -132,19 +135,21 @@ class _Seen:
         return found
 
 
-def _subject(seen: _Seen) -> Found:
+def _subject(seen: _SeenFeatures) -> Found:
     drawn = seen.drawn.get(seen.asked.subject)
     if drawn is None:
         return _NOT_FINITE
     if seen.is_judged:
         return seen.is_read_as(drawn, _SUBJECT, seen.instance).astype(np.float64)
     if seen.class_pictures is None:
-        return _NO_CLASS_PICTURES
+        return _NO_CLASS_PICTURES if seen.asked.own_class else _NO_CLASS_PROMPT
     pictures = (drawn, seen.instance, seen.class_pictures)
     return measures.subject_rank(*(of_length_one(rows) for rows in pictures))
 
 
-def _context(seen: _Seen, pictures: Pictures, reader: TextImage | None) -> dict[str, Found]:
+def _context(
+    seen: _SeenFeatures, pictures: MeasuredPictures, reader: TextImage | None
+) -> dict[str, Found]:
     """Return the context's share, and CLIP's cosines where they are known."""
     asked = [prompt for prompt in seen.asked.elsewhere if prompt in seen.drawn]
     if seen.is_judged:
@@ -161,7 +166,7 @@ def _context(seen: _Seen, pictures: Pictures, reader: TextImage | None) -> dict[
     return {"context": np.concatenate(shares), "context_cosine": np.concatenate(cosines)}
 
 
-def _settings_met(seen: _Seen, asked: Sequence[str]) -> Found:
+def _settings_met(seen: _SeenFeatures, asked: Sequence[str]) -> Found:
     """Return 1 where a drawing shows the setting that the base draws with the same prompt."""
     if not seen.base:
         return _NO_BASE
@@ -174,7 +179,7 @@ def _settings_met(seen: _Seen, asked: Sequence[str]) -> Found:
 
 
 def _kept(
-    seen: _Seen, prompt: str, own: Features | None, name: str, *, missing: str
+    seen: _SeenFeatures, prompt: str, own: Features | None, name: str, *, missing: str
 ) -> dict[str, Found]:
     """Return `<name>_kept`: 1 where a drawing is of its class, and is not the subject.
 
@@ -201,7 +206,7 @@ def _kept(
     return {f"{name}_kept": nearest * alike, f"{name}_read": alike}
 
 
-def _raw(seen: _Seen, pictures: Pictures) -> Iterator[tuple[str, Found]]:
+def _raw(seen: _SeenFeatures, pictures: MeasuredPictures) -> Iterator[tuple[str, Found]]:
     """Yield the raw measures of the subject's drawings, then of its class's."""
     instance = of_length_one(seen.instance)
     drawn = seen.drawn.get(seen.asked.subject)

@@ -90,7 +90,7 @@ def test_what_cannot_be_measured_is_named_with_the_reason(
     assert run("--model", small_model_folder, "--data", data, *FAST, "--out", tmp_path) == 0
     shown = capsys.readouterr().out
     for name, reason in (
-        ("subject", "needs --base, or class images"),
+        ("subject", "gives no class_prompt"),
         ("class_kept", "gives no class_prompt"),
         ("other_class_kept", "needs --base"),
         ("context", "needs --text_image"),

@@ -1,6 +1,6 @@
 """Copies of instance images are found, and other pictures of the subject are none.
 
-`python -m pytest -s tests/evaluation/test_copies.py` prints the rates of docs/measurements.md.
+`python -m pytest tests/evaluation/test_copies.py -s` prints the rates of docs/measurements.md.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from dreambooth.data import images
 from dreambooth.evaluation import features, shares
 from dreambooth.evaluation.features import FeatureNetwork
 from dreambooth.evaluation.prompt_list import AskedPrompts
-from dreambooth.evaluation.shares import Found, Pictures, measured
+from dreambooth.evaluation.shares import Found, MeasuredPictures, measured
 from tiny_world import world
 
 PHOTOS = os.environ.get("DREAMBOOTH_PHOTOS")
@@ -45,11 +45,11 @@ def judge() -> FeatureNetwork:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> Pictures:
+def pictures() -> MeasuredPictures:
     """Return what a good fine-tune would draw."""
     dogs, cats = painted("dog", 4), painted("cat", 4, species="cat")
     beach = painted("beach", 4, place="beach")
-    return Pictures(
+    return MeasuredPictures(
         instance=painted("instance", 4, ZWX),
         drawn={
             "a zwx dog": painted("drawn", 4, ZWX),
@@ -74,14 +74,18 @@ def share(found: dict[str, Found], name: str) -> float:
     return float(values.mean())
 
 
-def test_the_judge_finds_a_good_fine_tune_good(judge: FeatureNetwork, pictures: Pictures) -> None:
+def test_the_judge_finds_a_good_fine_tune_good(
+    judge: FeatureNetwork, pictures: MeasuredPictures
+) -> None:
     found = measured(BEACH, pictures, judge)
     assert list(found)[:4] == list(shares.SHARES)
     assert {share(found, name) for name in shares.SHARES} == {1}
     assert share(found, "copies") == 0
 
 
-def test_the_judge_finds_each_fault_in_its_share(judge: FeatureNetwork, pictures: Pictures) -> None:
+def test_the_judge_finds_each_fault_in_its_share(
+    judge: FeatureNetwork, pictures: MeasuredPictures
+) -> None:
     stranger = painted("stranger", 4)
     forgotten = replace(
         pictures,
@@ -98,7 +102,9 @@ def test_the_judge_finds_each_fault_in_its_share(judge: FeatureNetwork, pictures
     assert share(found, "other_class_read") == 0
 
 
-def test_a_setting_is_what_the_base_draws(judge: FeatureNetwork, pictures: Pictures) -> None:
+def test_a_setting_is_what_the_base_draws(
+    judge: FeatureNetwork, pictures: MeasuredPictures
+) -> None:
     mixed = [*painted("snow", 2, place="snow"), *painted("grass", 2, place="grass")]
     prompt = "a zwx dog on a beach"
     unsure = replace(pictures, base={**pictures.base, prompt: mixed})
@@ -106,7 +112,7 @@ def test_a_setting_is_what_the_base_draws(judge: FeatureNetwork, pictures: Pictu
     assert measured(BEACH, replace(pictures, base={}), judge)["context"] == "it needs --base"
 
 
-def test_a_picture_that_is_not_finite_is_left_out_with_its_pair(pictures: Pictures) -> None:
+def test_a_picture_that_is_not_finite_is_left_out_with_its_pair(pictures: MeasuredPictures) -> None:
     first, second, *_ = pictures.drawn["a dog"]
     broken = replace(pictures, drawn={"a dog": [first, None, second], "a cat": [None]})
     assert shares.finite(broken.drawn["a dog"]) == [first, second]
@@ -120,12 +126,14 @@ def test_a_picture_that_is_not_finite_is_left_out_with_its_pair(pictures: Pictur
         assert found[name] == "no picture of it is finite"
 
 
-def test_one_instance_image_has_no_spread(judge: FeatureNetwork, pictures: Pictures) -> None:
+def test_one_instance_image_has_no_spread(
+    judge: FeatureNetwork, pictures: MeasuredPictures
+) -> None:
     alone = replace(pictures, instance=pictures.instance[:1])
     assert measured(ASKED, alone, judge)["copies"] == "it needs two instance images"
 
 
-def test_a_place_is_read_by_a_text_image_model(pictures: Pictures) -> None:
+def test_a_place_is_read_by_a_text_image_model(pictures: MeasuredPictures) -> None:
     class Reader:
         """Sees how bright a picture is, and takes every prompt for a bright place."""
 
@@ -164,7 +172,7 @@ def test_photographs_of_a_dog_are_read_as_one_and_no_copies() -> None:
         for name in ("cat", "dog", "vase")
     }
     cats, dogs, vases = by_subject.values()
-    seen = Pictures(
+    seen = MeasuredPictures(
         instance=vases,
         drawn={"a zwx dog": dogs, "a dog": [*dogs[:2], *cats[:2]], "a cat": cats[:3]},
         base={"a dog": dogs, "a cat": cats},
