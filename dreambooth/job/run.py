@@ -173,7 +173,7 @@ def _prepare(
         base=settings.base,
     )
     outputs.check(environment, source.path)
-    if settings.compute_fid and settings.fid_features:
+    if settings.compares_features and settings.fid_features:
         vision_model.read(settings.fid_features)
     return Job(
         argv=tuple(argv),

@@ -27,6 +27,7 @@ from dreambooth.training.memory_plan import MemoryChoice
 
 _UNKNOWN = "known once the model is unpacked"
 MAX_CACHED_CROPS = 8  # random crops per picture that is not square
+SCORED_PICTURES, SCORED_STEPS = 8, 50  # of each prompt, for compute_scores; as the server draws
 CHECKPOINT_MINUTES = 10.0  # used if a checkpoint folder is given, but no interval
 
 
@@ -166,7 +167,8 @@ def make(
             *(facts.warnings if facts and hyperparameters.resolution is None else ()),
             *plan_warnings.memory_warnings(device, chosen.phases, processes),
             *plan_warnings.settings_warnings(
-                hyperparameters, device, mixed_precision, steps, warmup, instances
+                *(hyperparameters, device, mixed_precision, steps, warmup, instances),
+                has_class_prompt=dataset.class_prompt is not None,
             ),
             *plan_warnings.fast_step_warnings(
                 hyperparameters, device, mixed_precision, processes, chosen
@@ -229,6 +231,14 @@ def rows(plan: TrainingPlan, hyperparameters: Hyperparameters) -> list[tuple[str
         when.insert(0, f"every {plan.checkpointing_minutes:g} minutes")
     if when:
         lines.append(("checkpoints", " and ".join(when)))
+    if hyperparameters.compute_scores:
+        lines.append(
+            (
+                "scores",
+                f"at the end, from {SCORED_PICTURES} pictures of {SCORED_STEPS} steps with each of "
+                "two prompts, by the model and by its base",
+            )
+        )
     return lines
 
 

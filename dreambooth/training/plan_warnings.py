@@ -36,6 +36,7 @@ def settings_warnings(
     steps: int,
     warmup: int,
     instance_images: int,
+    has_class_prompt: bool,
 ) -> tuple[str, ...]:
     """Return warnings of settings that have no effect here, or probably an unwanted one."""
     notes = []
@@ -58,6 +59,11 @@ def settings_warnings(
     if hyperparameters.compute_fid and instance_images < 2:
         notes.append(
             "compute_fid needs two instance images, and there is one: no fid_score will be printed."
+        )
+    if hyperparameters.compute_scores and not has_class_prompt:
+        notes.append(
+            "compute_scores needs a class_prompt, and dataset_info.json gives none: no class_kept "
+            "will be printed, and a subject_score of the embedded world's models only."
         )
     return tuple(notes)
 

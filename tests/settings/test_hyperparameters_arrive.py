@@ -404,6 +404,19 @@ def test_compute_fid_and_fid_features(
     assert "features: CLIPVisionModelWithProjection" in capsys.readouterr().err
 
 
+def test_compute_scores(
+    start_job: Start, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dreambooth.job.scoring.SCORED_STEPS", 2)
+    monkeypatch.setattr("dreambooth.job.scoring.SCORED_PICTURES", 2)
+    start_job(compute_scores=True)
+    shown = capsys.readouterr()
+    for name in ("subject_score", "class_kept"):
+        (score,) = re.findall(rf"^{name}=(\d\.\d+)$", shown.out, re.MULTILINE)
+        assert 0 <= float(score) <= 1
+    assert "features: EfficientNet-Lite0, trained on ImageNet" in shown.err
+
+
 def test_processes(start_job: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """That they train is seen in tests/job/test_processes.py; here, that they are started."""
     started = []
@@ -419,6 +432,7 @@ def test_processes(start_job: Start, monkeypatch: pytest.MonkeyPatch) -> None:
 
 EFFECTS = {
     "compute_fid": "test_compute_fid_and_fid_features",
+    "compute_scores": "test_compute_scores",
     "fid_features": "test_compute_fid_and_fid_features",
     "epochs": "test_epochs_and_max_steps",
     "max_steps": "test_epochs_and_max_steps",

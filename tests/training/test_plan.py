@@ -189,6 +189,17 @@ def test_a_score_that_one_picture_cannot_have_is_announced(count: int, asked: bo
     assert any("no fid_score will be printed" in each for each in said) is (asked and count < 2)
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_scores_are_planned_and_need_a_class_prompt(asked: bool) -> None:
+    settings = Hyperparameters(compute_scores=asked)
+    for prompt in ("a photo of a cat", None):
+        plan = plans.make(settings, replace(dataset(3), class_prompt=prompt), None, CPU)
+        said = any("compute_scores needs a class_prompt" in each for each in plan.warnings)
+        assert said is (asked and prompt is None)
+        rows = dict(plans.rows(plan, settings))
+        assert ("8 pictures of 50 steps" in rows.get("scores", "")) is asked
+
+
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
