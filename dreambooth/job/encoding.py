@@ -74,4 +74,5 @@ def encode(
 
 def _sampled_prompts(task: Task) -> tuple[str, ...]:
     """Return the prompts that pictures are drawn with, and the empty negative prompt."""
-    return (task.sample_prompt, task.dataset.instance_prompt, "")
+    of_class = task.dataset.class_prompt if task.hyperparameters.compute_scores else None
+    return (task.sample_prompt, task.dataset.instance_prompt, of_class or "", "")

@@ -203,10 +203,15 @@ class Hyperparameters:
         False,
         "Also writes the model as one safetensors file for other tools, beside the report.",
     )
+    compute_scores: bool = ours(
+        False,
+        "Prints subject_score= and class_kept= at the end, from 0 to 1: whether the subject was "
+        "learned, and its class kept.",
+    )
     fid_features: str | None = ours(
         None,
-        "Folder of a CLIP, DINOv2 or ViT model whose features compute_fid uses; None: the built-in "
-        "features.",
+        "Folder of a CLIP, DINOv2 or ViT model whose features compute_fid and compute_scores use; "
+        "None: the built-in features.",
     )
     deterministic: bool = ours(
         False, "Asks CUDA for bit-identical runs, slower; a CPU always gives them."
@@ -238,6 +243,11 @@ class Hyperparameters:
     def trains_on_class_images(self) -> bool:
         """Return whether the job needs class images: given ones, or some that it samples."""
         return self.with_prior_preservation and self.prior_preservation_mode == "images"
+
+    @property
+    def compares_features(self) -> bool:
+        """Return whether the job ends with a score that compares features of pictures."""
+        return self.compute_fid or self.compute_scores
 
     @property
     def predicts_the_prior(self) -> bool:

@@ -150,7 +150,7 @@ def train(
             nn.utils.clip_grads_with_norm_(weights, hyperparameters.max_grad_norm, norm)
 
         # Update the weights, and free the gradients
-        updated = precision.step(optimizer)
+        updated = precision.step(optimizer, metrics.grad_norm)
         optimizer.zero_grad(set_to_none=True)
         if not updated:  # fp16 overflow: the loss scale is lower now; repeat the step
             skipped_in_a_row = count_skipped(state, metrics, skipped_in_a_row)

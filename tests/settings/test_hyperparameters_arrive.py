@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -50,9 +50,11 @@ Start = Callable[..., Run]
 
 @pytest.fixture(scope="module")
 def start_job(
-    small_model_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Start]:
-    """Yield a function that runs a job of two steps with the settings that it is given."""
+    class_images_of_four_steps: None,
+    small_model_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Start:
+    """Return a function that runs a job of two steps with the settings that it is given."""
     place = tmp_path_factory.mktemp("arrive")
     photos = place / "photos"
     for folder, count in ((photos, 3), (photos / "class_data_dir", 2), (photos / "mine", 2)):
@@ -76,10 +78,7 @@ def start_job(
         assert run.run_job(argv, {}) == 0
         return Run(out)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dreambooth.job.class_sampling.NUM_INFERENCE_STEPS", 4)
-        patch.setattr("dreambooth.job.previews.NUM_INFERENCE_STEPS", 2)
-        yield start
+    return start
 
 
 @pytest.fixture(scope="module")
@@ -405,6 +404,19 @@ def test_compute_fid_and_fid_features(
     assert "features: CLIPVisionModelWithProjection" in capsys.readouterr().err
 
 
+def test_compute_scores(
+    start_job: Start, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dreambooth.job.scoring.SCORED_STEPS", 2)
+    monkeypatch.setattr("dreambooth.job.scoring.SCORED_PICTURES", 2)
+    start_job(compute_scores=True)
+    shown = capsys.readouterr()
+    for name in ("subject_score", "class_kept"):
+        (score,) = re.findall(rf"^{name}=(\d\.\d+)$", shown.out, re.MULTILINE)
+        assert 0 <= float(score) <= 1
+    assert "features: EfficientNet-Lite0, trained on ImageNet" in shown.err
+
+
 def test_processes(start_job: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """That they train is seen in tests/job/test_processes.py; here, that they are started."""
     started = []
@@ -420,6 +432,7 @@ def test_processes(start_job: Start, monkeypatch: pytest.MonkeyPatch) -> None:
 
 EFFECTS = {
     "compute_fid": "test_compute_fid_and_fid_features",
+    "compute_scores": "test_compute_scores",
     "fid_features": "test_compute_fid_and_fid_features",
     "epochs": "test_epochs_and_max_steps",
     "max_steps": "test_epochs_and_max_steps",
