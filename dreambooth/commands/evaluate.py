@@ -7,10 +7,11 @@ docs/measurements.md says how), prints a table and writes evaluation.json and a 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     from dreambooth.diffusion.model import DiffusionModel
     from dreambooth.evaluation.features import FeatureNetwork
-    from dreambooth.evaluation.measures import Measure
+    from dreambooth.evaluation.measures import Measure, Values
     from dreambooth.evaluation.shares import Drawn
     from dreambooth.evaluation.text_image import TextImage
     from dreambooth.report.contact_sheet import Picture
@@ -69,7 +70,7 @@ def main(arguments: argparse.Namespace) -> int:
     with libraries.importing():
         import torch
 
-        from dreambooth.evaluation import features, text_image
+        from dreambooth.evaluation import clean, features, text_image
 
     gpu_driver.refuse_gpu_without_kernels(torch)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -81,11 +82,13 @@ def main(arguments: argparse.Namespace) -> int:
         how = {name: getattr(settings, name) for name in _DRAWING}
         drawn = draw(model, asked.all, "drawing", **how)
         base: Drawn = {}
+        base_loss = None
         del model
         if settings.base is not None:
             other = _load(settings.base, "--base", settings, device, workspace / "base")
             base = draw(other, asked.all, "drawing, base model", **how)
-    report = _measure(asked, info, drawn, base, network, reader, side)
+            base_loss = functools.partial(clean.denoising_loss, other)
+        report = _measure(asked, info, drawn, base, network, reader, base_loss, side)
     _print(report)
     _write(settings, asked, info, drawn, base, report)
     return 0
@@ -183,6 +186,7 @@ def _measure(
     base: Drawn,
     network: FeatureNetwork,
     reader: TextImage | None,
+    base_loss: Callable[[Sequence[np.ndarray]], Values] | None,
     side: int,
 ) -> Report:
 
@@ -195,7 +199,7 @@ def _measure(
         base=base,
         class_images=() if base else _squared(info.class_images, side),
     )
-    found = shares.measured(asked, pictures, network, reader)
+    found = shares.measured(asked, pictures, network, reader, base_loss)
     mine = shares.finite(drawn[asked.subject])
     return Report(
         measures={n: summarised(each) for n, each in found.items() if not isinstance(each, str)},

@@ -38,7 +38,8 @@ def denoising_loss(base: DiffusionModel, pictures: Sequence[Picture]) -> Values:
     mean over channels and twelve fixed draws of low noise, then over the worst tenth of the cells.
     """
     scheduler = models.training_noise_scheduler(base)
-    text = models.encode_text(base, models.tokenize(base, [""]))
+    device, dtype = base.unet.device, base.unet.dtype
+    text = models.encode_text(base, models.tokenize(base, [""])).to(device, dtype)
     generator = torch.Generator().manual_seed(0)
     count = scheduler.config.num_train_timesteps
     timesteps = torch.tensor([int(part * count) for part in _TIMES]).repeat_interleave(_NOISES)
@@ -54,8 +55,8 @@ def denoising_loss(base: DiffusionModel, pictures: Sequence[Picture]) -> Values:
         noisy = scheduler.add_noise(latents, noise, timesteps)
         target = noise_target(scheduler, latents, noise, timesteps)
         predicted = base.unet(
-            noisy.to(base.device, base.unet.dtype),
-            timesteps.to(base.device),
+            noisy.to(device, dtype),
+            timesteps.to(device),
             text.expand(len(noise), -1, -1),
         ).sample
         cells = ((predicted.cpu().float() - target) ** 2).mean(dim=(0, 1)).flatten()  # [h*w]

@@ -9,19 +9,19 @@ Legend: N drawings, M instance images, G class pictures, D width of a feature.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from dreambooth.evaluation import measures
+from dreambooth.evaluation import clean, measures
 from dreambooth.evaluation.features import FeatureNetwork, Picture, labels
 from dreambooth.evaluation.measures import KNOWN_SHARE, Features, Values, of_length_one
 from dreambooth.evaluation.prompt_list import AskedPrompts
 from dreambooth.evaluation.text_image import TextImage
 
-SHARES = ("subject", "context", "class_kept", "other_class_kept")
+SHARES = ("subject", "context", "class_kept", "other_class_kept", "clean")
 
 _LOOK = ("color", "marking", "collar")  # of the judge's heads: what an individual looks like
 _SUBJECT = ("species", *_LOOK)
@@ -49,11 +49,6 @@ class MeasuredPictures:
     base: Drawn
     class_images: Sequence[Picture] = ()
 
-    def beside_the_base(self, prompt: str) -> list[tuple[Picture, Picture]]:
-        """Return each drawing of a prompt beside the base's of the same seed, where both are."""
-        pairs = zip(self.drawn.get(prompt, ()), self.base.get(prompt, ()), strict=False)
-        return [(mine, base) for mine, base in pairs if mine is not None and base is not None]
-
 
 def finite(pictures: Sequence[Picture | None]) -> list[Picture]:
     """Return the pictures that are finite."""
@@ -65,11 +60,15 @@ def measured(
     pictures: MeasuredPictures,
     network: FeatureNetwork,
     reader: TextImage | None = None,
+    base_loss: Callable[[Sequence[Picture]], Values] | None = None,
 ) -> dict[str, Found]:
-    """Return the SHARES by name, then the raw measures that there are."""
+    """Return the SHARES by name, then the raw measures that there are.
+
+    base_loss: the base model's `clean.denoising_loss` of pictures.
+    """
     seen = _SeenFeatures.by(network, asked, pictures)
     found = {"subject": _subject(seen), **_context(seen, pictures, reader)}
-    # `clean` joins the shares here: it compares `pictures.beside_the_base` of each prompt.
+    found["clean"] = _clean(seen.asked, pictures, base_loss)
     own = seen.class_pictures
     if asked.own_class is None:
         found["class_kept"] = _NO_CLASS_PROMPT
@@ -204,6 +203,22 @@ def _kept(
     if alike is None:
         return {f"{name}_kept": nearest}
     return {f"{name}_kept": nearest * alike, f"{name}_read": alike}
+
+
+def _clean(
+    asked: AskedPrompts,
+    pictures: MeasuredPictures,
+    base_loss: Callable[[Sequence[Picture]], Values] | None,
+) -> Found:
+    """Return 1 where a drawing is as clean as the base's drawings of the same prompt."""
+    if base_loss is None:
+        return _NO_BASE
+    found = []
+    for prompt in asked.all:
+        drawn, own = (finite(rows.get(prompt, ())) for rows in (pictures.drawn, pictures.base))
+        if drawn and own:
+            found.append(clean.clean(base_loss(drawn), base_loss(own)))
+    return np.concatenate(found) if found else _NOT_FINITE
 
 
 def _raw(seen: _SeenFeatures, pictures: MeasuredPictures) -> Iterator[tuple[str, Found]]:

@@ -6,6 +6,7 @@ device never holds a second U-Net.
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ import torch
 from dreambooth.data.seeds import derive_seed
 from dreambooth.diffusion import model as models
 from dreambooth.diffusion.model import DiffusionModel
-from dreambooth.evaluation import shares
+from dreambooth.evaluation import clean, shares
 from dreambooth.evaluation.features import Picture
 from dreambooth.evaluation.measures import Measure, summarised
 from dreambooth.evaluation.prompt_list import AskedPrompts
@@ -29,7 +30,11 @@ from dreambooth.training.plan import SCORED_PICTURES, SCORED_STEPS
 log = logging.getLogger(__name__)
 
 # The name of each share's line in the log.
-LINES: Mapping[str, str] = {"subject": "subject_score", "class_kept": "class_kept"}
+LINES: Mapping[str, str] = {
+    "subject": "subject_score",
+    "class_kept": "class_kept",
+    "clean": "clean",
+}
 
 
 def print_scores(task: Task, model: DiffusionModel, previews: Previews) -> dict[str, Measure]:
@@ -63,7 +68,10 @@ def _measure(task: Task, model: DiffusionModel, previews: Previews) -> Mapping[s
     base = _draw(task, previews, asked.all, "drawing with the base model")
     instance = list(fid.instance_images(task))
     found = shares.measured(
-        asked, shares.MeasuredPictures(instance=instance, drawn=drawn, base=base), network
+        asked,
+        shares.MeasuredPictures(instance=instance, drawn=drawn, base=base),
+        network,
+        base_loss=functools.partial(clean.denoising_loss, model),
     )
     log.info(
         "scores of %d pictures of each prompt by the model and by its base, guidance %g, %d steps; "
