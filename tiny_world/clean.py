@@ -4,9 +4,10 @@
 prints how well each way tells clean pictures from others: on the half that the formula was chosen
 on, on the other half, and by subject; and it writes a sheet of the worst, middle and best pictures.
 
-The labels (`tiny_world/labelled`): 232 pictures of 19 models (the base, and fine-tunes on all five
-subjects at guidance 7.5 and 50 steps; `run` is the data set and the steps), labelled by eye by two
-readers who did not know each other's labels, before the measure existed. clean: what the painter
+The labels (`tiny_world/labelled`): 232 pictures of 16 models (the base, and fine-tunes on all five
+subjects at guidance 7.5 and 50 steps; `run` is the data set and the steps), labelled by eye, by one
+reader before any measure was tried and by a second who saw neither labels nor measures. clean: what
+the painter
 could have painted. burnt: right shapes in overdriven colours. broken: noise or blotches. mushy:
 smeared, parts missing or melted into each other. Where the readers differ on clean or not, a
 picture counts in neither group. Pictures of even number are the half that is chosen on.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from tiny_world import world
 PHOTOS = os.environ.get("DREAMBOOTH_PHOTOS")
 ASKED = AskedPrompts(subject="a zwx dog", own_class="a dog", other_class="a cat")
 BEACH = replace(ASKED, elsewhere=("a zwx dog on a beach",))
+JUDGED = shares.SHARES[:-1]  # `clean` is the base model's word
 ZWX = world.SUBJECTS["zwx"]
 
 
@@ -78,8 +80,8 @@ def test_the_judge_finds_a_good_fine_tune_good(
     judge: FeatureNetwork, pictures: MeasuredPictures
 ) -> None:
     found = measured(BEACH, pictures, judge)
-    assert list(found)[:4] == list(shares.SHARES)
-    assert {share(found, name) for name in shares.SHARES} == {1}
+    assert list(found)[:5] == list(shares.SHARES)
+    assert {share(found, name) for name in JUDGED} == {1}
     assert share(found, "copies") == 0
 
 
@@ -97,7 +99,7 @@ def test_the_judge_finds_each_fault_in_its_share(
         },
     )
     found = measured(BEACH, forgotten, judge)
-    assert [share(found, name) for name in shares.SHARES] == [0.75, 0, 0.25, 0]
+    assert [share(found, name) for name in JUDGED] == [0.75, 0, 0.25, 0]
     assert share(found, "class_read") == 1  # a dog it is
     assert share(found, "other_class_read") == 0
 
@@ -112,15 +114,10 @@ def test_a_setting_is_what_the_base_draws(
     assert measured(BEACH, replace(pictures, base={}), judge)["context"] == "it needs --base"
 
 
-def test_a_picture_that_is_not_finite_is_left_out_with_its_pair(pictures: MeasuredPictures) -> None:
+def test_a_picture_that_is_not_finite_is_left_out(pictures: MeasuredPictures) -> None:
     first, second, *_ = pictures.drawn["a dog"]
     broken = replace(pictures, drawn={"a dog": [first, None, second], "a cat": [None]})
     assert shares.finite(broken.drawn["a dog"]) == [first, second]
-    own = broken.base["a dog"]
-    (one, two) = broken.beside_the_base("a dog")
-    assert one == (first, own[0])
-    assert two == (second, own[2])
-    assert broken.beside_the_base("a zwx dog") == []
     found = measured(ASKED, broken, features.of_judge())
     for name in ("subject", "other_class_kept"):
         assert found[name] == "no picture of it is finite"
@@ -189,3 +186,18 @@ def test_photographs_of_a_dog_are_read_as_one_and_no_copies() -> None:
     copied = replace(seen, drawn={**seen.drawn, "a zwx dog": flipped})
     again = measured(ASKED, copied, features.of_photographs(torch.device("cpu")))
     assert share(again, "copies") == 1
+
+
+def test_clean_drawings_are_as_easy_for_the_base_as_its_own(
+    judge: FeatureNetwork, pictures: MeasuredPictures
+) -> None:
+    def loss(asked: Sequence[np.ndarray]) -> np.ndarray:
+        return np.array([float(any(one is dull for dull in hard)) for one in asked])
+
+    hard = [pictures.drawn["a dog"][0], pictures.drawn["a zwx dog"][1]]
+    found = measured(ASKED, pictures, judge, base_loss=loss)
+    # Of three prompts; `a dog` of the base is another list.
+    assert share(found, "clean") == 10 / 12
+    assert measured(ASKED, pictures, judge)["clean"] == "it needs --base"
+    lost = replace(pictures, drawn={**pictures.drawn, "a dog": [None] * 4})
+    assert share(measured(ASKED, lost, judge, base_loss=loss), "clean") == 7 / 8

@@ -38,7 +38,7 @@ def start(tmp_path: Path) -> Start:
 def printed(shown: str) -> dict[str, float]:
     return {
         name: float(value)
-        for name, value in re.findall(r"^(subject_score|class_kept)=(\d\.\d+)$", shown, re.M)
+        for name, value in re.findall(r"^(subject_score|class_kept|clean)=(\d\.\d+)$", shown, re.M)
     }
 
 
@@ -47,13 +47,13 @@ def test_the_shares_are_printed_and_reported(
 ) -> None:
     assert start("--compute_fid") == 0
     shown = capsys.readouterr()
-    assert list(printed(shown.out)) == ["subject_score", "class_kept"]
+    assert list(printed(shown.out)) == ["subject_score", "class_kept", "clean"]
     assert all(0 <= value <= 1 for value in printed(shown.out).values())
     assert "subject_score=" not in shown.err
     # The metric definitions of docs/sagemaker.md read equal digits.
     text = (Path(__file__).parents[2] / "docs" / "sagemaker.md").read_text()
     definitions = re.findall(r'{"Name": "(\w+)", "Regex": r"([^"]+)"}', text)
-    assert len(definitions) == 4
+    assert len(definitions) == 5
     for name, regex in definitions:
         lines = [line for line in shown.out.splitlines() if re.search(rf"\b{name}=", line)]
         assert lines
@@ -85,9 +85,9 @@ def test_the_model_draws_first_and_the_base_after_it(
                 drawings.append((folder.name, label))
         return draw(task, previews, prompts, label)
 
-    def kept(asked: Any, pictures: shares.MeasuredPictures, network: Any) -> Any:
+    def kept(asked: Any, pictures: shares.MeasuredPictures, network: Any, **more: Any) -> Any:
         seen.append(pictures)
-        return measured(asked, pictures, network)
+        return measured(asked, pictures, network, **more)
 
     monkeypatch.setattr(scoring, "_draw", noted)
     monkeypatch.setattr(shares, "measured", kept)
@@ -109,9 +109,9 @@ def test_a_model_that_learned_nothing_draws_as_its_base(
     seen: list[shares.MeasuredPictures] = []
     measured = shares.measured
 
-    def kept(asked: Any, pictures: shares.MeasuredPictures, network: Any) -> Any:
+    def kept(asked: Any, pictures: shares.MeasuredPictures, network: Any, **more: Any) -> Any:
         seen.append(pictures)
-        return measured(asked, pictures, network)
+        return measured(asked, pictures, network, **more)
 
     monkeypatch.setattr(shares, "measured", kept)
     assert start("--learning_rate=1e-12", model=small_model_folder) == 0
@@ -137,7 +137,8 @@ def test_a_class_prompt_is_asked_for_at_the_start(
     assert "  scores           at the end" in shown.out
     assert start(train=photos) == 0
     shown = capsys.readouterr()
-    assert list(printed(shown.out)) == ["subject_score"]  # the judge needs no class pictures
+    # Neither the judge nor the base needs class pictures for these.
+    assert list(printed(shown.out)) == ["subject_score", "clean"]
     assert "no class_kept: dataset_info.json gives no class_prompt" in shown.err
 
 

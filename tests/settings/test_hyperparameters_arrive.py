@@ -378,6 +378,18 @@ def test_prior_preservation_mode(run_job: Start) -> None:
     assert run.metrics[1]["class_loss"] > 0
 
 
+def test_training_guidance_scale(run_job: Start) -> None:
+    prediction = {**PRIOR, "prior_preservation_mode": "prediction"}
+    plain, guided = (run_job(**prediction, training_guidance_scale=scale) for scale in (1, 4))
+    # The first prediction is the base's own, from which the target is a quarter as far.
+    first, quarter = plain.metrics[0]["instance_loss"], guided.metrics[0]["instance_loss"]
+    assert quarter < first / 4
+    # At odd steps the empty prompt is held in the class prompt's place.
+    assert guided.metrics[0]["class_loss"] == pytest.approx(0, abs=1e-9)
+    assert guided.metrics[1]["class_loss"] > 0
+    assert guided.metrics[1]["class_loss"] != plain.metrics[1]["class_loss"]
+
+
 def test_compute_fid_and_fid_features(
     start_job: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
