@@ -13,7 +13,7 @@ from dreambooth.errors import UserError
 from dreambooth.limits import size_in_words
 from dreambooth.process import addresses
 from dreambooth.runs import run_folder, run_list, stop_run
-from dreambooth.runs.run_folder import Run, RunState
+from dreambooth.runs.run_folder import RunState
 from dreambooth.runs.run_list import RunList
 from dreambooth.runs.run_status import RunStatus
 from dreambooth.settings import command_line, container, hyperparameters
@@ -79,7 +79,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _list(runs: RunList, arguments: argparse.Namespace) -> _Printed:
-    found = [status for run in runs.runs() if (status := _status(run)) is not None]
+    found = runs.statuses()
     if not found:
         return f"There are no runs in {runs.folder}.", {"runs": []}
     rows: list[tuple[str, ...]] = [("RUN", "STATE", "STEP", "LOSS", "CHECKPOINT", "MODEL", "SIZE")]
@@ -93,13 +93,6 @@ def _list(runs: RunList, arguments: argparse.Namespace) -> _Printed:
     if waiting and not runs.has_runner():
         lines.append(f"No runner: `runs start` executes the {waiting} that wait.")
     return "\n".join(lines), {"runs": [status.as_json() for status in found]}
-
-
-def _status(run: Run) -> RunStatus | None:
-    try:
-        return RunStatus.of(run)
-    except UserError:  # it was deleted meanwhile
-        return None
 
 
 def _row(status: RunStatus) -> tuple[str, ...]:
@@ -142,7 +135,7 @@ def _start(runs: RunList, arguments: argparse.Namespace) -> _Printed:
     settings, added = _given(arguments), []
     if settings or arguments.new_name:
         added = [runs.new(settings, name=arguments.new_name)]
-    waiting = sum(run.state() == RunState.WAITING for run in runs.runs())
+    waiting = sum(status.state == RunState.WAITING for status in runs.statuses())
     if waiting:
         runs.start()
     text = f"{waiting} wait and are executed one after another." if waiting else "No run waits."

@@ -6,6 +6,7 @@ The list is what lies on the disk, in the order of the names. Standard library o
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import shutil
@@ -18,12 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from dreambooth.errors import HyperparameterError, UserError, one_line, quoted
+from dreambooth.errors import HyperparameterError, ResourceError, UserError, one_line, quoted
 from dreambooth.process import child_process, files
 from dreambooth.runs import run_folder
 from dreambooth.runs.run_folder import Run, RunState
+from dreambooth.runs.run_status import RunStatus
 from dreambooth.settings import hyperparameters
 from dreambooth.settings.sources import LOG_LEVEL
+
+log = logging.getLogger(__name__)
 
 DEFAULT: Final = Path("out/runs")
 RUNNER_LOCK: Final = ".runner.lock"
@@ -48,6 +52,18 @@ class RunList:
             found = [Run(entry) for entry in self.folder.iterdir() if entry.name[0] != "."]
             return sorted((run for run in found if run.exists), key=lambda run: _order(run.name))
         return []
+
+    def statuses(self) -> list[RunStatus]:
+        """Return how all runs stand; one that cannot be looked at is named in the log."""
+        found = []
+        for run in self.runs():
+            try:
+                found.append(RunStatus.of(run))
+            except ResourceError as error:
+                log.warning(error)
+            except UserError:  # it has just been deleted
+                pass
+        return found
 
     def run(self, name: str) -> Run:
         """Return the run of this name; raise UserError if there is none."""

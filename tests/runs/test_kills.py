@@ -1,0 +1,109 @@
+"""kill -9 of trainer, runner and both, at random moments: what is shown stays true."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dreambooth.runs import run_list
+from dreambooth.runs.run_folder import RunState
+from dreambooth.runs.run_list import RunList
+from dreambooth.runs.stop_run import stop
+from tests.runs.processes import (
+    PHASES,
+    TRUE_WITHIN_S,
+    is_true,
+    kill,
+    runners,
+    settings,
+    trainers,
+    wait_until,
+    with_stand_ins,
+)
+
+KILLED = ("trainer", "runner", "both")
+ON_DEMAND = pytest.mark.on_demand
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path
+    kill(runners(tmp_path))
+    kill(trainers(tmp_path))
+
+
+def moments(count: int) -> list[tuple[str, int]]:
+    return [(killed, number) for killed in KILLED for number in range(count)]
+
+
+def at_a_random_moment(runs: RunList, killed: str, seed: int) -> None:
+    """Begin the first run of a list, and kill -9 what is named in one of its phases."""
+    draws = random.Random(f"{killed} {seed}")
+    phase, delay = draws.choice(list(PHASES)), draws.uniform(0, 0.3)
+    first = runs.runs()[0]
+    runs.start()
+    wait_until(lambda: PHASES[phase](first) or first.exit_code() is not None)
+    time.sleep(delay)
+    if killed != "trainer":
+        kill(runners(runs.folder))
+    if killed != "runner":
+        kill(trainers(first.folder))
+    wait_until(
+        lambda: (
+            runs.has_runner() == bool(runners(runs.folder))
+            and all(is_true(run) for run in runs.runs())
+        ),
+        TRUE_WITHIN_S,
+    )
+
+
+@pytest.mark.parametrize(
+    ("killed", "seed"),
+    [*moments(1), *(pytest.param(*one, marks=ON_DEMAND) for one in moments(26) if one[1])],
+)
+def test_after_a_kill_the_list_goes_on_to_its_end(
+    place: Path, killed: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_stand_ins(monkeypatch)
+    runs = RunList(place)
+    first, second = runs.new(settings()), runs.new(settings(4))
+    at_a_random_moment(runs, killed, seed)
+    runs.start()
+    most = 0
+
+    def is_over() -> bool:
+        nonlocal most
+        most = max(most, len(trainers(place)))
+        return not runs.has_runner() and second.state() == RunState.DONE
+
+    wait_until(is_over)
+    if first.state() != RunState.DONE:
+        assert first.state() == RunState.DIED
+        step = first.checkpoint_step() or 0
+        run_list.go_on(first, {})
+        assert first.state() == RunState.WAITING
+        runs.start()
+        wait_until(is_over)
+        assert first.state() == RunState.DONE
+        assert ("checkpoint" in (first.folder / "log.txt").read_text()) or step == 0
+    steps = [line.split(",")[0] for line in (first.folder / "metrics.jsonl").open()]
+    assert steps == [f'{{"step": {step}' for step in range(1, 21)]
+    assert most <= 1
+
+
+@pytest.mark.parametrize(
+    ("killed", "seed"),
+    [*moments(1), *(pytest.param(*one, marks=ON_DEMAND) for one in moments(25) if one[1])],
+)
+def test_what_is_shown_of_a_real_trainer_is_true(place: Path, killed: str, seed: int) -> None:
+    runs = RunList(place)
+    first = runs.new(settings(3))
+    at_a_random_moment(runs, killed, seed + 100)
+    stop(first)
+    wait_until(lambda: is_true(first), TRUE_WITHIN_S)
+    assert first.state() in (RunState.DONE, RunState.DIED, RunState.STOPPED)
+    assert trainers(place) == []
