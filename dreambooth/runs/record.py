@@ -66,10 +66,7 @@ class Record:
             for name in (run_folder.EXIT_CODE, run_folder.FAILURE, run_folder.STOPPING):
                 (folder / name).unlink(missing_ok=True)
             self._writes = True
-            with (folder / _LAST_WORD).open("wb") as room:
-                room.write(b" " * _ROOM_BYTES)
-                room.flush()
-                os.fsync(room.fileno())
+            files.write_whole(folder / _LAST_WORD, b" " * _ROOM_BYTES)
             mark_begun(self._run, os.getpid())
             self._undo.enter_context(logs.copied_into(folder / run_folder.LOG))
 
@@ -115,6 +112,8 @@ class Record:
                     room.truncate()
                 files.put_in_place(folder / _LAST_WORD, folder / name)
                 self._has_ended = True
+        except FileNotFoundError:  # the disk was full at the start, and that is what is said
+            pass
         except OSError as error:  # then it looks as if the trainer had been killed
             log.warning("%s cannot be written: %s", folder / name, error.strerror or error)
         finally:

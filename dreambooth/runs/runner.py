@@ -56,10 +56,25 @@ def _execute_all(runs: RunList, tried: set[str]) -> None:
         if any(_state(other) == RunState.RUNNING for other in runs.runs()):
             time.sleep(_POLL_S)  # also one that was started by hand, or by a runner that was killed
             continue
-        tried.add(run.name)
-        _execute(run)
-        if _state(run) != RunState.WAITING:
-            tried.discard(run.name)  # it may be sent here again
+        before = _settings_file(run)
+        try:
+            was_started = _execute(run)
+        except (OSError, DreamBoothError) as error:  # the disk is full, or it was deleted
+            log.warning("%s cannot be started: %s", run.name, error)
+            tried.add(run.name)
+            continue
+        # What waits with new settings was sent here again, by the time its trainer had ended.
+        if was_started and _settings_file(run) == before and _state(run) == RunState.WAITING:
+            tried.add(run.name)
+            _let_it_have_died(run)
+
+
+def _settings_file(run: Run) -> tuple[int, int] | None:
+    """Return what changes whenever a trainer, or somebody else, writes the settings."""
+    with contextlib.suppress(OSError):
+        status = (run.folder / run_folder.SETTINGS).stat()
+        return status.st_ino, status.st_mtime_ns
+    return None
 
 
 def _next(runs: RunList, tried: set[str]) -> Run | None:
@@ -74,14 +89,17 @@ def _state(run: Run) -> RunState | None:
         return None
 
 
-def _execute(run: Run) -> None:
-    """Train one run to its end, in a process that inherits the lock which is taken here."""
+def _execute(run: Run) -> bool:
+    """Train a run to its end, in a process that inherits the lock which is taken here.
+
+    Return whether a trainer was started. Raises OSError and ResourceError.
+    """
     lock = run.take()
     if lock is None:
-        return
+        return False
     try:
         if run.state_without_a_trainer() != RunState.WAITING:  # it was stopped or begun meanwhile
-            return
+            return False
         output = os.open(run.folder / run_folder.LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             trainer = subprocess.Popen(
@@ -103,14 +121,14 @@ def _execute(run: Run) -> None:
     log.info("%s begins, process %d", run.name, trainer.pid)
     code = trainer.wait()
     log.info("%s ended with code %d: %s", run.name, code, _state(run))
-    _mark_a_trainer_that_never_began(run, trainer.pid)
+    return True
 
 
-def _mark_a_trainer_that_never_began(run: Run, pid: int) -> None:
-    """Let a run that waits although its trainer has ended be one that died, not wait for ever."""
+def _let_it_have_died(run: Run) -> None:
+    """Let a run whose trainer ended before it began, as its log says, not wait for ever."""
     with contextlib.suppress(DreamBoothError, OSError), run.changing() as state:
         if state == RunState.WAITING:
-            record.mark_begun(run, pid)
+            record.mark_begun(run, os.getpid())
 
 
 if __name__ == "__main__":
