@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,9 +16,11 @@ import pytest
 
 from dreambooth.errors import ResourceError, UserError
 from dreambooth.process.identity import ProcessIdentity
+from dreambooth.runs import run_folder
 from dreambooth.runs.record import LOCK_VARIABLE, Record
 from dreambooth.runs.run_folder import Run, RunState
 from dreambooth.runs.run_status import RunStatus
+from tests.runs.processes import TRUE_WITHIN_S, wait_until
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,6 +57,13 @@ def test_the_table_of_states(
     tmp_path: Path, names: list[str], code: str | None, state: RunState
 ) -> None:
     assert folder_with(tmp_path, *names, code=code).state() == state
+
+
+def test_the_table_in_the_documents_has_these_states_in_this_order() -> None:
+    text = (ROOT / "docs" / "training.md").read_text("utf-8")
+    table = text.partition("| state | what is there |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == list(RunState)
+    assert re.findall(r"^    (\w+)  ", run_folder.__doc__ or "", re.MULTILINE) == list(RunState)
 
 
 def test_an_empty_folder_is_no_run(tmp_path: Path) -> None:
@@ -142,7 +152,7 @@ def test_a_trainers_children_do_not_hold_its_lock(tmp_path: Path) -> None:
     child = int(done.stdout)
     try:
         os.kill(child, 0)
-        assert run.state() == RunState.DIED
+        wait_until(lambda: run.state() == RunState.DIED, TRUE_WITHIN_S)
     finally:
         os.kill(child, 9)
 
