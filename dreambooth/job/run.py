@@ -80,7 +80,7 @@ def run_job(argv: Sequence[str], environ: Mapping[str, str]) -> int:
             return _run(argv, environ, None)
         child_process.die_with_parent()
         with open(os.devnull, "w") as nowhere, ExitStack() as streams:
-            run_dir = container.run_dir(argv, environ)
+            run_dir, _ = container.run_dir(argv, environ)
             if not worker.is_main:
                 streams.enter_context(redirect_stdout(nowhere))
                 streams.enter_context(redirect_stderr(nowhere))
@@ -92,17 +92,18 @@ def run_job(argv: Sequence[str], environ: Mapping[str, str]) -> int:
 
 def _run(argv: Sequence[str], environ: Mapping[str, str], worker: FromParent | None) -> int:
     started = time.monotonic()
+    run_dir, is_recorded = container.run_dir(argv, environ)
     # Of several processes and hosts, the one that leads the others records the run.
-    records = worker is None and launcher.is_main_process(environ)
-    records = records and container.read_hosts(environ).is_first
-    record = Record(container.run_dir(argv, environ) if records else None, environ)
+    leads = worker is None and launcher.is_main_process(environ)
+    is_recorded = is_recorded and leads and container.read_hosts(environ).is_first
+    record = Record(run_dir if is_recorded else None, environ)
     stop = StopSignals(leave=record.leave)
     previous_excepthook = threading.excepthook
     threading.excepthook = _log_thread_failure
     code = 1
     try:
         with stop.listening(), stop.held():
-            code = _prepare_and_run(argv, environ, worker, started, record, stop)
+            code = _prepare_and_run(argv, environ, run_dir, worker, record, started, stop)
             record.ended(code)
     except Stopped:  # the signal came when all was done, or is answered already
         pass
@@ -115,9 +116,10 @@ def _run(argv: Sequence[str], environ: Mapping[str, str], worker: FromParent | N
 def _prepare_and_run(
     argv: Sequence[str],
     environ: Mapping[str, str],
+    run_dir: Path | None,
     worker: FromParent | None,
-    started: float,
     record: Record,
+    started: float,
     stop: StopSignals,
 ) -> int:
     """Return the exit code; a stop signal interrupts all but the first and the last word."""
@@ -125,7 +127,6 @@ def _prepare_and_run(
     try:
         record.begin()
         with stop.released():
-            run_dir = container.run_dir(argv, environ)
             saved = {} if run_dir is None else Run(run_dir).settings()
             record.settings(container.to_save(argv, environ, saved))
             environment = container.read(argv, environ, saved=saved)

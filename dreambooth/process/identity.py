@@ -45,7 +45,7 @@ class ProcessIdentity:
         if not isinstance(found, dict):
             return None
         pid = found.get("pid")
-        if type(pid) is not int or not 1 < pid < 2**31:  # other numbers name groups of processes
+        if type(pid) is not int or not 0 < pid < 2**31:  # other numbers name groups of processes
             return None
         texts = [found.get(name) for name in ("start_time", "boot_id", "host")]
         start_time, boot_id, host = (text if isinstance(text, str) else "" for text in texts)

@@ -54,6 +54,7 @@ KILLED: Final = 137
 
 _STOPPED: Final = (143, 130, 129, KILLED)
 _PATHS: Final = ("pretrained_model", "base", "fid_features")
+_LOOK_AT_LOCK: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
 _OPEN_LOCK: Final = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
 _PATIENCE_S: Final = 1.0
 _LONGEST_LINE: Final = 16_384
@@ -139,7 +140,7 @@ class Run:
     def _looking(self) -> Iterator[str]:
         """Yield "held", "free" or "absent"; during the block no trainer begins or ends a run."""
         try:
-            descriptor = os.open(self.folder / LOCK, os.O_RDONLY)
+            descriptor = os.open(self.folder / LOCK, _LOOK_AT_LOCK)
         except FileNotFoundError:
             yield "absent"
             return

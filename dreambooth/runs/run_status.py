@@ -68,9 +68,9 @@ class RunStatus:
     def sentence(self) -> str:
         """Return the state in words, with what can be done about it."""
         where = f"at step {self.step}" + (f" of {self.steps}" if self.steps else "")
-        left = "it goes on" if self.checkpoint_step is None else "it goes on from its checkpoint"
-        if self.checkpoint_step is None:
-            left = "it begins anew"
+        left = (
+            "it begins anew" if self.checkpoint_step is None else "it goes on from its checkpoint"
+        )
         return {
             RunState.RUNNING: f"It is being trained, {where}"
             + (", and was told to stop." if self.stopping else "."),

@@ -201,16 +201,14 @@ class _Given:
         return cls(root=root, arguments=arguments, settings=settings, chosen=chosen, faults=faults)
 
 
-def run_dir(argv: Sequence[str], environ: Mapping[str, str]) -> Path | None:
-    """Return the folder of the run, None where no run is to be recorded: without one, a dry run.
+def run_dir(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Path | None, bool]:
+    """Return the folder of the run, None without one, and whether the job is recorded there.
 
-    Never raises: `read` names what is wrong.
+    Neither a dry run nor the help is. Never raises: `read` names what is wrong.
     """
-    if _asks_for_help(argv):
-        return None
     chosen = _Given.read(argv, environ, {}, LIMITS).chosen
-    found: Path | None = None if chosen.value(DRY_RUN) else chosen.value(RUN_DIR)
-    return found
+    folder: Path | None = chosen.value(RUN_DIR)
+    return folder, not (chosen.value(DRY_RUN) or _asks_for_help(argv))
 
 
 def to_save(

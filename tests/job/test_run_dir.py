@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def test_a_real_job_leaves_all_in_its_folder(
 
 @pytest.mark.usefixtures("_stand_in")
 def test_the_folder_alone_says_how_the_job_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mine = Run(tmp_path / "mine")
     monkeypatch.chdir(DATA)
@@ -79,6 +80,10 @@ def test_the_folder_alone_says_how_the_job_goes_on(
     monkeypatch.chdir("/")
     assert run_job(["--run_dir", str(mine.folder), "--seed", "7"], {}) == 0
     assert mine.settings() == {**settings(), "max_steps": "3", "seed": "7"}
+    before = mine.begun_at()
+    assert run_job(["--run_dir", str(mine.folder), "--dry-run", "--max_steps=9"], {}) == 0
+    assert "steps            9" in capsys.readouterr().out
+    assert (mine.begun_at(), mine.settings()["max_steps"]) == (before, "3")
 
 
 @pytest.mark.usefixtures("_stand_in")
@@ -167,13 +172,11 @@ def test_the_platforms_folders_give_way_to_the_runs(tmp_path: Path) -> None:
     assert environment.model_dir == mine / "model"
     assert (environment.output_data_dir, environment.checkpoint_dir) == (mine, mine / "checkpoints")
     assert environment.ways_in.elsewhere("model_dir") == "give another folder with --run_dir"
-    assert container.run_dir([], environ) == mine
+    assert container.run_dir([], environ) == (mine, True)
 
 
 @pytest.mark.on_demand
 def test_of_several_processes_the_parent_holds_the_run(tmp_path: Path) -> None:
-    import sys
-
     argv = [*CAT, "--max_steps=1000", "--processes=2", "--run_dir", str(tmp_path)]
     with subprocess.Popen([sys.executable, "-m", "dreambooth", "train", *argv]) as parent:
         try:

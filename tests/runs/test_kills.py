@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dreambooth.runs import run_list
+from dreambooth.runs.record import Record
 from dreambooth.runs.run_folder import RunState
 from dreambooth.runs.run_list import RunList
 from dreambooth.runs.stop_run import stop
@@ -107,3 +108,34 @@ def test_what_is_shown_of_a_real_trainer_is_true(place: Path, killed: str, seed:
     wait_until(lambda: is_true(first), TRUE_WITHIN_S)
     assert first.state() in (RunState.DONE, RunState.DIED, RunState.STOPPED)
     assert trainers(place) == []
+
+
+def test_a_run_that_was_started_by_hand_comes_first(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_stand_ins(monkeypatch)
+    runs = RunList(place)
+    by_hand = Record(place / "by-hand", {})
+    by_hand.begin()
+    waiting = runs.new(settings(1))
+    runs.start()
+    time.sleep(0.5)
+    assert [run.state() for run in runs.runs()] == [RunState.WAITING, RunState.RUNNING]
+    by_hand.ended(0)
+    by_hand.close()
+    wait_until(lambda: waiting.state() == RunState.DONE)
+
+
+def test_a_trainer_that_cannot_even_begin_does_not_keep_the_list_waiting(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "broken").mkdir()
+    (place / "broken" / "sitecustomize.py").write_text(
+        "import os, sys\nif 'train' in sys.orig_argv: print('no such library'); os._exit(1)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(place / "broken"))
+    runs = RunList(place / "runs")
+    both = [runs.new(settings(1)), runs.new(settings(1))]
+    runs.start()
+    wait_until(lambda: not runs.has_runner())
+    assert [run.state() for run in both] == [RunState.DIED, RunState.DIED]
