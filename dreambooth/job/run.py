@@ -127,8 +127,10 @@ def _prepare_and_run(
     try:
         record.begin()
         with stop.released():
-            saved = {} if run_dir is None else Run(run_dir).settings()
-            record.settings(container.to_save(argv, environ, saved))
+            saved = {}
+            if run_dir is not None:
+                saved = Run(run_dir).settings()
+                record.settings(container.to_save(argv, environ, saved))
             environment = container.read(argv, environ, saved=saved)
             logs.to_stderr(environment.log_level, phase="starting")
             job = _prepare(argv, environment, environ, worker, record, started)
