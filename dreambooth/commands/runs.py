@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Final
 
-from dreambooth.errors import UserError
+from dreambooth.errors import UserError, one_line
 from dreambooth.limits import size_in_words
 from dreambooth.process import addresses
 from dreambooth.runs import run_folder, run_list, stop_run
@@ -21,7 +21,7 @@ from dreambooth.settings.knob import BARE_FLAG
 
 # What a run is asked to do: the training options, without the folders that a run has itself.
 _SETTINGS: Final = (
-    *(knob for knob in container.OPTIONS if knob.name in ("train", "log_level")),
+    *(knob for knob in container.OPTIONS if knob.name in run_list.OPTIONS),
     *hyperparameters.KNOBS,
 )
 _LOG_LINES: Final = 20
@@ -97,7 +97,7 @@ def _list(runs: RunList, arguments: argparse.Namespace) -> _Printed:
 
 def _row(status: RunStatus) -> tuple[str, ...]:
     return (
-        status.name,
+        one_line(status.name, 100),
         f"{status.state}, stopping" if status.stopping else str(status.state),
         f"{status.step}/{status.steps or '?'}" if status.step or status.steps else "-",
         "-" if status.loss is None else f"{status.loss:.4f}",
@@ -120,6 +120,7 @@ def _show(runs: RunList, arguments: argparse.Namespace) -> _Printed:
         *(f"  {name:<16} {text}" for name, text in run.plan()),
         *(f"  | {line}" for line in log),
     ]
+    lines = [one_line(line) for line in lines]  # names and logs may hold a terminal's codes
     details = {
         "settings": settings,
         "draft": run.draft(),

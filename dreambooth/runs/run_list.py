@@ -30,6 +30,9 @@ from dreambooth.settings.sources import LOG_LEVEL
 log = logging.getLogger(__name__)
 
 DEFAULT: Final = Path("out/runs")
+OPTIONS: Final = ("train", LOG_LEVEL)
+"""The settings of a run that are no hyperparameters."""
+
 RUNNER_LOCK: Final = ".runner.lock"
 RUNNER_LOG: Final = "runner.log"
 
@@ -67,10 +70,10 @@ class RunList:
 
     def run(self, name: str) -> Run:
         """Return the run of this name; raise UserError if there is none."""
-        run = Run(self.folder / name)
-        if not re.fullmatch(_NAME, name) or not run.exists:
-            raise UserError(f"There is no run {quoted(name)} in {one_line(str(self.folder), 300)}.")
-        return run
+        for run in self.runs():  # so that a name can be no path
+            if run.name == name:
+                return run
+        raise UserError(f"There is no run {quoted(name)} in {one_line(str(self.folder), 300)}.")
 
     def new(self, settings: Mapping[str, object], *, name: str = "") -> Run:
         """Add a run that waits for the runner. Raises HyperparameterError with all faults."""
@@ -92,7 +95,7 @@ class RunList:
 
         Pictures inside the other run are copied; an empty change takes a setting back.
         """
-        settings = {**run.settings(), **changes}
+        settings = {**_known(run.settings()), **changes}
         check_settings(settings)
         new = self._make(name or re.sub("^[0-9]+-", "", run.name))
         pictures, train = run.folder / run_folder.PICTURES, settings["train"]
@@ -106,7 +109,7 @@ class RunList:
     def delete(self, run: Run) -> int:
         """Delete a run that is not running; return the bytes that this frees."""
         freed = run.sizes().total
-        with run.changing(), files.disk_faults_named("It", run.folder, elsewhere=_ELSEWHERE):
+        with run.changing(), files.disk_faults_named("The run", run.folder, elsewhere=_ELSEWHERE):
             # A name that no run has: what an interrupted deletion leaves is deleted later.
             gone = run.folder.with_name(f"{_DELETED}{run.name}-{time.time_ns()}")
             run.folder.rename(gone)
@@ -191,7 +194,7 @@ def go_on(run: Run, changes: Mapping[str, object]) -> None:
 
     Without one it begins anew. A run that is done goes on if it is asked for more steps.
     """
-    settings = {**run.settings(), **changes}
+    settings = {**_known(run.settings()), **changes}
     if settings.get("resume") == "fresh" and "resume" not in changes:
         del settings["resume"]  # it was meant for the first start
     check_settings(settings)
@@ -216,16 +219,20 @@ def check_settings(settings: Mapping[str, object]) -> None:
     train = settings.get("train")
     if not isinstance(train, str) or not train:
         faults.append("--train is missing: the folder with the instance images.")
-    known = {knob.name for knob in hyperparameters.KNOBS} | {"train", LOG_LEVEL}
+    known = _known(settings)
     faults += [f"A run has no setting {quoted(name)}." for name in settings if name not in known]
     try:
-        hyperparameters.parse(
-            {name: value for name, value in settings.items() if name not in ("train", LOG_LEVEL)}
-        )
+        hyperparameters.parse({name: known[name] for name in known if name not in OPTIONS})
     except HyperparameterError as error:
         faults += error.faults
     if faults:
         raise HyperparameterError(faults)
+
+
+def _known(settings: Mapping[str, object]) -> dict[str, object]:
+    """Return the settings without names that the job would ignore, with a warning."""
+    names = {knob.name for knob in hyperparameters.KNOBS} | {*OPTIONS}
+    return {name: value for name, value in settings.items() if name in names}
 
 
 def _order(name: str) -> list[tuple[int, str]]:

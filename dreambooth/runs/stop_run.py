@@ -90,9 +90,12 @@ def _end(run: Run, grace_s: float) -> bool:
             told, kill_at = process, now + grace_s
             if _is_first_to_tell(run):
                 _send(run, process, signal.SIGTERM)
-        elif told is None and now > began + _UNKNOWN_S:
-            raise UserError(_elsewhere(run, process))
-        elif told is not None and now > kill_at:
+        elif told is None:
+            if now > began + _UNKNOWN_S:
+                raise UserError(_elsewhere(run, process))
+        elif process != told:  # it has ended, and the run goes on already with another one
+            break
+        elif now > kill_at:
             if was_killed:
                 raise ResourceError(
                     f"The process {told.pid} of the run {run.name} does not end, though it was "

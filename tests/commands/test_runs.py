@@ -116,3 +116,17 @@ def test_what_cannot_be_done_costs_one_sentence(
     assert capsys.readouterr().err.startswith(f"error: {sentence}")
     assert [one.state() for one in RunList(tmp_path).runs()] == [RunState.WAITING]
     assert run.settings() == settings()
+
+
+def test_a_terminals_codes_in_names_and_logs_are_shown_as_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(tmp_path / "a\x1b[2Jb")
+    run.folder.mkdir()
+    run.write_settings(settings())
+    (run.folder / "log.txt").write_text("\x1b[2Jforged\n")
+    assert main(["runs", "--dir", str(tmp_path), "list"]) == 0
+    assert main(["runs", "--dir", str(tmp_path), "show", run.name]) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert "  | \\x1b[2Jforged" in shown

@@ -47,7 +47,12 @@ def test_names_are_names_and_never_paths(tmp_path: Path, name: str) -> None:
     if name:
         with pytest.raises(UserError, match="cannot be named"):
             RunList(tmp_path).new(settings(), name=name)
-    assert not (tmp_path / "0001").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_was_made_by_hand_may_have_any_name(tmp_path: Path) -> None:
+    ended(Run(tmp_path / "my best cat"))
+    assert RunList(tmp_path).run("my best cat").state() == RunState.STOPPED
 
 
 def test_wrong_settings_are_all_named_and_make_no_run(tmp_path: Path) -> None:
@@ -89,6 +94,9 @@ def test_again_copies_settings_with_changes_and_pictures_of_the_run(tmp_path: Pa
     assert len(list((new.folder / "pictures").iterdir())) > 4
     with pytest.raises(HyperparameterError):
         runs.again(new, {"max_steps": "many"})
+    new.write_settings(settings() | {"seeds": 3})  # a trainer only warns of unknown names
+    assert runs.again(new, {}).settings() == settings()
+    runs.delete(runs.runs()[-1])
     assert len(runs.runs()) == 1
 
 
