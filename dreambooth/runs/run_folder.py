@@ -29,9 +29,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from dreambooth.errors import ResourceError, UserError, one_line
-from dreambooth.process import files
+from dreambooth.process import addresses, files
 from dreambooth.process.identity import ProcessIdentity
 from dreambooth.settings.container import RUN_FOLDERS
+from dreambooth.settings.knob import unwrapped
 
 LOCK: Final = "lock"  # empty; whoever trains the run holds its lock
 PROCESS: Final = "process.json"  # who has trained last, for people and for a stop signal
@@ -226,7 +227,8 @@ class Run:
         Paths are whole: inside the folder they are stored relative to it.
         """
         found = _object(self.folder / SETTINGS)
-        if isinstance(train := found.get("train"), str) and train:
+        train = found.get("train")
+        if isinstance(train, str) and train and not addresses.is_remote(train):
             found["train"] = os.path.join(os.path.abspath(self.folder), train)
         return found
 
@@ -239,9 +241,13 @@ class Run:
         found, folder = dict(settings), os.path.abspath(self.folder)
         for name in ("train", *_PATHS):
             value = found.get(name)
-            if not isinstance(value, str) or value in ("", "tiny") or "://" in value:
+            text = unwrapped(value) if isinstance(value, str) else None
+            if not text or text == "tiny":
                 continue
-            path = os.path.abspath(os.path.expanduser(value))
+            try:
+                path = os.path.abspath(addresses.to_path(text, name))
+            except UserError:  # the job will say so
+                continue
             if name == "train" and Path(path).is_relative_to(folder) and path != folder:
                 found[name] = os.path.relpath(path, folder)
             elif name == "train" or os.path.exists(path):  # a model may be a hub id as well

@@ -253,6 +253,12 @@ def test_settings_mean_the_same_in_every_working_folder(
         "train": str(tmp_path / "photos"),
         "pretrained_model": str(tmp_path / "base"),
     }
+    for train in (f"file://{tmp_path}/photos", f'"{tmp_path}/photos"'):
+        run.write_settings({"train": train})
+        assert run.settings() == {"train": str(tmp_path / "photos")}
+    for train in ("s3://bucket/photos", "file://", "", "a\0b", 7):
+        run.write_settings({"train": train})
+        assert json.loads((run.folder / "settings.json").read_text()) == {"train": train}
     run.write_settings({"train": str(run.folder / "pictures"), "pretrained_model": "tiny"})
     assert json.loads((run.folder / "settings.json").read_text())["train"] == "pictures"
     moved = Run(run.folder.rename(tmp_path / "moved"))
