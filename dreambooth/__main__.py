@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
             if argv and argv[0] == "train":  # its options come from the table of hyperparameters
                 from dreambooth.job.run import run_job
 
-                return run_job(argv[1:], os.environ)
+                return run_job(argv[1:], os.environ, is_process=True)
             with logs.stdout_faults_told():
                 return _main(argv)
         except KeyboardInterrupt:

@@ -68,16 +68,17 @@ class Job:
     started: float  # by time.monotonic
 
 
-def run_job(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+def run_job(argv: Sequence[str], environ: Mapping[str, str], *, is_process: bool = False) -> int:
     """Run one training job and return its exit code.
 
     0: done. 1: an error, whose message is on stderr and in the failure file. 143, 130: stopped by
     SIGTERM, SIGINT; 129: by SIGHUP, which a closing terminal sends, unless it was ignored (nohup).
+    is_process: whether the process ends with the job, and so keeps its run locked until then.
     """
     worker = FromParent.read(environ)
     with logs.fault_tolerant_streams("stdout", "stderr"):
         if worker is None:
-            return _run(argv, environ, None)
+            return _run(argv, environ, None, is_process=is_process)
         child_process.die_with_parent()
         with open(os.devnull, "w") as nowhere, ExitStack() as streams:
             run_dir, _ = container.run_dir(argv, environ)
@@ -90,13 +91,19 @@ def run_job(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     os._exit(code)  # every file is written: libraries that hold the group may hang in their cleanup
 
 
-def _run(argv: Sequence[str], environ: Mapping[str, str], worker: FromParent | None) -> int:
+def _run(
+    argv: Sequence[str],
+    environ: Mapping[str, str],
+    worker: FromParent | None,
+    *,
+    is_process: bool = False,
+) -> int:
     started = time.monotonic()
     run_dir, is_recorded = container.run_dir(argv, environ)
     # Of several processes and hosts, the one that leads the others records the run.
     leads = worker is None and launcher.is_main_process(environ)
     is_recorded = is_recorded and leads and container.read_hosts(environ).is_first
-    record = Record(run_dir if is_recorded else None, environ)
+    record = Record(run_dir if is_recorded else None, environ, is_process=is_process)
     stop = StopSignals(leave=record.leave)
     previous_excepthook = threading.excepthook
     threading.excepthook = _log_thread_failure

@@ -37,13 +37,17 @@ class Record:
     """What one trainer writes into the folder of its run; nothing without a folder.
 
     From `begin` to `close` it holds the lock of the run, and stdout and stderr are also written to
-    the log.
+    the log. is_process: whether the process ends with the job; then it keeps the lock until it is
+    gone, with all the memory that it holds.
     """
 
-    def __init__(self, folder: Path | None, environ: Mapping[str, str]) -> None:
+    def __init__(
+        self, folder: Path | None, environ: Mapping[str, str], *, is_process: bool = False
+    ) -> None:
         self._run = None if folder is None else Run(folder)
         number = environ.get(LOCK_VARIABLE, "")
         self._inherited = int(number) if number.isdecimal() else None
+        self._is_process = is_process
         self._writes = False
         self._undo = contextlib.ExitStack()
         self._ending = threading.Lock()
@@ -62,7 +66,8 @@ class Record:
                     f"Another process trains the run {one_line(str(folder), 300)}: wait until it "
                     f"ends, or {_ELSEWHERE}."
                 )
-            self._undo.callback(os.close, lock)
+            if not self._is_process:
+                self._undo.callback(os.close, lock)
             for name in (run_folder.EXIT_CODE, run_folder.FAILURE, run_folder.STOPPING):
                 (folder / name).unlink(missing_ok=True)
             self._writes = True
@@ -97,7 +102,7 @@ class Record:
         os._exit(code)
 
     def close(self) -> None:
-        """Let go of the run."""
+        """End the copy of the streams, and let go of the run unless the process ends now."""
         self._undo.close()
 
     def _end(self, name: str, text: str) -> None:

@@ -85,13 +85,11 @@ def test_after_a_kill_the_list_goes_on_to_its_end(
     wait_until(is_over)
     if first.state() != RunState.DONE:
         assert first.state() == RunState.DIED
-        step = first.checkpoint_step() or 0
         run_list.go_on(first, {})
         assert first.state() == RunState.WAITING
         runs.start()
         wait_until(is_over)
         assert first.state() == RunState.DONE
-        assert ("checkpoint" in (first.folder / "log.txt").read_text()) or step == 0
     rows = (first.folder / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == list(range(1, 21))
     assert most <= 1

@@ -41,7 +41,7 @@ def _train(environment: Any, steps: int, stop: Any) -> None:
                 _write(environment.checkpoint_dir / f"step-{step:06}" / "manifest.json")
             stop.check()
         print(f"End of training: train_avg_loss={1 / steps:.8f}", flush=True)
-        (environment.model_dir / ".partial-x").mkdir(parents=True)
+        (environment.model_dir / ".partial-x").mkdir(parents=True, exist_ok=True)
         time.sleep(5 * STEP_S)
         (environment.model_dir / ".partial-x").rmdir()
         _write(environment.model_dir / "model_index.json")
