@@ -12,4 +12,4 @@ import sys
 from dreambooth.job.run import run_job
 
 if __name__ == "__main__":
-    sys.exit(run_job(sys.argv[1:], os.environ))
+    sys.exit(run_job(sys.argv[1:], os.environ, is_process=True))

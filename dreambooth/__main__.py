@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
             if argv and argv[0] == "train":  # its options come from the table of hyperparameters
                 from dreambooth.job.run import run_job
 
-                return run_job(argv[1:], os.environ)
+                return run_job(argv[1:], os.environ, is_process=True)
             with logs.stdout_faults_told():
                 return _main(argv)
         except KeyboardInterrupt:
@@ -54,7 +54,7 @@ MOVED = {
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line, with one sub-command per verb."""
-    from dreambooth.commands import demo
+    from dreambooth.commands import demo, runs
     from dreambooth.settings import evaluate_options, generate_options, serve_options
 
     made = Parser(prog="python -m dreambooth", description=__doc__)
@@ -74,6 +74,9 @@ def parser() -> argparse.ArgumentParser:
     )
     serve_options.add_arguments(
         verbs.add_parser("serve", help="answer requests for pictures over HTTP")
+    )
+    runs.add_arguments(
+        verbs.add_parser("runs", help="list runs; start, stop, continue, repeat and delete them")
     )
     table = verbs.add_parser("hyperparameters", help="print the table of hyperparameters")
     table.add_argument("--format", choices=("text", "json", "markdown"), default="text")
@@ -141,6 +144,10 @@ def _run(arguments: argparse.Namespace) -> int:
         from dreambooth.commands import evaluate
 
         return evaluate.main(arguments)
+    if arguments.verb == "runs":
+        from dreambooth.commands import runs
+
+        return runs.main(arguments)
     if arguments.verb == "serve":
         from dreambooth.serving.http import server
         from dreambooth.settings import serve_options

@@ -37,6 +37,9 @@ from dreambooth.process import (
     temporary_folder,
 )
 from dreambooth.process.stop import Stopped, StopSignals
+from dreambooth.runs import run_folder
+from dreambooth.runs.record import Record
+from dreambooth.runs.run_folder import Run
 from dreambooth.settings import container, hyperparameters
 from dreambooth.settings.container import Hosts
 from dreambooth.settings.hyperparameters import Hyperparameters
@@ -61,41 +64,85 @@ class Job:
     warnings: tuple[str, ...]
     launch: launcher.Launch
     worker: FromParent | None  # of the processes that a parent of ours has started
+    record: Record  # of the run's folder, where there is one
     started: float  # by time.monotonic
 
 
-def run_job(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+def run_job(argv: Sequence[str], environ: Mapping[str, str], *, is_process: bool = False) -> int:
     """Run one training job and return its exit code.
 
     0: done. 1: an error, whose message is on stderr and in the failure file. 143, 130: stopped by
     SIGTERM, SIGINT; 129: by SIGHUP, which a closing terminal sends, unless it was ignored (nohup).
+    is_process: whether the process ends with the job, and so keeps its run locked until then.
     """
     worker = FromParent.read(environ)
     with logs.fault_tolerant_streams("stdout", "stderr"):
         if worker is None:
-            return _run(argv, environ, None)
+            return _run(argv, environ, None, is_process=is_process)
         child_process.die_with_parent(worker.parent)
-        with open(os.devnull, "w") as nowhere, ExitStack() as silence:
+        with open(os.devnull, "w") as nowhere, ExitStack() as streams:
+            run_dir, _ = container.run_dir(argv, environ)
             if not worker.is_main:
-                silence.enter_context(redirect_stdout(nowhere))
-                silence.enter_context(redirect_stderr(nowhere))
+                streams.enter_context(redirect_stdout(nowhere))
+                streams.enter_context(redirect_stderr(nowhere))
+            elif run_dir is not None:
+                streams.enter_context(logs.copied_into(run_dir / run_folder.LOG))
             code = _run(argv, environ, worker)
     os._exit(code)  # every file is written: libraries that hold the group may hang in their cleanup
 
 
-def _run(argv: Sequence[str], environ: Mapping[str, str], worker: FromParent | None) -> int:
+def _run(
+    argv: Sequence[str],
+    environ: Mapping[str, str],
+    worker: FromParent | None,
+    *,
+    is_process: bool = False,
+) -> int:
     started = time.monotonic()
-    failure_file = container.failure_file(environ)
-    stop = StopSignals()
+    run_dir, is_recorded = container.run_dir(argv, environ)
+    # Of several processes and hosts, the one that leads the others records the run.
+    leads = worker is None and launcher.is_main_process(environ)
+    is_recorded = is_recorded and leads and container.read_hosts(environ).is_first
+    record = Record(run_dir if is_recorded else None, environ, is_process=is_process)
+    stop = StopSignals(leave=record.leave)
     previous_excepthook = threading.excepthook
     threading.excepthook = _log_thread_failure
+    code = 1
     try:
-        with stop.listening():
-            environment = container.read(argv, environ)
+        with stop.listening(), stop.held():
+            code = _prepare_and_run(argv, environ, run_dir, worker, record, started, stop)
+            record.ended(code)
+    except Stopped:  # the signal came when all was done, or is answered already
+        pass
+    finally:
+        record.close()
+        threading.excepthook = previous_excepthook
+    return code
+
+
+def _prepare_and_run(
+    argv: Sequence[str],
+    environ: Mapping[str, str],
+    run_dir: Path | None,
+    worker: FromParent | None,
+    record: Record,
+    started: float,
+    stop: StopSignals,
+) -> int:
+    """Return the exit code; a stop signal interrupts all but the first and the last word."""
+    failure_file = container.failure_file(environ)
+    try:
+        record.begin()
+        with stop.released():
+            saved = {}
+            if run_dir is not None:
+                saved = Run(run_dir).settings()
+                record.settings(container.to_save(argv, environ, saved))
+            environment = container.read(argv, environ, saved=saved)
             logs.to_stderr(environment.log_level, phase="starting")
             launch = launcher.read(environ)
             try:
-                job = _prepare(argv, environment, environ, launch, worker, started)
+                job = _prepare(argv, environment, environ, launch, worker, record, started)
             except Exception as error:
                 if not (launch.is_group or environment.dry_run):
                     tell_the_first(environment.hosts, error)
@@ -115,6 +162,7 @@ def _run(argv: Sequence[str], environ: Mapping[str, str], worker: FromParent | N
             worker.tell(error)
             return 1
         known = failure.for_the_user(error)
+        record.failed(known or error)
         # What stands there while another job runs would be taken for that job's failure. The
         # processes beside a main one, which holds the lock, tell the failure of their own job.
         belongs = not (launcher.is_main_process(environ) and files.is_locked(failure_file.parent))
@@ -125,8 +173,6 @@ def _run(argv: Sequence[str], environ: Mapping[str, str], worker: FromParent | N
         else:
             print(f"error: {known}", file=sys.stderr)
         return 1
-    finally:
-        threading.excepthook = previous_excepthook
     return 0
 
 
@@ -144,6 +190,7 @@ def _prepare(
     environ: Mapping[str, str],
     launch: launcher.Launch,
     worker: FromParent | None,
+    record: Record,
     started: float,
 ) -> Job:
     """Read settings and data, and find the model; one error lists all wrong settings."""
@@ -185,6 +232,7 @@ def _prepare(
         warnings=warnings,
         launch=launch,
         worker=worker,
+        record=record,
         started=started,
     )
 
@@ -197,6 +245,7 @@ def _log_warnings(warnings: Iterable[str]) -> None:
 def _print_plan(job: Job, plan: TrainingPlan, *warnings: str) -> str:
     """Print the training plan, in the main process alone, and return its text."""
     text = plans.describe(plan, job.hyperparameters)
+    job.record.plan(plan.steps, plans.rows(plan, job.hyperparameters))
     leads = job.launch.is_main_process and (job.launch.is_group or job.environment.hosts.is_first)
     if not leads or (job.worker is not None and job.worker.shown_plan == text):
         return text

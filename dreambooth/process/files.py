@@ -7,11 +7,13 @@ import errno
 import fcntl
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from dreambooth.errors import ResourceError
 
+_LOOK_S = 0.01
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NO_FOLDER = (errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG)
@@ -26,17 +28,24 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def try_lock(descriptor: int) -> bool:
-    """Lock an open folder without waiting; return False if another process holds the lock.
+def try_lock(descriptor: int, *, shared: bool = False, patience_s: float = 0.0) -> bool:
+    """Lock an open file or folder; return False if another process holds the lock.
 
-    The system undoes it once the descriptor is closed, however the process ends. Raises OSError
-    where the file system has no locks.
+    shared: several may hold it at once, as those who only look do. patience_s: how long to wait for
+    others. The system undoes the lock once the descriptor is closed, however the process ends.
+    Raises OSError where the file system has no locks.
     """
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    deadline = time.monotonic() + patience_s
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    while True:
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_LOOK_S)
+        else:
+            return True
 
 
 def is_locked(folder: Path) -> bool:
@@ -44,9 +53,7 @@ def is_locked(folder: Path) -> bool:
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+            return not try_lock(descriptor, shared=True)
         finally:
             os.close(descriptor)
     return False

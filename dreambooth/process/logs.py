@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal, TextIO, cast
 
 from dreambooth.errors import ResourceError, one_line
@@ -127,6 +128,37 @@ def fault_tolerant_streams(*names: Literal["stdout", "stderr"]) -> Iterator[None
         for name, stream in before.items():
             setattr(sys, name, stream)
             _drop_what_is_left(stream)
+
+
+@contextlib.contextmanager
+def copied_into(path: Path) -> Iterator[None]:
+    """During the block, also append to a file, line by line, what goes to stdout and stderr.
+
+    A stream that is that file already is not copied. Of a progress bar the file gets the last
+    state. Text that the file does not take is dropped. Raises OSError if it cannot be opened.
+    """
+    before: dict[str, TextIO] = {"stdout": sys.stdout, "stderr": sys.stderr}
+    with path.open("ab", buffering=0) as file:
+        copies = {
+            name: _CopiedStream(stream, file)
+            for name, stream in before.items()
+            if not _is_open_file(stream, file)
+        }
+        for name, copy in copies.items():
+            setattr(sys, name, copy)
+        try:
+            yield
+        finally:
+            for name, copy in copies.items():
+                setattr(sys, name, before[name])
+                copy.end_line()
+
+
+def _is_open_file(stream: TextIO, file: io.FileIO) -> bool:
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), os.fstat(file.fileno()))
+    except (OSError, ValueError):  # a stream in memory
+        return False
 
 
 @contextlib.contextmanager
@@ -270,6 +302,39 @@ class _NonBlockingStream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+class _CopiedStream:
+    """A text stream that also appends its lines to a file, without the codes of a progress bar."""
+
+    def __init__(self, stream: TextIO, file: io.FileIO) -> None:
+        self._stream = stream
+        self._file = file
+        self._line = ""
+
+    def write(self, text: str) -> int:
+        *lines, self._line = f"{self._line}{text}".split("\n")
+        if lines:
+            self._append("".join(f"{_without_codes(line)}\n" for line in lines))
+        self._line = self._line[self._line.rfind("\r") + 1 :]
+        return self._stream.write(text)
+
+    def end_line(self) -> None:
+        if line := _without_codes(self._line):
+            self._append(f"{line}\n")
+        self._line = ""
+
+    def _append(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._file.write(text.encode("utf-8", errors="backslashreplace"))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _without_codes(line: str) -> str:
+    """Return what a terminal shows of a line in the end."""
+    return line[line.rstrip("\r").rfind("\r") + 1 :].replace("\033[K", "").rstrip()
 
 
 class _FaultTolerantStream:

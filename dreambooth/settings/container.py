@@ -17,17 +17,24 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from dreambooth.errors import HyperparameterError, UserError, quoted
 from dreambooth.limits import LIMITS, Limits
 from dreambooth.process import addresses
 from dreambooth.settings import command_line, hyperparameters, sources, ways_in
-from dreambooth.settings.knob import Knob, knobs_of, option
+from dreambooth.settings.knob import BARE_FLAG, Knob, is_unset, knobs_of, option
 from dreambooth.settings.sources import DRY_RUN, LOG_LEVEL, LOG_LEVELS
-from dreambooth.settings.ways_in import Way, WaysIn
+from dreambooth.settings.ways_in import RUN_DIR, Way, WaysIn
 
 DEFAULT_ROOT: Final = "/opt/ml"
+RUN_FOLDERS: Final[Mapping[str, str]] = {
+    "model_dir": "model",
+    "output_data_dir": ".",
+    "checkpoint_dir": "checkpoints",
+}
+"""Where the output folders of a run lie in its folder."""
 _BASE: Final = "SAGEMAKER_BASE_DIR"
 _HOST: Final = "[A-Za-z0-9._:-]{1,253}"  # a name or an address
 _INTERFACE: Final = "[^/\\s]{1,15}"  # as Linux names them
@@ -92,6 +99,11 @@ class Environment:
     checkpoint_dir: Path | None = option(
         None, "Folder for checkpoints, from which a stopped run goes on."
     )
+    run_dir: Path | None = option(
+        None,
+        "Folder of the run, in place of the three above: settings, log, metrics, model, how it "
+        "ended.",
+    )
     settings: Mapping[str, object]
     dry_run: bool = option(False, "Prints the plan and stops.")
     log_level: str = option(
@@ -107,33 +119,24 @@ _NAMES: Final = frozenset(knob.name for knob in OPTIONS)
 
 
 def read(
-    argv: Sequence[str], environ: Mapping[str, str], *, limits: Limits = LIMITS
+    argv: Sequence[str],
+    environ: Mapping[str, str],
+    *,
+    saved: Mapping[str, object] = MappingProxyType({}),
+    limits: Limits = LIMITS,
 ) -> Environment:
     """Read a job's environment from its arguments (without the program's name) and variables.
 
-    Unknown options end up in ``settings``, so that parsing warns about them. Raises
-    HyperparameterError for stray words, unusable paths and an unreadable hyperparameters.json; it
-    then names every wrong hyperparameter as well. ``--help`` prints the help and raises
-    SystemExit(0).
+    saved: settings in the run's folder; each counts as an argument that is not given. Unknown
+    options end up in ``settings``, so that parsing warns about them. Raises HyperparameterError for
+    stray words, unusable paths and an unreadable hyperparameters.json; it then names every wrong
+    hyperparameter as well. ``--help`` prints the help and raises SystemExit(0).
     """
     if _asks_for_help(argv):
         parser().print_help()
         raise SystemExit(0)
-    faults: list[str] = []
-    root = _root(environ, faults)
-    arguments = sources.from_arguments(argv, faults)
-    variables = sources.from_variables(environ, faults, limits)
-    file = sources.from_file(root / "input" / "config" / "hyperparameters.json", faults, limits)
-    settings = {
-        name: value
-        for name, value in {**file, **variables, **arguments}.items()
-        if name not in _NAMES
-    }
-    chosen = sources.OptionValues(
-        (*OPTIONS, _MODEL_CHANNEL),
-        *(arguments, variables, environ, file, faults),
-        in_container=_is_container(root),
-    )
+    given = _Given.read(argv, environ, saved, limits)
+    root, chosen, faults = given.root, given.chosen, given.faults
     named_channel = chosen.value(_MODEL_CHANNEL.name)
     channel = named_channel or root / "input" / "data" / "model"
     checkpoints = chosen.value("checkpoint_dir")
@@ -147,16 +150,103 @@ def read(
         output_data_dir=chosen.value("output_data_dir") or _default_output(chosen, root),
         failure_file=failure_file(environ),
         checkpoint_dir=checkpoints,
-        settings=settings,
+        run_dir=chosen.value(RUN_DIR),
+        settings=given.settings,
         dry_run=chosen.value(DRY_RUN) or False,
         log_level=chosen.value(LOG_LEVEL) or "info",
-        ways_in=_ways_in(chosen, arguments, environ, root),
+        ways_in=_ways_in(chosen, given.arguments, environ, root),
         hosts=read_hosts(environ, limits=limits),
     )
+    if environment.run_dir is not None:
+        environment = _in_run_folder(environment, given)
     if faults:
         faults = list(dict.fromkeys(faults))
-        raise HyperparameterError([*faults, *_wrong_hyperparameters(settings, limits)])
+        raise HyperparameterError([*faults, *_wrong_hyperparameters(given.settings, limits)])
     return replace(environment, warnings=_set_aside(chosen, environment))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Given:
+    """What the sources of a job give. settings: of all sources, without the options."""
+
+    root: Path
+    arguments: Mapping[str, object]
+    settings: Mapping[str, object]
+    chosen: sources.OptionValues
+    faults: list[str]
+
+    @classmethod
+    def read(
+        cls,
+        argv: Sequence[str],
+        environ: Mapping[str, str],
+        saved: Mapping[str, object],
+        limits: Limits,
+    ) -> _Given:
+        faults: list[str] = []
+        root = _root(environ, faults)
+        arguments = {**saved, **sources.from_arguments(argv, faults)}
+        variables = sources.from_variables(environ, faults, limits)
+        file = sources.from_file(root / "input" / "config" / "hyperparameters.json", faults, limits)
+        chosen = sources.OptionValues(
+            (*OPTIONS, _MODEL_CHANNEL),
+            *(arguments, variables, environ, file, faults),
+            in_container=_is_container(root),
+        )
+        settings = {
+            name: value
+            for name, value in {**file, **variables, **arguments}.items()
+            if name not in _NAMES
+        }
+        return cls(root=root, arguments=arguments, settings=settings, chosen=chosen, faults=faults)
+
+
+def run_dir(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Path | None, bool]:
+    """Return the folder of the run, None without one, and whether the job is recorded there.
+
+    Neither a dry run nor the help is. Never raises: `read` names what is wrong.
+    """
+    chosen = _Given.read(argv, environ, {}, LIMITS).chosen
+    folder: Path | None = chosen.value(RUN_DIR)
+    return folder, not (chosen.value(DRY_RUN) or _asks_for_help(argv))
+
+
+def to_save(
+    argv: Sequence[str], environ: Mapping[str, str], saved: Mapping[str, object]
+) -> dict[str, object]:
+    """Return the settings with which `read` gives this job again, from a run's folder alone.
+
+    Wrong ones are among them. Never raises.
+    """
+    given = _Given.read(argv, environ, saved, LIMITS)
+    found: dict[str, object] = {}
+    for name in ("train", LOG_LEVEL):
+        if (raw := given.chosen.raw(name)) is not None:
+            found[name] = raw
+    for name, value in given.settings.items():
+        if not hyperparameters.is_platform_name(name):
+            found[name] = True if value is BARE_FLAG else value
+    return found
+
+
+def _in_run_folder(environment: Environment, given: _Given) -> Environment:
+    """Return the environment with the output folders of a run; arguments for others are faults.
+
+    The platform names its own folders in every job, so what it names is no fault.
+    """
+    folder = environment.run_dir
+    assert folder is not None
+    given.faults.extend(
+        f"--{name} does not go with --{RUN_DIR}: the run's folder holds all that is written."
+        for name in sources.OUTPUTS
+        if not is_unset(given.arguments.get(name))
+    )
+    ways: dict[str, Way] = {**environment.ways_in.ways, **dict.fromkeys(RUN_FOLDERS, "run")}
+    return replace(
+        environment,
+        **{name: folder / place for name, place in RUN_FOLDERS.items()},  # type: ignore[arg-type]
+        ways_in=replace(environment.ways_in, ways=ways),
+    )
 
 
 def _set_aside(chosen: sources.OptionValues, environment: Environment) -> tuple[str, ...]:

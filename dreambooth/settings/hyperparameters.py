@@ -282,7 +282,7 @@ def parse(raw: Mapping[str, object], *, limits: Limits = LIMITS) -> ParsedHyperp
         name = normalised(given)
         knob = _BY_NAME.get(name)
         if knob is None:
-            if not _is_platform_name(name):
+            if not is_platform_name(name):
                 warnings.append(_unknown(name))
             continue
         try:
@@ -306,7 +306,8 @@ def normalised(name: str) -> str:
     return name.strip().lstrip("-").replace("-", "_")
 
 
-def _is_platform_name(name: str) -> bool:
+def is_platform_name(name: str) -> bool:
+    """Return whether SageMaker, its clients or a launcher give a setting of this name."""
     return name.startswith(("sagemaker_", "_tuning_")) or name in ("local_rank", "scale_lr")
 
 

@@ -72,6 +72,10 @@ class OptionValues:
             self._faults.append(str(fault))
             return None
 
+    def raw(self, name: str) -> object:
+        """Return the value of an option as it is given, None if no source gives one."""
+        return self._source(name).get(name)
+
     def is_platforms(self, name: str) -> bool:
         """Return whether the value of an option is the platform's own variable."""
         return self.way(name) == "platform"

@@ -18,15 +18,16 @@ MODEL: Final = "model"
 _CHANNEL_VARIABLE: Final = "SM_CHANNEL_"
 _MOST_CHANNELS: Final = 5
 
-Way = Literal["option", "setting", "platform"]
+Way = Literal["option", "setting", "platform", "run"]
+RUN_DIR: Final = "run_dir"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WaysIn:
     """The way in which each folder of a job is given, and the channels that are there.
 
-    ways: by the name of the option, or `model`; what is missing is an option. pipes: the channels
-    in pipe mode, with the epoch in their names.
+    ways: by the name of the option, or `model`; what is missing is an option, and `run` means that
+    the folder lies in the run's. pipes: the channels in pipe mode, with the epoch in their names.
     """
 
     ways: Mapping[str, Way] = field(default_factory=dict)
@@ -35,6 +36,8 @@ class WaysIn:
 
     def named(self, option: str) -> str:
         """Return the name under which the user knows an option."""
+        if self._way(option) == "run":
+            return f"--{RUN_DIR}"
         return f"--{option}" if self._way(option) == "option" else option
 
     def elsewhere(self, option: str) -> str:

@@ -272,3 +272,27 @@ def test_only_the_named_streams_drop_what_cannot_be_written(
         print("text")
     assert isinstance(sys.stdout, Broken)
     assert isinstance(sys.stderr, Broken)
+
+
+class TerminalStream(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_copy_has_every_line_once_and_of_a_bar_its_last_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "log.txt"
+    terminal = TerminalStream()
+    with log.open("a") as stderr:
+        monkeypatch.setattr("sys.stdout", terminal)
+        monkeypatch.setattr("sys.stderr", stderr)
+        with logs.copied_into(log):
+            for text in ("one\ntw", "o\n", "\rbar 1/2  ", "\rbar 2/2 \n", "\r\033[Kmetric=1\n"):
+                print(text, end="")
+            print("straight into the file", file=sys.stderr, flush=True)
+            print("no line end", end="")
+            assert sys.stdout.isatty()
+        assert (sys.stdout, sys.stderr) == (terminal, stderr)
+    assert terminal.getvalue().count("bar") == 2
+    assert log.read_text() == "one\ntwo\nbar 2/2\nmetric=1\nstraight into the file\nno line end\n"
