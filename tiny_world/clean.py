@@ -34,7 +34,6 @@ from dreambooth.settings.command_line import Parser
 from dreambooth.tiny import judge_network
 from dreambooth.tiny.judge_network import Judge, Pictures
 from tiny_world import world
-from tiny_world.judge import ATTRIBUTES
 
 LABELLED = Path(__file__).parent / "labelled"
 SUBJECTS = ("cat", "dog1", "dog2", "chair", "ottoman")
@@ -87,18 +86,23 @@ def labelled() -> tuple[list[Labelled], Pictures]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Painted:
-    """How the painter's drawings look to the judge's first layer, after the VAE has coded them.
+class Critic:
+    """Tells clean pictures of the drawn world from others.
 
-    means: [species,64]. inverse: of the covariance within a species, [64,64].
+    means [species,64] and inverse [64,64], of the covariance within a species: how the painter's
+    drawings look to the judge's first layer, after the VAE has coded them.
     """
 
+    base: DiffusionModel
+    judge: Judge
     means: torch.Tensor
     inverse: torch.Tensor
 
     @classmethod
-    def measured(cls, base: DiffusionModel, judge: Judge) -> Painted:
-        """Draw and measure `_PAINTED` pictures of each species."""
+    def of_the_world(cls) -> Critic:
+        """Load the embedded model and the judge, and let the painter draw."""
+        base = models.load(tiny.WEIGHTS, device=torch.device("cpu"))
+        judge = judge_network.load()
         groups = []
         for species in world.SPECIES:
             pixels = judge_network.to_pixels(_drawings(species))
@@ -110,7 +114,32 @@ class Painted:
         within = torch.cat([group - mean for group, mean in zip(groups, means, strict=True)])
         covariance = within.T @ within / len(within)
         covariance += 0.02 * covariance.diagonal().mean() * torch.eye(len(covariance))
-        return cls(means=means, inverse=torch.linalg.inv(covariance))
+        return cls(base=base, judge=judge, means=means, inverse=torch.linalg.inv(covariance))
+
+    def parts(self, pictures: Pictures) -> tuple[Values, Values, Values]:
+        """Return three measures of strange pictures, each [N].
+
+        The base's denoising loss; the judge's doubt, the entropy of all that it reads but the
+        style; and the Mahalanobis distance of the texture from the painter's drawings of the
+        species that it reads. All as logarithms.
+        """
+        pixels = judge_network.to_pixels(pictures)
+        with torch.no_grad():
+            read = self.judge(pixels)
+        entropy = torch.zeros(len(pictures))
+        for name, logits in read.items():
+            if name != "style":
+                entropy -= (logits.softmax(dim=1) * logits.log_softmax(dim=1)).sum(dim=1)
+        # The judge's labels of species are numbered as the world's.
+        off = _texture(self.judge, pixels) - self.means[read["species"].argmax(dim=1)]
+        distance = ((off @ self.inverse) * off).sum(dim=1)
+        loss = denoising_loss(self.base, list(pictures))
+        doubt, texture = ((0.05 + entropy).log(), distance.log())
+        return loss, doubt.double().numpy(), texture.double().numpy()
+
+    def clean_share(self, pictures: Pictures) -> float:
+        """Return the share of clean pictures; sketches have another texture and are not clean."""
+        return float((strangeness(self.parts(pictures)) <= CLEAN_BELOW).mean())
 
 
 def _drawings(species: str) -> Pictures:
@@ -131,33 +160,10 @@ def _texture(judge: Judge, pixels: torch.Tensor) -> torch.Tensor:
     return torch.cat([maps.mean(dim=(2, 3)), maps.std(dim=(2, 3))], dim=1)
 
 
-def parts(
-    base: DiffusionModel, judge: Judge, painted: Painted, pictures: Pictures
-) -> tuple[Values, Values, Values]:
-    """Return three measures of strange pictures, each [N].
-
-    The base's denoising loss; the judge's doubt, the entropy of all that it reads but the style;
-    and the Mahalanobis distance of the texture from the painter's drawings of the species that it
-    reads. Both as logarithms.
-    """
-    pixels = judge_network.to_pixels(pictures)
-    with torch.no_grad():
-        read = judge(pixels)
-    entropy = torch.zeros(len(pictures))
-    for name, logits in read.items():
-        if name != "style":
-            entropy -= (logits.softmax(dim=1) * logits.log_softmax(dim=1)).sum(dim=1)
-    assert ATTRIBUTES["species"] == world.SPECIES  # so a label's number is a species' number
-    off = _texture(judge, pixels) - painted.means[read["species"].argmax(dim=1)]
-    distance = ((off @ painted.inverse) * off).sum(dim=1)
-    doubt, texture = (0.05 + entropy).log(), distance.log()
-    return denoising_loss(base, list(pictures)), doubt.double().numpy(), texture.double().numpy()
-
-
-def strangeness(measured: tuple[Values, Values, Values]) -> Values:
-    """Return [N] the weighted sum of the `parts`, each in deviations from clean pictures."""
-    total = np.zeros(len(measured[0]))
-    for values, (mean, deviation, weight) in zip(measured, (_LOSS, _DOUBT, _TEXTURE), strict=True):
+def strangeness(parts: tuple[Values, Values, Values]) -> Values:
+    """Return [N] the weighted sum of the parts, each in deviations from clean pictures."""
+    total = np.zeros(len(parts[0]))
+    for values, (mean, deviation, weight) in zip(parts, (_LOSS, _DOUBT, _TEXTURE), strict=True):
         total += weight * (values - mean) / deviation
     return total
 
@@ -175,10 +181,8 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m tiny_world clean", description=main.__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/clean"))
     out: Path = parser.parse_args(argv).out
-    base = models.load(tiny.WEIGHTS, device=torch.device("cpu"))
-    judge = judge_network.load()
     facts, pictures = labelled()
-    measured = parts(base, judge, Painted.measured(base, judge), pictures)
+    measured = Critic.of_the_world().parts(pictures)
     out.mkdir(parents=True, exist_ok=True)
     for name, values in (("any model", measured[0]), ("drawn world", strangeness(measured))):
         print(f"{name:<12} " + "  ".join(_row(values, facts)))
