@@ -132,7 +132,7 @@ def test_a_checkpoint_of_a_version_without_training_guidance_goes_on_without_it(
     states.save(training.state, tmp_path, identity=IDENTITY, keep=1)
     default, other = ({**IDENTITY, "training_guidance_scale": scale} for scale in ("1.0", "2.0"))
     assert states.load_newest(training.state, tmp_path, identity=default)
-    with pytest.raises(HyperparameterError, match="scale was unset and is now 2.0"):
+    with pytest.raises(HyperparameterError, match=r"scale was unset and is now 2\.0"):
         states.load_newest(training.state, tmp_path, identity=other)
 
 
