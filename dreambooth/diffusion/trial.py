@@ -22,12 +22,16 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor
 from torch.func import functional_call
-from transformers.initialization import no_init_weights
 
 from dreambooth.diffusion.step_tables import timesteps_of
 from dreambooth.diffusion.text_encoders import BUILD_ERRORS
 from dreambooth.errors import ModelArtifactError, in_one_line
 from dreambooth.process.memory import is_out_of_memory
+
+try:
+    from transformers.initialization import no_init_weights
+except ImportError:  # transformers 4, which the Hugging Face toolkit brings
+    from transformers.modeling_utils import no_init_weights
 
 _CELLS = 8
 _DEVICE_ERRORS = {"OutOfMemoryError", "AcceleratorError"}

@@ -57,12 +57,12 @@ def test_a_model_is_measured_against_its_base(
     assert written["guidance_scale"] == 7.5
     assert set(written["measures"]) - {"class_read", "other_class_read"} == {
         *("subject", "likeness", "copies", "class_kept", "class_likeness"),
-        *("class_variety", "base_class_variety", "other_class_kept"),
+        *("class_variety", "base_class_variety", "other_class_kept", "clean"),
     }
     assert list(written["measures"])[:3] == ["subject", "class_kept", "other_class_kept"]
     for name, found in written["measures"].items():
         assert found["low"] <= found["mean"] <= found["high"]
-        assert found["of"] == 2
+        assert found["of"] == (8 if name == "clean" else 2)  # of all four prompts
         assert f"{name:<20} {found['mean']:6.3f}" in shown
     assert set(written["not_measured"]) == {"context"}
     assert written["frechet_distance"] > 0
@@ -81,6 +81,7 @@ def test_a_model_that_learned_nothing_has_kept_everything(
     measures = json.loads((tmp_path / "evaluation.json").read_text("utf-8"))["measures"]
     assert measures["class_kept"]["mean"] == measures["other_class_kept"]["mean"] == 1
     assert measures["class_variety"] == measures["base_class_variety"]
+    assert measures["clean"]["mean"] == 1
 
 
 def test_what_cannot_be_measured_is_named_with_the_reason(
