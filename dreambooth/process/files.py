@@ -14,6 +14,7 @@ from pathlib import Path
 from dreambooth.errors import ResourceError
 
 _LOOK_S = 0.01
+_MOUNTS = Path("/proc/self/mountinfo")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NO_FOLDER = (errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG)
@@ -57,6 +58,21 @@ def is_locked(folder: Path) -> bool:
         finally:
             os.close(descriptor)
     return False
+
+
+def mounts_in(folder: Path) -> list[Path]:
+    """Return where something is mounted in a folder or on it; none where Linux does not tell."""
+    with contextlib.suppress(OSError):
+        lines = _MOUNTS.read_bytes().splitlines()
+        places = (re.sub(rb"\\([0-7]{3})", _octal, line.split()[4]) for line in lines)
+        whole = folder.resolve()
+        mounted = (Path(os.fsdecode(place)) for place in places)
+        return [place for place in mounted if place.is_relative_to(whole)]
+    return []
+
+
+def _octal(found: re.Match[bytes]) -> bytes:
+    return bytes([int(found[1], 8)])
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -50,11 +50,20 @@ class RunList:
     folder: Path
 
     def runs(self) -> list[Run]:
-        """Return all runs, sorted by name; numbers in names count as numbers."""
-        with contextlib.suppress(OSError):  # there is no folder yet
+        """Return all runs, sorted by name; numbers in names count as numbers.
+
+        Raises UserError where the folder cannot be read.
+        """
+        try:
             found = [Run(entry) for entry in self.folder.iterdir() if entry.name[0] != "."]
-            return sorted((run for run in found if run.exists), key=lambda run: _order(run.name))
-        return []
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise UserError(
+                f"The runs in {one_line(str(self.folder), 300)} cannot be listed "
+                f"({error.strerror}): {_ELSEWHERE}."
+            ) from error
+        return sorted((run for run in found if run.exists), key=lambda run: _order(run.name))
 
     def statuses(self) -> list[RunStatus]:
         """Return how all runs stand; one that cannot be looked at is named in the log."""
@@ -107,19 +116,32 @@ class RunList:
         return new
 
     def delete(self, run: Run) -> int:
-        """Delete a run that is not running; return the bytes that this frees."""
-        freed = run.sizes().total
+        """Delete a run that is not running; return the bytes that this frees.
+
+        Raises UserError where this would free nothing, or take what belongs to others.
+        """
+        name, freed = one_line(run.name, 100), run.sizes().total
+        if run.folder.is_symlink():
+            raise UserError(
+                f"The run {name} is a link to {one_line(str(run.folder.resolve()), 300)}: delete "
+                "that folder, and then the link."
+            )
+        if mounts := files.mounts_in(run.folder):
+            raise UserError(
+                f"In the run {name} something else is mounted, which would be deleted too: unmount "
+                f"{one_line(str(mounts[0]), 300)} first."
+            )
         with run.changing(), files.disk_faults_named("The run", run.folder, elsewhere=_ELSEWHERE):
             # A name that no run has: what an interrupted deletion leaves is deleted later.
-            gone = run.folder.with_name(f"{_DELETED}{run.name}-{time.time_ns()}")
-            run.folder.rename(gone)
+            run.folder.rename(run.folder.with_name(f"{_DELETED}{os.getpid()}-{time.time_ns()}"))
         self.sweep()
         return freed
 
     def sweep(self) -> None:
         """Remove what interrupted deletions have left."""
         for left in self.folder.glob(f"{_DELETED}*"):
-            shutil.rmtree(left, ignore_errors=True)
+            if not files.mounts_in(left):
+                shutil.rmtree(left, ignore_errors=True)
 
     def has_runner(self) -> bool:
         """Return whether a runner executes the waiting runs."""

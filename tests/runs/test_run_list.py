@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from dreambooth.errors import HyperparameterError, UserError
+from dreambooth.process import files
 from dreambooth.runs import run_list
 from dreambooth.runs.record import Record
 from dreambooth.runs.run_folder import Run, RunState
@@ -149,3 +150,59 @@ def test_a_run_that_cannot_be_looked_at_hides_no_other(
     (closed.folder / "lock").chmod(0)
     assert [status.name for status in runs.statuses()] == [run.name]
     assert f"{closed.folder} cannot be locked" in caplog.text
+
+
+def test_a_closed_folder_hides_no_run_and_a_closed_list_is_not_called_empty(
+    unprivileged_folder: Path,
+) -> None:
+    runs = RunList(unprivileged_folder / "runs")
+    run, closed = runs.new(settings()), runs.new(settings())
+    (run.folder / "model").mkdir(mode=0)
+    closed.folder.chmod(0)
+    assert [status.name for status in runs.statuses()] == [run.name]
+    runs.folder.chmod(0)
+    with pytest.raises(UserError, match=r"cannot be listed \(Permission denied\): give another"):
+        runs.runs()
+    for folder in (runs.folder, closed.folder, run.folder / "model"):
+        folder.chmod(0o777)
+
+
+def test_a_run_whose_name_is_as_long_as_can_be_is_deleted(tmp_path: Path) -> None:
+    run = Run(tmp_path / ("n" * 255))
+    ended(run)
+    RunList(tmp_path).delete(run)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_deletion_takes_nothing_that_is_mounted_or_linked_in_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = RunList(tmp_path / "my runs")
+    run, left = runs.new(settings()), runs.folder / ".deleted-1"
+    (left / "disk").mkdir(parents=True)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (run.folder / "photos").symlink_to(photos)
+    text = str(runs.folder).replace(" ", "\\040")
+    mounts = tmp_path / "mountinfo"  # as in proc_pid_mountinfo(5)
+    mounts.write_text(
+        f"1 0 8:1 / / rw - ext4 /dev/x rw\n2 1 8:1 /a {text}/0001/disk rw - ext4 /dev/x rw\n"
+        f"3 1 8:1 /a {text}/.deleted-1/disk rw - ext4 /dev/x rw\n"
+    )
+    monkeypatch.setattr(files, "_MOUNTS", mounts)
+    with pytest.raises(UserError, match=r"mounted.*: unmount .*/my runs/0001/disk first"):
+        runs.delete(run)
+    mounts.write_text(mounts.read_text().replace("/0001/", "/0002/"))
+    runs.delete(run)
+    assert [path.name for path in runs.folder.iterdir()] == [".deleted-1"]
+    assert photos.is_dir()
+
+
+def test_a_link_to_a_run_is_not_deleted_in_place_of_it(tmp_path: Path) -> None:
+    runs = RunList(tmp_path / "runs")
+    ended(Run(tmp_path / "elsewhere"))
+    runs.folder.mkdir()
+    (runs.folder / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"is a link to .*/elsewhere: delete that folder"):
+        runs.delete(runs.run("link"))
+    assert runs.run("link").state() == RunState.STOPPED
