@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -87,15 +87,13 @@ class RunList:
     def new(self, settings: Mapping[str, object], *, name: str = "") -> Run:
         """Add a run that waits for the runner. Raises HyperparameterError with all faults."""
         check_settings(settings)
-        run = self._make(name)
-        with files.disk_faults_named("The run", run.folder, elsewhere=_ELSEWHERE):
+        with self._making(name) as run:
             run.write_settings(settings)
         return run
 
     def new_draft(self, contents: Mapping[str, object], *, name: str = "") -> Run:
         """Add a run that is only a form yet: its contents may be anything."""
-        run = self._make(name)
-        with files.disk_faults_named("The run", run.folder, elsewhere=_ELSEWHERE):
+        with self._making(name) as run:
             run.write_draft(contents)
         return run
 
@@ -106,9 +104,8 @@ class RunList:
         """
         settings = {**_known(run.settings()), **changes}
         check_settings(settings)
-        new = self._make(name or re.sub("^[0-9]+-", "", run.name))
         pictures, train = run.folder / run_folder.PICTURES, settings["train"]
-        with files.disk_faults_named("The run", new.folder, elsewhere=_ELSEWHERE):
+        with self._making(name or re.sub("^[0-9]+-", "", run.name)) as new:
             if isinstance(train, str) and Path(train) == Path(os.path.abspath(pictures)):
                 settings["train"] = str(new.folder / run_folder.PICTURES)
                 shutil.copytree(pictures, new.folder / run_folder.PICTURES)
@@ -175,6 +172,17 @@ class RunList:
         deadline = time.monotonic() + _STARTED_S
         while runner.poll() is None and not self.has_runner() and time.monotonic() < deadline:
             time.sleep(_POLL_S)
+
+    @contextlib.contextmanager
+    def _making(self, name: str) -> Iterator[Run]:
+        """Yield a new run to be filled in; nothing is left of it if that fails."""
+        run = self._make(name)
+        try:
+            with files.disk_faults_named("The run", run.folder, elsewhere=_ELSEWHERE):
+                yield run
+        except BaseException:
+            shutil.rmtree(run.folder, ignore_errors=True)
+            raise
 
     def _make(self, name: str) -> Run:
         """Make the folder of a new run: the next number, and a name if one is given."""

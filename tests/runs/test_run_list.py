@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 
 import pytest
 
-from dreambooth.errors import HyperparameterError, UserError
+from dreambooth.errors import HyperparameterError, ResourceError, UserError
 from dreambooth.process import files
 from dreambooth.runs import run_list
 from dreambooth.runs.record import Record
@@ -206,3 +207,23 @@ def test_a_link_to_a_run_is_not_deleted_in_place_of_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is a link to .*/elsewhere: delete that folder"):
         runs.delete(runs.run("link"))
     assert runs.run("link").state() == RunState.STOPPED
+
+
+def test_of_a_run_that_the_disk_does_not_take_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = RunList(tmp_path)
+    old = runs.new_draft({})
+    shutil.copytree(DATA / "cat", old.folder / "pictures")
+    run_list.submit(old, settings() | {"train": str(old.folder / "pictures")})
+
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "fsync", full)
+    for add in (lambda: runs.new(settings()), lambda: runs.again(old, {})):
+        with pytest.raises(ResourceError, match="the disk is full"):
+            add()
+    with pytest.raises(ResourceError, match="the disk is full"):
+        runs.new_draft({})
+    assert list(tmp_path.iterdir()) == [old.folder]
