@@ -200,7 +200,7 @@ class RunList:
             ]
             number = max(numbers, default=0) + 1
             while True:
-                folder = self.folder / "-".join(filter(None, [f"{number:04}", name[:70]]))
+                folder = self.folder / "-".join(filter(None, [f"{number:04}", name]))
                 try:
                     folder.mkdir()
                 except FileExistsError:  # somebody else adds a run at the same time

@@ -40,6 +40,7 @@ def test_runs_are_numbered_named_and_sorted(tmp_path: Path) -> None:
         RunState.WAITING,
     ]
     assert runs.run("0002").draft() == {"steps": "not yet"}
+    assert runs.new(settings(), name="n" * 80).name == "10002-" + "n" * 80
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", ".deleted-1", "x" * 90, "a\nb"])
