@@ -63,16 +63,13 @@ def is_locked(folder: Path) -> bool:
 def mounts_in(folder: Path) -> list[Path]:
     """Return where something is mounted in a folder or on it; none where Linux does not tell."""
     with contextlib.suppress(OSError):
-        lines = _MOUNTS.read_bytes().splitlines()
-        places = (re.sub(rb"\\([0-7]{3})", _octal, line.split()[4]) for line in lines)
+        places = [line.split()[4] for line in _MOUNTS.read_bytes().splitlines()]
+        # A blank is written as \040.
+        names = [re.sub(rb"\\([0-7]{3})", lambda word: bytes([int(word[1], 8)]), p) for p in places]
         whole = folder.resolve()
-        mounted = (Path(os.fsdecode(place)) for place in places)
+        mounted = (Path(os.fsdecode(name)) for name in names)
         return [place for place in mounted if place.is_relative_to(whole)]
     return []
-
-
-def _octal(found: re.Match[bytes]) -> bytes:
-    return bytes([int(found[1], 8)])
 
 
 def write_whole(path: Path, content: bytes) -> None:
