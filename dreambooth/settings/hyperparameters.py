@@ -224,7 +224,7 @@ class Hyperparameters:
     training_guidance_scale: float = ours(
         1.0,
         "With prior_preservation_mode=prediction: trains the subject for pictures drawn with this "
-        "guidance; 2 where they are burnt at 7.5.",
+        "guidance; 1.5 or 2 where they are burnt at 7.5.",
         minimum=1.0,
     )
     fast_step: bool = ours(
