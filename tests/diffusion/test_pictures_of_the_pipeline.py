@@ -413,6 +413,11 @@ def test_pictures_are_those_of_the_pipeline(kind: str, folder: Path) -> None:
     pytest.fail(f"of {4 * wanted} variants the pipeline draws only {compared}")
 
 
+def test_so_is_one_that_was_found_by_chance(folder: Path) -> None:
+    """Eager attention, a mask and padding on the left: tokens that see nothing."""
+    assert assert_same("text", 913315552, folder)
+
+
 def test_so_are_ten_that_were_never_tried(folder: Path) -> None:
     for _ in range(10):
         kind, seed = random.choice(sorted(KINDS)), random.SystemRandom().randrange(10**9)
