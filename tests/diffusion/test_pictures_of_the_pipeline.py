@@ -47,7 +47,7 @@ NOISE_SCHEDULER: dict[str, list[Any]] = {
     "beta_start": [1e-4, 0.00085, 0.002],
     "beta_end": [0.012, 0.02, 0.03],
     "num_train_timesteps": [37, 100, 500, 999, 1001],
-    "trained_betas": [[0.001 + 2e-5 * step for step in range(1000)]],
+    "trained_betas": [[0.001 + 2e-5 * step for step in range(1001)]],  # fewer are refused
     "prediction_type": ["epsilon", "v_prediction", "v_prediction", "sample"],
     "timestep_spacing": ["leading", "linspace", "trailing"],
     "set_alpha_to_one": [True, False],
