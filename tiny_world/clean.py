@@ -7,10 +7,9 @@ on, on the other half, and by subject; and it writes a sheet of the worst, middl
 The labels (`tiny_world/labelled`): 232 pictures of 16 models (the base, and fine-tunes on all five
 subjects at guidance 7.5 and 50 steps; `run` is the data set and the steps), labelled by eye, by one
 reader before any measure was tried and by a second who saw neither labels nor measures. clean: what
-the painter
-could have painted. burnt: right shapes in overdriven colours. broken: noise or blotches. mushy:
-smeared, parts missing or melted into each other. Where the readers differ on clean or not, a
-picture counts in neither group. Pictures of even number are the half that is chosen on.
+the painter could have painted. burnt: right shapes in overdriven colours. broken: noise or
+blotches. mushy: smeared, parts missing or melted into each other. Where the readers differ on clean
+or not, a picture counts in neither group. Pictures of even number are the half that is chosen on.
 """
 
 from __future__ import annotations
@@ -28,7 +27,8 @@ from PIL import Image
 from dreambooth import tiny
 from dreambooth.diffusion import model as models
 from dreambooth.diffusion.model import DiffusionModel
-from dreambooth.evaluation.clean import Values, denoising_loss
+from dreambooth.evaluation.clean import denoising_loss
+from dreambooth.evaluation.measures import Values
 from dreambooth.report import contact_sheet
 from dreambooth.settings.command_line import Parser
 from dreambooth.tiny import judge_network

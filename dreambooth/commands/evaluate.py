@@ -189,7 +189,6 @@ def _measure(
     base_loss: Callable[[Sequence[np.ndarray]], Values] | None,
     side: int,
 ) -> Report:
-
     from dreambooth.evaluation import scores, shares
     from dreambooth.evaluation.measures import summarised
 

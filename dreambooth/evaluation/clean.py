@@ -4,7 +4,7 @@ A model knows how to finish what its own world can show. Where a picture is burn
 the base model's prediction of the noise is off, and most in the worst places. Nothing is asked of
 the fine-tuned model, so that what it has unlearned cannot hide.
 
-Legend: N pictures, C latent channels, h w latent cells, D draws of a timestep and noise.
+Legend: N pictures, H W pixels.
 """
 
 from __future__ import annotations
@@ -12,15 +12,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from dreambooth.diffusion import model as models
 from dreambooth.diffusion.loss import noise_target
 from dreambooth.diffusion.model import DiffusionModel
-
-Picture = npt.NDArray[np.uint8]
-Values = npt.NDArray[np.float64]
+from dreambooth.evaluation.features import Picture
+from dreambooth.evaluation.measures import Values
 
 CLEAN_WITHIN = 0.5
 """A clean picture's loss is at most exp(0.5) = 1.65 times that of the base model's own drawings."""
@@ -40,7 +38,7 @@ def denoising_loss(base: DiffusionModel, pictures: Sequence[Picture]) -> Values:
     scheduler = models.training_noise_scheduler(base)
     device, dtype = base.unet.device, base.unet.dtype
     text = models.encode_text(base, models.tokenize(base, [""])).to(device, dtype)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator()
     count = scheduler.config.num_train_timesteps
     timesteps = torch.tensor([int(part * count) for part in _TIMES]).repeat_interleave(_NOISES)
     found = []

@@ -1,4 +1,4 @@
-"""Print the shares that tuners read: was the subject learned, was its class kept (compute_scores).
+"""Print the shares that tuners read: subject learned, class kept, pictures clean (compute_scores).
 
 The model draws first; then the base's weights take the place of the trained ones, so that the
 device never holds a second U-Net.

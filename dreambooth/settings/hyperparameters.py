@@ -205,8 +205,8 @@ class Hyperparameters:
     )
     compute_scores: bool = ours(
         False,
-        "Prints subject_score= and class_kept= at the end, from 0 to 1: whether the subject was "
-        "learned, and its class kept.",
+        "Prints subject_score=, class_kept= and clean= at the end, from 0 to 1: whether the "
+        "subject was learned, its class kept, and pictures are clean.",
     )
     fid_features: str | None = ours(
         None,
