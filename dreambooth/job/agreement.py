@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import platform
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
@@ -69,21 +69,30 @@ def until_stopped(
     state: TrainingState,
     stop: StopSignals,
     accelerator: Accelerator,
+    is_enough: Callable[[], bool],
 ) -> Iterator[StepMetrics]:
     """Yield the step metrics; raise Stopped on all processes after a step with a stop signal.
 
     A signal that arrives once the processes have asked each other counts at the next step.
+    is_enough: whether to end before the last step; what the main process says counts.
     """
+    if any(gathered(accelerator, is_enough())):  # a resumed run that had been ended
+        return
     for metrics in steps:
         yield metrics
         if metrics.step < state.step:  # `captured_loop` yields up to ten steps' metrics at once
             continue
         if accelerator.num_processes == 1:
             stop.check()
+            if is_enough():
+                return
             continue
-        asked = torch.tensor(float(stop.asked), device=accelerator.device)
-        if accelerator.reduce(asked, "sum") > 0:
+        asked = torch.tensor([float(stop.asked), float(is_enough())], device=accelerator.device)
+        stopped, enough = accelerator.reduce(asked, "sum").tolist()
+        if stopped > 0:
             raise Stopped(stop.number or signal.SIGTERM)
+        if enough > 0:
+            return
 
 
 def follow(steps: Iterator[StepMetrics], accelerator: Accelerator) -> None:

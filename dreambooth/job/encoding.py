@@ -11,7 +11,7 @@ import torch
 from dreambooth.data import cache
 from dreambooth.diffusion import model as models
 from dreambooth.diffusion.model import DiffusionModel
-from dreambooth.job import class_sampling
+from dreambooth.job import class_sampling, metering
 from dreambooth.job.task import Task
 from dreambooth.process.progress import Progress
 from dreambooth.training import loop
@@ -69,10 +69,11 @@ def encode(
     )
     if settings.train_text_encoder:
         return data, {}
-    return data, {prompt: text(prompt) for prompt in _sampled_prompts(task)}
+    return data, {prompt: text(prompt) for prompt in _used_prompts(task)}
 
 
-def _sampled_prompts(task: Task) -> tuple[str, ...]:
-    """Return the prompts that pictures are drawn with, and the empty negative prompt."""
+def _used_prompts(task: Task) -> tuple[str, ...]:
+    """Return the prompts that pictures are drawn with or the meter reads, and the empty one."""
     of_class = task.dataset.class_prompt if task.hyperparameters.compute_scores else None
-    return (task.sample_prompt, task.dataset.instance_prompt, of_class or "", "")
+    drawn = (task.sample_prompt, task.dataset.instance_prompt, of_class or "", "")
+    return (*drawn, *metering.prompts(task).values())

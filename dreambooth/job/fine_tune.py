@@ -26,8 +26,18 @@ from dreambooth.errors import ResourceError
 from dreambooth.fast import captured_loop
 from dreambooth.fast.cuda_graphs import CudaGraphCapturer
 from dreambooth.fast.graphed_passes import without_capture
-from dreambooth.job import agreement, class_sampling, encoding, fid, outputs, scoring, stopping
+from dreambooth.job import (
+    agreement,
+    class_sampling,
+    encoding,
+    fid,
+    metering,
+    outputs,
+    scoring,
+    stopping,
+)
 from dreambooth.job.checkpoints import Checkpoints
+from dreambooth.job.metering import Metering
 from dreambooth.job.previews import Previews
 from dreambooth.job.run_report import RunReport
 from dreambooth.job.task import Task
@@ -109,7 +119,8 @@ def _fine_tune_with_smaller_memory_plans(
         except (RuntimeError, MemoryError, ResourceError) as error:
             if not is_out_of_memory(error):
                 raise
-            trained = run_report.step is not None and run_report.step >= task.plan.steps
+            made = run_report.step is not None and run_report.step >= task.plan.steps
+            trained = made or run_report.stopped is not None
             plan = task.plan.with_smaller_memory_plan()
             if plan is None or trained or accelerator.num_processes > 1:
                 raise ResourceError(plans.out_of_memory_advice(task.plan)) from error
@@ -159,6 +170,7 @@ def _fine_tune(
     prior_unet = None
     if settings.predicts_the_prior:
         prior_unet = state.precision.frozen_copy(model.unet)
+    meter = metering.start(task, model, state, data.instance, text, run_report)
     with phase("resuming"):
         checkpoints.resume(state, may_remove=accelerator.is_main_process)
         agreement.refuse_unequal_steps(accelerator, state.step)
@@ -185,37 +197,34 @@ def _fine_tune(
         accelerator=accelerator,
     )
     with stop.held():  # from here on a stop signal waits for the end of a step, or of the export
-        steps = agreement.until_stopped(steps, state, stop, accelerator)
+        steps = agreement.until_stopped(steps, state, stop, accelerator, meter.is_enough)
         if not accelerator.is_main_process:  # with several processes, one reports and writes
             return agreement.follow(steps, accelerator)
-        run_log = _run_log(task, state, draw_sample)
+        run_log = _run_log(task, state, draw_sample, meter)
         try:
             _run_loop(task, run_report, state, steps, run_log, checkpoints)
             run_report.others_wait = True
+            ended_early = _end_early(meter, state, run_report, checkpoints)
         except Stopped:
             run_report.others_wait = True
             with phase("stopping"):
                 run_report.stopped = stopping.after_stop(task, state, checkpoints, stop)
             raise
         with phase("export"):
-            stopping.write_model(task, state)
+            stopping.write_model(task, state, ended_early=ended_early)
             with _errors_only_logged():
                 stopping.write_single_file(task, stop)
-        if checkpoints.due(state.step) and not (checkpoints.holds(state) or stop.asked):
-            with _errors_only_logged(), phase("checkpoints"):
-                checkpoints.save(state)
-        if not checkpoints.holds(state):
-            log.info(
-                "no checkpoint of the last step is kept: set keep_last_checkpoint=True for a run "
-                "that may be trained further"
-            )
+        if ended_early is None:
+            _save_last_checkpoint(state, run_report, checkpoints, stop)
+        elif meter.kept is not None and not plan.keep_last_checkpoint:
+            meter.kept.clear()
         state.optimizer.state.clear()  # frees its memory for the last pictures,
         _forget_training(accelerator)  # and that of half-precision weights and graphs
         try:
             run_report.last_sample = draw_sample()
             with _errors_only_logged():
                 run_log.add_last_sample(run_report.last_sample)
-                stopping.add_sample(task, state, run_report.last_sample)
+                stopping.add_sample(task, state, run_report.last_sample, ended_early=ended_early)
             if settings.compute_fid:
                 with phase("fid_score"), stop.released():
                     run_report.fid_score = fid.print_score(task, model, previews)
@@ -229,6 +238,37 @@ def _fine_tune(
                 f"The {state.step} steps were made and the model is whole; it has {missing}."
             )
             raise
+
+
+def _end_early(
+    meter: Metering, state: states.TrainingState, run_report: RunReport, checkpoints: Checkpoints
+) -> str | None:
+    """Log what the meter has seen; where early stopping ended the run, take the state it chose.
+
+    Return its sentence, None where all steps were made. A last checkpoint that is asked for is
+    written first, because the chosen weights belong to no optimizer.
+    """
+    meter.finish()
+    wanted = checkpoints.folder is not None and checkpoints.plan.keep_last_checkpoint
+    if meter.is_enough() and wanted and not checkpoints.holds(state):
+        with _errors_only_logged(), run_report.phase("checkpoints"):
+            checkpoints.save(state)
+    run_report.stopped = meter.choose()
+    return run_report.stopped
+
+
+def _save_last_checkpoint(
+    state: states.TrainingState, run_report: RunReport, checkpoints: Checkpoints, stop: StopSignals
+) -> None:
+    """Save a checkpoint of the last step if it is due; it comes after the model, which is whole."""
+    if checkpoints.due(state.step) and not (checkpoints.holds(state) or stop.asked):
+        with _errors_only_logged(), run_report.phase("checkpoints"):
+            checkpoints.save(state)
+    if not checkpoints.holds(state):
+        log.info(
+            "no checkpoint of the last step is kept: set keep_last_checkpoint=True for a run "
+            "that may be trained further"
+        )
 
 
 @contextlib.contextmanager
@@ -262,7 +302,10 @@ def _checkpoints(task: Task) -> Checkpoints:
 
 
 def _run_log(
-    task: Task, state: states.TrainingState, draw_sample: Callable[[], Image.Image | None]
+    task: Task,
+    state: states.TrainingState,
+    draw_sample: Callable[[], Image.Image | None],
+    meter: Metering,
 ) -> RunLog:
     return RunLog(
         task.environment.output_data_dir,
@@ -271,6 +314,7 @@ def _run_log(
         stream=sys.stderr,
         sample_steps=task.hyperparameters.sample_steps,
         draw_sample=draw_sample,
+        read_meter=meter.read,
         elsewhere=task.environment.ways_in.elsewhere("output_data_dir"),
     )
 

@@ -56,14 +56,17 @@ def after_stop(
     return f"{done}; {left} is in the model folder."
 
 
-def write_model(task: Task, state: TrainingState) -> None:
-    """Write the model of the steps so far into the model folder."""
+def write_model(task: Task, state: TrainingState, *, ended_early: str | None = None) -> None:
+    """Write the model of the steps so far into the model folder.
+
+    ended_early: the sentence of early stopping, for the model's card.
+    """
     export.write(
         task.environment.model_dir,
         base_folder=task.model_folder,
         trained=export.TrainedParts(unet=state.unet, text_encoder=state.text_encoder),
         resolution=task.resolution,
-        card=_card(task, state),
+        card=_card(task, state, ended_early),
         hyperparameters_json=hyperparameter_text.as_json(task.hyperparameters),
         precision="fp16" if task.hyperparameters.export_precision == "fp16" else "fp32",
         elsewhere=task.environment.ways_in.elsewhere("model_dir"),
@@ -86,19 +89,25 @@ def write_single_file(task: Task, stop: StopSignals) -> None:
     single_file_export.export(task.environment.model_dir, out, title=title)
 
 
-def add_sample(task: Task, state: TrainingState, sample: Image.Image | None) -> None:
+def add_sample(
+    task: Task,
+    state: TrainingState,
+    sample: Image.Image | None,
+    *,
+    ended_early: str | None = None,
+) -> None:
     """Add the sample picture, if there is one, to the model folder. Raises ResourceError."""
     if sample is None:
         return
     export.add_samples(
         task.environment.model_dir,
-        card=_card(task, state),
+        card=_card(task, state, ended_early),
         samples={task.sample_prompt: sample},
         elsewhere=task.environment.ways_in.elsewhere("model_dir"),
     )
 
 
-def _card(task: Task, state: TrainingState) -> export.ModelCard:
+def _card(task: Task, state: TrainingState, ended_early: str | None) -> export.ModelCard:
     dataset, settings = task.dataset, task.hyperparameters
     with_class = settings.with_prior_preservation
     return export.ModelCard(
@@ -112,5 +121,6 @@ def _card(task: Task, state: TrainingState) -> export.ModelCard:
         train_text_encoder=settings.train_text_encoder,
         data_fingerprint=fingerprint.of_dataset(dataset),
         licence=export.licence_of(task.model_folder),
+        ended_early=ended_early,
         versions=run_report.versions(),
     )

@@ -25,7 +25,8 @@ class ModelCard:
 
     licence: the base model's identifier, where its own card gives one. versions: pairs such as
     ("torch", "2.13.0"). data_fingerprint: identifies the pictures and prompts of the training
-    without showing them.
+    without showing them. ended_early: the sentence of early stopping on why the steps are fewer
+    than planned.
     """
 
     base: str
@@ -38,12 +39,13 @@ class ModelCard:
     class_images: int = 0
     train_text_encoder: bool = False
     licence: str | None = None
+    ended_early: str | None = None
     versions: Sequence[tuple[str, str]] = ()
 
     @property
     def partial(self) -> bool:
-        """Return whether the run was stopped before its last step."""
-        return self.steps < self.planned_steps
+        """Return whether the run was stopped before its last step, and not by early stopping."""
+        return self.steps < self.planned_steps and self.ended_early is None
 
 
 def licence_of(folder: Path) -> str | None:
@@ -107,6 +109,8 @@ def _description(card: ModelCard) -> list[str]:
     steps = str(card.steps)
     if card.partial:
         steps += f" of {card.planned_steps} planned"
+    if card.ended_early is not None:
+        steps += f". {card.ended_early}"
     rows = [
         ("Base model", _code(card.base)),
         ("Instance prompt", _code(card.instance_prompt)),

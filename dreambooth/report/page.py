@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jinja2
@@ -17,12 +17,29 @@ from markupsafe import Markup, escape
 
 from dreambooth.process import files
 from dreambooth.report import charts, pictures
-from dreambooth.report.report_data import ReportData
+from dreambooth.report.report_data import MetricsRow, ReportData
 from dreambooth.settings.hyperparameters import KNOBS
 
 MAX_PICTURE_BYTES = 8_000_000
 """Of all data URIs together: several times what an ordinary run takes; a phone still opens it."""
 MAX_WARNINGS = 40
+METER_CURVES: Sequence[tuple[str, Mapping[str, str]]] = (
+    (
+        "Loss at fixed noise, of the base's",
+        {
+            "loss_1": "first quarter of the timesteps",
+            "loss_2": "second",
+            "loss_3": "third",
+            "loss_4": "last",
+        },
+    ),
+    (
+        "Drift from the base, of the subject's",
+        {"drift_class": "class", "drift_other_class": "other class", "drift_empty": "empty prompt"},
+    ),
+    ("What guidance multiplies, of the base's", {"guidance": "subject less empty prompt"}),
+)
+"""Title and, by the name of each figure of the meter, the label of each curve."""
 MAX_TEXT = 2_000  # characters of one prompt, name or setting
 
 
@@ -138,16 +155,18 @@ def _curves(data: ReportData) -> list[tuple[str, list[tuple[str, str]], str]]:
     if any(row.class_loss is not None for row in rows):
         class_loss = [math.nan if row.class_loss is None else row.class_loss for row in rows]
         losses.append(("class loss", class_loss))
+    read = [row for row in rows if row.meter]
+    at = [row.step for row in read]
     named_curves = [
-        ("Loss", losses, True),
-        ("Gradient norm", [("before clipping", [row.grad_norm for row in rows])], True),
-        ("Learning rate", [("learning rate", [row.learning_rate for row in rows])], False),
+        ("Loss", steps, losses, True),
+        *((title, at, _read(read, names), False) for title, names in METER_CURVES if read),
+        ("Gradient norm", steps, [("before clipping", [row.grad_norm for row in rows])], True),
+        ("Learning rate", steps, [("learning rate", [row.learning_rate for row in rows])], False),
     ]
     curves = []
-    for title, named, smoothed in named_curves:
+    for title, x, named, smoothed in named_curves:
         series = [
-            charts.Series(label=label, x=steps, y=values, smoothed=smoothed)
-            for label, values in named
+            charts.Series(label=label, x=x, y=values, smoothed=smoothed) for label, values in named
         ]
         legend = [
             (charts.legend_colour(number), label)
@@ -157,6 +176,15 @@ def _curves(data: ReportData) -> list[tuple[str, list[tuple[str, str]], str]]:
         chart = charts.line_chart(series, label=_summary(title, named), marks=marks)
         curves.append((title, legend, chart))
     return curves
+
+
+def _read(rows: Sequence[MetricsRow], names: Mapping[str, str]) -> list[tuple[str, list[float]]]:
+    """Return (label, values) of those figures of the meter that there are."""
+    return [
+        (label, [row.meter.get(name, math.nan) for row in rows])
+        for name, label in names.items()
+        if any(name in row.meter for row in rows)
+    ]
 
 
 def _summary(title: str, named: Sequence[tuple[str, Sequence[float]]]) -> str:

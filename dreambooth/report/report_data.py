@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -19,7 +20,8 @@ class MetricsRow:
     """One line of metrics.jsonl.
 
     loss: what was minimised, instance and class loss together. class_loss: None without prior
-    preservation. seconds: the time of this step, None if unknown.
+    preservation. seconds: the time of this step, None if unknown. meter: what the meter read after
+    it, by name.
     """
 
     step: int
@@ -29,6 +31,7 @@ class MetricsRow:
     learning_rate: float
     grad_norm: float
     seconds: float | None
+    meter: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +103,7 @@ def read_metrics(path: Path) -> list[MetricsRow]:
     return rows
 
 
-def _row(raw: dict[str, float]) -> MetricsRow:
+def _row(raw: dict[str, Any]) -> MetricsRow:
     speed = float(raw.get("steps_per_second") or 0.0)
     return MetricsRow(
         step=int(raw["step"]),
@@ -110,4 +113,5 @@ def _row(raw: dict[str, float]) -> MetricsRow:
         learning_rate=float(raw["learning_rate"]),
         grad_norm=float(raw["grad_norm"]),
         seconds=1 / speed if speed > 0 else None,
+        meter={str(name): float(value) for name, value in raw.get("meter", {}).items()},
     )

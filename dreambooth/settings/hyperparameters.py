@@ -208,6 +208,19 @@ class Hyperparameters:
         "Prints subject_score=, class_kept= and clean= at the end, from 0 to 1: whether the "
         "subject was learned, its class kept, and pictures are clean.",
     )
+    meter: bool = ours(
+        True,
+        "Reads now and then how far training has moved the model, for at most a tenth of a run's "
+        "work; the weights stay the same to the bit.",
+    )
+    early_stopping: bool = ours(
+        False,
+        "Ends the training once the meter sees that pictures burn or the class is being lost, and "
+        "writes the model of the last good reading.",
+    )
+    keep_states: int = ours(
+        2, "Good states, in fp16, that early_stopping keeps at a time.", minimum=1, maximum=100
+    )
     fid_features: str | None = ours(
         None,
         "Folder of a CLIP, DINOv2 or ViT model whose features compute_fid and compute_scores use; "
@@ -327,6 +340,8 @@ def _contradictions(given: Hyperparameters) -> list[tuple[tuple[str, ...], str]]
                 "prior_preservation_mode=prediction needs with_prior_preservation=True.",
             )
         )
+    if given.early_stopping and not given.meter:
+        found.append((("early_stopping", "meter"), "early_stopping needs meter=True."))
     if given.training_guidance_scale != 1 and given.prior_preservation_mode != "prediction":
         found.append(
             (

@@ -19,7 +19,8 @@ class DiskBudget:
 
     base: the pretrained model, unpacked from its tarball or file. single_file: the model a second
     time, for other tools. checkpoint: one checkpoint. checkpoints:
-    how many exist at once, those that are kept and the one being written.
+    how many exist at once, those that are kept and the one being written. states: those that
+    early_stopping keeps.
     """
 
     base: int = 0
@@ -27,6 +28,7 @@ class DiskBudget:
     single_file: int = 0
     checkpoint: int = 0
     checkpoints: int = 0
+    states: int = 0
     class_images: int = 0
     rest: int = 0
 
@@ -39,7 +41,7 @@ class DiskBudget:
     def total(self) -> int:
         """Return the bytes of everything."""
         models = self.base + self.model + self.single_file
-        return models + self.all_checkpoints + self.class_images + self.rest
+        return models + self.all_checkpoints + self.states + self.class_images + self.rest
 
 
 def expected(
@@ -71,6 +73,7 @@ def expected(
         # fp32 weights, and AdamW's two moments of 4 bytes or of 1
         checkpoint=(4 + (2 if use_8bit_adam else 8)) * trained if keeps_checkpoints else 0,
         checkpoints=hyperparameters.checkpoints_total_limit + 1 if keeps_checkpoints else 0,
+        states=2 * trained * hyperparameters.keep_states * hyperparameters.early_stopping,
         class_images=class_images * 2 * resolution**2,  # a PNG takes some 2 bytes per pixel
         rest=REST_BYTES,
     )

@@ -18,6 +18,7 @@ from PIL import Image
 
 from dreambooth.process import files, logs
 from dreambooth.process.progress import Progress
+from dreambooth.training.meter import MeterReading
 from dreambooth.training.plan import TrainingPlan
 from dreambooth.training.step_metrics import StepMetrics
 
@@ -30,8 +31,9 @@ class RunLog:
     """Logs the metrics of each step; used as a context manager around the loop.
 
     A resumed run continues metrics.jsonl after removing the rows that follow its checkpoint. A
-    fresh run clears the metrics and sample pictures of an earlier one. elsewhere: how the user
-    chooses another folder, for messages.
+    fresh run clears the metrics and sample pictures of an earlier one. read_meter: returns a
+    reading if one is due after a step. elsewhere: how the user chooses another folder, for
+    messages.
     """
 
     def __init__(
@@ -43,13 +45,14 @@ class RunLog:
         stream: TextIO,
         sample_steps: int = 0,
         draw_sample: Callable[[], Image.Image | None] = lambda: None,
+        read_meter: Callable[[int], MeterReading | None] = lambda step: None,
         elsewhere: str = "give another folder",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._folder = folder
         self._plan = plan
         self._sample_steps = sample_steps
-        self._draw_sample = draw_sample
+        self._draw_sample, self._read_meter = draw_sample, read_meter
         self._elsewhere = elsewhere
         self._clock = clock
         with self._disk_faults_named():
@@ -94,6 +97,9 @@ class RunLog:
         del row["read_with"]
         row["steps_per_second"] = round(1.0 / self._seconds, 4)
         row["time"] = round(time.time() - (self._read_until - metrics.step) * self._seconds, 3)
+        reading = self._read_meter(metrics.step)
+        if reading is not None:
+            row["meter"] = reading.figures()
         with self._disk_faults_named():
             self._metrics.write(json.dumps(row) + "\n")
             self._metrics.flush()
@@ -104,13 +110,15 @@ class RunLog:
             for name in ("loss", "instance_loss", "class_loss", "learning_rate", "grad_norm"):
                 if row[name] is not None:
                     self._tensorboard.add_scalar(name, row[name], metrics.step)
+            for name, value in row.get("meter", {}).items():
+                self._tensorboard.add_scalar(f"meter/{name}", value, metrics.step)
         self._count_epoch(metrics)
         draws = self._shows(metrics.step) and metrics.step < self._plan.steps
         if draws:
             self._save_sample(metrics.step, self._draw_sample())
-        # Drawing and writing do not count as a step's time. Steps that are read together are
-        # written while the device computes on, so there only drawing is left out.
-        if draws or metrics.read_with == 1:
+        # What is done here does not count as a step's time. Steps that are read together are
+        # written while the device computes on, so there only drawing and the meter are left out.
+        if draws or reading is not None or metrics.read_with == 1:
             self._last_time = self._clock()
 
     def add_last_sample(self, picture: Image.Image | None) -> None:

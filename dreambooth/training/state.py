@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from dreambooth.process.files import fsync
 from dreambooth.process.memory import is_out_of_memory
 from dreambooth.training import lr_schedulers
 from dreambooth.training import optimizer as optimizers
+from dreambooth.training.meter import MeterReading
 from dreambooth.training.mixed_precision import Precision
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class TrainingState:
 
     step: updates done. skipped_steps: fp16 updates that overflowed and were tried again.
     loss_total: the losses of all steps, summed. checkpoint: the last one written or loaded.
+    readings: of the meter, those of an earlier part of the run too.
     """
 
     unet: nn.Module
@@ -65,6 +67,7 @@ class TrainingState:
     skipped_steps: int = 0
     loss_total: float = 0.0
     checkpoint: Path | None = None
+    readings: list[MeterReading] = field(default_factory=list)
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield the trained parts as (name of their folder, module)."""
@@ -193,6 +196,7 @@ def load_newest(state: TrainingState, folder: Path, *, identity: Mapping[str, st
         state.step = manifest["step"]
         state.skipped_steps = manifest["skipped_steps"]
         state.loss_total = manifest["loss_total"]
+        state.readings = _readings(manifest)
         state.checkpoint = path
         return True
     return False
@@ -237,6 +241,7 @@ def _write_files(state: TrainingState, folder: Path, identity: Mapping[str, str]
         "step": state.step,
         "skipped_steps": state.skipped_steps,
         "loss_total": state.loss_total,
+        "readings": [reading.as_json() for reading in state.readings],
         "scaler": state.precision.scaler.state_dict(),
         "identity": dict(identity),
         "environment": environment(),
@@ -293,10 +298,19 @@ def _read_manifest(path: Path, names: Sequence[str]) -> dict[str, Any]:
     for name, kind in _MANIFEST_FIELDS.items():
         if not isinstance(manifest[name], kind):
             raise ValueError(f"its manifest's {name} is {manifest[name]!r}")
+    _readings(manifest)
     for name, digest in manifest["files"].items():
         if Path(name).name != name or (name in names and _sha256(path / name) != digest):
             raise ValueError(f"{name} is not what was written")
     return manifest
+
+
+def _readings(manifest: Mapping[str, Any]) -> list[MeterReading]:
+    """Return the meter's readings, none in a checkpoint of an earlier version.
+
+    Raises ValueError, KeyError, TypeError.
+    """
+    return [MeterReading.from_json(reading) for reading in manifest.get("readings", ())]
 
 
 def _compare(path: Path, stored: Mapping[str, str], wanted: Mapping[str, str], step: int) -> None:
