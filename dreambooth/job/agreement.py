@@ -69,7 +69,7 @@ def until_stopped(
     state: TrainingState,
     stop: StopSignals,
     accelerator: Accelerator,
-    is_enough: Callable[[], bool],
+    is_enough: Callable[[], bool] = lambda: False,
 ) -> Iterator[StepMetrics]:
     """Yield the step metrics; raise Stopped on all processes after a step with a stop signal.
 

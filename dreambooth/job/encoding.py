@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,4 +77,5 @@ def _used_prompts(task: Task) -> tuple[str, ...]:
     """Return the prompts that pictures are drawn with or the meter reads, and the empty one."""
     of_class = task.dataset.class_prompt if task.hyperparameters.compute_scores else None
     drawn = (task.sample_prompt, task.dataset.instance_prompt, of_class or "", "")
-    return (*drawn, *metering.prompts(task).values())
+    read = itertools.chain.from_iterable(metering.prompts(task).values())
+    return tuple(dict.fromkeys((*drawn, *read)))

@@ -35,19 +35,23 @@ log = logging.getLogger(__name__)
 OTHER_CLASSES = ("a photo of a dog", "a photo of a cat")
 
 
-def prompts(task: Task) -> dict[str, str]:
-    """Return the prompts that the meter reads, by name; none in a run without a meter.
+def prompts(task: Task) -> dict[str, tuple[str, ...]]:
+    """Return the prompts that the meter reads, one for each picture, by name.
 
     The other class is a dog, or a cat where the subject is a dog. Without a class_prompt the class
-    is left out.
+    is left out. A run without a meter has none.
     """
     if interval(task) is None:
         return {}
     dataset = task.dataset
     words = f"{dataset.instance_prompt} {dataset.class_prompt or ''}".lower().split()
-    other = OTHER_CLASSES["dog" in words]
-    found = {INSTANCE: dataset.instance_prompt, OTHER_CLASS: other, EMPTY: ""}
-    return found | ({CLASS: dataset.class_prompt} if dataset.class_prompt else {})
+    found = {
+        INSTANCE: dataset.instance_prompt,
+        OTHER_CLASS: OTHER_CLASSES["dog" in words],
+        EMPTY: "",
+        **({CLASS: dataset.class_prompt} if dataset.class_prompt else {}),
+    }
+    return {name: (prompt,) * len(dataset.instance_images) for name, prompt in found.items()}
 
 
 def interval(task: Task) -> int | None:
@@ -265,6 +269,5 @@ def _predict(
         for first in range(0, len(timesteps), rows):
             some = slice(first, first + rows)
             latents, those = (one[some].to(task.device) for one in (noisy_latents, timesteps))
-            those_texts = text.expand(len(those), -1, -1)
-            found.append(loop.predict(state.unet, latents, those, those_texts).float())
+            found.append(loop.predict(state.unet, latents, those, text[some]).float())
     return torch.cat(found)

@@ -38,7 +38,7 @@ INSTANCE = "instance"
 CLASS, OTHER_CLASS, EMPTY = "class", "other_class", "empty"
 WINDOW = 4  # readings whose variance tells of convergence
 
-# (noisy_latents [R,C,h,w], timesteps [R], text [1,L,D]) -> model_pred float32 [R,C,h,w]
+# (noisy_latents [R,C,h,w], timesteps [R], text [R,L,D]) -> model_pred float32 [R,C,h,w]
 Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -94,9 +94,10 @@ class MeterReading:
 class _FixedInputs:
     """Noisy latents of the instance pictures, the same rows in the same order at every reading.
 
-    Row i is of bin i % BINS, so that the first BINS rows hold one of each.
+    Row i is of bin i % BINS, so that the first BINS rows hold one of each. pictures: int64 [R].
     """
 
+    pictures: torch.Tensor
     noisy_latents: torch.Tensor
     timesteps: torch.Tensor
     target: torch.Tensor
@@ -130,7 +131,7 @@ class Meter:
         latent_scale: float,
         noise_scheduler: Any,
         seed: int,
-        prompts: Mapping[str, str],
+        prompts: Mapping[str, Sequence[str]],
         encode_text: Callable[[str], torch.Tensor],
         predict: Predict,
         interval: int,
@@ -138,12 +139,17 @@ class Meter:
     ) -> None:
         """Make the fixed inputs from the seed.
 
-        prompts: by INSTANCE, EMPTY, OTHER_CLASS and, where there is one, CLASS.
+        prompts: the prompt for each picture, by INSTANCE, EMPTY, OTHER_CLASS and, where there is
+        one, CLASS.
         encode_text: prompt -> encoder_hidden_states [1,L,D]. interval: after how many steps it is
         read; it is read after the last of `steps` too.
         """
         self._inputs = _fixed_inputs(instance, latent_scale, noise_scheduler, seed)
-        self._prompts, self._encode_text, self._predict = prompts, encode_text, predict
+        self._prompts = {
+            name: [of_pictures[int(picture)] for picture in self._inputs.pictures]
+            for name, of_pictures in prompts.items()
+        }
+        self._encode_text, self._predict = encode_text, predict
         self._interval, self._steps = interval, steps
         self._base: dict[str, torch.Tensor] = {}
 
@@ -190,7 +196,9 @@ class Meter:
         """
         inputs = self._inputs
         rows = BINS * ROWS_PER_BIN if name == INSTANCE else BINS
-        text = self._encode_text(self._prompts[name])
+        prompts = self._prompts[name][:rows]
+        texts = {prompt: self._encode_text(prompt) for prompt in dict.fromkeys(prompts)}
+        text = torch.cat([texts[prompt] for prompt in prompts])
         return self._predict(inputs.noisy_latents[:rows], inputs.timesteps[:rows], text).cpu()
 
 
@@ -216,6 +224,7 @@ def _fixed_inputs(
     latents = (instance.sample(drawn) * latent_scale).cpu()
     noisy_latents = noise_scheduler.add_noise(latents, drawn.noise, timesteps)
     return _FixedInputs(
+        pictures=drawn.images,
         noisy_latents=noisy_latents,
         timesteps=timesteps,
         target=noise_target(noise_scheduler, latents, drawn.noise, timesteps),

@@ -95,3 +95,36 @@ def test_a_stop_in_the_fast_step_waits_for_the_figures_of_steps_that_are_made() 
     with stop.listening(), pytest.raises(Stopped), stop.held():
         read.extend(metrics.step for metrics in followed)
     assert read == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_all_end_after_the_step_that_was_enough_for_the_main_process(processes: int) -> None:
+    def made() -> Iterator[SimpleNamespace]:
+        for state.step in (1, 2, 3, 4):
+            yield SimpleNamespace(step=state.step)
+
+    def reduce(asked: torch.Tensor, _: str) -> torch.Tensor:  # the main process is the other one
+        return asked + torch.tensor([0.0, float(state.step == 3)])
+
+    state = SimpleNamespace(step=0)
+    accelerator: Any = SimpleNamespace(num_processes=processes, device="cpu", reduce=reduce)
+    steps = agreement.until_stopped(
+        made(),  # type: ignore[arg-type]
+        state,  # type: ignore[arg-type]
+        StopSignals(),
+        accelerator,
+        lambda: processes == 1 and state.step == 3,
+    )
+    assert [metrics.step for metrics in steps] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("enough", "steps"), [(True, []), (False, [1])])
+def test_a_run_that_had_been_ended_makes_no_step(enough: bool, steps: list[int]) -> None:
+    made = agreement.until_stopped(
+        iter([SimpleNamespace(step=1)]),  # type: ignore[arg-type]
+        SimpleNamespace(step=1),  # type: ignore[arg-type]
+        StopSignals(),
+        Accelerator(cpu=True),
+        lambda: enough,
+    )
+    assert [metrics.step for metrics in made] == steps

@@ -429,6 +429,23 @@ def test_compute_scores(
     assert "features: EfficientNet-Lite0, trained on ImageNet" in shown.err
 
 
+def test_meter(start_job: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dreambooth.training.meter.SHARE", 9.0)  # two steps are too few for a tenth
+    assert "meter" in start_job().metrics[-1]
+    assert "meter" not in start_job(meter=False).metrics[-1]
+
+
+def test_early_stopping_and_keep_states(start_job: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dreambooth.training.meter.SHARE", 9.0)
+    settings = {"max_steps": 3, "early_stopping": True, "keep_last_checkpoint": True}
+    for keep, steps in ((1, ["step-00000003"]), (2, ["step-00000002", "step-00000003"])):
+        run = start_job(**settings, keep_states=keep)
+        kept = run.output / "checkpoints" / "states"
+        assert sorted(path.name for path in kept.iterdir()) == steps
+    monkeypatch.setattr("dreambooth.training.early_stopping.GUIDANCE_LIMIT", -1.0)
+    assert len(start_job(**settings).metrics) == 2
+
+
 def test_processes(start_job: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """That they train is seen in tests/job/test_processes.py; here, that they are started."""
     started = []
@@ -445,6 +462,8 @@ def test_processes(start_job: Start, monkeypatch: pytest.MonkeyPatch) -> None:
 EFFECTS = {
     "compute_fid": "test_compute_fid_and_fid_features",
     "compute_scores": "test_compute_scores",
+    "early_stopping": "test_early_stopping_and_keep_states",
+    "keep_states": "test_early_stopping_and_keep_states",
     "fid_features": "test_compute_fid_and_fid_features",
     "epochs": "test_epochs_and_max_steps",
     "max_steps": "test_epochs_and_max_steps",

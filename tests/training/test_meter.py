@@ -14,7 +14,12 @@ from dreambooth.data.cache import LatentPosteriors
 from dreambooth.training import meter as meters
 from dreambooth.training.meter import BINS, ROWS_PER_BIN, Meter, MeterReading
 
-PROMPTS = {"instance": "a zwx cat", "class": "a cat", "other_class": "a dog", "empty": ""}
+PROMPTS = {
+    "instance": ("a zwx cat",) * 3,
+    "class": ("a cat",) * 3,
+    "other_class": ("a dog",) * 3,
+    "empty": ("",) * 3,
+}
 
 
 class Model:
@@ -29,7 +34,7 @@ class Model:
     def predict(
         self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor
     ) -> torch.Tensor:
-        return torch.zeros_like(noisy_latents) + text.view(1, 1, 1, 1)
+        return torch.zeros_like(noisy_latents) + text.view(-1, 1, 1, 1)
 
 
 @pytest.fixture
