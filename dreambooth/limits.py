@@ -67,6 +67,8 @@ class Limits:
     max_rle_bytes: int = 2 * MIB
     # and some 13 megapixels.
     max_rle_pixels: int = 16_000_000
+    # Subjects that one run teaches, and one model carries the prompts of. The literature has five.
+    max_subjects: int = 16
     # DreamBooth needs 4 to 20; a folder with more than this many is the wrong one.
     max_instance_images: int = 10_000
     # Class images are a few per instance image, a thousand in the paper's largest runs.

@@ -28,7 +28,7 @@ from dreambooth.fast.cuda_graphs import CudaGraphCapturer
 from dreambooth.fast.graphed_passes import without_capture
 from dreambooth.job import agreement, class_sampling, encoding, fid, outputs, scoring, stopping
 from dreambooth.job.checkpoints import Checkpoints
-from dreambooth.job.previews import Previews
+from dreambooth.job.previews import Previews, side_by_side
 from dreambooth.job.run_report import RunReport
 from dreambooth.job.task import Task
 from dreambooth.limits import size_in_words
@@ -167,7 +167,7 @@ def _fine_tune(
         export.clear(task.environment.model_dir, elsewhere=elsewhere)
     previews = Previews(task=task, model=model, precision=state.precision, text=text)
 
-    def draw_sample() -> Image.Image | None:
+    def draw_samples() -> dict[str, Image.Image]:
         with phase("sample pictures"):
             if accelerator.num_processes > 1:  # the others wait for it, so a stop waits too
                 return previews.sample()
@@ -188,7 +188,7 @@ def _fine_tune(
         steps = agreement.until_stopped(steps, state, stop, accelerator)
         if not accelerator.is_main_process:  # with several processes, one reports and writes
             return agreement.follow(steps, accelerator)
-        run_log = _run_log(task, state, draw_sample)
+        run_log = _run_log(task, state, lambda: side_by_side(draw_samples()))
         try:
             _run_loop(task, run_report, state, steps, run_log, checkpoints)
             run_report.others_wait = True
@@ -212,10 +212,11 @@ def _fine_tune(
         state.optimizer.state.clear()  # frees its memory for the last pictures,
         _forget_training(accelerator)  # and that of half-precision weights and graphs
         try:
-            run_report.last_sample = draw_sample()
+            samples = draw_samples()
+            run_report.last_sample = side_by_side(samples)
             with _errors_only_logged():
                 run_log.add_last_sample(run_report.last_sample)
-                stopping.add_sample(task, state, run_report.last_sample)
+                stopping.add_samples(task, state, samples)
             if settings.compute_fid:
                 with phase("fid_score"), stop.released():
                     run_report.fid_score = fid.print_score(task, model, previews)

@@ -55,9 +55,11 @@ class Task:
         return self.plan.resolution
 
     @property
-    def sample_prompt(self) -> str:
-        """Return the prompt of sample pictures, by default the instance prompt."""
-        return self.hyperparameters.sample_prompt or self.dataset.instance_prompt
+    def sample_prompts(self) -> tuple[str, ...]:
+        """Return the prompts of sample pictures, by default the instance prompt of each subject."""
+        given = self.hyperparameters.sample_prompt
+        of_subjects = tuple(subject.instance_prompt for subject in self.dataset.subjects)
+        return (given,) if given else of_subjects
 
     def model_fingerprint(self) -> str:
         """Return a hash of the weights of the base model's U-Net, VAE and text encoder."""

@@ -7,6 +7,7 @@ the network, needs no JavaScript and is readable on a phone. `page.html.jinja` i
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from dreambooth.settings.hyperparameters import KNOBS
 MAX_PICTURE_BYTES = 8_000_000
 """Of all data URIs together: several times what an ordinary run takes; a phone still opens it."""
 MAX_WARNINGS = 40
+MAX_SUBJECTS = 16  # whose losses are drawn
 MAX_TEXT = 2_000  # characters of one prompt, name or setting
 
 
@@ -47,6 +49,7 @@ def render(data: ReportData, *, max_picture_bytes: int = MAX_PICTURE_BYTES) -> s
         .render(
             data=data,
             tiles=_tiles(data),
+            prompts_differ=len({picture.prompt for picture in data.instance_pictures}) > 1,
             max_warnings=MAX_WARNINGS,
             pictures=pictures.choose(data, max_bytes=max_picture_bytes),
             max_crops=pictures.MAX_CROPS,
@@ -140,6 +143,7 @@ def _curves(data: ReportData) -> list[tuple[str, list[tuple[str, str]], str]]:
         losses.append(("class loss", class_loss))
     named_curves = [
         ("Loss", losses, True),
+        *_losses_of_subjects(data),
         ("Gradient norm", [("before clipping", [row.grad_norm for row in rows])], True),
         ("Learning rate", [("learning rate", [row.learning_rate for row in rows])], False),
     ]
@@ -157,6 +161,21 @@ def _curves(data: ReportData) -> list[tuple[str, list[tuple[str, str]], str]]:
         chart = charts.line_chart(series, label=_summary(title, named), marks=marks)
         curves.append((title, legend, chart))
     return curves
+
+
+def _losses_of_subjects(
+    data: ReportData,
+) -> list[tuple[str, list[tuple[str, list[float]]], bool]]:
+    """Return the chart of the instance loss of each of several subjects; none of a single one.
+
+    A step that has no sample of a subject says nothing of it.
+    """
+    names = dict.fromkeys(name for row in data.metrics for name in row.subject_losses)
+    curves = [
+        (name, [row.subject_losses.get(name, math.nan) for row in data.metrics])
+        for name in itertools.islice(names, MAX_SUBJECTS)
+    ]
+    return [("Instance loss of each subject", curves, True)] if curves else []
 
 
 def _summary(title: str, named: Sequence[tuple[str, Sequence[float]]]) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -19,7 +20,8 @@ class MetricsRow:
     """One line of metrics.jsonl.
 
     loss: what was minimised, instance and class loss together. class_loss: None without prior
-    preservation. seconds: the time of this step, None if unknown.
+    preservation. seconds: the time of this step, None if unknown. subject_losses: the instance
+    loss of those of several subjects that the step has samples of, by their names.
     """
 
     step: int
@@ -29,24 +31,28 @@ class MetricsRow:
     learning_rate: float
     grad_norm: float
     seconds: float | None
+    subject_losses: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstancePicture:
     """An instance image. size: (width, height) after the resize, the short side at the resolution.
 
-    offsets: (left, top) of each cached square crop in the resized picture.
+    offsets: (left, top) of each cached square crop in the resized picture. prompt: the one that it
+    is trained with.
     """
 
     path: Path
     size: tuple[int, int]
     offsets: tuple[tuple[int, int], ...]
+    prompt: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportData:
     """Everything that the page shows. Rows are (name, text), phases (name, seconds).
 
+    instance_prompt, class_prompt, sample_prompt: of several subjects, one after the other.
     stopped: (step, reason) of a run that ended early, or None. metrics: in the order of steps.
     last_sample: the picture drawn after the last step. fid_score: None where none was computed.
     scores: those of compute_scores, each with its 95 % interval. step_pictures: (step, file), in
@@ -56,7 +62,7 @@ class ReportData:
     """
 
     instance_prompt: str
-    class_prompt: str | None
+    class_prompt: str
     sample_prompt: str
     base: str
     finished_at: str
@@ -100,7 +106,7 @@ def read_metrics(path: Path) -> list[MetricsRow]:
     return rows
 
 
-def _row(raw: dict[str, float]) -> MetricsRow:
+def _row(raw: dict[str, Any]) -> MetricsRow:
     speed = float(raw.get("steps_per_second") or 0.0)
     return MetricsRow(
         step=int(raw["step"]),
@@ -110,4 +116,7 @@ def _row(raw: dict[str, float]) -> MetricsRow:
         learning_rate=float(raw["learning_rate"]),
         grad_norm=float(raw["grad_norm"]),
         seconds=1 / speed if speed > 0 else None,
+        subject_losses={
+            str(name): float(loss) for name, loss in dict(raw.get("subject_losses") or {}).items()
+        },
     )

@@ -17,7 +17,7 @@ from torch import nn
 
 from dreambooth.data import sample_draws
 from dreambooth.data.cache import LatentPosteriors
-from dreambooth.diffusion.loss import dreambooth_loss, noise_target
+from dreambooth.diffusion.loss import dreambooth_loss, noise_target, squared_errors
 from dreambooth.settings.hyperparameters import Hyperparameters
 from dreambooth.training import lr_schedulers
 from dreambooth.training.mixed_precision import Precision
@@ -35,10 +35,12 @@ class TrainingData:
     """All the data that the loop reads, on the training device.
 
     instance, class_: latent posteriors; class_ is None without class images. instance_text,
-    class_text: encoder_hidden_states [1,L,D], or token ids [1,L] where the text encoder is trained.
-    prior_text: encoder_hidden_states [1,L,D] of the class prompt from the frozen base model.
-    empty_text, prior_empty_text: the same two of the empty prompt, where the frozen base model
-    predicts the prior. latent_scale: the VAE's scaling_factor, by which latents are multiplied.
+    class_text: encoder_hidden_states [T,L,D] of all distinct prompts, or token ids [T,L] where the
+    text encoder is trained. prior_text: encoder_hidden_states [T,L,D] of the class prompts from the
+    frozen base model. empty_text, prior_empty_text: [1,L,D], the same two of the empty prompt,
+    where the frozen base model predicts the prior. latent_scale: the VAE's scaling_factor, by which
+    latents are multiplied. text_rows: the row of instance_text of each instance image. class_rows:
+    the row of class_text of each subject. Both are empty where there is one prompt.
     """
 
     instance: LatentPosteriors
@@ -49,6 +51,18 @@ class TrainingData:
     prior_text: torch.Tensor | None = None
     empty_text: torch.Tensor | None = None
     prior_empty_text: torch.Tensor | None = None
+    text_rows: tuple[int, ...] = ()
+    class_rows: tuple[int, ...] = ()
+
+    @property
+    def subjects(self) -> int:
+        """Return the number of subjects."""
+        return max(1, len(self.instance.groups))
+
+    def class_text_rows(self, numbers: range) -> list[int]:
+        """Return the row of class_text of each sample, by the subject whose turn it is."""
+        rows = self.class_rows or (0,) * self.subjects
+        return [rows[sample_draws.subject_of(number, self.subjects)[0]] for number in numbers]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,12 +70,14 @@ class MicroBatch:
     """The inputs and the target of one micro-batch; instance images come first.
 
     noisy_latents, target: [B,C,h,w]. timesteps: [B]. text: [B,L,D], or token ids [B,L].
+    subject_rows: float32 [S,I], 1 where an instance row is a subject's; None for a single subject.
     """
 
     noisy_latents: torch.Tensor
     timesteps: torch.Tensor
     text: torch.Tensor
     target: torch.Tensor
+    subject_rows: torch.Tensor | None = None
 
 
 class TrainedNetworks(nn.Module):
@@ -127,7 +143,7 @@ def train(
         learning_rate = set_learning_rate(state, plan, hyperparameters)
 
         # Forward and backward: the gradients of the step's micro-batches add up
-        losses = torch.zeros(3, device=accelerator.device)
+        losses = no_losses(plan, accelerator.device)
         for number, micro_batch in enumerate(
             micro_batches(
                 state, data, plan, hyperparameters, accelerator, noise_scheduler, prior_unet
@@ -161,6 +177,11 @@ def train(
         yield metrics
 
 
+def no_losses(plan: TrainingPlan, device: torch.device) -> torch.Tensor:
+    """Return zeros to which the losses of `forward_backward` are added."""
+    return torch.zeros(3 + len(plan.subjects), device=device)
+
+
 def set_learning_rate(
     state: TrainingState, plan: TrainingPlan, hyperparameters: Hyperparameters
 ) -> float:
@@ -188,6 +209,7 @@ def forward_backward(
 ) -> torch.Tensor:
     """Add the gradients of a micro-batch; return its losses [3]: all, instance, class.
 
+    With several subjects these are followed by the sum of each one's instance losses, [3+S].
     half_weights: the networks compute in half precision by themselves, without autocast.
     """
     with nullcontext() if half_weights else precision.autocast():
@@ -200,7 +222,12 @@ def forward_backward(
     )
     precision.backward(losses.total / plan.gradient_accumulation_steps)
     class_loss = torch.zeros_like(losses.total) if losses.class_ is None else losses.class_
-    return torch.stack((losses.total, losses.instance, class_loss)).detach()
+    of_all = torch.stack((losses.total, losses.instance, class_loss)).detach()
+    rows = micro_batch.subject_rows
+    if rows is None:
+        return of_all
+    instance, target = (each[: plan.batch_size] for each in (model_pred, micro_batch.target))
+    return torch.cat((of_all, rows @ squared_errors(instance.detach(), target)))
 
 
 def count_skipped(state: TrainingState, metrics: StepMetrics, skipped_in_a_row: int) -> int:
@@ -251,21 +278,17 @@ def make_micro_batch(
     half's noisy latents and timesteps, and the frozen base model's prediction as its target.
     """
     seed = hyperparameters.seed
-    instance = _draw_half(
-        data.instance, "instance", data.instance_text, data, numbers, noise_scheduler, seed
-    )
+    instance = _draw_half(data, "instance", numbers, noise_scheduler, seed)
     if data.class_text is None:
         return instance
     if prior_unet is not None:
         scale = hyperparameters.training_guidance_scale
         instance, class_half = _predicted_prior(instance, data, numbers, prior_unet, scale)
     else:
-        assert data.class_ is not None  # its pictures are cached with their text
-        class_half = _draw_half(
-            data.class_, "class", data.class_text, data, numbers, noise_scheduler, seed
-        )
+        class_half = _draw_half(data, "class", numbers, noise_scheduler, seed)
     halves = (instance, class_half)
-    return MicroBatch(
+    return replace(
+        instance,
         noisy_latents=torch.cat([half.noisy_latents for half in halves]),
         timesteps=torch.cat([half.timesteps for half in halves]),
         text=torch.cat([half.text for half in halves]),
@@ -293,8 +316,10 @@ def _predicted_prior(
     assert data.class_text is not None  # all four are given with prior_unet
     assert data.prior_text is not None
     dtype = instance.target.dtype
+    rows = data.class_text_rows(numbers)
+    prior_text = _of_rows(data.prior_text, rows)
     if guidance_scale == 1:
-        text, base_text = (_repeated(each, numbers) for each in (data.class_text, data.prior_text))
+        text, base_text = _of_rows(data.class_text, rows), prior_text
         target = predict(prior_unet, instance.noisy_latents, instance.timesteps, base_text)
         return instance, replace(instance, text=text, target=target.to(dtype))
     assert data.empty_text is not None
@@ -303,13 +328,14 @@ def _predicted_prior(
         prior_unet,
         instance.noisy_latents.repeat(2, 1, 1, 1),
         instance.timesteps.repeat(2),
-        torch.cat([_repeated(each, numbers) for each in (data.prior_text, data.prior_empty_text)]),
+        torch.cat([prior_text, _of_rows(data.prior_empty_text, [0] * len(rows))]),
     )
     of_class, of_empty = predictions.to(dtype).chunk(2)
     held_text, held_target = [], []
     for row, number in enumerate(numbers):
-        is_empty = number % 2 == 1
-        held_text.append(data.empty_text if is_empty else data.class_text)
+        _, of_subject = sample_draws.subject_of(number, data.subjects)
+        is_empty = of_subject % 2 == 1
+        held_text.append(data.empty_text if is_empty else _of_rows(data.class_text, rows[row:][:1]))
         held_target.append((of_empty if is_empty else of_class)[row])
     class_half = replace(instance, text=torch.cat(held_text), target=torch.stack(held_target))
     moved = (instance.target - of_empty) / guidance_scale
@@ -317,15 +343,14 @@ def _predicted_prior(
 
 
 def _draw_half(
-    posteriors: LatentPosteriors,
-    stream: str,
-    text: torch.Tensor,
-    data: TrainingData,
-    numbers: range,
-    noise_scheduler: Any,
-    seed: int,
+    data: TrainingData, stream: str, numbers: range, noise_scheduler: Any, seed: int
 ) -> MicroBatch:
-    """Draw the instance or the class half of a micro-batch; text: [1,L,D] or token ids [1,L]."""
+    """Draw the instance or the class half of a micro-batch."""
+    is_instance = stream == "instance"
+    posteriors = data.instance if is_instance else data.class_
+    text = data.instance_text if is_instance else data.class_text
+    assert posteriors is not None  # pictures are cached with their text
+    assert text is not None
     drawn = sample_draws.draw(
         numbers,
         seed=seed,
@@ -333,18 +358,35 @@ def _draw_half(
         crop_counts=posteriors.crop_counts,
         latent_shape=posteriors.latent_shape,
         train_timesteps=noise_scheduler.config.num_train_timesteps,
+        groups=posteriors.groups,
     )
+    text_rows = data.class_text_rows(numbers)
+    if is_instance:
+        text_rows = [data.text_rows[int(image)] if data.text_rows else 0 for image in drawn.images]
     latents = posteriors.sample(drawn) * data.latent_scale
     noise = sample_draws.onto(latents.device, drawn.noise)
     timesteps = sample_draws.onto(latents.device, drawn.timesteps)
     return MicroBatch(
         noisy_latents=noise_scheduler.add_noise(latents, noise, timesteps),
         timesteps=timesteps,
-        text=_repeated(text, numbers),
+        text=_of_rows(text, text_rows),
         target=noise_target(noise_scheduler, latents, noise, timesteps),
+        subject_rows=_subject_rows(data, numbers) if is_instance else None,
     )
 
 
-def _repeated(text: torch.Tensor, numbers: range) -> torch.Tensor:
+def _of_rows(text: torch.Tensor, rows: list[int]) -> torch.Tensor:
     """Return a row of text for each sample, [B,L,D] or [B,L]."""
-    return text.expand(len(numbers), *text.shape[1:])
+    if len(text) == 1:
+        return text.expand(len(rows), *text.shape[1:])
+    return text[sample_draws.onto(text.device, torch.tensor(rows))]
+
+
+def _subject_rows(data: TrainingData, numbers: range) -> torch.Tensor | None:
+    """Return MicroBatch.subject_rows of the samples."""
+    if data.subjects == 1:
+        return None
+    found = torch.zeros(data.subjects, len(numbers))
+    for row, number in enumerate(numbers):
+        found[sample_draws.subject_of(number, data.subjects)[0], row] = 1
+    return sample_draws.onto(data.instance.mean.device, found)

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from dreambooth.data.cache import LatentPosteriors
-from dreambooth.data.dataset_info import DatasetInfo
+from dreambooth.data.dataset_info import ClassSet, DatasetInfo, SubjectData
 from dreambooth.diffusion import model as models
 from dreambooth.fast import captured_loop
 from dreambooth.fast.graphed_passes import Capture, without_capture
@@ -63,11 +63,19 @@ class Training:
 def dataset(instances: int = 3, classes: int = 4) -> DatasetInfo:
     return DatasetInfo(
         folder=Path("pictures"),
-        instance_prompt="a photo of riobugger cat",
-        class_prompt="a photo of cat",
-        instance_images=tuple(Path(f"{n}.png") for n in range(instances)),
-        class_images=tuple(Path(f"class/{n}.png") for n in range(classes)),
-        warnings=(),
+        subjects=(
+            SubjectData(
+                instance_prompt="a photo of riobugger cat",
+                class_prompt="a photo of cat",
+                instance_images=tuple(Path(f"{n}.png") for n in range(instances)),
+            ),
+        ),
+        class_sets=(
+            ClassSet(
+                class_prompt="a photo of cat",
+                images=tuple(Path(f"class/{n}.png") for n in range(classes)),
+            ),
+        ),
     )
 
 
