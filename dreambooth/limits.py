@@ -73,6 +73,10 @@ class Limits:
     max_instance_images: int = 10_000
     # Class images are a few per instance image, a thousand in the paper's largest runs.
     max_class_images: int = 100_000
+    # Different captions of one subject's pictures. Each is encoded once: 0.2 MB of text embeddings.
+    max_captions: int = 1_000
+    # A file of captions, of some 100 characters for each of as many pictures.
+    max_captions_bytes: int = 4 * MIB
     # Listing a wrong folder (a home directory, a disk) must come to an end.
     max_folder_entries: int = 1_000_000
 

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dreambooth.data import captions
+from dreambooth.data.captions import Captions
 from dreambooth.data.folder import Pictures, read_pictures, skipped
 from dreambooth.data.images import ImageFacts, warnings_for
 from dreambooth.data.picture_files import FORMATS_TEXT, listed, printable, why
@@ -29,7 +31,8 @@ class SubjectData:
     """A subject with its pictures, sorted; `instance_facts[i]` belongs to `instance_images[i]`.
 
     name: its folder inside the training folder, "" for a single subject whose pictures lie in the
-    training folder itself. class_prompt: None if the folder gives none.
+    training folder itself. class_prompt: None if the folder gives none. captions: of each picture,
+    None for one without; empty if none has one.
     """
 
     name: str = ""
@@ -37,6 +40,13 @@ class SubjectData:
     class_prompt: str | None
     instance_images: tuple[Path, ...]
     instance_facts: tuple[ImageFacts, ...] = ()
+    captions: tuple[str | None, ...] = ()
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Return the prompt of each picture: its caption, or the instance prompt."""
+        captions = self.captions or (None,) * len(self.instance_images)
+        return tuple(caption or self.instance_prompt for caption in captions)
 
     def name_of(self, picture: Path) -> str:
         """Return a picture's name inside the training folder."""
@@ -96,7 +106,7 @@ class DatasetInfo:
     @property
     def prompts(self) -> tuple[str, ...]:
         """Return the prompt of each instance image, in their order."""
-        return tuple(each.instance_prompt for each in self.subjects for _ in each.instance_images)
+        return tuple(prompt for each in self.subjects for prompt in each.prompts)
 
     @property
     def class_images(self) -> tuple[Path, ...]:
@@ -149,27 +159,33 @@ def read(
     found = read_pictures(folder, ignored=(inside,), most=limits.max_instance_images, limits=limits)
     if not found.paths:
         raise DatasetError(_no_pictures(folder, found))
-    notes = [*prompts.warnings, *skipped(found, "the training folder")]
+    (given_prompts,) = prompts.subjects
+    found_captions = captions.read(folder, found, given_prompts, limits=limits)
+    notes = [
+        *prompts.warnings,
+        *skipped(found_captions.pictures, "the training folder"),
+        *found_captions.warnings,
+    ]
     class_images: Pictures | None = None
     if reads_class_images:
         class_images, class_notes = _class_images(folder, class_folder, limits)
         notes += class_notes
-    (given_prompts,) = prompts.subjects
     return DatasetInfo(
         folder=folder,
-        subjects=(_subject(given_prompts, found),),
+        subjects=(_subject(given_prompts, found_captions),),
         class_sets=_class_sets([(given_prompts, class_images)]),
         warnings=tuple(notes),
     )
 
 
-def _subject(prompts: SubjectPrompts, found: Pictures) -> SubjectData:
+def _subject(prompts: SubjectPrompts, found: Captions) -> SubjectData:
     return SubjectData(
         name=prompts.folder,
         instance_prompt=prompts.instance_prompt,
         class_prompt=prompts.class_prompt,
-        instance_images=found.paths,
-        instance_facts=found.facts,
+        instance_images=found.pictures.paths,
+        instance_facts=found.pictures.facts,
+        captions=found.texts if any(found.texts) else (),
     )
 
 
@@ -197,12 +213,17 @@ def _read_several(
         for name in (each.folder, each.class_data_dir or each.folder)
     }
     beside = read_pictures(folder, ignored=inside, most=limits.max_instance_images, limits=limits)
+    names = listed([each.folder for each in prompts.subjects])
     if beside.paths:
-        names = listed([each.folder for each in prompts.subjects])
         raise DatasetError(
             f"{listed([printable(path.name) for path in beside.paths])} in {printable(folder)} "
             f"lies beside the folders of the subjects ({names}): move each picture into the folder "
             "of its subject, or remove it."
+        )
+    if captions.LIST_NAME in beside.others:
+        raise DatasetError(
+            f"{captions.LIST_NAME} lies beside the folders of the subjects ({names}): each of them "
+            "has its own, for the pictures beside it."
         )
     notes = [*prompts.warnings, *skipped(beside, "the training folder")]
     subjects: list[SubjectData] = []
@@ -216,8 +237,10 @@ def _read_several(
             raise DatasetError(
                 _no_pictures(place, found, "there", f" of the subject {each.folder}")
             )
-        notes += skipped(found, f"the folder of the subject {each.folder}")
-        subjects.append(_subject(each, found))
+        found_captions = captions.read(place, found, each, limits=limits)
+        notes += skipped(found_captions.pictures, f"the folder of the subject {each.folder}")
+        notes += found_captions.warnings
+        subjects.append(_subject(each, found_captions))
         pictures: Pictures | None = None
         if reads_class_images and each.class_data_dir is not None:
             place = _sub_folder(folder, each, "class_data_dir", each.class_data_dir)

@@ -73,13 +73,13 @@ def read(
     if "subjects" in info:
         subjects = _several(path, info, with_prior_preservation, limits)
         return Prompts(subjects=subjects, warnings=tuple(notes))
-    instance_prompt = _prompt(path, info, "instance_prompt", limits)
+    instance_prompt = prompt_in(path, info, "instance_prompt", limits)
     if instance_prompt is None:
         raise DatasetError(
             f"{printable(path)} gives no instance_prompt{_instead(info)}: "
             f"write for example {example}."
         )
-    class_prompt = _prompt(path, info, "class_prompt", limits)
+    class_prompt = prompt_in(path, info, "class_prompt", limits)
     if with_prior_preservation and class_prompt is None:
         raise DatasetError(
             f"{printable(path)} gives no class_prompt, which with_prior_preservation=True needs: "
@@ -150,7 +150,7 @@ def _subject(
     if class_data_dir is not None:
         class_data_dir = _name_inside(f"class_data_dir of {named.lower()} {where}", class_data_dir)
     prompts = {
-        key: _prompt(path, entry, key, limits, of=f" of {named.lower()}")
+        key: prompt_in(path, entry, key, limits, of=f" of {named.lower()}")
         for key in ("instance_prompt", "class_prompt")
     }
     if prompts["instance_prompt"] is None:
@@ -317,10 +317,13 @@ def _python_notation(text: str) -> object | None:
     return value if isinstance(value, dict) else None
 
 
-def _prompt(
+def prompt_in(
     path: Path, info: dict[object, object], key: str, limits: Limits, *, of: str = ""
 ) -> str | None:
-    """Return the prompt under a key, without surrounding white space; None if missing or empty."""
+    """Return the prompt under a key, without surrounding white space; None if missing or empty.
+
+    of: says whose prompt it is, for messages. Raises DatasetError for a value that is none.
+    """
     value = info.get(key)
     if value is None:
         return None

@@ -61,6 +61,7 @@ def encode(
 
     with_class = settings.with_prior_preservation
     prompts = list(dict.fromkeys(dataset.prompts))
+    text_rows = {prompt: row for row, prompt in enumerate(prompts)}
     class_prompts = [given.class_prompt for given in dataset.class_sets]
     class_rows = [class_prompts.index(each.class_prompt or "") for each in subjects if with_class]
     groups: tuple[range, ...] = ()
@@ -82,7 +83,7 @@ def encode(
         prior_text=text(*class_prompts) if with_class else None,
         empty_text=train_text("") if settings.predicts_the_prior else None,
         prior_empty_text=text("") if settings.predicts_the_prior else None,
-        text_rows=tuple(prompts.index(prompt) for prompt in dataset.prompts),
+        text_rows=tuple(text_rows[prompt] for prompt in dataset.prompts),
         class_rows=tuple(class_rows),
     )
     if settings.train_text_encoder:

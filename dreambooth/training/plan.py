@@ -49,7 +49,8 @@ class TrainingPlan:
     memory_bytes: expected peak of a step on the device, 0 if not known yet. disk: expected need,
     0 if not known yet. phases: expected peaks of all phases, none if not known yet. smaller: the
     memory plans to fall back to, in this order, if memory runs out. subjects: several, or none for
-    a single one. class_sets: the number of class images of each distinct class prompt.
+    a single one. class_sets: the number of class images of each distinct class prompt. captions:
+    the number of instance images that have one of their own.
     """
 
     device: DeviceFacts
@@ -82,6 +83,7 @@ class TrainingPlan:
     smaller: tuple[MemoryChoice, ...] = ()
     subjects: tuple[PlannedSubject, ...] = ()
     class_sets: tuple[int, ...] = ()
+    captions: int = 0
 
     def epoch(self, step: int) -> float:
         """Return the number of passes over the instance images after `step` steps."""
@@ -212,6 +214,9 @@ def make(
         ),
         subjects=subjects,
         class_sets=tuple(class_sets),
+        captions=sum(
+            caption is not None for subject in dataset.subjects for caption in subject.captions
+        ),
     )
 
 
@@ -317,6 +322,8 @@ def _pictures_line(plan: TrainingPlan) -> str:
             f"{one.instance_images} of {printable(one.name)}" for one in plan.subjects
         )
         line += f" ({parts})"
+    if plan.captions:
+        line += f", {plan.captions} with captions of their own"
     if plan.class_images:
         count = len(plan.class_sets)
         sets = f" in {count} sets, one of each class prompt" if count > 1 else ""

@@ -344,3 +344,12 @@ def test_each_class_prompt_has_its_own_class_images() -> None:
         with_prior_preservation=True, prior_preservation_mode="prediction", num_class_images=10
     )
     assert plans.make(settings, several(8, 4), FULL_SIZE, CPU).class_sets == ()
+
+
+def test_the_plan_counts_the_captions() -> None:
+    one = several(3)
+    (subject,) = one.subjects
+    info = replace(one, subjects=(replace(subject, captions=(None, "a", "a")),))
+    plan = plans.make(Hyperparameters(), info, None, CPU)
+    rows = dict(plans.rows(plan, Hyperparameters()))
+    assert rows["pictures"].startswith("3 instance images, 2 with captions of their own")
