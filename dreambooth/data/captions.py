@@ -53,16 +53,16 @@ def read(
             by_picture[name] = text
     beside = {Path(name).stem: name for name in found.others if name.lower().endswith(".txt")}
     for picture in found.paths:
-        name = beside.get(picture.stem)
-        if name is None or not (folder / name).is_file():
+        own = beside.get(picture.stem)
+        if own is None or not (folder / own).is_file():
             continue
         if LIST_NAME in used and picture.name in by_picture:
             raise DatasetError(
-                f"{printable(folder / name)} and {LIST_NAME} both give a caption of "
+                f"{printable(folder / own)} and {LIST_NAME} both give a caption of "
                 f"{printable(picture.name)}: keep one of them."
             )
-        used.add(name)
-        by_picture[picture.name] = _beside(folder / name, limits)
+        used.add(own)
+        by_picture[picture.name] = _beside(folder / own, limits)
     if len(set(by_picture.values())) > limits.max_captions:
         raise DatasetError(
             f"The folder {printable(folder)} has {len(set(by_picture.values()))} different "

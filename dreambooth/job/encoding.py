@@ -16,7 +16,7 @@ from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.job import class_sampling
 from dreambooth.job.task import Task
 from dreambooth.process.progress import Progress
-from dreambooth.training import loop
+from dreambooth.training import loop, subjects_kept
 
 Text = dict[str, torch.Tensor]
 
@@ -64,6 +64,8 @@ def encode(
     text_rows = {prompt: row for row, prompt in enumerate(prompts)}
     class_prompts = [given.class_prompt for given in dataset.class_sets]
     class_rows = [class_prompts.index(each.class_prompt or "") for each in subjects if with_class]
+    in_turn = subjects_kept.prompts_in_turn(task.plan.kept_subjects, dataset)
+    kept_prompts = list(dict.fromkeys(in_turn))
     groups: tuple[range, ...] = ()
     class_groups: tuple[range, ...] = ()
     if dataset.are_several:
@@ -85,6 +87,9 @@ def encode(
         prior_empty_text=text("") if settings.predicts_the_prior else None,
         text_rows=tuple(text_rows[prompt] for prompt in dataset.prompts),
         class_rows=tuple(class_rows),
+        kept_text=train_text(*kept_prompts) if kept_prompts else None,
+        kept_prior_text=text(*kept_prompts) if kept_prompts else None,
+        kept_rows=tuple(kept_prompts.index(prompt) for prompt in in_turn),
     )
     if settings.train_text_encoder:
         return data, {}

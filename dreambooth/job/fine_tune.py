@@ -111,14 +111,19 @@ def _fine_tune_with_smaller_memory_plans(
                 raise
             trained = run_report.step is not None and run_report.step >= task.plan.steps
             plan = task.plan.with_smaller_memory_plan()
+            if plan is None and task.hyperparameters.keep_subjects == "auto":
+                plan = task.plan.without_kept_subjects() if task.plan.kept_subjects else None
             if plan is None or trained or accelerator.num_processes > 1:
                 raise ResourceError(plans.out_of_memory_advice(task.plan)) from error
+        without = " without fast_step" if task.plan.fast_step and not plan.fast_step else ""
+        if task.plan.kept_subjects and not plan.kept_subjects:
+            without += " without keeping the base's subjects"
         log.warning(
             "memory ran out with memory_plan %s: going on with %s%s, from the last checkpoint or "
             "from the start",
             task.plan.memory_plan,
             plan.memory_plan,
-            " without fast_step" if task.plan.fast_step and not plan.fast_step else "",
+            without,
         )
         task = replace(task, plan=plan)
         run_report.task, run_report.step = task, None
@@ -157,7 +162,7 @@ def _fine_tune(
     _move_to_cpu(model, text_encoder=not settings.train_text_encoder)
     state = training_state(task, model)
     prior_unet = None
-    if settings.predicts_the_prior:
+    if settings.predicts_the_prior or plan.kept_subjects:
         prior_unet = state.precision.frozen_copy(model.unet)
     with phase("resuming"):
         checkpoints.resume(state, may_remove=accelerator.is_main_process)

@@ -22,6 +22,7 @@ from dreambooth.data import fingerprint
 from dreambooth.job import outputs, run_report
 from dreambooth.job.checkpoints import Checkpoints
 from dreambooth.job.task import Task
+from dreambooth.limits import LIMITS
 from dreambooth.model_folder import export, single_file_export
 from dreambooth.model_folder.taught_subjects import TaughtSubject
 from dreambooth.process.stop import StopSignals
@@ -111,7 +112,8 @@ def _card(task: Task, state: TrainingState) -> export.ModelCard:
                 class_prompt=subject.class_prompt if with_class else None,
             )
             for subject in dataset.subjects
-        ],
+        ]
+        + [*task.plan.kept_subjects][: LIMITS.max_subjects - len(dataset.subjects)],
         steps=state.step,
         planned_steps=task.plan.steps,
         instance_images=len(dataset.instance_images),

@@ -141,6 +141,9 @@ def _curves(data: ReportData) -> list[tuple[str, list[tuple[str, str]], str]]:
     if any(row.class_loss is not None for row in rows):
         class_loss = [math.nan if row.class_loss is None else row.class_loss for row in rows]
         losses.append(("class loss", class_loss))
+    if any(row.kept_loss is not None for row in rows):
+        kept_loss = [math.nan if row.kept_loss is None else row.kept_loss for row in rows]
+        losses.append(("kept subjects' loss", kept_loss))
     named_curves = [
         ("Loss", losses, True),
         *_losses_of_subjects(data),

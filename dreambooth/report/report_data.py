@@ -21,7 +21,8 @@ class MetricsRow:
 
     loss: what was minimised, instance and class loss together. class_loss: None without prior
     preservation. seconds: the time of this step, None if unknown. subject_losses: the instance
-    loss of those of several subjects that the step has samples of, by their names.
+    loss of those of several subjects that the step has samples of, by their names. kept_loss: of
+    the prompts of the base's subjects, None where none is kept.
     """
 
     step: int
@@ -32,6 +33,7 @@ class MetricsRow:
     grad_norm: float
     seconds: float | None
     subject_losses: Mapping[str, float] = field(default_factory=dict)
+    kept_loss: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +118,7 @@ def _row(raw: dict[str, Any]) -> MetricsRow:
         learning_rate=float(raw["learning_rate"]),
         grad_norm=float(raw["grad_norm"]),
         seconds=1 / speed if speed > 0 else None,
+        kept_loss=None if raw.get("kept_loss") is None else float(raw["kept_loss"]),
         subject_losses={
             str(name): float(loss) for name, loss in dict(raw.get("subject_losses") or {}).items()
         },

@@ -25,6 +25,7 @@ from dreambooth.training.optimizer import clip_factor
 from dreambooth.training.plan import TrainingPlan
 from dreambooth.training.state import TrainingState
 from dreambooth.training.step_metrics import StepMetrics, read_metrics, refuse_not_finite
+from dreambooth.training.subjects_kept import KEPT_WEIGHT
 
 # The fp16 loss scale starts at 2^16 and halves at each overflow: 17 of them end below 1.
 MAX_SKIPPED_IN_A_ROW = 25
@@ -40,7 +41,9 @@ class TrainingData:
     frozen base model. empty_text, prior_empty_text: [1,L,D], the same two of the empty prompt,
     where the frozen base model predicts the prior. latent_scale: the VAE's scaling_factor, by which
     latents are multiplied. text_rows: the row of instance_text of each instance image. class_rows:
-    the row of class_text of each subject. Both are empty where there is one prompt.
+    the row of class_text of each subject. Both are empty where there is one prompt. kept_text,
+    kept_prior_text: [T,L,D], as class_text and prior_text, of the prompts that the frozen base
+    model is to keep; kept_rows: their rows in the order in which a subject's samples take them.
     """
 
     instance: LatentPosteriors
@@ -53,6 +56,9 @@ class TrainingData:
     prior_empty_text: torch.Tensor | None = None
     text_rows: tuple[int, ...] = ()
     class_rows: tuple[int, ...] = ()
+    kept_text: torch.Tensor | None = None
+    kept_prior_text: torch.Tensor | None = None
+    kept_rows: tuple[int, ...] = ()
 
     @property
     def subjects(self) -> int:
@@ -67,7 +73,7 @@ class TrainingData:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """The inputs and the target of one micro-batch; instance images come first.
+    """The inputs and the target of one micro-batch: instance, class and kept rows, in this order.
 
     noisy_latents, target: [B,C,h,w]. timesteps: [B]. text: [B,L,D], or token ids [B,L].
     subject_rows: float32 [S,I], 1 where an instance row is a subject's; None for a single subject.
@@ -129,7 +135,7 @@ def train(
 
     encode_text: token ids [B,L] -> encoder_hidden_states [B,L,D], used where the text encoder is
     trained. prior_unet: the frozen base model, whose prediction is the class target
-    (prior_preservation_mode=prediction). Raises TrainingDivergedError.
+    (prior_preservation_mode=prediction) and that of kept subjects. Raises TrainingDivergedError.
 
     `freed_gradients.train` and `fast.captured_loop.train` replace it if the training plan says so.
     """
@@ -179,7 +185,7 @@ def train(
 
 def no_losses(plan: TrainingPlan, device: torch.device) -> torch.Tensor:
     """Return zeros to which the losses of `forward_backward` are added."""
-    return torch.zeros(3 + len(plan.subjects), device=device)
+    return torch.zeros(3 + len(plan.subjects) + bool(plan.kept_subjects), device=device)
 
 
 def set_learning_rate(
@@ -209,25 +215,33 @@ def forward_backward(
 ) -> torch.Tensor:
     """Add the gradients of a micro-batch; return its losses [3]: all, instance, class.
 
-    With several subjects these are followed by the sum of each one's instance losses, [3+S].
+    With several subjects these are followed by the sum of each one's instance losses, [3+S], and
+    where subjects of the base are kept by the loss of their prompts, [3+S+1].
     half_weights: the networks compute in half precision by themselves, without autocast.
     """
     with nullcontext() if half_weights else precision.autocast():
         model_pred = networks(micro_batch.noisy_latents, micro_batch.timesteps, micro_batch.text)
+    target, kept_loss = micro_batch.target, None
+    if plan.kept_subjects:  # the last rows
+        model_pred, kept_pred = model_pred[: -plan.batch_size], model_pred[-plan.batch_size :]
+        target, kept_target = target[: -plan.batch_size], target[-plan.batch_size :]
+        kept_loss = squared_errors(kept_pred, kept_target).mean()
     losses = dreambooth_loss(
         model_pred,
-        micro_batch.target,
+        target,
         instances=plan.batch_size,
         prior_loss_weight=hyperparameters.prior_loss_weight,
     )
-    precision.backward(losses.total / plan.gradient_accumulation_steps)
-    class_loss = torch.zeros_like(losses.total) if losses.class_ is None else losses.class_
-    of_all = torch.stack((losses.total, losses.instance, class_loss)).detach()
-    rows = micro_batch.subject_rows
-    if rows is None:
-        return of_all
-    instance, target = (each[: plan.batch_size] for each in (model_pred, micro_batch.target))
-    return torch.cat((of_all, rows @ squared_errors(instance.detach(), target)))
+    total = losses.total if kept_loss is None else losses.total + KEPT_WEIGHT * kept_loss
+    precision.backward(total / plan.gradient_accumulation_steps)
+    class_loss = torch.zeros_like(total) if losses.class_ is None else losses.class_
+    found = [torch.stack((total, losses.instance, class_loss)).detach()]
+    if micro_batch.subject_rows is not None:
+        instances = (each[: plan.batch_size] for each in (model_pred.detach(), target))
+        found.append(micro_batch.subject_rows @ squared_errors(*instances))
+    if kept_loss is not None:
+        found.append(kept_loss.detach()[None])
+    return torch.cat(found)
 
 
 def count_skipped(state: TrainingState, metrics: StepMetrics, skipped_in_a_row: int) -> int:
@@ -274,19 +288,24 @@ def make_micro_batch(
 ) -> MicroBatch:
     """Make the instance half and, with prior preservation, the class half of a micro-batch.
 
-    The class half has its own pictures, timesteps and noise. With prior_unet it has the instance
-    half's noisy latents and timesteps, and the frozen base model's prediction as its target.
+    The class half has its own pictures, timesteps and noise. Where the frozen base model predicts
+    it, it has the instance half's noisy latents and timesteps, and that prediction as its target.
+    So have the rows that keep the base's subjects, which come last.
     """
     seed = hyperparameters.seed
     instance = _draw_half(data, "instance", numbers, noise_scheduler, seed)
-    if data.class_text is None:
-        return instance
-    if prior_unet is not None:
+    halves = [instance]
+    if data.class_text is not None and hyperparameters.predicts_the_prior:
+        assert prior_unet is not None
         scale = hyperparameters.training_guidance_scale
-        instance, class_half = _predicted_prior(instance, data, numbers, prior_unet, scale)
-    else:
-        class_half = _draw_half(data, "class", numbers, noise_scheduler, seed)
-    halves = (instance, class_half)
+        halves = [*_predicted_prior(instance, data, numbers, prior_unet, scale)]
+    elif data.class_text is not None:
+        halves.append(_draw_half(data, "class", numbers, noise_scheduler, seed))
+    if data.kept_text is not None:
+        assert prior_unet is not None
+        halves.append(_kept_rows(instance, data, numbers, prior_unet))
+    if len(halves) == 1:
+        return instance
     return replace(
         instance,
         noisy_latents=torch.cat([half.noisy_latents for half in halves]),
@@ -340,6 +359,22 @@ def _predicted_prior(
     class_half = replace(instance, text=torch.cat(held_text), target=torch.stack(held_target))
     moved = (instance.target - of_empty) / guidance_scale
     return replace(instance, target=of_empty + moved), class_half
+
+
+@torch.no_grad()
+def _kept_rows(
+    instance: MicroBatch, data: TrainingData, numbers: range, prior_unet: nn.Module
+) -> MicroBatch:
+    """Return rows whose target the frozen base model predicts for the prompts that are kept."""
+    assert data.kept_text is not None  # both are given with kept_rows
+    assert data.kept_prior_text is not None
+    turns = [sample_draws.subject_of(number, data.subjects)[1] for number in numbers]
+    rows = [data.kept_rows[turn % len(data.kept_rows)] for turn in turns]
+    text = _of_rows(data.kept_prior_text, rows)
+    target = predict(prior_unet, instance.noisy_latents, instance.timesteps, text)
+    return replace(
+        instance, text=_of_rows(data.kept_text, rows), target=target.to(instance.target.dtype)
+    )
 
 
 def _draw_half(

@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dreambooth.data.dataset_info import DatasetInfo
-from dreambooth.data.picture_files import printable
+from dreambooth.data.picture_files import listed, printable
+from dreambooth.errors import quoted
 from dreambooth.limits import size_in_words
 from dreambooth.model_folder.facts import ModelFacts
+from dreambooth.model_folder.taught_subjects import TaughtSubject
 from dreambooth.settings.hyperparameters import Hyperparameters, MemoryPlan
 from dreambooth.training import (
     disk,
@@ -21,6 +23,7 @@ from dreambooth.training import (
     lr_schedulers,
     memory_plan,
     plan_warnings,
+    subjects_kept,
 )
 from dreambooth.training.device import DeviceFacts
 from dreambooth.training.disk import DiskBudget
@@ -50,7 +53,8 @@ class TrainingPlan:
     0 if not known yet. phases: expected peaks of all phases, none if not known yet. smaller: the
     memory plans to fall back to, in this order, if memory runs out. subjects: several, or none for
     a single one. class_sets: the number of class images of each distinct class prompt. captions:
-    the number of instance images that have one of their own.
+    the number of instance images that have one of their own. kept_subjects: those that the base was
+    taught and that are held to what it predicts.
     """
 
     device: DeviceFacts
@@ -84,6 +88,7 @@ class TrainingPlan:
     subjects: tuple[PlannedSubject, ...] = ()
     class_sets: tuple[int, ...] = ()
     captions: int = 0
+    kept_subjects: tuple[TaughtSubject, ...] = ()
 
     def epoch(self, step: int) -> float:
         """Return the number of passes over the instance images after `step` steps."""
@@ -95,6 +100,10 @@ class TrainingPlan:
         if not self.smaller:
             return None
         return replace(self, **_memory_plan_fields(*self.smaller))
+
+    def without_kept_subjects(self) -> TrainingPlan:
+        """Return this training plan with nothing of the base held."""
+        return replace(self, kept_subjects=())
 
 
 def samples_per_step(hyperparameters: Hyperparameters, processes: int) -> int:
@@ -126,10 +135,11 @@ def make(
     processes: int = 1,
     base_bytes: int = 0,
     copied_bytes: int = 0,
+    taught: Sequence[TaughtSubject] = (),
 ) -> TrainingPlan:
     """Derive the training plan; `facts` is None if the model is not unpacked or fetched yet.
 
-    base_bytes, copied_bytes: as in `disk.expected`.
+    base_bytes, copied_bytes: as in `disk.expected`. taught: the subjects that the base was taught.
     """
     of_subjects = [len(subject.instance_images) for subject in dataset.subjects]
     instances = sum(of_subjects)
@@ -151,15 +161,31 @@ def make(
     longer = [max(instances, class_images)] if not subjects else of_subjects
     mixed_precision = hyperparameters.mixed_precision or device.mixed_precision
     prior_precision = _prior_precision(hyperparameters, device)
-    chosen, *smaller = memory_plan.choose(
-        hyperparameters,
-        facts,
-        device,
-        mixed_precision=mixed_precision,
-        prior_precision=prior_precision,
-        class_images_to_sample=class_images - given,
-        processes=processes,
-    )
+
+    def choose(*, keeps_subjects: bool) -> tuple[MemoryChoice, ...]:
+        return memory_plan.choose(
+            hyperparameters,
+            facts,
+            device,
+            mixed_precision=mixed_precision,
+            prior_precision=prior_precision,
+            class_images_to_sample=class_images - given,
+            processes=processes,
+            keeps_subjects=keeps_subjects,
+        )
+
+    kept_subjects = subjects_kept.subjects_to_keep(hyperparameters, dataset, taught)
+    chosen, *smaller = choose(keeps_subjects=bool(kept_subjects))
+    kept_warnings: tuple[str, ...] = ()
+    if hyperparameters.keep_subjects == "True" and facts is not None and not kept_subjects:
+        kept_warnings = (
+            "keep_subjects=True has no effect: the base was taught no subject but this run's.",
+        )
+    if kept_subjects and hyperparameters.keep_subjects == "auto":
+        kept_warnings = plan_warnings.kept_subjects_warnings(device, chosen.phases, processes)
+        if kept_warnings:
+            kept_subjects = ()
+            chosen, *smaller = choose(keeps_subjects=False)
     warmup = hyperparameters.lr_warmup_steps
     if warmup is None:
         warmup = lr_schedulers.default_warmup_steps(hyperparameters.lr_scheduler, steps)
@@ -202,6 +228,7 @@ def make(
             copied_bytes=copied_bytes,
         ),
         warnings=(
+            *kept_warnings,
             *(facts.warnings if facts and hyperparameters.resolution is None else ()),
             *plan_warnings.memory_warnings(device, chosen.phases, processes),
             *plan_warnings.settings_warnings(
@@ -217,6 +244,7 @@ def make(
         captions=sum(
             caption is not None for subject in dataset.subjects for caption in subject.captions
         ),
+        kept_subjects=kept_subjects,
     )
 
 
@@ -267,6 +295,8 @@ def rows(plan: TrainingPlan, hyperparameters: Hyperparameters) -> list[tuple[str
         ("expected memory", _expected_line(plan)),
         ("expected disk", _disk_line(plan.disk)),
     ]
+    if plan.kept_subjects:
+        lines.insert(2, ("kept subjects", _kept_line(plan, hyperparameters)))
     when = ["at the end"] if plan.keep_last_checkpoint else []
     if plan.checkpointing_steps:
         when.insert(0, f"every {plan.checkpointing_steps} steps")
@@ -330,6 +360,19 @@ def _pictures_line(plan: TrainingPlan) -> str:
         line += f", {plan.class_images} class images{sets}"
         line += f" ({plan.class_images_to_sample} to sample)"
     return line + f"; cached crops of each that is not square: at most {plan.cached_crops}"
+
+
+def _kept_line(plan: TrainingPlan, hyperparameters: Hyperparameters) -> str:
+    """Return whom the run keeps, and how much longer a step takes for it."""
+    names = listed([quoted(each.instance_prompt) for each in plan.kept_subjects])
+    # Passes of a micro-batch: a backward one counts as two forward ones.
+    passes = 3 * (2 if hyperparameters.with_prior_preservation else 1)
+    if hyperparameters.predicts_the_prior:
+        passes += 1 if hyperparameters.training_guidance_scale == 1 else 2
+    return (
+        f"{names}, by the base's own prediction; a step takes about {(passes + 4) / passes:.1f} "
+        "times as long for it (keep_subjects)"
+    )
 
 
 def _precision_line(plan: TrainingPlan) -> str:

@@ -95,8 +95,9 @@ class RunLog:
         row = asdict(metrics)
         del row["read_with"]
         row["subject_losses"] = dict(metrics.subject_losses)
-        if not metrics.subject_losses:
-            del row["subject_losses"]
+        for name in ("subject_losses", "kept_loss"):  # only where there is one
+            if not getattr(metrics, name) and getattr(metrics, name) != 0:
+                del row[name]
         row["steps_per_second"] = round(1.0 / self._seconds, 4)
         row["time"] = round(time.time() - (self._read_until - metrics.step) * self._seconds, 3)
         with self._disk_faults_named():
@@ -106,8 +107,9 @@ class RunLog:
             metrics.step, loss=metrics.loss, learning_rate=f"{metrics.learning_rate:.2e}"
         )
         if self._tensorboard is not None:
-            for name in ("loss", "instance_loss", "class_loss", "learning_rate", "grad_norm"):
-                if row[name] is not None:
+            names = ("loss", "instance_loss", "class_loss", "learning_rate", "grad_norm")
+            for name in (*names, "kept_loss"):
+                if row.get(name) is not None:
                     self._tensorboard.add_scalar(name, row[name], metrics.step)
             for subject, loss in metrics.subject_losses:
                 self._tensorboard.add_scalar(f"subject_losses/{subject}", loss, metrics.step)

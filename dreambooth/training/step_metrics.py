@@ -20,7 +20,7 @@ class StepMetrics:
 
     read_with: how many steps were read together. When they are yielded, the weights are those after
     the last of these steps. subject_losses: (name, instance loss) of those of several subjects that
-    the step has samples of.
+    the step has samples of. kept_loss: of the prompts of the base's subjects, where they are kept.
     """
 
     step: int
@@ -32,6 +32,7 @@ class StepMetrics:
     grad_norm: float
     read_with: int = field(default=1, compare=False)
     subject_losses: tuple[tuple[str, float], ...] = ()
+    kept_loss: float | None = None
 
 
 class DeviceMetrics(NamedTuple):
@@ -76,9 +77,10 @@ def read_together(
             learning_rate=one.learning_rate,
             grad_norm=grad_norm,
             read_with=len(unread),
-            subject_losses=_subject_losses(one.step, plan, of_subjects),
+            subject_losses=_subject_losses(one.step, plan, more[: len(plan.subjects)]),
+            kept_loss=more[-1] if plan.kept_subjects else None,
         )
-        for one, (loss, instance_loss, class_loss, *of_subjects, grad_norm) in zip(
+        for one, (loss, instance_loss, class_loss, *more, grad_norm) in zip(
             unread, figures.tolist(), strict=True
         )
     ]

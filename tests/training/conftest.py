@@ -39,7 +39,7 @@ class Training:
     def steps(self, capture: Capture = without_capture) -> Iterator[StepMetrics]:
         settings = self.settings
         precision = self.state.precision
-        by_prediction = settings.prior_preservation_mode == "prediction"
+        has_frozen = settings.predicts_the_prior or bool(self.plan.kept_subjects)
         train: Callable[..., Iterator[StepMetrics]] = loop.train
         if self.plan.frees_gradients:
             train = freed_gradients.train
@@ -52,7 +52,7 @@ class Training:
             settings,
             noise_scheduler=models.training_noise_scheduler(self.model),
             encode_text=lambda ids: models.text_features(self.model, ids),
-            prior_unet=precision.frozen_copy(self.model.unet) if by_prediction else None,
+            prior_unet=precision.frozen_copy(self.model.unet) if has_frozen else None,
             accelerator=Accelerator(cpu=True),
         )
 
