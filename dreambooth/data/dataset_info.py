@@ -275,7 +275,7 @@ def _sub_folder(folder: Path, subject: SubjectPrompts, key: str, name: str) -> P
                 f"{key} of the subject {subject.folder} leads over a link, {printable(place)}: "
                 "put the folder itself there."
             )
-    if key == "folder" and not place.is_dir():
+    if key == "folder" and not os.path.isdir(place):
         state = "is not a folder" if os.path.lexists(place) else "is not there"
         raise DatasetError(
             f"The folder of the subject {subject.folder}, {printable(place)}, {state}: put the "

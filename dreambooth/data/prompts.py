@@ -130,27 +130,29 @@ def _subject(
 ) -> SubjectPrompts:
     """Return one subject of the list."""
     where = f"in {printable(path)}"
-    named = f"Subject {number}"
     if not isinstance(entry, dict):
         raise DatasetError(
-            f"{named} {where} is {_kind(entry)}: it must be an object, as in {_EXAMPLE_SUBJECTS}."
+            f"Subject {number} {where} is {_kind(entry)}: it must be an object, as in "
+            f"{_EXAMPLE_SUBJECTS}."
         )
+    of = f"subject {number}"
     if isinstance(entry.get("folder"), str):
-        named = f"The subject {quoted(entry['folder'])}"
+        of = f"the subject {quoted(entry['folder'])}"
+    named = of[0].upper() + of[1:]
     for key in entry:
         if key not in _SUBJECT_KEYS:
             near = difflib.get_close_matches(str(key)[:100], _SUBJECT_KEYS, n=1)
             raise DatasetError(
                 f"{named} {where} has an entry {quoted(key)}"
-                + (f", did you mean {near[0]}?" if near else ",")
-                + f" It may have {', '.join(_SUBJECT_KEYS)}."
+                + (f", did you mean {near[0]}?" if near else ".")
+                + f" A subject may have {', '.join(_SUBJECT_KEYS)}."
             )
-    folder = _name_inside(f"folder of {named.lower()} {where}", entry.get("folder"))
+    folder = _name_inside(f"folder of {of} {where}", entry.get("folder"))
     class_data_dir = entry.get("class_data_dir")
     if class_data_dir is not None:
-        class_data_dir = _name_inside(f"class_data_dir of {named.lower()} {where}", class_data_dir)
+        class_data_dir = _name_inside(f"class_data_dir of {of} {where}", class_data_dir)
     prompts = {
-        key: prompt_in(path, entry, key, limits, of=f" of {named.lower()}")
+        key: prompt_in(path, entry, key, limits, of=f" of {of}")
         for key in ("instance_prompt", "class_prompt")
     }
     if prompts["instance_prompt"] is None:
@@ -348,7 +350,11 @@ def _instead(info: dict[object, object]) -> str:
     """Return in brackets what the file has in place of an instance_prompt."""
     if "instance_prompt" in info:
         return f" (it is {'empty' if info['instance_prompt'] is not None else 'null'})"
-    return f" (it has {listed([printable(str(key)) for key in info])})" if info else ""
+    keys = [printable(str(key)) for key in info]
+    known = ("instance_prompt", "subjects")
+    near = [name for key in keys for name in difflib.get_close_matches(key[:100], known, n=1)]
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f" (it has {listed(keys)}{hint})" if info else ""
 
 
 def _kind(value: object) -> str:

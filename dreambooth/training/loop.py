@@ -241,7 +241,7 @@ def forward_backward(
         found.append(micro_batch.subject_rows @ squared_errors(*instances))
     if kept_loss is not None:
         found.append(kept_loss.detach()[None])
-    return torch.cat(found)
+    return torch.cat(found) if len(found) > 1 else found[0]
 
 
 def count_skipped(state: TrainingState, metrics: StepMetrics, skipped_in_a_row: int) -> int:

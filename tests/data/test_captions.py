@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,8 +100,6 @@ def test_captions_belong_to_the_fingerprint(folder: Path) -> None:
     ],
 )
 def test_faults_in_the_list_name_the_line(folder: Path, lines: list[str], words: str) -> None:
-    import re
-
     assert re.search(words, fault(listed(folder, *lines)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -109,7 +110,7 @@ def test_one_subject_in_a_list_is_that_subject(make: Make) -> None:
     [
         (["dog1"], "Subject 1 .* is a text: it must be an object"),
         ([{**DOG1, "foldr": "x"}], "'dog1'.* has an entry 'foldr', did you mean folder"),
-        ([{**DOG1, "steps": 3}], "'dog1'.* has an entry 'steps', It may have folder, instance_pr"),
+        ([{**DOG1, "steps": 3}], "'dog1'.* has an entry 'steps'. A subject may have folder, inst"),
         ([{"instance_prompt": "x"}], "There is no folder of subject 1"),
         ([{**DOG1, "folder": 3}], "folder of subject 1 .* is a number"),
         ([{**DOG1, "class_data_dir": ["x"]}], "class_data_dir of the subject 'dog1' .* is a list"),
@@ -125,12 +126,15 @@ def test_one_subject_in_a_list_is_that_subject(make: Make) -> None:
             [{**DOG1, "class_data_dir": "c"}, {**CAT, "class_data_dir": "c"}],
             "dog1 and cat .* same class_data_dir and different class_prompts",
         ),
+        (
+            [{**CAT, "folder": "Lion", "instance_prompt": 1}],
+            "instance_prompt of the subject 'Lion'",
+        ),
         ([{**CAT, "folder": "lion"}], "folder of the subject lion, .* is not there"),
+        ([{**CAT, "folder": "l" * 5_000}], "folder of the subject lll.* is not there"),
     ],
 )
 def test_faults_in_the_list_name_the_subject(make: Make, entries: list[object], words: str) -> None:
-    import re
-
     assert re.search(words, fault(make(*entries)))
 
 
@@ -149,6 +153,12 @@ def test_the_list_must_be_one(make: Make, value: object) -> None:
     folder = make()
     (folder / "dataset_info.json").write_text(json.dumps({"subjects": value}))
     assert "must be a list with an object for each subject" in fault(folder)
+
+
+def test_a_misspelt_list_is_recognised(make: Make) -> None:
+    folder = make()
+    (folder / "dataset_info.json").write_text(json.dumps({"subject": [DOG1]}))
+    assert "it has subject; did you mean subjects?" in fault(folder)
 
 
 def test_prompts_stand_in_the_entries_alone(make: Make) -> None:
