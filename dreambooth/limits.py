@@ -67,10 +67,16 @@ class Limits:
     max_rle_bytes: int = 2 * MIB
     # and some 13 megapixels.
     max_rle_pixels: int = 16_000_000
+    # Subjects that one run teaches, and one model carries the prompts of. The literature has five.
+    max_subjects: int = 16
     # DreamBooth needs 4 to 20; a folder with more than this many is the wrong one.
     max_instance_images: int = 10_000
     # Class images are a few per instance image, a thousand in the paper's largest runs.
     max_class_images: int = 100_000
+    # Different captions of one subject's pictures. Each is encoded once: 0.2 MB of text embeddings.
+    max_captions: int = 1_000
+    # A file of captions, of some 100 characters for each of as many pictures.
+    max_captions_bytes: int = 4 * MIB
     # Listing a wrong folder (a home directory, a disk) must come to an end.
     max_folder_entries: int = 1_000_000
 

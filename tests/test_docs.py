@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from PIL import Image
 import dreambooth
 from benchmarks import __main__ as benchmarks_cli
 from dreambooth import __main__ as cli
+from dreambooth.data import prompts
 from dreambooth.settings import container, hyperparameter_text
 from dreambooth.settings.command_line import Parser
 from dreambooth.settings.hyperparameters import Hyperparameters, normalised
@@ -126,16 +128,20 @@ def test_the_projects_check_makes_what_the_readme_says() -> None:
 def test_every_block_is_of_a_kind_that_a_test_runs_or_parses() -> None:
     assert {kind for kind, _ in BLOCKS} == {"sh", "shell", "python", ""}
     assert 2 * len(BLOCKS) == ALL.count("```")
-    # What `make` prints, the training folder and the file map: each has its test.
-    assert len(blocks("")) == 3
+    # What `make` prints, two training folders and the file map: each has its test.
+    assert len(blocks("")) == 4
 
 
-def test_the_drawn_training_folder_has_a_valid_dataset_info() -> None:
-    (drawn,) = [block for block in blocks("") if "dataset_info.json" in block]
+def test_the_drawn_training_folders_have_a_valid_dataset_info(tmp_path: Path) -> None:
+    drawn, several = [block for block in blocks("") if "dataset_info.json" in block]
     text = drawn.replace("│", " ")
     info, _ = json.JSONDecoder().raw_decode(text[text.index("{") :])
     assert set(info) == {"instance_prompt", "class_prompt"}
     assert Hyperparameters().class_data_dir in drawn
+    (tmp_path / prompts.INFO_NAME).write_text(several[several.index("{") :])
+    read = prompts.read(tmp_path, with_prior_preservation=True, inside="")
+    assert [each.folder for each in read.subjects] == ["dog1", "dog2"]
+    assert all(f"├── {each.folder}/" in several for each in read.subjects)
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")

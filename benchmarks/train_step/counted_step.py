@@ -27,7 +27,7 @@ from torch.utils.flop_counter import flop_registry
 
 from benchmarks.train_step import full_size
 from dreambooth.data.cache import LatentPosteriors
-from dreambooth.data.dataset_info import DatasetInfo
+from dreambooth.data.dataset_info import ClassSet, DatasetInfo, SubjectData
 from dreambooth.fast import captured_loop
 from dreambooth.settings.hyperparameters import Hyperparameters
 from dreambooth.training import loop, optimizer
@@ -105,11 +105,19 @@ def count(device: DeviceFacts, **settings: Any) -> StepCount:
     hyperparameters = Hyperparameters(checkpointing_steps=2, **settings)
     dataset = DatasetInfo(
         folder=Path("pictures"),
-        instance_prompt="a photo of a riobugger cat",
-        class_prompt="a photo of a cat",
-        instance_images=tuple(Path(f"{n}.png") for n in range(_PICTURES)),
-        class_images=tuple(Path(f"class/{n}.png") for n in range(_PICTURES)),
-        warnings=(),
+        subjects=(
+            SubjectData(
+                instance_prompt="a photo of a riobugger cat",
+                class_prompt="a photo of a cat",
+                instance_images=tuple(Path(f"{n}.png") for n in range(_PICTURES)),
+            ),
+        ),
+        class_sets=(
+            ClassSet(
+                class_prompt="a photo of a cat",
+                images=tuple(Path(f"class/{n}.png") for n in range(_PICTURES)),
+            ),
+        ),
     )
     plan = plans.make(hyperparameters, dataset, full_size.FACTS, device)
     if plan.gradient_checkpointing or plan.frees_gradients:

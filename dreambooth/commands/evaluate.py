@@ -10,6 +10,7 @@ import argparse
 import functools
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dreambooth.data import dataset_info, prompts
-from dreambooth.data.dataset_info import DatasetInfo
+from dreambooth.data.dataset_info import DatasetInfo, SubjectData
+from dreambooth.data.picture_files import printable
 from dreambooth.errors import ResourceError, UserError
 from dreambooth.evaluation import prompt_list, vision_model
 from dreambooth.evaluation.prompt_list import AskedPrompts
@@ -44,12 +46,31 @@ _DRAWING = ("pictures", "num_inference_steps", "guidance_scale", "seed", "batch_
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What was measured. missing: why a measure is not there, by its name."""
+    """What was measured of one subject. missing: why a measure is not there, by its name."""
 
+    subject: SubjectData
+    asked: AskedPrompts
     measures: Mapping[str, Measure]
     frechet_distance: float | None
-    features: str
     missing: Mapping[str, str]
+
+    @property
+    def document(self) -> dict[str, object]:
+        """Return what evaluation.json says of the subject."""
+        return {
+            "prompts": asdict(self.asked),
+            "measures": {name: asdict(found) for name, found in self.measures.items()},
+            "frechet_distance": self.frechet_distance,
+            "not_measured": dict(self.missing),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Confusion:
+    """Whether the model tells several subjects apart: `confusion.matrix` and `collapse_rate`."""
+
+    matrix: Values
+    collapse_rate: float
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -63,7 +84,8 @@ def main(arguments: argparse.Namespace) -> int:
     except OSError as error:
         raise UserError(f"--out {settings.out} cannot be made: {error.strerror}.") from error
     info = _read_data(settings.data)
-    asked = _asked_prompts(settings, info)
+    asked = [_asked_prompts(settings, subject) for subject in info.subjects]
+    all_prompts = list(dict.fromkeys(prompt for each in asked for prompt in each.all))
     given = (
         vision_model.read(settings.features, setting="--features") if settings.features else None
     )
@@ -80,24 +102,28 @@ def main(arguments: argparse.Namespace) -> int:
         network = features.choose(given, model, resolution=model.resolution, device=device)
         side = model.resolution
         how = {name: getattr(settings, name) for name in _DRAWING}
-        drawn = draw(model, asked.all, "drawing", **how)
+        drawn = draw(model, all_prompts, "drawing", **how)
         base: Drawn = {}
         base_loss = None
         del model
         if settings.base is not None:
             other = _load(settings.base, "--base", settings, device, workspace / "base")
-            base = draw(other, asked.all, "drawing, base model", **how)
+            base = draw(other, all_prompts, "drawing, base model", **how)
             base_loss = functools.partial(clean.denoising_loss, other)
-        report = _measure(asked, info, drawn, base, network, reader, base_loss, side)
-    _print(report)
-    _write(settings, asked, info, drawn, base, report)
+        reports = [
+            _measure(one, info, subject, drawn, base, network, reader, base_loss, side)
+            for one, subject in zip(asked, info.subjects, strict=True)
+        ]
+        confused = _confusion(reports, drawn, network, side) if info.are_several else None
+    _print(reports, network.name, confused)
+    _write(settings, drawn, base, reports, network.name, confused)
     return 0
 
 
 def _read_data(folder: Path) -> DatasetInfo:
     inside = "give that folder with --data"
     found = prompts.read(folder, with_prior_preservation=False, inside=inside)
-    with_class = found.class_prompt is not None
+    with_class = all(each.class_prompt is not None for each in found.subjects)
     info = dataset_info.read(
         folder, with_prior_preservation=with_class, given="with --data", inside=inside
     )
@@ -106,19 +132,19 @@ def _read_data(folder: Path) -> DatasetInfo:
     return info
 
 
-def _asked_prompts(settings: EvaluateSettings, info: DatasetInfo) -> AskedPrompts:
-    elsewhere: tuple[str, ...] = (f"{info.instance_prompt} on a beach",)
+def _asked_prompts(settings: EvaluateSettings, subject: SubjectData) -> AskedPrompts:
+    elsewhere: tuple[str, ...] = (f"{subject.instance_prompt} on a beach",)
     if settings.prompts is not None:
         elsewhere = prompt_list.read(
             settings.prompts,
-            instance_prompt=info.instance_prompt,
-            class_prompt=info.class_prompt,
+            instance_prompt=subject.instance_prompt,
+            class_prompt=subject.class_prompt,
         )
-    is_cat = "cat" in (info.class_prompt or info.instance_prompt).lower().split()
+    is_cat = "cat" in (subject.class_prompt or subject.instance_prompt).lower().split()
     return AskedPrompts(
-        subject=info.instance_prompt,
+        subject=subject.instance_prompt,
         elsewhere=elsewhere,
-        own_class=info.class_prompt,
+        own_class=subject.class_prompt,
         other_class=settings.other_prompt or ("a photo of a dog" if is_cat else "a photo of a cat"),
     )
 
@@ -182,6 +208,7 @@ def draw(
 def _measure(
     asked: AskedPrompts,
     info: DatasetInfo,
+    subject: SubjectData,
     drawn: Drawn,
     base: Drawn,
     network: FeatureNetwork,
@@ -192,15 +219,23 @@ def _measure(
     from dreambooth.evaluation import scores, shares
     from dreambooth.evaluation.measures import summarised
 
+    class_images = [
+        path
+        for each in info.class_sets
+        for path in each.images
+        if each.class_prompt == subject.class_prompt and not base
+    ]
     pictures = shares.MeasuredPictures(
-        instance=_squared(info.instance_images, side),
-        drawn=drawn,
-        base=base,
-        class_images=() if base else _squared(info.class_images, side),
+        instance=_squared(subject.instance_images, side),
+        drawn={prompt: drawn[prompt] for prompt in asked.all},
+        base={prompt: base[prompt] for prompt in asked.all if prompt in base},
+        class_images=_squared(class_images, side),
     )
     found = shares.measured(asked, pictures, network, reader, base_loss)
     mine = shares.finite(drawn[asked.subject])
     return Report(
+        subject=subject,
+        asked=asked,
         measures={n: summarised(each) for n, each in found.items() if not isinstance(each, str)},
         missing={name: each for name, each in found.items() if isinstance(each, str)},
         frechet_distance=(
@@ -208,8 +243,24 @@ def _measure(
             if min(len(pictures.instance), len(mine)) > 1
             else None
         ),
-        features=network.name,
     )
+
+
+def _confusion(
+    reports: Sequence[Report], drawn: Drawn, network: FeatureNetwork, side: int
+) -> Confusion:
+    """Rank the instance images of all subjects for each drawing of an instance prompt."""
+    import numpy as np
+
+    from dreambooth.evaluation import confusion, shares
+    from dreambooth.evaluation.measures import of_length_one
+
+    pictures = [shares.finite(drawn[each.asked.subject]) for each in reports]
+    matrix = confusion.matrix(
+        [of_length_one(network(row)) if row else np.empty((0, 1)) for row in pictures],
+        [of_length_one(network(_squared(one.subject.instance_images, side))) for one in reports],
+    )
+    return Confusion(matrix=matrix, collapse_rate=confusion.collapse_rate(matrix))
 
 
 def _squared(paths: Sequence[Path], side: int) -> list[np.ndarray]:
@@ -224,30 +275,42 @@ def _squared(paths: Sequence[Path], side: int) -> list[np.ndarray]:
     return found
 
 
-def _print(report: Report) -> None:
-    print(f"features: {report.features}")
-    print(f"{'measure':<20} {'mean':>6}  95 % interval  pictures")
-    for name, found in report.measures.items():
-        print(f"{name:<20} {found.mean:6.3f}  {found.low:.3f}..{found.high:.3f}   {found.of:>6}")
-    if report.frechet_distance is not None:
-        print(f"{'frechet_distance':<20} {report.frechet_distance:.4f}")
-    for name, why in report.missing.items():
-        print(f"{name:<20} not measured: {why}")
+def _print(reports: Sequence[Report], features: str, confused: Confusion | None) -> None:
+    print(f"features: {features}")
+    for report in reports:
+        if confused is not None:
+            print(f"\n{printable(report.subject.name)}: {printable(report.asked.subject)}")
+        print(f"{'measure':<20} {'mean':>6}  95 % interval  pictures")
+        for name, found in report.measures.items():
+            interval = f"{found.low:.3f}..{found.high:.3f}"
+            print(f"{name:<20} {found.mean:6.3f}  {interval}   {found.of:>6}")
+        if report.frechet_distance is not None:
+            print(f"{'frechet_distance':<20} {report.frechet_distance:.4f}")
+        for name, why in report.missing.items():
+            print(f"{name:<20} not measured: {why}")
+    if confused is None:
+        return
+    names = [printable(report.subject.name)[:20] for report in reports]
+    print("\nshare of the drawings of each subject (rows) that come nearest to each (columns)")
+    print(f"{'':<20}", *(f"{name:>12}" for name in names))
+    for name, row in zip(names, confused.matrix, strict=True):
+        print(f"{name:<20}", *(f"{share:12.3f}" for share in row))
+    print(f"{'collapse_rate':<20} {confused.collapse_rate:12.3f}")
 
 
 def _write(
     settings: EvaluateSettings,
-    asked: AskedPrompts,
-    info: DatasetInfo,
     drawn: Drawn,
     base: Drawn,
-    report: Report,
+    reports: Sequence[Report],
+    features: str,
+    confused: Confusion | None,
 ) -> None:
     from dreambooth.data import images
     from dreambooth.evaluation.shares import finite
     from dreambooth.report import contact_sheet
 
-    document = {
+    document: dict[str, object] = {
         "model": settings.model,
         "base": settings.base,
         "data": str(settings.data),
@@ -255,14 +318,26 @@ def _write(
         "num_inference_steps": settings.num_inference_steps,
         "guidance_scale": settings.guidance_scale,
         "seed": settings.seed,
-        "features": report.features,
-        "prompts": asdict(asked),
-        "measures": {name: asdict(found) for name, found in report.measures.items()},
-        "frechet_distance": report.frechet_distance,
-        "not_measured": dict(report.missing),
+        "features": features,
     }
-    given = [images.open_image(path) for path in info.instance_images[:SHEET_PICTURES]]
-    rows: list[tuple[str, Sequence[Picture]]] = [(f"instance images: {asked.subject}", given)]
+    if confused is None:
+        document |= reports[0].document
+    else:
+        document |= {
+            "subjects": {report.subject.name: report.document for report in reports},
+            "confusion": [
+                [share if math.isfinite(share) else None for share in row.tolist()]
+                for row in confused.matrix
+            ],
+            "collapse_rate": (
+                confused.collapse_rate if math.isfinite(confused.collapse_rate) else None
+            ),
+        }
+    rows: list[tuple[str, Sequence[Picture]]] = []
+    for report in reports:
+        shown = report.subject.instance_images[:SHEET_PICTURES]
+        label = f"instance images: {report.asked.subject}"
+        rows.append((label, [images.open_image(path) for path in shown]))
     for prompt, pictures in drawn.items():
         rows.append((prompt, finite(pictures)[:SHEET_PICTURES]))
         if prompt in base:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -31,13 +31,15 @@ class LatentPosteriors:
     """The latent posteriors of all cached crops.
 
     mean, std: float32 [N,C,h,w], unscaled, one row per crop. first_rows: the row of each picture's
-    first crop. crop_counts: the number of crops of each picture.
+    first crop. crop_counts: the number of crops of each picture. groups: the pictures of each of
+    several subjects; none for those of a single one.
     """
 
     mean: torch.Tensor
     std: torch.Tensor
     first_rows: tuple[int, ...]
     crop_counts: tuple[int, ...]
+    groups: tuple[range, ...] = ()
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -54,12 +56,7 @@ class LatentPosteriors:
 
     def to(self, device: torch.device) -> LatentPosteriors:
         """Return the same posteriors on another device."""
-        return LatentPosteriors(
-            mean=self.mean.to(device),
-            std=self.std.to(device),
-            first_rows=self.first_rows,
-            crop_counts=self.crop_counts,
-        )
+        return replace(self, mean=self.mean.to(device), std=self.std.to(device))
 
 
 def to_pixels(picture: np.ndarray) -> torch.Tensor:

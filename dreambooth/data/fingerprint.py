@@ -13,12 +13,22 @@ _STRIDE_BYTES = 1 << 24
 
 
 def of_dataset(dataset: DatasetInfo) -> str:
-    """Hash the prompts, and the names and hashes of all pictures, into 16 hex digits."""
+    """Hash prompts and captions, and the names and hashes of all pictures, into 16 hex digits."""
     digest = hashlib.sha256()
-    for text in (dataset.instance_prompt, dataset.class_prompt or ""):
-        digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
-    for path, sha256 in dataset.sha256.items():
-        digest.update(path.name.encode("utf-8", "surrogateescape") + b"\0" + sha256)
+    sha256 = dataset.sha256
+    for subject in dataset.subjects:
+        for text in (subject.instance_prompt, subject.class_prompt or ""):
+            digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+        for path in subject.instance_images:
+            name = subject.name_of(path)
+            digest.update(name.encode("utf-8", "surrogateescape") + b"\0" + sha256[path])
+        for prompt in subject.prompts if subject.captions else ():
+            digest.update(prompt.encode() + b"\0")
+    for given in dataset.class_sets:
+        if dataset.are_several:
+            digest.update(given.class_prompt.encode("utf-8", "surrogatepass") + b"\0")
+        for path in given.images:
+            digest.update(path.name.encode("utf-8", "surrogateescape") + b"\0" + sha256[path])
     return digest.hexdigest()[:16]
 
 

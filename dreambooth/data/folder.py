@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,18 +38,18 @@ class Pictures:
 
 
 def read_pictures(
-    folder: Path, *, ignored: str = "", most: int, limits: Limits = LIMITS
+    folder: Path, *, ignored: Collection[str] = (), most: int, limits: Limits = LIMITS
 ) -> Pictures:
     """Sort the entries of a folder by their first bytes, and check that the pictures decode.
 
-    `ignored` is the name of a sub-folder (the class images') that is not mentioned. Raises
+    `ignored` names sub-folders (such as the class images') that are not mentioned. Raises
     DatasetError for a folder that cannot be listed, or that holds more than `most` pictures or too
     many entries.
     """
     files: list[Path] = []
     others: list[str] = []
     for entry in _entries(folder, limits):
-        if entry.name == INFO_NAME or (entry.name == ignored and _is_folder(entry)):
+        if entry.name == INFO_NAME or (entry.name in ignored and _is_folder(entry)):
             continue
         if entry.name.startswith(".") or entry.name.lower() in _JUNK or _is_folder(entry):
             others.append(printable(entry.name) + ("/" if _is_folder(entry) else ""))

@@ -2,7 +2,8 @@
 
 Nothing here keeps state, so a run that is stopped and resumed draws what an unbroken run draws,
 and four micro-batches of one draw what one micro-batch of four draws. Instance and class images
-are two streams that are shuffled independently.
+are two streams that are shuffled independently. Several subjects take turns, sample by sample, so
+that each has as many samples as the others, however many pictures it has.
 
 Legend: B batch, C latent channels, h w latent cells.
 """
@@ -34,7 +35,7 @@ class SampleDraws:
     noise: torch.Tensor
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)  # of all subjects and their classes
 def _order(seed: int, stream: str, round_number: int, count: int) -> tuple[int, ...]:
     generator = torch.Generator().manual_seed(derive_seed(seed, stream, "order", round_number))
     return tuple(torch.randperm(count, generator=generator).tolist())
@@ -49,6 +50,23 @@ def picture_of(number: int, *, seed: int, stream: str, count: int) -> int:
     return _order(seed, stream, round_number, count)[position]
 
 
+def subject_of(number: int, subjects: int) -> tuple[int, int]:
+    """Return the subject of sample `number`, and the number of this sample among the subject's."""
+    of_subject, subject = divmod(number, subjects)
+    return subject, of_subject
+
+
+def _picture_in_turn(number: int, groups: Sequence[range], *, seed: int, stream: str) -> int:
+    """Return the picture of sample `number`, from the group of the subject whose turn it is.
+
+    Subjects that share a group, as those of one class share its images, take turns with it.
+    """
+    subject, turn = subject_of(number, len(groups))
+    group = groups[subject]
+    turn = turn * groups.count(group) + groups[:subject].count(group)
+    return group.start + picture_of(turn, seed=seed, stream=stream, count=len(group))
+
+
 def draw(
     numbers: range,
     *,
@@ -57,16 +75,18 @@ def draw(
     crop_counts: Sequence[int],
     latent_shape: tuple[int, int, int],
     train_timesteps: int,
+    groups: Sequence[range] = (),
 ) -> SampleDraws:
     """Draw the samples of one micro-batch.
 
     numbers: the numbers of the samples in their stream, counted from the start of the run.
     stream: "instance" or "class". crop_counts: how many cached crops each picture has.
-    latent_shape: (C, h, w).
+    latent_shape: (C, h, w). groups: the pictures of each subject; none for those of a single one.
     """
+    groups = groups or (range(len(crop_counts)),)
     images, crop_indices, timesteps, posterior_noise, noise = [], [], [], [], []
     for number in numbers:
-        picture = picture_of(number, seed=seed, stream=stream, count=len(crop_counts))
+        picture = _picture_in_turn(number, groups, seed=seed, stream=stream)
         generator = torch.Generator().manual_seed(derive_seed(seed, stream, "sample", number))
         images.append(picture)
         crop_indices.append(int(torch.randint(crop_counts[picture], (1,), generator=generator)))

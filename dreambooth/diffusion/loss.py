@@ -46,6 +46,11 @@ def noise_target(
     )
 
 
+def squared_errors(model_pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return the squared error of each row, a mean over its elements: [B,C,h,w] twice -> [B]."""
+    return F.mse_loss(model_pred.float(), target.float(), reduction="none").flatten(1).mean(1)
+
+
 def dreambooth_loss(
     model_pred: torch.Tensor,
     target: torch.Tensor,

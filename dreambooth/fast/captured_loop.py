@@ -54,9 +54,14 @@ def train(
         timesteps: torch.Tensor,
         text: torch.Tensor,
         target: torch.Tensor,
+        subject_rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         micro_batch = MicroBatch(
-            noisy_latents=noisy_latents, timesteps=timesteps, text=text, target=target
+            noisy_latents=noisy_latents,
+            timesteps=timesteps,
+            text=text,
+            target=target,
+            subject_rows=subject_rows,
         )
         return forward_backward(
             networks, micro_batch, plan, hyperparameters, state.precision, half_weights=True
@@ -68,7 +73,8 @@ def train(
         (made,) = micro_batches(  # fast_step does not go with gradient_accumulation_steps
             state, data, plan, hyperparameters, accelerator, noise_scheduler, prior_unet
         )
-        return run_pass(made.noisy_latents, made.timesteps, made.text, made.target)
+        rows = () if made.subject_rows is None else (made.subject_rows,)
+        return run_pass(made.noisy_latents, made.timesteps, made.text, made.target, *rows)
 
     is_read = reading_steps(state, plan, hyperparameters)
     unread: list[DeviceMetrics] = []

@@ -20,8 +20,9 @@ from dreambooth.process.memory import is_out_of_memory
 log = logging.getLogger(__name__)
 
 # (noisy_latents [B,C,h,w], timesteps [B], text [B,L,D], target [B,C,h,w]) -> losses [3]; sets
-# the gradients of the weights.
-OnePass = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+# the gradients of the weights. With several subjects it takes `MicroBatch.subject_rows`, too, and
+# returns losses [3+S].
+OnePass = Callable[..., Tensor]
 # CudaGraphCapturer.capture or the like: (call, function to run before each call) -> captured call.
 Capture = Callable[[Callable[[], Tensor], Callable[[], None]], CapturedCall]
 
@@ -52,11 +53,8 @@ class GraphedPasses:
         self._inputs: tuple[Tensor, ...] = ()
         self._captured: CapturedCall | None = None
 
-    def __call__(
-        self, noisy_latents: Tensor, timesteps: Tensor, text: Tensor, target: Tensor
-    ) -> Tensor:
+    def __call__(self, *given: Tensor) -> Tensor:
         """Run the pass as OnePass does; return a copy of its losses."""
-        given = (noisy_latents, timesteps, text, target)
         if self._captured is None:
             self._inputs = tuple(tensor.clone() for tensor in given)
             self._captured = self._make_capture()
@@ -81,8 +79,7 @@ class GraphedPasses:
         return without_capture(self._call, self._drop_gradients)
 
     def _call(self) -> Tensor:
-        noisy_latents, timesteps, text, target = self._inputs
-        return self._one_pass(noisy_latents, timesteps, text, target)
+        return self._one_pass(*self._inputs)
 
     def _drop_gradients(self) -> None:
         """Drop all gradients, so that the call writes new ones instead of adding to them."""

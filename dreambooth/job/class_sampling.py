@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 import time
@@ -55,7 +56,7 @@ def class_image_paths(
     capture_on: Callable[[torch.device], GraphCapturer] = CudaGraphCapturer,
     share: SamplingShare | None = None,
 ) -> Sequence[Path]:
-    """Return the paths of the class images: those given, then those sampled.
+    """Return the paths of the class images of each class in turn: those given, then those sampled.
 
     There are none where the run does not train on class images. The base model is loaded only
     where pictures are missing, and is unloaded again. capture_on: device -> what captures the
@@ -68,21 +69,30 @@ def class_image_paths(
     if missing <= 0:
         return task.dataset.class_images
     sampler = _Sampler(task, capture_on)
+    paths: list[Path] = []
+    sampled_before = 0
     with Progress(missing, "sampling class images", stream=sys.stderr, unit="pictures") as progress:
-        paths = class_images.ensure(
-            _folder(task),
-            given=task.dataset.class_images,
-            count=task.hyperparameters.num_class_images,
-            batch_size=batch_size(task),
-            seed=task.hyperparameters.seed,
-            sample=sampler,
-            fingerprint=_sampling_fingerprint(task),
-            elsewhere=outputs.elsewhere_for_class_images(task.environment),
-            on_image=progress.update,
-            share=share,
-        )
+
+        def report(count: int) -> None:
+            progress.update(sampled_before + count)
+
+        for given in task.dataset.class_sets:
+            of_class = class_images.ensure(
+                _folder(task, given.class_prompt),
+                given=given.images,
+                count=task.hyperparameters.num_class_images,
+                batch_size=batch_size(task),
+                seed=task.hyperparameters.seed,
+                sample=functools.partial(sampler, given.class_prompt),
+                fingerprint=_sampling_fingerprint(task, given.class_prompt),
+                elsewhere=outputs.elsewhere_for_class_images(task.environment),
+                on_image=report,
+                share=share,
+            )
+            paths += of_class
+            sampled_before += len(of_class) - len(given.images)
     sampler.unload()
-    return paths
+    return tuple(paths)
 
 
 def known_latents(task: Task, model: DiffusionModel) -> Callable[[Path], torch.Tensor | None]:
@@ -92,15 +102,18 @@ def known_latents(task: Task, model: DiffusionModel) -> Callable[[Path], torch.T
     """
     if task.plan.class_images_to_sample <= 0:
         return lambda path: None
-    origin, folder = _sampling_fingerprint(task), _folder(task)
+    origins = {
+        _folder(task, given.class_prompt): _sampling_fingerprint(task, given.class_prompt)
+        for given in task.dataset.class_sets
+    }
     cells = task.resolution // model.vae_scale_factor
     shape = (model.latent_channels, cells, cells)
     scale = float(model.vae.config.scaling_factor)
 
     def latents_of(path: Path) -> torch.Tensor | None:
-        if path.parent != folder:
+        if path.parent not in origins:
             return None
-        latents = class_latents.read(path, origin=origin, shape=shape)
+        latents = class_latents.read(path, origin=origins[path.parent], shape=shape)
         return None if latents is None else torch.from_numpy(latents) / scale
 
     return latents_of
@@ -135,10 +148,10 @@ def _images_that_fit(task: Task, device: DeviceFacts, *, processes: int) -> int:
     )
 
 
-def _sampling_fingerprint(task: Task) -> str:
+def _sampling_fingerprint(task: Task, class_prompt: str) -> str:
     """Return a hash of all that a sampled picture depends on, except its own seed."""
     return fingerprint.of_texts(
-        task.dataset.class_prompt or "",
+        class_prompt,
         task.model_fingerprint(),
         str(task.resolution),
         str(task.hyperparameters.seed),
@@ -148,15 +161,14 @@ def _sampling_fingerprint(task: Task) -> str:
     )
 
 
-def _folder(task: Task) -> Path:
-    if task.workspace is not None:
-        return task.workspace / "class_images"
+def _folder(task: Task, class_prompt: str) -> Path:
     folder = outputs.class_image_folder(task.environment)
-    return (
-        folder / _sampling_fingerprint(task)
-        if task.environment.checkpoint_dir is not None
-        else folder
-    )
+    keeps_others = task.environment.checkpoint_dir is not None
+    if task.workspace is not None:
+        folder, keeps_others = task.workspace / "class_images", False
+    if keeps_others or len(task.dataset.class_sets) > 1:
+        return folder / _sampling_fingerprint(task, class_prompt)
+    return folder
 
 
 def with_fast_solver(model: DiffusionModel) -> tuple[DiffusionModel, int]:
@@ -179,7 +191,7 @@ def with_fast_solver(model: DiffusionModel) -> tuple[DiffusionModel, int]:
 
 
 class _Sampler:
-    """Samples pictures of the class prompt, one per seed; loads the model at its first call."""
+    """Samples pictures of class prompts, one per seed; loads the model at its first call."""
 
     def __init__(self, task: Task, capture_on: Callable[[torch.device], GraphCapturer]) -> None:
         self._task, self._capture_on = task, capture_on
@@ -190,14 +202,14 @@ class _Sampler:
         self._most = pictures_per_call(task)
         self._pictures, self._seconds = 0, 0.0
 
-    def __call__(self, seeds: Sequence[int]) -> Sequence[Sampled | None]:
+    def __call__(self, class_prompt: str, seeds: Sequence[int]) -> Sequence[Sampled | None]:
         while True:
             most = min(self._most, len(seeds))
             try:
                 return [
                     sampled
                     for start in range(0, len(seeds), most)
-                    for sampled in self._timed(seeds[start : start + most])
+                    for sampled in self._timed(class_prompt, seeds[start : start + most])
                 ]
             except (RuntimeError, MemoryError, ResourceError) as error:
                 if not is_out_of_memory(error):
@@ -214,20 +226,24 @@ class _Sampler:
             log.warning("memory ran out sampling %d class images at once: now %d", most, self._most)
             free_caches()
 
-    def _timed(self, seeds: Sequence[int]) -> list[Sampled | None]:
+    def _timed(self, class_prompt: str, seeds: Sequence[int]) -> list[Sampled | None]:
         model, schedules = self._loaded()
         began = time.monotonic()
-        made = self._sample(model, schedules, seeds)
+        made = self._sample(model, schedules, class_prompt, seeds)
         self._seconds += time.monotonic() - began
         self._pictures += len(made)
         return made
 
     def _sample(
-        self, model: DiffusionModel, schedules: Schedules, seeds: Sequence[int]
+        self,
+        model: DiffusionModel,
+        schedules: Schedules,
+        class_prompt: str,
+        seeds: Sequence[int],
     ) -> list[Sampled | None]:
         requests = [
             SamplingRequest(
-                prompt=self._task.dataset.class_prompt or "",
+                prompt=class_prompt,
                 num_inference_steps=self._steps,
                 guidance_scale=GUIDANCE_SCALE,
                 width=self._task.resolution,
@@ -261,7 +277,7 @@ class _Sampler:
                 capturer = self._capture_on(self._task.device)  # graphs change no picture
                 self._model.unet = GraphedUNet(self._model.unet, capturer).eval()
             self._schedules = sampling.schedules_of(self._model)
-            for text in (self._task.dataset.class_prompt or "", ""):
+            for text in (*(each.class_prompt for each in self._task.dataset.class_sets), ""):
                 self._text[text] = models.encode_text(model, models.tokenize(model, [text]))
         return self._model, self._schedules
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from dreambooth.data import images
+from dreambooth.data.dataset_info import SubjectData
 from dreambooth.data.seeds import derive_seed
 from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.errors import DatasetError
@@ -61,39 +62,60 @@ def print_score(task: Task, model: DiffusionModel, previews: Previews) -> float 
 
 def _print_score(task: Task, model: DiffusionModel, previews: Previews) -> float | None:
     network = feature_network(task, model)
-    given = list(instance_images(task))
+    found = {
+        subject: _distance(task, subject, network, previews) for subject in task.dataset.subjects
+    }
+    distances = [distance for distance in found.values() if distance is not None]
+    if len(distances) < len(found):  # the mean of the others would be another number
+        return None
+    score = sum(distances) / len(distances)
+    if task.dataset.are_several:
+        named = ", ".join(f"{each.name} {distance:.4f}" for each, distance in found.items())
+        log.info("fid_score is the mean of the subjects': %s", named)
+    logs.metric(f"fid_score={score:.6f}")
+    return score
+
+
+def _distance(
+    task: Task, subject: SubjectData, network: FeatureNetwork, previews: Previews
+) -> float | None:
+    """Return the Frechet distance of one subject's pictures; None, with a warning, without one."""
+    given = list(instance_images(task, subject))
+    of = f" of {subject.name}" if subject.name else ""
     if len(given) < 2:
-        log.warning("no fid_score: it needs two instance images, and there is %d", len(given))
+        log.warning("no fid_score: it needs two instance images%s, and there is %d", of, len(given))
         return None
     count = min(MAX_PICTURES, max(MIN_PICTURES, len(given)))
     seeds = [derive_seed(task.hyperparameters.seed, "fid", number) for number in range(count)]
     drawn = []
     with Progress(count, "drawing for fid_score", stream=sys.stderr, unit="pictures") as progress:
-        for number, picture in enumerate(previews.draw(task.dataset.instance_prompt, seeds)):
+        for number, picture in enumerate(previews.draw(subject.instance_prompt, seeds)):
             if picture is not None:
                 drawn.append(picture)
             progress.update(number + 1)
     if len(drawn) < 2:
         log.warning(
-            "no fid_score: it needs two drawn pictures that are finite, and there is %d", len(drawn)
+            "no fid_score: it needs two drawn pictures%s that are finite, and there is %d",
+            of,
+            len(drawn),
         )
         return None
     score = scores.frechet_distance(network(given), network(drawn))
     log.info(
-        "Frechet distance between %d instance images and %d drawn with the instance prompt; "
+        "Frechet distance between %d instance images%s and %d drawn with the instance prompt; "
         "features: %s; no regularisation (singular covariances are used as they are)",
         len(given),
+        of,
         len(drawn),
         network.name,
     )
-    logs.metric(f"fid_score={score:.6f}")
     return score
 
 
-def instance_images(task: Task) -> Iterator[Picture]:
-    """Yield the instance images uint8 [H,W,3], resized and centre-cropped to the resolution."""
+def instance_images(task: Task, subject: SubjectData) -> Iterator[Picture]:
+    """Yield a subject's images uint8 [H,W,3], resized and centre-cropped to the resolution."""
     sha256 = task.dataset.sha256
-    for path in task.dataset.instance_images:
+    for path in subject.instance_images:
         try:
             picture = images.resize(images.open_image(path, sha256=sha256[path]), task.resolution)
         except DatasetError as error:  # it was readable before training: a flaky mount

@@ -38,7 +38,7 @@ from dreambooth.job import (
 )
 from dreambooth.job.checkpoints import Checkpoints
 from dreambooth.job.metering import Metering
-from dreambooth.job.previews import Previews
+from dreambooth.job.previews import Previews, side_by_side
 from dreambooth.job.run_report import RunReport
 from dreambooth.job.task import Task
 from dreambooth.limits import size_in_words
@@ -122,14 +122,19 @@ def _fine_tune_with_smaller_memory_plans(
             made = run_report.step is not None and run_report.step >= task.plan.steps
             trained = made or run_report.stopped is not None
             plan = task.plan.with_smaller_memory_plan()
+            if plan is None and task.hyperparameters.keep_subjects == "auto":
+                plan = task.plan.without_kept_subjects() if task.plan.kept_subjects else None
             if plan is None or trained or accelerator.num_processes > 1:
                 raise ResourceError(plans.out_of_memory_advice(task.plan)) from error
+        without = " without fast_step" if task.plan.fast_step and not plan.fast_step else ""
+        if task.plan.kept_subjects and not plan.kept_subjects:
+            without += " without keeping the base's subjects"
         log.warning(
             "memory ran out with memory_plan %s: going on with %s%s, from the last checkpoint or "
             "from the start",
             task.plan.memory_plan,
             plan.memory_plan,
-            " without fast_step" if task.plan.fast_step and not plan.fast_step else "",
+            without,
         )
         task = replace(task, plan=plan)
         run_report.task, run_report.step = task, None
@@ -168,7 +173,7 @@ def _fine_tune(
     _move_to_cpu(model, text_encoder=not settings.train_text_encoder)
     state = training_state(task, model)
     prior_unet = None
-    if settings.predicts_the_prior:
+    if settings.predicts_the_prior or plan.kept_subjects:
         prior_unet = state.precision.frozen_copy(model.unet)
     meter = metering.start(task, model, state, data.instance, text, run_report)
     with phase("resuming"):
@@ -179,7 +184,7 @@ def _fine_tune(
         export.clear(task.environment.model_dir, elsewhere=elsewhere)
     previews = Previews(task=task, model=model, precision=state.precision, text=text)
 
-    def draw_sample() -> Image.Image | None:
+    def draw_samples() -> dict[str, Image.Image]:
         with phase("sample pictures"):
             if accelerator.num_processes > 1:  # the others wait for it, so a stop waits too
                 return previews.sample()
@@ -200,7 +205,7 @@ def _fine_tune(
         steps = agreement.until_stopped(steps, state, stop, accelerator, meter.is_enough)
         if not accelerator.is_main_process:  # with several processes, one reports and writes
             return agreement.follow(steps, accelerator)
-        run_log = _run_log(task, state, draw_sample, meter)
+        run_log = _run_log(task, state, lambda: side_by_side(draw_samples()), meter)
         try:
             _run_loop(task, run_report, state, steps, run_log, checkpoints)
             run_report.others_wait = True
@@ -221,10 +226,11 @@ def _fine_tune(
         state.optimizer.state.clear()  # frees its memory for the last pictures,
         _forget_training(accelerator)  # and that of half-precision weights and graphs
         try:
-            run_report.last_sample = draw_sample()
+            samples = draw_samples()
+            run_report.last_sample = side_by_side(samples)
             with _errors_only_logged():
                 run_log.add_last_sample(run_report.last_sample)
-                stopping.add_sample(task, state, run_report.last_sample, ended_early=ended_early)
+                stopping.add_samples(task, state, samples, ended_early=ended_early)
             if settings.compute_fid:
                 with phase("fid_score"), stop.released():
                     run_report.fid_score = fid.print_score(task, model, previews)

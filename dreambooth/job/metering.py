@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from dreambooth.data.cache import LatentPosteriors
+from dreambooth.data.dataset_info import SubjectData
 from dreambooth.diffusion import model as models
 from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.errors import ResourceError
@@ -38,20 +39,24 @@ OTHER_CLASSES = ("a photo of a dog", "a photo of a cat")
 def prompts(task: Task) -> dict[str, tuple[str, ...]]:
     """Return the prompts that the meter reads, one for each picture, by name.
 
-    The other class is a dog, or a cat where the subject is a dog. Without a class_prompt the class
-    is left out. A run without a meter has none.
+    The other class is a dog, or a cat where a subject is a dog. Where a subject has no class_prompt
+    the class is left out. A run without a meter has none.
     """
     if interval(task) is None:
         return {}
-    dataset = task.dataset
-    words = f"{dataset.instance_prompt} {dataset.class_prompt or ''}".lower().split()
+    pictures, subjects = len(task.dataset.instance_images), task.dataset.subjects
+    words = {word for each in subjects for word in _words(each)}
     found = {
-        INSTANCE: dataset.instance_prompt,
-        OTHER_CLASS: OTHER_CLASSES["dog" in words],
-        EMPTY: "",
-        **({CLASS: dataset.class_prompt} if dataset.class_prompt else {}),
+        INSTANCE: task.dataset.prompts,
+        OTHER_CLASS: (OTHER_CLASSES["dog" in words],) * pictures,
+        EMPTY: ("",) * pictures,
     }
-    return {name: (prompt,) * len(dataset.instance_images) for name, prompt in found.items()}
+    of_classes = [each.class_prompt or "" for each in subjects for _ in each.instance_images]
+    return found | ({CLASS: tuple(of_classes)} if all(of_classes) else {})
+
+
+def _words(subject: SubjectData) -> list[str]:
+    return f"{subject.instance_prompt} {subject.class_prompt or ''}".lower().split()
 
 
 def interval(task: Task) -> int | None:

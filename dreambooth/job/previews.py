@@ -39,6 +39,18 @@ def failure_reason(error: Exception) -> str:
     return f"{type(error).__name__}: {in_one_line(error)}"
 
 
+def side_by_side(samples: Mapping[str, Image.Image]) -> Image.Image | None:
+    """Return sample pictures of one size as one picture; None without any."""
+    pictures = list(samples.values())
+    if len(pictures) < 2:
+        return pictures[0] if pictures else None
+    width, height = pictures[0].size
+    row = Image.new("RGB", (width * len(pictures), height))
+    for number, picture in enumerate(pictures):
+        row.paste(picture, (number * width, 0))
+    return row
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Previews:
     """Draws pictures with the model in training, with noise from random generators of its own.
@@ -51,16 +63,20 @@ class Previews:
     precision: Precision
     text: Mapping[str, torch.Tensor]
 
-    def sample(self) -> Image.Image | None:
-        """Return the sample picture, drawn with a fixed prompt and seed.
+    def sample(self) -> dict[str, Image.Image]:
+        """Return a sample picture of each of the task's sample prompts, drawn with a fixed seed.
 
-        Return None, with a warning, where it is not finite, is hidden by the model's safety checker
-        or cannot be drawn: a failed picture must not end the training.
+        One is left out, with a warning, where it is not finite, is hidden by the model's safety
+        checker or cannot be drawn: a failed picture must not end the training.
         """
+        found = {prompt: self._sample(prompt) for prompt in self.task.sample_prompts}
+        return {prompt: picture for prompt, picture in found.items() if picture is not None}
+
+    def _sample(self, prompt: str) -> Image.Image | None:
         seed = derive_seed(self.task.hyperparameters.seed, "sample picture")
         reason = None
         try:
-            picture = next(self.draw(self.task.sample_prompt, [seed]))
+            picture = next(self.draw(prompt, [seed]))
             if picture is None:
                 reason = "it is not finite"
             elif self._is_hidden(picture):

@@ -25,7 +25,7 @@ from dreambooth.job.meeting import Meeting, Start, tell_the_first
 from dreambooth.job.process_count import ProcessCount
 from dreambooth.job.workers import FromParent
 from dreambooth.model_folder import facts as model_facts
-from dreambooth.model_folder import layout, single_file
+from dreambooth.model_folder import layout, single_file, taught_subjects
 from dreambooth.model_folder import source as model_source
 from dreambooth.process import (
     child_process,
@@ -278,6 +278,7 @@ def _make_training_plan(
         processes=processes,
         base_bytes=outputs.size([made]) if made else 0,
         copied_bytes=outputs.size(copied_parts),
+        taught=taught_subjects.read(folder) if folder else (),
     )
 
 

@@ -133,9 +133,9 @@ class RunReport:
         task = self.task
         metrics = report_data.read_metrics(folder / "metrics.jsonl")
         return ReportData(
-            instance_prompt=task.dataset.instance_prompt,
-            class_prompt=task.dataset.class_prompt,
-            sample_prompt=task.sample_prompt,
+            instance_prompt=" · ".join(each.instance_prompt for each in task.dataset.subjects),
+            class_prompt=" · ".join(each.class_prompt for each in task.dataset.class_sets),
+            sample_prompt=" · ".join(task.sample_prompts),
             base=task.base_name,
             finished_at=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
             device=task.plan.device.name,
@@ -214,8 +214,9 @@ def _instance_pictures(task: Task) -> tuple[InstancePicture, ...]:
     Crops are a function of the seed and the picture's number, so they are computed again here.
     """
     settings, found = task.hyperparameters, []
-    pairs = zip(task.dataset.instance_images, task.dataset.instance_facts, strict=True)
-    for number, (path, facts) in enumerate(pairs):
+    dataset = task.dataset
+    rows = zip(dataset.instance_images, dataset.instance_facts, dataset.prompts, strict=True)
+    for number, (path, facts, prompt) in enumerate(rows):
         size = images.resized_size(facts.width, facts.height, task.resolution)
         offsets = cache.crop_boxes(
             size,
@@ -226,7 +227,7 @@ def _instance_pictures(task: Task) -> tuple[InstancePicture, ...]:
             stream="instance",
             key=number,
         )
-        found.append(InstancePicture(path=path, size=size, offsets=tuple(offsets)))
+        found.append(InstancePicture(path=path, size=size, offsets=tuple(offsets), prompt=prompt))
     return tuple(found)
 
 

@@ -16,7 +16,7 @@ import torch
 from dreambooth.data.seeds import derive_seed
 from dreambooth.diffusion import model as models
 from dreambooth.diffusion.model import DiffusionModel
-from dreambooth.evaluation import clean, shares
+from dreambooth.evaluation import clean, confusion, shares
 from dreambooth.evaluation.features import Picture
 from dreambooth.evaluation.measures import Measure, summarised
 from dreambooth.evaluation.prompt_list import AskedPrompts
@@ -57,22 +57,42 @@ def print_scores(task: Task, model: DiffusionModel, previews: Previews) -> dict[
         else:
             scores[name] = summarised(values)
             logs.metric(f"{name}={scores[name].mean:.6f}")
+    for name, values in found.items():
+        if name not in LINES and not isinstance(values, str):
+            scores[name] = summarised(values)
+            log.info("%s: %.4f", name, scores[name].mean)
     return scores
 
 
 def _measure(task: Task, model: DiffusionModel, previews: Previews) -> Mapping[str, shares.Found]:
-    asked = AskedPrompts(subject=task.dataset.instance_prompt, own_class=task.dataset.class_prompt)
+    """Return the shares of all subjects together, then the "subject_score of" each of several."""
+    subjects = task.dataset.subjects
+    asked = [
+        AskedPrompts(subject=each.instance_prompt, own_class=each.class_prompt) for each in subjects
+    ]
+    prompts = list(dict.fromkeys(prompt for each in asked for prompt in each.all))
     network = fid.feature_network(task, model)
-    drawn = _draw(task, previews, asked.all, "drawing for the scores")
+    drawn = _draw(task, previews, prompts, "drawing for the scores")
     _give_back_the_base(task, model)
-    base = _draw(task, previews, asked.all, "drawing with the base model")
-    instance = list(fid.instance_images(task))
-    found = shares.measured(
-        asked,
-        shares.MeasuredPictures(instance=instance, drawn=drawn, base=base),
-        network,
-        base_loss=functools.partial(clean.denoising_loss, model),
-    )
+    base = _draw(task, previews, prompts, "drawing with the base model")
+    of_each = [
+        shares.measured(
+            one,
+            shares.MeasuredPictures(
+                instance=list(fid.instance_images(task, subject)),
+                drawn={prompt: drawn[prompt] for prompt in one.all},
+                base={prompt: base[prompt] for prompt in one.all},
+            ),
+            network,
+            base_loss=functools.partial(clean.denoising_loss, model),
+        )
+        for one, subject in zip(asked, subjects, strict=True)
+    ]
+    joined = confusion.together(asked, of_each)
+    found = {share: joined[share] for share in LINES}
+    for subject, each in zip(subjects, of_each, strict=True):
+        if task.dataset.are_several:
+            found[f"subject_score of {subject.name}"] = each["subject"]
     log.info(
         "scores of %d pictures of each prompt by the model and by its base, guidance %g, %d steps; "
         "features: %s",

@@ -14,6 +14,7 @@ both. What is written after a stop:
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 from PIL import Image
 
@@ -21,7 +22,9 @@ from dreambooth.data import fingerprint
 from dreambooth.job import outputs, run_report
 from dreambooth.job.checkpoints import Checkpoints
 from dreambooth.job.task import Task
+from dreambooth.limits import LIMITS
 from dreambooth.model_folder import export, single_file_export
+from dreambooth.model_folder.taught_subjects import TaughtSubject
 from dreambooth.process.stop import StopSignals
 from dreambooth.settings import hyperparameter_text
 from dreambooth.training.state import TrainingState
@@ -85,24 +88,24 @@ def write_single_file(task: Task, stop: StopSignals) -> None:
         return
     out = outputs.single_file(task.environment)
     out.unlink(missing_ok=True)  # of an earlier run
-    title = task.dataset.instance_prompt
+    title = ", ".join(subject.instance_prompt for subject in task.dataset.subjects)
     single_file_export.export(task.environment.model_dir, out, title=title)
 
 
-def add_sample(
+def add_samples(
     task: Task,
     state: TrainingState,
-    sample: Image.Image | None,
+    samples: Mapping[str, Image.Image],
     *,
     ended_early: str | None = None,
 ) -> None:
-    """Add the sample picture, if there is one, to the model folder. Raises ResourceError."""
-    if sample is None:
+    """Add the sample pictures, if there are any, to the model folder. Raises ResourceError."""
+    if not samples:
         return
     export.add_samples(
         task.environment.model_dir,
         card=_card(task, state, ended_early),
-        samples={task.sample_prompt: sample},
+        samples=samples,
         elsewhere=task.environment.ways_in.elsewhere("model_dir"),
     )
 
@@ -112,8 +115,14 @@ def _card(task: Task, state: TrainingState, ended_early: str | None) -> export.M
     with_class = settings.with_prior_preservation
     return export.ModelCard(
         base=task.base_name,
-        instance_prompt=dataset.instance_prompt,
-        class_prompt=dataset.class_prompt if with_class else None,
+        subjects=[
+            TaughtSubject(
+                instance_prompt=subject.instance_prompt,
+                class_prompt=subject.class_prompt if with_class else None,
+            )
+            for subject in dataset.subjects
+        ]
+        + [*task.plan.kept_subjects][: LIMITS.max_subjects - len(dataset.subjects)],
         steps=state.step,
         planned_steps=task.plan.steps,
         instance_images=len(dataset.instance_images),

@@ -13,6 +13,7 @@ from dreambooth.data.dataset_info import DatasetInfo
 from dreambooth.model_folder import layout
 from dreambooth.settings.container import Environment
 from dreambooth.settings.hyperparameters import Hyperparameters
+from dreambooth.training import subjects_kept
 from dreambooth.training.plan import TrainingPlan
 
 # Settings that do not change what is learned, so a resumed run may differ in them. The model and
@@ -21,6 +22,7 @@ _NOT_IDENTITY = frozenset(
     (
         *("checkpointing_steps", "checkpointing_minutes", "checkpoints_total_limit", "resume"),
         "keep_last_checkpoint",
+        "keep_subjects",  # what it decides is part of the identity
         *("sample_steps", "sample_prompt", "export_precision", "export_single_file"),
         *("compute_fid", "compute_scores", "fid_features"),
         *("meter", "early_stopping", "keep_states"),
@@ -56,9 +58,11 @@ class Task:
         return self.plan.resolution
 
     @property
-    def sample_prompt(self) -> str:
-        """Return the prompt of sample pictures, by default the instance prompt."""
-        return self.hyperparameters.sample_prompt or self.dataset.instance_prompt
+    def sample_prompts(self) -> tuple[str, ...]:
+        """Return the prompts of sample pictures, by default the instance prompt of each subject."""
+        given = self.hyperparameters.sample_prompt
+        of_subjects = tuple(subject.instance_prompt for subject in self.dataset.subjects)
+        return (given,) if given else of_subjects
 
     def model_fingerprint(self) -> str:
         """Return a hash of the weights of the base model's U-Net, VAE and text encoder."""
@@ -90,9 +94,15 @@ class Task:
             "processes": str(self.plan.processes),
             "resolution": str(self.plan.resolution),
             "prediction_type": self.prediction_type(),
+            "kept_subjects": self._kept_subjects(),
             "data": fingerprint.of_dataset(self.dataset),
             "model": self.model_fingerprint(),
         }
+
+    def _kept_subjects(self) -> str:
+        """Return a hash of the prompts that are held for the base's subjects, or "none"."""
+        in_turn = subjects_kept.prompts_in_turn(self.plan.kept_subjects, self.dataset)
+        return fingerprint.of_texts(*in_turn) if in_turn else "none"
 
     def _crops_at_random(self) -> bool:
         """Return whether a picture has more than one crop."""

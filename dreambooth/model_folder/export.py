@@ -19,7 +19,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -259,8 +259,9 @@ def _write_model_info(stage: Path, base: Path, card: ModelCard, resolution: int)
     own = {
         "resolution": resolution,
         "base_model": card.base,
-        "instance_prompt": card.instance_prompt,
-        "class_prompt": card.class_prompt,
+        "instance_prompt": card.subjects[0].instance_prompt,
+        "class_prompt": card.subjects[0].class_prompt,
+        "subjects": [asdict(subject) for subject in card.subjects],
         "steps": card.steps,
         **destination.MARK,
     }

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dreambooth.errors import one_line
+from dreambooth.model_folder.taught_subjects import TaughtSubject
 
 # Licence identifiers that model hubs know; any other is written as "other" with a license_name.
 _KNOWN_LICENCES = (
@@ -23,18 +24,17 @@ _FRONT_MATTER_BYTES = 64 * 1024
 class ModelCard:
     """The facts that the card states.
 
-    licence: the base model's identifier, where its own card gives one. versions: pairs such as
-    ("torch", "2.13.0"). data_fingerprint: identifies the pictures and prompts of the training
-    without showing them. ended_early: the sentence of early stopping on why the steps are fewer
-    than planned.
+    subjects: one at least. licence: the base model's identifier, where its own card gives one.
+    versions: pairs such as ("torch", "2.13.0"). data_fingerprint: identifies the pictures and
+    prompts of the training without showing them. ended_early: the sentence of early stopping on why
+    the steps are fewer than planned.
     """
 
     base: str
-    instance_prompt: str
+    subjects: Sequence[TaughtSubject]
     steps: int
     planned_steps: int
     data_fingerprint: str
-    class_prompt: str | None = None
     instance_images: int = 0
     class_images: int = 0
     train_text_encoder: bool = False
@@ -98,7 +98,7 @@ def _front_matter(card: ModelCard) -> list[str]:
         "tags:",
         *(f"- {tag}" for tag in ("stable-diffusion", "text-to-image", "dreambooth", "diffusers")),
         *(["- partial"] if card.partial else []),
-        f"instance_prompt: {_literal(card.instance_prompt)}",
+        f"instance_prompt: {_literal(card.subjects[0].instance_prompt)}",
         "inference: true",
         "---",
     ]
@@ -113,8 +113,7 @@ def _description(card: ModelCard) -> list[str]:
         steps += f". {card.ended_early}"
     rows = [
         ("Base model", _code(card.base)),
-        ("Instance prompt", _code(card.instance_prompt)),
-        ("Class prompt", _code(card.class_prompt) if card.class_prompt else "none"),
+        *_prompts(card),
         ("Instance images", str(card.instance_images)),
         (
             "Class images (prior preservation)",
@@ -128,17 +127,39 @@ def _description(card: ModelCard) -> list[str]:
             ", ".join(f"{name} {version}" for name, version in card.versions) or "not noted",
         ),
     ]
+    taught = [
+        "This model was fine-tuned on a few pictures of one subject. The instance prompt below",
+        "calls the subject up; put it into other places and styles by adding to the prompt. Every",
+    ]
+    if len(card.subjects) > 1:
+        taught = [
+            f"This model draws {len(card.subjects)} subjects, each taught by a few pictures. Its",
+            "instance prompt calls a subject up; put it into other places and styles by adding to",
+            "the prompt. Every",
+        ]
     return [
         "# A Stable Diffusion model fine-tuned with DreamBooth",
         "",
         *_partial(card),
-        "This model was fine-tuned on a few pictures of one subject. The instance prompt below",
-        "calls the subject up; put it into other places and styles by adding to the prompt. Every",
+        *taught,
         "setting of the run stands in `hyperparameters.json`.",
         "",
         *(f"- {name}: {value}" for name, value in rows),
         "",
     ]
+
+
+def _prompts(card: ModelCard) -> list[tuple[str, str]]:
+    """Return the rows with the prompts of each subject."""
+    rows = []
+    for number, subject in enumerate(card.subjects, start=1):
+        of = f" of subject {number}" if len(card.subjects) > 1 else ""
+        class_prompt = _code(subject.class_prompt) if subject.class_prompt else "none"
+        rows += [
+            (f"Instance prompt{of}", _code(subject.instance_prompt)),
+            (f"Class prompt{of}", class_prompt),
+        ]
+    return rows
 
 
 def _partial(card: ModelCard) -> list[str]:
@@ -167,7 +188,7 @@ def _usage(card: ModelCard) -> list[str]:
         "from diffusers import StableDiffusionPipeline",
         "",
         'pipeline = StableDiffusionPipeline.from_pretrained("PATH/TO/THIS/FOLDER")',
-        f"picture = pipeline({_literal(card.instance_prompt)}).images[0]",
+        f"picture = pipeline({_literal(card.subjects[0].instance_prompt)}).images[0]",
         "```",
         "",
     ]
@@ -192,7 +213,7 @@ def _limits(card: ModelCard) -> list[str]:
         "  western, English-captioned pictures: prompts in other languages work less well, and",
         "  stereotypes of the data come back in what is drawn.",
         "- With many steps the model forgets: other members of the class, and in the end other",
-        "  classes, begin to look like the subject. One run teaches one subject.",
+        "  classes, begin to look like the subject.",
         "- The backgrounds and poses of the instance images may leak into new scenes.",
         "- Pictures of people need their consent; do not use the model to deceive or to harm.",
         "",

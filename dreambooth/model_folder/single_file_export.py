@@ -19,7 +19,13 @@ import torch
 
 from dreambooth.errors import ModelArtifactError, UserError, one_line, quoted
 from dreambooth.limits import LIMITS, Limits
-from dreambooth.model_folder import layout, published_configurations, single_file, weights
+from dreambooth.model_folder import (
+    layout,
+    published_configurations,
+    single_file,
+    taught_subjects,
+    weights,
+)
 from dreambooth.model_folder.component_classes import CLIP
 from dreambooth.model_folder.facts import TRAINABLE, ModelFacts, read_facts
 from dreambooth.model_folder.headers import TensorEntry
@@ -166,8 +172,6 @@ def _metadata(
 ) -> dict[str, str]:
     is_v = facts.prediction_type == "v_prediction"
     architecture = "v1" if family == "1.x" else "v2-768-v" if is_v else "v2-512"
-    path = folder / layout.MODEL_INFO
-    info = layout.read_json(path, limits=limits) if path.is_file() else {}
     stated = {
         "sai_model_spec": "1.0.1",
         "architecture": f"stable-diffusion-{architecture}",
@@ -176,7 +180,9 @@ def _metadata(
         "resolution": f"{facts.resolution}x{facts.resolution}",
         "prediction_type": "v" if is_v else "epsilon",
         "license": licence_of(folder),
-        "trigger_phrase": info.get("instance_prompt"),
+        "trigger_phrase": ", ".join(
+            subject.instance_prompt for subject in taught_subjects.read(folder, limits=limits)
+        ),
     }
     texts = {
         f"modelspec.{key}": one_line(text)

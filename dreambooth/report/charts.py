@@ -20,7 +20,10 @@ LOG_RATIO = 100.0  # a maximum above this many medians makes the axis logarithmi
 MIN_SMOOTHED = 20  # values; a curve of fewer is not smoothed
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 10, 12, 32
 _DIGIT = 8  # units; the width of a digit in any browser's font, at most
-_COLOURS = ("var(--series-1,#2461c9)", "var(--series-2,#c2570c)")
+_COLOURS = (
+    *("var(--series-1,#2461c9)", "var(--series-2,#c2570c)", "var(--series-3,#2f855a)"),
+    *("var(--series-4,#8a4fb0)", "var(--series-5,#8a6d1a)", "var(--series-6,#0f7c8a)"),
+)
 _MARK = "var(--mark,#b42318)"
 _GRID = "var(--grid,#d9d6cf)"
 

@@ -7,6 +7,7 @@ the network, needs no JavaScript and is readable on a phone. `page.html.jinja` i
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,7 @@ METER_CURVES: Sequence[tuple[str, Mapping[str, str]]] = (
     ("What guidance multiplies, of the base's", {"guidance": "subject less empty prompt"}),
 )
 """Title and, by the name of each figure of the meter, the label of each curve."""
+MAX_SUBJECTS = 16  # whose losses are drawn
 MAX_TEXT = 2_000  # characters of one prompt, name or setting
 
 
@@ -64,6 +66,7 @@ def render(data: ReportData, *, max_picture_bytes: int = MAX_PICTURE_BYTES) -> s
         .render(
             data=data,
             tiles=_tiles(data),
+            prompts_differ=len({picture.prompt for picture in data.instance_pictures}) > 1,
             max_warnings=MAX_WARNINGS,
             pictures=pictures.choose(data, max_bytes=max_picture_bytes),
             max_crops=pictures.MAX_CROPS,
@@ -155,10 +158,14 @@ def _curves(data: ReportData) -> list[tuple[str, list[tuple[str, str]], str]]:
     if any(row.class_loss is not None for row in rows):
         class_loss = [math.nan if row.class_loss is None else row.class_loss for row in rows]
         losses.append(("class loss", class_loss))
+    if any(row.kept_loss is not None for row in rows):
+        kept_loss = [math.nan if row.kept_loss is None else row.kept_loss for row in rows]
+        losses.append(("kept subjects' loss", kept_loss))
     read = [row for row in rows if row.meter]
     at = [row.step for row in read]
     named_curves = [
         ("Loss", steps, losses, True),
+        *((title, steps, named, True) for title, named in _losses_of_subjects(data)),
         *((title, at, _read(read, names), False) for title, names in METER_CURVES if read),
         ("Gradient norm", steps, [("before clipping", [row.grad_norm for row in rows])], True),
         ("Learning rate", steps, [("learning rate", [row.learning_rate for row in rows])], False),
@@ -185,6 +192,21 @@ def _read(rows: Sequence[MetricsRow], names: Mapping[str, str]) -> list[tuple[st
         for name, label in names.items()
         if any(name in row.meter for row in rows)
     ]
+
+
+def _losses_of_subjects(
+    data: ReportData,
+) -> list[tuple[str, list[tuple[str, list[float]]]]]:
+    """Return the chart of the instance loss of each of several subjects; none of a single one.
+
+    A step that has no sample of a subject says nothing of it.
+    """
+    names = dict.fromkeys(name for row in data.metrics for name in row.subject_losses)
+    curves = [
+        (name, [row.subject_losses.get(name, math.nan) for row in data.metrics])
+        for name in itertools.islice(names, MAX_SUBJECTS)
+    ]
+    return [("Instance loss of each subject", curves)] if curves else []
 
 
 def _summary(title: str, named: Sequence[tuple[str, Sequence[float]]]) -> str:

@@ -20,8 +20,10 @@ class MetricsRow:
     """One line of metrics.jsonl.
 
     loss: what was minimised, instance and class loss together. class_loss: None without prior
-    preservation. seconds: the time of this step, None if unknown. meter: what the meter read after
-    it, by name.
+    preservation. seconds: the time of this step, None if unknown. subject_losses: the instance
+    loss of those of several subjects that the step has samples of, by their names. kept_loss: of
+    the prompts of the base's subjects, None where none is kept. meter: what the meter read after
+    the step, by name.
     """
 
     step: int
@@ -31,6 +33,8 @@ class MetricsRow:
     learning_rate: float
     grad_norm: float
     seconds: float | None
+    subject_losses: Mapping[str, float] = field(default_factory=dict)
+    kept_loss: float | None = None
     meter: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -38,18 +42,21 @@ class MetricsRow:
 class InstancePicture:
     """An instance image. size: (width, height) after the resize, the short side at the resolution.
 
-    offsets: (left, top) of each cached square crop in the resized picture.
+    offsets: (left, top) of each cached square crop in the resized picture. prompt: the one that it
+    is trained with.
     """
 
     path: Path
     size: tuple[int, int]
     offsets: tuple[tuple[int, int], ...]
+    prompt: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportData:
     """Everything that the page shows. Rows are (name, text), phases (name, seconds).
 
+    instance_prompt, class_prompt, sample_prompt: of several subjects, one after the other.
     stopped: (step, reason) of a run that ended early, or None. metrics: in the order of steps.
     last_sample: the picture drawn after the last step. fid_score: None where none was computed.
     scores: those of compute_scores, each with its 95 % interval. step_pictures: (step, file), in
@@ -59,7 +66,7 @@ class ReportData:
     """
 
     instance_prompt: str
-    class_prompt: str | None
+    class_prompt: str
     sample_prompt: str
     base: str
     finished_at: str
@@ -113,5 +120,9 @@ def _row(raw: dict[str, Any]) -> MetricsRow:
         learning_rate=float(raw["learning_rate"]),
         grad_norm=float(raw["grad_norm"]),
         seconds=1 / speed if speed > 0 else None,
+        kept_loss=None if raw.get("kept_loss") is None else float(raw["kept_loss"]),
+        subject_losses={
+            str(name): float(loss) for name, loss in dict(raw.get("subject_losses") or {}).items()
+        },
         meter={str(name): float(value) for name, value in raw.get("meter", {}).items()},
     )

@@ -240,6 +240,12 @@ class Hyperparameters:
         "guidance; 1.5 or 2 where they are burnt at 7.5.",
         minimum=1.0,
     )
+    keep_subjects: str = ours(
+        "auto",
+        "Of a base that was taught subjects: holds their prompts to what it predicts, so that they "
+        "are not forgotten; auto: where memory allows.",
+        choices=("auto", "True", "False"),
+    )
     fast_step: bool = ours(
         False,
         "On CUDA: passes in half precision beside fp32 master weights, replayed as a CUDA graph, "

@@ -112,9 +112,10 @@ class Knob:
         default. A text that a user typed (is_typed) is taken as it stands, also if it is empty.
         """
         source = source or self.name
+        may_be_switched = "True" in self.choices  # or "False", or left to the job
         if isinstance(raw, BareFlag):
-            if self.kind == "bool":
-                return True
+            if self.kind == "bool" or may_be_switched:
+                return True if self.kind == "bool" else "True"
             raise UserError(f"{source} needs a value: {self.values}.")
         longest = self.max_characters or limits.max_hyperparameter_characters
         if isinstance(raw, str) and len(raw) > longest:
@@ -124,6 +125,8 @@ class Knob:
         is_text = self.kind in ("str", "Path")
         text = str(raw) if is_typed and is_text else unwrapped(raw)
         value = None if text is None else _PARSERS[self.kind](text)
+        if may_be_switched and text is not None and text.lower() in ("true", "false"):
+            value = text.capitalize()
         if text is not None and text in self.removed:
             raise UserError(f"{source}={text} is gone: {self.removed[text]}.")
         if value is None or not self._allows(value):

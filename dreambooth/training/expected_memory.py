@@ -52,20 +52,22 @@ def of_step(
     mixed_precision: str,
     memory_plan: MemoryPlan,
     fast_step: bool = False,
+    keeps_subjects: bool = False,
 ) -> int:
     """Return the peak of a step in bytes; 0 if the model is unknown.
 
-    It consists of weights, gradients, optimizer states and activations.
+    It consists of weights, gradients, optimizer states and activations. keeps_subjects: whether the
+    base model's subjects are held.
     """
     if facts is None:
         return 0
     trained = _trained_parameters(hyperparameters, facts)
     under_autocast = mixed_precision != "no" and not fast_step
-    weights = _weights(hyperparameters, facts, mixed_precision, fast_step)
+    weights = _weights(hyperparameters, facts, mixed_precision, fast_step, keeps_subjects)
     gradients = (2 if fast_step else 4) * trained
     optimizer = states_bytes(memory_plan) * trained
     each = AUTOCAST_BYTES if under_autocast else HALF_BYTES if fast_step else FP32_BYTES
-    whole = each * _saved_activations(hyperparameters, facts)
+    whole = each * _saved_activations(hyperparameters, facts, keeps_subjects)
     kept, block = whole, 0.0
     if memory_plan.gradient_checkpointing:
         kept *= TENSORS_PER_LAYER_CHECKPOINTED / TENSORS_PER_LAYER
@@ -88,10 +90,12 @@ def of_phases(
     memory_plan: MemoryPlan,
     fast_step: bool = False,
     class_batch: int = 0,
+    keeps_subjects: bool = False,
 ) -> tuple[PhasePeak, ...]:
     """Return the peaks of all phases in the order of the job; none if the model is unknown.
 
-    class_batch: class images per U-Net call; 0 if none is sampled. The network of fid_features is
+    class_batch: class images per U-Net call; 0 if none is sampled. keeps_subjects: whether the base
+    model's subjects are held. The network of fid_features is
     not counted: it may be any.
     """
     if facts is None:
@@ -108,13 +112,14 @@ def of_phases(
         mixed_precision=mixed_precision,
         memory_plan=memory_plan,
         fast_step=fast_step,
+        keeps_subjects=keeps_subjects,
     )
     found.append(("training", step))
-    weights = _weights(hyperparameters, facts, mixed_precision, fast_step=False)
+    weights = _weights(hyperparameters, facts, mixed_precision, False, keeps_subjects)
     drawing = weights + _drawing(hyperparameters, facts, mixed_precision, memory_plan)
     beside = 0.0
     if hyperparameters.sample_steps:
-        beside = _beside_the_weights(hyperparameters, facts, memory_plan, fast_step)
+        beside = _beside_the_weights(hyperparameters, facts, memory_plan, fast_step, keeps_subjects)
     found.append(("sample pictures", drawing + beside))
     found.append(("export", weights))
     if hyperparameters.compute_fid:
@@ -189,7 +194,11 @@ def _drawing(
 
 
 def _beside_the_weights(
-    hyperparameters: Hyperparameters, facts: ModelFacts, memory_plan: MemoryPlan, fast_step: bool
+    hyperparameters: Hyperparameters,
+    facts: ModelFacts,
+    memory_plan: MemoryPlan,
+    fast_step: bool,
+    keeps_subjects: bool,
 ) -> float:
     """Return what stays allocated beside the weights between two steps.
 
@@ -200,7 +209,8 @@ def _beside_the_weights(
     states = states_bytes(memory_plan) * trained
     if not fast_step:
         return states
-    half, kept = 2 * trained, HALF_BYTES * _saved_activations(hyperparameters, facts)
+    half = 2 * trained
+    kept = HALF_BYTES * _saved_activations(hyperparameters, facts, keeps_subjects)
     return states + half + max(kept, half + 0.3 * kept)
 
 
@@ -209,17 +219,18 @@ def _weights(
     facts: ModelFacts,
     mixed_precision: str,
     fast_step: bool,
+    keeps_subjects: bool,
 ) -> float:
     """Return the bytes of the weights in memory.
 
     The trained weights, half weights beside them, and the frozen base model if it predicts the
-    class target.
+    class target or its own subjects.
     """
     trained = _trained_parameters(hyperparameters, facts)
     weights = 4.0 * trained
     if fast_step:
         weights += 2 * trained
-    if hyperparameters.predicts_the_prior:  # by a frozen copy
+    if hyperparameters.predicts_the_prior or keeps_subjects:  # by a frozen copy
         weights += (4 if mixed_precision == "no" else 2) * facts.unet_parameters
     return weights
 
@@ -246,11 +257,13 @@ def _drawn(hyperparameters: Hyperparameters, facts: ModelFacts, element: int) ->
     return element * (2 * ROW_TENSORS * facts.unet_layer_elements * area)
 
 
-def _saved_activations(hyperparameters: Hyperparameters, facts: ModelFacts) -> float:
+def _saved_activations(
+    hyperparameters: Hyperparameters, facts: ModelFacts, keeps_subjects: bool
+) -> float:
     """Return how many activations the backward pass needs without gradient checkpointing."""
     area = _pixels(hyperparameters, facts) / facts.resolution**2
-    halves = 2 if hyperparameters.with_prior_preservation else 1
-    pictures = hyperparameters.batch_size * halves
+    rows = 1 + hyperparameters.with_prior_preservation + keeps_subjects
+    pictures = hyperparameters.batch_size * rows
     return TENSORS_PER_LAYER * facts.unet_layer_elements * area * pictures
 
 

@@ -24,6 +24,7 @@ from dreambooth.training.loop import (
     count_skipped,
     forward_backward,
     micro_batches,
+    no_losses,
     set_learning_rate,
 )
 from dreambooth.training.optimizer import clip_factor, part_by_part
@@ -31,7 +32,7 @@ from dreambooth.training.plan import TrainingPlan
 from dreambooth.training.state import TrainingState
 from dreambooth.training.step_metrics import StepMetrics, read_metrics
 
-# Runs the forward and backward passes of one step: leaves gradients, returns the losses [3].
+# Runs the passes of one step: leaves gradients, returns the losses [3], or [3+S].
 Passes = Callable[[], torch.Tensor]
 
 
@@ -52,7 +53,7 @@ def train(
     skipped_in_a_row = 0
 
     def passes() -> torch.Tensor:
-        losses = torch.zeros(3, device=accelerator.device)
+        losses = no_losses(plan, accelerator.device)
         for micro_batch in micro_batches(
             state, data, plan, hyperparameters, accelerator, noise_scheduler, prior_unet
         ):

@@ -49,11 +49,12 @@ def choose(
     prior_precision: str = "no",
     class_images_to_sample: int = 0,
     processes: int = 1,
+    keeps_subjects: bool = False,
 ) -> tuple[MemoryChoice, ...]:
     """Return the named memory plan; for auto, the fastest that fits and then those to fall back to.
 
-    The last one is taken if none fits. Raises HyperparameterError if the named memory plan cannot
-    train this job.
+    The last one is taken if none fits. keeps_subjects: as in `expected_memory.of_step`. Raises
+    HyperparameterError if the named memory plan cannot train this job.
     """
     may_step_fast = not fast_step_obstacle(
         hyperparameters, device, mixed_precision=mixed_precision, processes=processes
@@ -73,6 +74,7 @@ def choose(
             memory_plan=memory_plan,
             fast_step=fast_step,
             class_batch=batch,
+            keeps_subjects=keeps_subjects,
         )
         step = [peak.bytes for peak in phases if peak.phase == "training"]
         choices.append(

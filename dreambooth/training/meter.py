@@ -207,27 +207,32 @@ def _fixed_inputs(
 ) -> _FixedInputs:
     """Return rows whose timesteps lie in the middle parts of each bin, pictures in turn."""
     train_timesteps = noise_scheduler.config.num_train_timesteps
-    drawn = sample_draws.draw(
-        range(BINS * ROWS_PER_BIN),
-        seed=seed,
-        stream="meter",
-        crop_counts=instance.crop_counts,
-        latent_shape=instance.latent_shape,
-        train_timesteps=train_timesteps,
-    )
+    blocks = [  # a number is left out between two, so that several subjects change their bins
+        sample_draws.draw(
+            range(block * (BINS + 1), block * (BINS + 1) + BINS),
+            seed=seed,
+            stream="meter",
+            crop_counts=instance.crop_counts,
+            latent_shape=instance.latent_shape,
+            train_timesteps=train_timesteps,
+            groups=instance.groups,
+        )
+        for block in range(ROWS_PER_BIN)
+    ]
+    pictures = torch.cat([block.images for block in blocks])
+    noise = torch.cat([block.noise for block in blocks])
     # Evenly spread: row i of a bin stands in the middle of its ROWS_PER_BINth part of the bin.
     places = [
         ((row % BINS) + (row // BINS + 0.5) / ROWS_PER_BIN) / BINS
         for row in range(BINS * ROWS_PER_BIN)
     ]
     timesteps = torch.tensor([int(place * train_timesteps) for place in places])
-    latents = (instance.sample(drawn) * latent_scale).cpu()
-    noisy_latents = noise_scheduler.add_noise(latents, drawn.noise, timesteps)
+    latents = torch.cat([instance.sample(block) for block in blocks]).cpu() * latent_scale
     return _FixedInputs(
-        pictures=drawn.images,
-        noisy_latents=noisy_latents,
+        pictures=pictures,
+        noisy_latents=noise_scheduler.add_noise(latents, noise, timesteps),
         timesteps=timesteps,
-        target=noise_target(noise_scheduler, latents, drawn.noise, timesteps),
+        target=noise_target(noise_scheduler, latents, noise, timesteps),
     )
 
 

@@ -6,12 +6,16 @@ Standard library only: `--dry-run` prints a plan in well under two seconds.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from dreambooth.data.dataset_info import DatasetInfo
+from dreambooth.data.picture_files import listed, printable
+from dreambooth.errors import quoted
 from dreambooth.limits import size_in_words
 from dreambooth.model_folder.facts import ModelFacts
+from dreambooth.model_folder.taught_subjects import TaughtSubject
 from dreambooth.settings.hyperparameters import Hyperparameters, MemoryPlan
 from dreambooth.training import (
     disk,
@@ -19,6 +23,7 @@ from dreambooth.training import (
     lr_schedulers,
     memory_plan,
     plan_warnings,
+    subjects_kept,
 )
 from dreambooth.training.device import DeviceFacts
 from dreambooth.training.disk import DiskBudget
@@ -32,12 +37,24 @@ CHECKPOINT_MINUTES = 10.0  # used if a checkpoint folder is given, but no interv
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedSubject:
+    """One of several subjects. steps_alone: those that `epochs` asks for in a run of its own."""
+
+    name: str
+    instance_images: int
+    steps_alone: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingPlan:
     """Everything that is derived before a run: what the job will do.
 
     memory_bytes: expected peak of a step on the device, 0 if not known yet. disk: expected need,
     0 if not known yet. phases: expected peaks of all phases, none if not known yet. smaller: the
-    memory plans to fall back to, in this order, if memory runs out.
+    memory plans to fall back to, in this order, if memory runs out. subjects: several, or none for
+    a single one. class_sets: the number of class images of each distinct class prompt. captions:
+    the number of instance images that have one of their own. kept_subjects: those that the base was
+    taught and that are held to what it predicts.
     """
 
     device: DeviceFacts
@@ -68,6 +85,10 @@ class TrainingPlan:
     fast_step: bool = False
     phases: tuple[PhasePeak, ...] = ()
     smaller: tuple[MemoryChoice, ...] = ()
+    subjects: tuple[PlannedSubject, ...] = ()
+    class_sets: tuple[int, ...] = ()
+    captions: int = 0
+    kept_subjects: tuple[TaughtSubject, ...] = ()
 
     def epoch(self, step: int) -> float:
         """Return the number of passes over the instance images after `step` steps."""
@@ -80,16 +101,27 @@ class TrainingPlan:
             return None
         return replace(self, **_memory_plan_fields(*self.smaller))
 
+    def without_kept_subjects(self) -> TrainingPlan:
+        """Return this training plan with nothing of the base held."""
+        return replace(self, kept_subjects=())
+
 
 def samples_per_step(hyperparameters: Hyperparameters, processes: int) -> int:
     """Return the number of instance images in one step."""
     return hyperparameters.batch_size * hyperparameters.gradient_accumulation_steps * processes
 
 
-def count_steps(hyperparameters: Hyperparameters, images: int, processes: int) -> int:
-    """Return max_steps if set, else the steps of `epochs` passes over the pictures."""
+def count_steps(hyperparameters: Hyperparameters, images: Sequence[int], processes: int) -> int:
+    """Return max_steps if set, else the steps of `epochs` passes over the pictures.
+
+    images: how many each subject has; every one adds the steps of a run of its own.
+    """
     if hyperparameters.max_steps is not None:
         return hyperparameters.max_steps
+    return sum(_steps_alone(hyperparameters, count, processes) for count in images)
+
+
+def _steps_alone(hyperparameters: Hyperparameters, images: int, processes: int) -> int:
     return math.ceil(hyperparameters.epochs * images / samples_per_step(hyperparameters, processes))
 
 
@@ -103,28 +135,57 @@ def make(
     processes: int = 1,
     base_bytes: int = 0,
     copied_bytes: int = 0,
+    taught: Sequence[TaughtSubject] = (),
 ) -> TrainingPlan:
     """Derive the training plan; `facts` is None if the model is not unpacked or fetched yet.
 
-    base_bytes, copied_bytes: as in `disk.expected`.
+    base_bytes, copied_bytes: as in `disk.expected`. taught: the subjects that the base was taught.
     """
-    instances = len(dataset.instance_images)
-    steps = count_steps(hyperparameters, instances, processes)
+    of_subjects = [len(subject.instance_images) for subject in dataset.subjects]
+    instances = sum(of_subjects)
+    steps = count_steps(hyperparameters, of_subjects, processes)
     samples = steps * samples_per_step(hyperparameters, processes)
-    needs_class_images = hyperparameters.trains_on_class_images
-    given = len(dataset.class_images) if needs_class_images else 0
-    class_images = max(given, hyperparameters.num_class_images) if needs_class_images else 0
+    subjects = tuple(
+        PlannedSubject(
+            name=subject.name,
+            instance_images=count,
+            steps_alone=_steps_alone(hyperparameters, count, processes),
+        )
+        for subject, count in zip(dataset.subjects, of_subjects, strict=True)
+        if dataset.are_several
+    )
+    given_sets = dataset.class_sets if hyperparameters.trains_on_class_images else ()
+    given = sum(len(each.images) for each in given_sets)
+    class_sets = [max(len(each.images), hyperparameters.num_class_images) for each in given_sets]
+    class_images = sum(class_sets)
+    longer = [max(instances, class_images)] if not subjects else of_subjects
     mixed_precision = hyperparameters.mixed_precision or device.mixed_precision
     prior_precision = _prior_precision(hyperparameters, device)
-    chosen, *smaller = memory_plan.choose(
-        hyperparameters,
-        facts,
-        device,
-        mixed_precision=mixed_precision,
-        prior_precision=prior_precision,
-        class_images_to_sample=class_images - given,
-        processes=processes,
-    )
+
+    def choose(*, keeps_subjects: bool) -> tuple[MemoryChoice, ...]:
+        return memory_plan.choose(
+            hyperparameters,
+            facts,
+            device,
+            mixed_precision=mixed_precision,
+            prior_precision=prior_precision,
+            class_images_to_sample=class_images - given,
+            processes=processes,
+            keeps_subjects=keeps_subjects,
+        )
+
+    kept_subjects = subjects_kept.subjects_to_keep(hyperparameters, dataset, taught)
+    chosen, *smaller = choose(keeps_subjects=bool(kept_subjects))
+    kept_warnings: tuple[str, ...] = ()
+    if hyperparameters.keep_subjects == "True" and facts is not None and not kept_subjects:
+        kept_warnings = (
+            "keep_subjects=True has no effect: the base was taught no subject but this run's.",
+        )
+    if kept_subjects and hyperparameters.keep_subjects == "auto":
+        kept_warnings = plan_warnings.kept_subjects_warnings(device, chosen.phases, processes)
+        if kept_warnings:
+            kept_subjects = ()
+            chosen, *smaller = choose(keeps_subjects=False)
     warmup = hyperparameters.lr_warmup_steps
     if warmup is None:
         warmup = lr_schedulers.default_warmup_steps(hyperparameters.lr_scheduler, steps)
@@ -136,7 +197,7 @@ def make(
         device=device,
         steps=steps,
         epochs=samples / instances,
-        steps_by_longer_set=count_steps(hyperparameters, max(instances, class_images), processes),
+        steps_by_longer_set=count_steps(hyperparameters, longer, processes),
         instance_images=instances,
         class_images=class_images,
         class_images_to_sample=class_images - given,
@@ -144,7 +205,10 @@ def make(
         gradient_accumulation_steps=hyperparameters.gradient_accumulation_steps,
         processes=processes,
         resolution=hyperparameters.resolution or (facts.resolution if facts else None),
-        cached_crops=max(1, min(MAX_CACHED_CROPS, math.ceil(samples / instances))),
+        # of a picture that is drawn most often: one of the subject that has the fewest
+        cached_crops=max(
+            1, min(MAX_CACHED_CROPS, math.ceil(samples / len(of_subjects) / min(of_subjects)))
+        ),
         mixed_precision=mixed_precision,
         prior_generation_precision=prior_precision,
         **_memory_plan_fields(chosen, *smaller),
@@ -164,16 +228,23 @@ def make(
             copied_bytes=copied_bytes,
         ),
         warnings=(
+            *kept_warnings,
             *(facts.warnings if facts and hyperparameters.resolution is None else ()),
             *plan_warnings.memory_warnings(device, chosen.phases, processes),
             *plan_warnings.settings_warnings(
                 *(hyperparameters, device, mixed_precision, steps, warmup, instances),
-                has_class_prompt=dataset.class_prompt is not None,
+                has_class_prompt=all(each.class_prompt is not None for each in dataset.subjects),
             ),
             *plan_warnings.fast_step_warnings(
                 hyperparameters, device, mixed_precision, processes, chosen
             ),
         ),
+        subjects=subjects,
+        class_sets=tuple(class_sets),
+        captions=sum(
+            caption is not None for subject in dataset.subjects for caption in subject.captions
+        ),
+        kept_subjects=kept_subjects,
     )
 
 
@@ -224,6 +295,8 @@ def rows(plan: TrainingPlan, hyperparameters: Hyperparameters) -> list[tuple[str
         ("expected memory", _expected_line(plan)),
         ("expected disk", _disk_line(plan.disk)),
     ]
+    if plan.kept_subjects:
+        lines.insert(2, ("kept subjects", _kept_line(plan, hyperparameters)))
     when = ["at the end"] if plan.keep_last_checkpoint else []
     if plan.checkpointing_steps:
         when.insert(0, f"every {plan.checkpointing_steps} steps")
@@ -244,6 +317,8 @@ def rows(plan: TrainingPlan, hyperparameters: Hyperparameters) -> list[tuple[str
 
 def _steps_line(plan: TrainingPlan, hyperparameters: Hyperparameters) -> str:
     line = f"{plan.steps} ({plan.epochs:g} epochs of {plan.instance_images} instance images"
+    if plan.subjects:
+        line = f"{plan.steps} ({_sum_of_subjects(plan, hyperparameters)}"
     if plan.batch_size * plan.gradient_accumulation_steps > 1:
         line += f", batch {plan.batch_size} x {plan.gradient_accumulation_steps} accumulated"
     if plan.processes > 1:
@@ -258,11 +333,46 @@ def _steps_line(plan: TrainingPlan, hyperparameters: Hyperparameters) -> str:
     return line
 
 
+def _sum_of_subjects(plan: TrainingPlan, hyperparameters: Hyperparameters) -> str:
+    """Return how the steps of several subjects come about, and what each gets of them."""
+    share = f"each of the {len(plan.subjects)} subjects gets the same number of samples"
+    if hyperparameters.max_steps is not None:
+        return f"as max_steps asks; {share}"
+    parts = " + ".join(f"{one.steps_alone} of {printable(one.name)}" for one in plan.subjects)
+    return (
+        f"{parts}, which is {hyperparameters.epochs} epochs of each subject's instance images; "
+        f"{share}"
+    )
+
+
 def _pictures_line(plan: TrainingPlan) -> str:
     line = f"{plan.instance_images} instance images"
+    if plan.subjects:
+        parts = ", ".join(
+            f"{one.instance_images} of {printable(one.name)}" for one in plan.subjects
+        )
+        line += f" ({parts})"
+    if plan.captions:
+        line += f", {plan.captions} with captions of their own"
     if plan.class_images:
-        line += f", {plan.class_images} class images ({plan.class_images_to_sample} to sample)"
+        count = len(plan.class_sets)
+        sets = f" in {count} sets, one of each class prompt" if count > 1 else ""
+        line += f", {plan.class_images} class images{sets}"
+        line += f" ({plan.class_images_to_sample} to sample)"
     return line + f"; cached crops of each that is not square: at most {plan.cached_crops}"
+
+
+def _kept_line(plan: TrainingPlan, hyperparameters: Hyperparameters) -> str:
+    """Return whom the run keeps, and how much longer a step takes for it."""
+    names = listed([quoted(each.instance_prompt) for each in plan.kept_subjects])
+    # Passes of a micro-batch: a backward one counts as two forward ones.
+    passes = 3 * (2 if hyperparameters.with_prior_preservation else 1)
+    if hyperparameters.predicts_the_prior:
+        passes += 1 if hyperparameters.training_guidance_scale == 1 else 2
+    return (
+        f"{names}, by the base's own prediction; a step takes about {(passes + 4) / passes:.1f} "
+        "times as long for it (keep_subjects)"
+    )
 
 
 def _precision_line(plan: TrainingPlan) -> str:

@@ -16,8 +16,7 @@ def memory_warnings(
     device: DeviceFacts, phases: Sequence[PhasePeak], processes: int
 ) -> tuple[str, ...]:
     """Return a warning if the phase that takes the most memory is not expected to fit."""
-    usable = memory_plan.usable_bytes(device, processes)
-    there = host_memory_bytes() if usable is None else usable
+    there = _bytes_there(device, processes)
     most = expected_memory.largest(phases)
     if most is None or not most.bytes > there > 0:
         return ()
@@ -26,6 +25,27 @@ def memory_warnings(
         f"The run is expected to take {size_in_words(most.bytes)} of memory in {most.phase}, and "
         f"{device.name} has {size_in_words(there)} to give: "
         f"lower batch_size or resolution{smaller}.",
+    )
+
+
+def _bytes_there(device: DeviceFacts, processes: int) -> int:
+    """Return the bytes that tensors may take; 0 where that is not known."""
+    usable = memory_plan.usable_bytes(device, processes)
+    return host_memory_bytes() if usable is None else usable
+
+
+def kept_subjects_warnings(
+    device: DeviceFacts, phases: Sequence[PhasePeak], processes: int
+) -> tuple[str, ...]:
+    """Return a warning if no memory plan has room to keep the base's subjects."""
+    there = _bytes_there(device, processes)
+    of_plan = filter(expected_memory.depends_on_the_memory_plan, phases)
+    if not any(peak.bytes * memory_plan.MARGIN > there > 0 for peak in of_plan):
+        return ()
+    return (
+        "The base was taught subjects that this run may forget, because keeping them takes more "
+        f"memory than {device.name} has to give: lower batch_size or resolution, set "
+        "keep_subjects=True to try it all the same, or keep_subjects=False if they may go.",
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from PIL import Image
 
+from dreambooth.errors import one_line
 from dreambooth.process import files, logs
 from dreambooth.process.progress import Progress
 from dreambooth.training.meter import MeterReading
@@ -66,6 +67,7 @@ class RunLog:
                 undo.pop_all()
         self._progress = Progress(plan.steps, "training", stream=stream, initial=first_step)
         self._epoch_losses: list[float] = []
+        self._subject_losses: dict[str, list[float]] = {}  # of the epoch, by subject
         self._last_time = clock()
         self._seconds, self._read_until = 0.0, 0  # per step; the last step read so far
 
@@ -95,6 +97,10 @@ class RunLog:
             self._read_until = metrics.step + metrics.read_with - 1
         row = asdict(metrics)
         del row["read_with"]
+        row["subject_losses"] = dict(metrics.subject_losses)
+        for name in ("subject_losses", "kept_loss"):  # only where there is one
+            if not getattr(metrics, name) and getattr(metrics, name) != 0:
+                del row[name]
         row["steps_per_second"] = round(1.0 / self._seconds, 4)
         row["time"] = round(time.time() - (self._read_until - metrics.step) * self._seconds, 3)
         reading = self._read_meter(metrics.step)
@@ -107,9 +113,12 @@ class RunLog:
             metrics.step, loss=metrics.loss, learning_rate=f"{metrics.learning_rate:.2e}"
         )
         if self._tensorboard is not None:
-            for name in ("loss", "instance_loss", "class_loss", "learning_rate", "grad_norm"):
-                if row[name] is not None:
+            names = ("loss", "instance_loss", "class_loss", "learning_rate", "grad_norm")
+            for name in (*names, "kept_loss"):
+                if row.get(name) is not None:
                     self._tensorboard.add_scalar(name, row[name], metrics.step)
+            for subject, loss in metrics.subject_losses:
+                self._tensorboard.add_scalar(f"subject_losses/{subject}", loss, metrics.step)
             for name, value in row.get("meter", {}).items():
                 self._tensorboard.add_scalar(f"meter/{name}", value, metrics.step)
         self._count_epoch(metrics)
@@ -138,11 +147,18 @@ class RunLog:
 
     def _count_epoch(self, metrics: StepMetrics) -> None:
         self._epoch_losses.append(metrics.loss)
+        for subject, loss in metrics.subject_losses:
+            self._subject_losses.setdefault(subject, []).append(loss)
         epoch = math.floor(metrics.epoch + 1e-9)
         if epoch > math.floor(self._plan.epoch(metrics.step - 1) + 1e-9):
             average = sum(self._epoch_losses) / len(self._epoch_losses)
             logs.metric(f"End epoch {epoch}: train_avg_loss={plain_decimal(average)}")
             self._epoch_losses.clear()
+            if self._subject_losses:
+                means = {name: sum(all_) / len(all_) for name, all_ in self._subject_losses.items()}
+                named = ", ".join(f"{one_line(name)} {mean:.4f}" for name, mean in means.items())
+                log.info("instance loss of each subject in epoch %d: %s", epoch, named)
+                self._subject_losses.clear()
 
     def _shows(self, step: int) -> bool:
         return self._sample_steps > 0 and step % self._sample_steps == 0

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from dreambooth.data import sample_draws
 from dreambooth.errors import TrainingDivergedError
 from dreambooth.training.plan import TrainingPlan
 from dreambooth.training.state import TrainingState
@@ -18,7 +19,8 @@ class StepMetrics:
     """The metrics of one step. Losses are means over its micro-batches; grad_norm is unclipped.
 
     read_with: how many steps were read together. When they are yielded, the weights are those after
-    the last of these steps.
+    the last of these steps. subject_losses: (name, instance loss) of those of several subjects that
+    the step has samples of. kept_loss: of the prompts of the base's subjects, where they are kept.
     """
 
     step: int
@@ -29,10 +31,12 @@ class StepMetrics:
     learning_rate: float
     grad_norm: float
     read_with: int = field(default=1, compare=False)
+    subject_losses: tuple[tuple[str, float], ...] = ()
+    kept_loss: float | None = None
 
 
 class DeviceMetrics(NamedTuple):
-    """A step's metrics, with losses [3] (all, instance, class) and gradient norm on the device."""
+    """A step's metrics, with the losses of `loop.forward_backward` and the norm on the device."""
 
     step: int
     learning_rate: float
@@ -73,14 +77,35 @@ def read_together(
             learning_rate=one.learning_rate,
             grad_norm=grad_norm,
             read_with=len(unread),
+            subject_losses=_subject_losses(one.step, plan, more[: len(plan.subjects)]),
+            kept_loss=more[-1] if plan.kept_subjects else None,
         )
-        for one, (loss, instance_loss, class_loss, grad_norm) in zip(
+        for one, (loss, instance_loss, class_loss, *more, grad_norm) in zip(
             unread, figures.tolist(), strict=True
         )
     ]
     for each in metrics:
         refuse_not_finite(each, state)
     return metrics
+
+
+def _subject_losses(
+    step: int, plan: TrainingPlan, sums: list[float]
+) -> tuple[tuple[str, float], ...]:
+    """Return each subject's mean loss. sums: over micro-batches and processes, divided by both."""
+    micro_batches = plan.gradient_accumulation_steps * plan.processes
+    first = (step - 1) * micro_batches * plan.batch_size
+    found = []
+    for number, (subject, total) in enumerate(zip(plan.subjects, sums, strict=True)):
+        samples = range(first, first + micro_batches * plan.batch_size)
+        of_subject = [
+            sample
+            for sample in samples
+            if sample_draws.subject_of(sample, len(plan.subjects))[0] == number
+        ]
+        if of_subject:
+            found.append((subject.name, total * micro_batches / len(of_subject)))
+    return tuple(found)
 
 
 def refuse_not_finite(metrics: StepMetrics, state: TrainingState, force: bool = False) -> None:

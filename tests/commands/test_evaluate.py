@@ -132,3 +132,30 @@ def test_faults_are_said_before_anything_is_loaded(data: Path, tmp_path: Path) -
         run("--model", "tiny", "--data", data, "--prompts", tmp_path, "--out", tmp_path / "out")
     with pytest.raises(UserError, match="--features"):
         run("--model", "tiny", "--data", data, "--features", tmp_path, "--out", tmp_path / "out")
+
+
+def test_several_subjects_are_measured_one_by_one_and_against_each_other(
+    small_model_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subjects = []
+    for number, name in enumerate(("one", "two")):
+        (data / name).mkdir()
+        (data / f"{number}.png").rename(data / name / "0.png")
+        subjects.append(
+            {"folder": name, "instance_prompt": f"a photo of {name} cat", "class_prompt": "a cat"}
+        )
+    (data / "2.png").rename(data / "one" / "1.png")
+    (data / "dataset_info.json").write_text(json.dumps({"subjects": subjects}))
+    base = ("--base", small_model_folder)
+    assert run("--model", small_model_folder, "--data", data, "--out", tmp_path, *base, *FAST) == 0
+    written = json.loads((tmp_path / "evaluation.json").read_text())
+    assert list(written["subjects"]) == ["one", "two"]
+    for name, found in written["subjects"].items():
+        assert found["prompts"]["subject"] == f"a photo of {name} cat"
+        assert found["measures"]["subject"]["of"] == 2
+    assert [sum(row) for row in written["confusion"]] == pytest.approx([1, 1])
+    diagonal = [row[number] for number, row in enumerate(written["confusion"])]
+    assert written["collapse_rate"] == pytest.approx(1 - sum(diagonal) / 2)
+    shown = capsys.readouterr().out
+    assert "\none: a photo of one cat\n" in shown
+    assert "collapse_rate" in shown

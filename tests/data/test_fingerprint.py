@@ -23,12 +23,15 @@ def test_a_data_set_is_its_prompts_names_and_bytes(tmp_path: Path) -> None:
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / name)
     (tmp_path / "dataset_info.json").write_text('{"instance_prompt": "a photo of x"}')
     dataset = dataset_info.read(tmp_path)
+    (subject,) = dataset.subjects
     first = fingerprint.of_dataset(dataset)
     assert first == fingerprint.of_dataset(dataset)
     found = {
         first,
-        fingerprint.of_dataset(replace(dataset, instance_prompt="y")),
-        fingerprint.of_dataset(replace(dataset, class_prompt="a photo")),
+        fingerprint.of_dataset(replace(dataset, subjects=(replace(subject, instance_prompt="y"),))),
+        fingerprint.of_dataset(
+            replace(dataset, subjects=(replace(subject, class_prompt="a photo"),))
+        ),
     }
     Image.new("RGB", (8, 8), (7, 0, 0)).save(tmp_path / "b.png")
     assert fingerprint.of_dataset(dataset) == first  # of the pictures that were checked

@@ -36,14 +36,14 @@ def fault(folder: Path, prior: bool = False) -> str:
 def test_both_prompts_are_read_and_trimmed(tmp_path: Path) -> None:
     write(tmp_path, '{"instance_prompt": " a photo of a riobugger cat ", "class_prompt": "a cat"}')
     found = read(tmp_path, prior=True)
-    assert found.instance_prompt == "a photo of a riobugger cat"
-    assert found.class_prompt == "a cat"
+    assert found.subjects[0].instance_prompt == "a photo of a riobugger cat"
+    assert found.subjects[0].class_prompt == "a cat"
     assert found.warnings == ()
 
 
 def test_the_class_prompt_may_be_left_out_without_prior_preservation(tmp_path: Path) -> None:
     for content in ('{"instance_prompt": "x"}', '{"instance_prompt": "x", "class_prompt": null}'):
-        assert read(write(tmp_path, content)).class_prompt is None
+        assert read(write(tmp_path, content)).subjects[0].class_prompt is None
         message = fault(tmp_path, prior=True)
         assert "no class_prompt, which with_prior_preservation=True needs" in message
         assert '"class_prompt": "a photo of a cat"' in message
@@ -51,7 +51,7 @@ def test_the_class_prompt_may_be_left_out_without_prior_preservation(tmp_path: P
 
 def test_a_byte_order_mark_and_other_alphabets_are_fine(tmp_path: Path) -> None:
     write(tmp_path, b"\xef\xbb\xbf" + '{"instance_prompt": "фото 猫"}'.encode())
-    assert read(tmp_path).instance_prompt == "фото 猫"
+    assert read(tmp_path).subjects[0].instance_prompt == "фото 猫"
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_a_byte_order_mark_and_other_alphabets_are_fine(tmp_path: Path) -> None:
 )
 def test_python_notation_is_understood_with_a_warning(tmp_path: Path, content: str) -> None:
     found = read(write(tmp_path, content))
-    assert found.instance_prompt == "a dog"
+    assert found.subjects[0].instance_prompt == "a dog"
     (warning,) = found.warnings
     assert "not JSON but was understood" in warning
     assert "double quotes" in warning
@@ -154,7 +154,7 @@ def test_any_bytes_give_prompts_or_a_dataset_error(
     folder.mkdir(exist_ok=True)
     write(folder, data)
     try:
-        outcome = read(folder).instance_prompt
+        outcome = read(folder).subjects[0].instance_prompt
     except DatasetError as error:
         outcome = str(error)
     assert outcome

@@ -132,3 +132,34 @@ def test_a_gpu_is_given_pinned_memory_which_it_copies_while_the_host_goes_on() -
             return self.pinned and non_blocking
 
     assert sample_draws.onto(torch.device("cuda"), Given())  # type: ignore[arg-type]
+
+
+SUBJECTS = (range(3), range(3, 5), range(5, 12))  # with 3, 2 and 7 pictures
+
+
+def test_subjects_take_turns_whatever_their_numbers_of_pictures() -> None:
+    crops = (1,) * 12
+    drawn = draw(range(3 * 42), crop_counts=crops, groups=SUBJECTS).images.tolist()
+    for first in range(0, len(drawn), 3):
+        assert all(image in group for image, group in zip(drawn[first:], SUBJECTS, strict=False))
+    for turn, group in enumerate(SUBJECTS):
+        assert set(Counter(drawn[turn::3]).values()) == {42 // len(group)}
+
+
+def test_subjects_of_one_class_share_its_images() -> None:
+    groups = (range(4), range(4, 10), range(4))  # the first and the third are of one class
+    drawn = draw(range(3 * 4), crop_counts=(1,) * 10, groups=groups).images.tolist()
+    of_shared = [image for number, image in enumerate(drawn) if number % 3 != 1]
+    assert Counter(of_shared) == {image: 2 for image in range(4)}
+    assert of_shared[:4] == [
+        sample_draws.picture_of(turn, seed=3, stream="instance", count=4) for turn in range(4)
+    ]
+
+
+def test_a_single_subject_draws_what_it_always_drew() -> None:
+    plain, grouped = draw(range(20)), draw(range(20), groups=(range(3),))
+    assert torch.equal(plain.images, grouped.images)
+    assert plain.images.tolist() == [
+        sample_draws.picture_of(number, seed=3, stream="instance", count=3) for number in range(20)
+    ]
+    assert torch.equal(plain.noise, draw(range(20), crop_counts=(1, 4, 2)).noise)

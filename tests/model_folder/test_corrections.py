@@ -20,6 +20,7 @@ from dreambooth.diffusion import sampling
 from dreambooth.diffusion.sampling_request import SamplingRequest
 from dreambooth.job.run import run_job
 from dreambooth.model_folder import export, facts, layout, pipeline_settings
+from dreambooth.model_folder.taught_subjects import TaughtSubject
 
 Make = Callable[..., Path]
 CPU = torch.device("cpu")
@@ -123,8 +124,7 @@ def write(out: Path, base: Path, resolution: int) -> None:
 def card() -> export.ModelCard:
     return export.ModelCard(
         base="base",
-        instance_prompt=PROMPT,
-        class_prompt=None,
+        subjects=[TaughtSubject(instance_prompt=PROMPT)],
         steps=1,
         planned_steps=1,
         instance_images=1,

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from dreambooth.diffusion import model as models
 from dreambooth.errors import ResourceError, TrainingDivergedError, UserError
 from dreambooth.model_folder import destination, export, source
+from dreambooth.model_folder.taught_subjects import TaughtSubject
 
 Make = Callable[..., Path]
 CPU = torch.device("cpu")
@@ -55,7 +56,7 @@ PUBLISHED_TEXT_ENCODER_NAMES = {
 def card(**values: Any) -> export.ModelCard:
     standard = {
         "base": "base",
-        "instance_prompt": "a photo of a riobugger cat",
+        "subjects": [TaughtSubject(instance_prompt="a photo of a riobugger cat")],
         "steps": 3,
         "planned_steps": 3,
         "data_fingerprint": "abc",

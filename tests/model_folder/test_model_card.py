@@ -13,6 +13,7 @@ from markdown_it import MarkdownIt
 
 from dreambooth.errors import one_line
 from dreambooth.model_folder.model_card import ModelCard, licence_of, render
+from dreambooth.model_folder.taught_subjects import TaughtSubject
 
 NASTY = 'a "photo": of | a `sks` [cat]\n---\n# no heading'
 
@@ -20,7 +21,7 @@ NASTY = 'a "photo": of | a `sks` [cat]\n---\n# no heading'
 def card(**values: object) -> ModelCard:
     standard: dict[str, object] = {
         "base": "stabilityai/stable-diffusion-2-1-base",
-        "instance_prompt": "a photo of a riobugger cat",
+        "subjects": [TaughtSubject(instance_prompt="a photo of a riobugger cat")],
         "steps": 400,
         "planned_steps": 400,
         "data_fingerprint": "0123456789abcdef",
@@ -66,7 +67,11 @@ def test_a_card_of_a_stranger_is_read_at_once(tmp_path: Path, text: str) -> None
 def test_the_card_tells_what_went_in_and_what_to_beware_of() -> None:
     text = render(
         card(
-            class_prompt="a photo of a cat",
+            subjects=[
+                TaughtSubject(
+                    instance_prompt="a photo of a riobugger cat", class_prompt="a photo of a cat"
+                )
+            ],
             instance_images=8,
             class_images=100,
             steps=120,
@@ -95,7 +100,8 @@ def test_the_card_tells_what_went_in_and_what_to_beware_of() -> None:
 
 
 def test_prompts_cannot_break_out_of_their_place() -> None:
-    text = render(card(instance_prompt=NASTY, base=NASTY), samples=[("1.png", NASTY)])
+    subjects = [TaughtSubject(instance_prompt=NASTY)]
+    text = render(card(subjects=subjects, base=NASTY), samples=[("1.png", NASTY)])
     assert front_matter(text)["instance_prompt"] == NASTY
     assert front_matter(text)["base_model"] == NASTY
     assert "\n# no heading" not in text
@@ -146,7 +152,11 @@ def shown(text: str) -> str:
 
 def check_texts(instance: str, other: str) -> None:
     """Check that all readers of a card get the prompts as they are."""
-    made = card(instance_prompt=instance, class_prompt=other, base=other, licence=None)
+    made = card(
+        subjects=[TaughtSubject(instance_prompt=instance, class_prompt=other)],
+        base=other,
+        licence=None,
+    )
     text = render(made, samples=[("1.png", instance), ("2.png", other)])
     text.encode("utf-8")
     expected = front_matter(render(card())) | {"instance_prompt": instance, "base_model": other}

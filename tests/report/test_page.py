@@ -268,7 +268,7 @@ def make_record(tmp_path: Path) -> Callable[..., ReportData]:
             Image.fromarray(noise(generator, 400, 300)).save(path)
         values: dict[str, object] = {
             "instance_prompt": "a photo of a riobugger cat",
-            "class_prompt": None,
+            "class_prompt": "",
             "sample_prompt": "a photo of a riobugger cat",
             "base": "tiny",
             "finished_at": "2024-02-29 12:00 UTC",
@@ -283,7 +283,9 @@ def make_record(tmp_path: Path) -> Callable[..., ReportData]:
             "scores": (),
             "step_pictures": (),
             "instance_pictures": [
-                InstancePicture(path=path, size=(256, 341), offsets=((0, 0), (0, 85)))
+                InstancePicture(
+                    path=path, size=(256, 341), offsets=((0, 0), (0, 85)), prompt="a cat"
+                )
                 for path in paths
             ],
             "class_images": paths,

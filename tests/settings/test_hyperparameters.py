@@ -74,6 +74,7 @@ OURS = {
     "deterministic": "False",
     "prior_preservation_mode": "images",
     "training_guidance_scale": "1.0",
+    "keep_subjects": "auto",
     "fast_step": "False",
     "processes": "auto",
 }
@@ -125,6 +126,7 @@ OFF_DEFAULT: dict[str, tuple[str, object]] = {
     "deterministic": ("True", True),
     "prior_preservation_mode": ("prediction", "prediction"),
     "training_guidance_scale": ("2.5", 2.5),
+    "keep_subjects": ("true", "True"),
     "fast_step": ("True", True),
     "processes": ("2", "2"),
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -282,6 +283,22 @@ def test_prediction_type(run_job: Start, single_file: Path, small_model_folder: 
     scheduler = json.loads((run.model / "scheduler" / "scheduler_config.json").read_text())
     assert scheduler["prediction_type"] == "v_prediction"
     assert not torch.equal(run.weights(), run_job().weights())
+
+
+def test_keep_subjects(run_job: Start, small_model_folder: Path, tmp_path: Path) -> None:
+    """A copy of the base that says that it was taught a dog."""
+    taught = shutil.copytree(small_model_folder, tmp_path / "taught")
+    info = {"instance_prompt": "a photo of doppler dog", "class_prompt": "a photo of dog"}
+    (taught / "__model_info__.json").write_text(json.dumps(info))
+    runs = {
+        how: run_job(pretrained_model=taught, keep_subjects=how)
+        for how in ("auto", "true", "False")
+    }
+    assert "kept_loss" in runs["auto"].metrics[0]
+    assert torch.equal(runs["auto"].weights(), runs["true"].weights())
+    assert "kept_loss" not in runs["False"].metrics[0]
+    assert torch.equal(runs["False"].weights(), run_job().weights())
+    assert not torch.equal(runs["auto"].weights(), runs["False"].weights())
 
 
 def test_export_single_file(run_job: Start, small_model_folder: Path, tmp_path: Path) -> None:

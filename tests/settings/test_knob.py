@@ -110,6 +110,19 @@ def test_bounds_that_include_their_end() -> None:
 
 
 @pytest.mark.parametrize(
+    ("raw", "value"),
+    [
+        *((raw, "True") for raw in (True, "True", "true", '"true"', "TRUE", BARE_FLAG)),
+        *((raw, "False") for raw in (False, "false", "'False'")),
+        *((raw, "auto") for raw in ("auto", "", None, '"auto"')),
+    ],
+)
+def test_a_switch_that_may_be_left_to_the_job_is_read_as_a_switch(raw: object, value: str) -> None:
+    assert value_of("keep_subjects", raw) == value
+    assert faults_of({"keep_subjects": "yes"})
+
+
+@pytest.mark.parametrize(
     ("raw", "prompt"),
     [
         ('"a photo of a \\"zwx\\" dog"', 'a photo of a "zwx" dog'),

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from dreambooth.data.cache import LatentPosteriors
-from dreambooth.data.dataset_info import DatasetInfo
+from dreambooth.data.dataset_info import ClassSet, DatasetInfo, SubjectData
 from dreambooth.diffusion import model as models
 from dreambooth.fast import captured_loop
 from dreambooth.fast.graphed_passes import Capture, without_capture
@@ -39,7 +39,7 @@ class Training:
     def steps(self, capture: Capture = without_capture) -> Iterator[StepMetrics]:
         settings = self.settings
         precision = self.state.precision
-        by_prediction = settings.prior_preservation_mode == "prediction"
+        has_frozen = settings.predicts_the_prior or bool(self.plan.kept_subjects)
         train: Callable[..., Iterator[StepMetrics]] = loop.train
         if self.plan.frees_gradients:
             train = freed_gradients.train
@@ -52,7 +52,7 @@ class Training:
             settings,
             noise_scheduler=models.training_noise_scheduler(self.model),
             encode_text=lambda ids: models.text_features(self.model, ids),
-            prior_unet=precision.frozen_copy(self.model.unet) if by_prediction else None,
+            prior_unet=precision.frozen_copy(self.model.unet) if has_frozen else None,
             accelerator=Accelerator(cpu=True),
         )
 
@@ -63,11 +63,19 @@ class Training:
 def dataset(instances: int = 3, classes: int = 4) -> DatasetInfo:
     return DatasetInfo(
         folder=Path("pictures"),
-        instance_prompt="a photo of riobugger cat",
-        class_prompt="a photo of cat",
-        instance_images=tuple(Path(f"{n}.png") for n in range(instances)),
-        class_images=tuple(Path(f"class/{n}.png") for n in range(classes)),
-        warnings=(),
+        subjects=(
+            SubjectData(
+                instance_prompt="a photo of riobugger cat",
+                class_prompt="a photo of cat",
+                instance_images=tuple(Path(f"{n}.png") for n in range(instances)),
+            ),
+        ),
+        class_sets=(
+            ClassSet(
+                class_prompt="a photo of cat",
+                images=tuple(Path(f"class/{n}.png") for n in range(classes)),
+            ),
+        ),
     )
 
 

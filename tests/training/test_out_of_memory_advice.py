@@ -2,18 +2,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dreambooth.data.dataset_info import DatasetInfo
+from dreambooth.data.dataset_info import DatasetInfo, SubjectData
 from dreambooth.settings.hyperparameters import Hyperparameters
 from dreambooth.training.device import CPU
 from dreambooth.training.plan import make, out_of_memory_advice
 
 DATASET = DatasetInfo(
     folder=Path("pictures"),
-    instance_prompt="a photo of riobugger cat",
-    class_prompt=None,
-    instance_images=(Path("0.png"),),
-    class_images=(),
-    warnings=(),
+    subjects=(
+        SubjectData(
+            instance_prompt="a photo of riobugger cat",
+            class_prompt=None,
+            instance_images=(Path("0.png"),),
+        ),
+    ),
 )
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import nn
 
 from dreambooth.data import cache
-from dreambooth.data.dataset_info import DatasetInfo
+from dreambooth.data.dataset_info import ClassSet, DatasetInfo, SubjectData
 from dreambooth.diffusion import model as models
 from dreambooth.settings.hyperparameters import Hyperparameters
 from dreambooth.training import loop, optimizer
@@ -90,11 +90,12 @@ def ours(world: World, trained: nn.ModuleDict, settings: Hyperparameters) -> Non
     )
     dataset = DatasetInfo(
         folder=world.instances[0].parent,
-        instance_prompt=INSTANCE,
-        class_prompt=CLASS,
-        instance_images=tuple(world.instances),
-        class_images=tuple(world.classes),
-        warnings=(),
+        subjects=(
+            SubjectData(
+                instance_prompt=INSTANCE, class_prompt=CLASS, instance_images=tuple(world.instances)
+            ),
+        ),
+        class_sets=(ClassSet(class_prompt=CLASS, images=tuple(world.classes)),),
     )
     plan = plans.make(settings, dataset, None, CPU_FACTS)
     if settings.fast_step:  # the CPU allows everything of the fast step except the capture

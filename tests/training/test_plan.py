@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.train_step.full_size import FACTS as FULL_SIZE
-from dreambooth.data.dataset_info import DatasetInfo
+from dreambooth.data.dataset_info import ClassSet, DatasetInfo, SubjectData
 from dreambooth.settings.hyperparameters import Hyperparameters
 from dreambooth.training import plan as plans
 from dreambooth.training import plan_warnings
@@ -23,11 +23,19 @@ A10G = DeviceFacts(
 def dataset(instances: int = 8, classes: int = 0) -> DatasetInfo:
     return DatasetInfo(
         folder=Path("pictures"),
-        instance_prompt="a photo of a riobugger cat",
-        class_prompt="a photo of a cat",
-        instance_images=tuple(Path(f"{n}.png") for n in range(instances)),
-        class_images=tuple(Path(f"{n}.png") for n in range(classes)),
-        warnings=(),
+        subjects=(
+            SubjectData(
+                instance_prompt="a photo of a riobugger cat",
+                class_prompt="a photo of a cat",
+                instance_images=tuple(Path(f"{n}.png") for n in range(instances)),
+            ),
+        ),
+        class_sets=(
+            ClassSet(
+                class_prompt="a photo of a cat",
+                images=tuple(Path(f"{n}.png") for n in range(classes)),
+            ),
+        ),
     )
 
 
@@ -193,7 +201,9 @@ def test_a_score_that_one_picture_cannot_have_is_announced(count: int, asked: bo
 def test_the_scores_are_planned_and_need_a_class_prompt(asked: bool) -> None:
     settings = Hyperparameters(compute_scores=asked)
     for prompt in ("a photo of a cat", None):
-        plan = plans.make(settings, replace(dataset(3), class_prompt=prompt), None, CPU)
+        subjects = tuple(replace(each, class_prompt=prompt) for each in dataset(3).subjects)
+        info = replace(dataset(3), subjects=subjects, class_sets=())
+        plan = plans.make(settings, info, None, CPU)
         said = any("compute_scores needs a class_prompt" in each for each in plan.warnings)
         assert said is (asked and prompt is None)
         rows = dict(plans.rows(plan, settings))
@@ -281,3 +291,65 @@ def test_a_smaller_plan_keeps_the_fast_step_while_it_goes_with_it() -> None:
         *(("fp32_adamw", True), ("8bit_adamw", True)),
         *(("8bit_adamw_checkpointing", False), ("8bit_adamw_in_backward", False)),
     ]
+
+
+def several(*counts: int, classes: tuple[str, ...] = ("a cat",), given: int = 0) -> DatasetInfo:
+    subjects = tuple(
+        SubjectData(
+            name=f"s{number}",
+            instance_prompt=f"a photo of x{number}",
+            class_prompt=classes[number % len(classes)],
+            instance_images=tuple(Path(f"s{number}/{n}.png") for n in range(count)),
+        )
+        for number, count in enumerate(counts)
+    )
+    images = tuple(Path(f"class/{n}.png") for n in range(given))
+    sets = tuple(ClassSet(class_prompt=prompt, images=images) for prompt in classes)
+    return DatasetInfo(folder=Path("pictures"), subjects=subjects, class_sets=sets)
+
+
+def test_several_subjects_train_the_sum_of_their_steps() -> None:
+    settings = Hyperparameters(batch_size=3)
+    plan = plans.make(settings, several(8, 4), FULL_SIZE, CPU)
+    assert plan.steps == 54 + 27  # each of them rounded up, as in a run of its own
+    assert (plan.epoch(4), plan.instance_images) == (1, 12)
+    row = dict(plans.rows(plan, settings))["steps"]
+    assert row.startswith("81 (54 of s0 + 27 of s1, which is 20 epochs of each subject's instance")
+    assert "each of the 2 subjects gets the same number of samples, batch 3 x 1" in row
+    assert "8 of s0, 4 of s1" in dict(plans.rows(plan, settings))["pictures"]
+
+
+def test_max_steps_is_for_all_subjects_together() -> None:
+    settings = Hyperparameters(max_steps=30)
+    plan = plans.make(settings, several(8, 4), FULL_SIZE, CPU)
+    assert plan.steps == 30
+    assert dict(plans.rows(plan, settings))["steps"].startswith(
+        "30 (as max_steps asks; each of the 2 subjects gets the same number of samples)"
+    )
+
+
+def test_the_crops_are_those_of_the_picture_that_is_drawn_most() -> None:
+    assert plans.make(Hyperparameters(max_steps=16), several(8, 2), None, CPU).cached_crops == 4
+
+
+def test_each_class_prompt_has_its_own_class_images() -> None:
+    settings = Hyperparameters(with_prior_preservation=True, num_class_images=10)
+    plan = plans.make(settings, several(8, 4, classes=("a cat", "a dog"), given=4), FULL_SIZE, CPU)
+    assert (plan.class_images, plan.class_images_to_sample, plan.class_sets) == (20, 12, (10, 10))
+    pictures = dict(plans.rows(plan, settings))["pictures"]
+    assert "20 class images in 2 sets, one of each class prompt (12 to sample)" in pictures
+    shared = plans.make(settings, several(8, 4, given=4), FULL_SIZE, CPU)
+    assert (shared.class_images, shared.class_images_to_sample, shared.class_sets) == (10, 6, (10,))
+    settings = Hyperparameters(
+        with_prior_preservation=True, prior_preservation_mode="prediction", num_class_images=10
+    )
+    assert plans.make(settings, several(8, 4), FULL_SIZE, CPU).class_sets == ()
+
+
+def test_the_plan_counts_the_captions() -> None:
+    one = several(3)
+    (subject,) = one.subjects
+    info = replace(one, subjects=(replace(subject, captions=(None, "a", "a")),))
+    plan = plans.make(Hyperparameters(), info, None, CPU)
+    rows = dict(plans.rows(plan, Hyperparameters()))
+    assert rows["pictures"].startswith("3 instance images, 2 with captions of their own")
