@@ -11,6 +11,7 @@ from dreambooth.errors import DreamBoothError
 NAMES = {
     "evaluate": "what the judge reads in a model's pictures",
     "study": "fine-tune over several seeds: what is learned, and what is forgotten",
+    "stopping": "compare rules for when to stop with constant numbers of steps",
     "recipe": "train the embedded model",
     "judge": "train the judge",
     "clean": "how well clean pictures are told from others, by labels of two readers",

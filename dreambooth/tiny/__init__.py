@@ -20,6 +20,7 @@ DEFAULTS: Mapping[str, str] = MappingProxyType(
         "with_prior_preservation": "True",
         "prior_preservation_mode": "prediction",
         "training_guidance_scale": "1.5",
+        "early_stopping": "True",
         "guidance_scale": "3.5",
         "num_inference_steps": "25",
     }

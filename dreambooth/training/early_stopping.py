@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from dreambooth.training.meter import CLASS, OTHER_CLASS, MeterReading
 
-GUIDANCE_LIMIT = 2.0
+GUIDANCE_LIMIT = 1.4
 """Of what guidance multiplies, in units of the base's: above it pictures burn."""
 CLASS_RISE = 0.25
 """Of a class's drift above its lowest so far: the class had been held, and is let go."""

@@ -36,8 +36,8 @@ def test_two_in_a_row_end_it_and_the_last_good_one_is_kept() -> None:
     assert found is not None
     assert (found.step, found.kept) == (40, 20)
     assert found.sentence(100) == (
-        "stopped at step 40 of 100: what guidance multiplies is 2.75 times the base's, and above 2 "
-        "pictures burn; the model is that of step 20"
+        "stopped at step 40 of 100: what guidance multiplies is 2.75 times the base's, and above "
+        "1.4 pictures burn; the model is that of step 20"
     )
 
 

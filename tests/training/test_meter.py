@@ -112,7 +112,7 @@ def test_the_loss_is_against_the_noise_by_quarter_of_the_timesteps(model: Model)
     model.constants[""] = 1.0  # from now on the noise of the first quarter is known exactly
     reading = made.read(10, ())
     assert reading.losses == pytest.approx((0.0, 1.0, 1.0, 1.0), abs=1e-9)
-    assert 0.7 < reading.loss < 0.8
+    assert 0.5 < reading.loss < 1
 
 
 def test_convergence_compares_the_last_losses_with_all(meter: Meter) -> None:
