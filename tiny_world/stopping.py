@@ -70,7 +70,7 @@ RULES: Mapping[str, Callable[[Readings], int | None]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Comparison:
     """The settings of a comparison; job: further options of every training job."""
 
     data: DataSet
@@ -97,13 +97,13 @@ def nearest(step: int | None, steps: int) -> int:
     return max(EVERY, step // EVERY * EVERY)
 
 
-def chosen(readings: Readings, plan: Plan) -> dict[str, int]:
+def chosen(readings: Readings, plan: Comparison) -> dict[str, int]:
     """Return the step that each rule and each constant chooses, by name."""
     found = {name: nearest(rule(readings), plan.steps) for name, rule in RULES.items()}
     return found | {f"{step} steps": step for step in plan.constants()}
 
 
-def run(plan: Plan, out: Path) -> list[dict[str, Any]]:
+def run(plan: Comparison, out: Path) -> list[dict[str, Any]]:
     """Return one record a seed: the readings, what was chosen, and the judged parts by step."""
     critic, records = Critic.of_the_world(), []
     for seed in range(plan.seeds):
@@ -116,7 +116,7 @@ def run(plan: Plan, out: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _record(plan: Plan, folder: Path, seed: int, critic: Critic) -> dict[str, Any]:
+def _record(plan: Comparison, folder: Path, seed: int, critic: Critic) -> dict[str, Any]:
     model = folder / "model"
     if not (model / layout.INDEX).exists():
         _fine_tune(plan, folder, seed)
@@ -131,7 +131,7 @@ def _record(plan: Plan, folder: Path, seed: int, critic: Critic) -> dict[str, An
     return {"readings": raw, "chosen": picks, "judged": judged}
 
 
-def _fine_tune(plan: Plan, folder: Path, seed: int) -> None:
+def _fine_tune(plan: Comparison, folder: Path, seed: int) -> None:
     code = run_job(
         [
             *("--pretrained-model", "tiny", "--train", str(tiny.DATA / plan.data.folder)),
@@ -148,7 +148,7 @@ def _fine_tune(plan: Plan, folder: Path, seed: int) -> None:
         raise UserError(f"The fine-tune in {folder} ended with exit code {code}; see above.")
 
 
-def judge(model: Path, plan: Plan, critic: Critic, *, label: str) -> dict[str, float]:
+def judge(model: Path, plan: Comparison, critic: Critic, *, label: str) -> dict[str, float]:
     """Return the parts of the score of a model folder."""
     subject, own, other = prompts_of(plan.data)
     beach = f"{subject} on a beach"
@@ -218,7 +218,7 @@ def correlations(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
-def read_plan(argv: Sequence[str] | None) -> tuple[Plan, Path, int]:
+def read_plan(argv: Sequence[str] | None) -> tuple[Comparison, Path, int]:
     """Return the settings of the comparison, its output folder and the number of threads."""
     parser = Parser(prog="python -m tiny_world stopping", description=main.__doc__)
     parser.add_argument("--out", type=Path, required=True, help="where results are kept")
@@ -232,7 +232,7 @@ def read_plan(argv: Sequence[str] | None) -> tuple[Plan, Path, int]:
     known, rest = parser.parse_known_args(argv)
     if known.steps % EVERY:
         raise UserError(f"--steps must be a multiple of {EVERY}, at which states are kept.")
-    plan = Plan(
+    plan = Comparison(
         data=next(each for each in DATA_SETS if each.folder == known.data),
         seeds=known.seeds,
         steps=known.steps,
