@@ -1,0 +1,79 @@
+"""Small parts of the page. Texts are given as texts: none of them is read as HTML or Markdown."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any
+
+from nicegui import ui
+from nicegui.elements.mixins.text_element import TextElement
+
+from dreambooth.errors import DreamBoothError
+from dreambooth.limits import size_in_words
+from dreambooth.runs.run_folder import Run
+from dreambooth.runs.run_list import RunList
+
+
+def tag(name: str, *, classes: str = "", **attributes: object) -> ui.element:
+    """Return an HTML element. Values never go through `props(...)`, which would parse them."""
+    return _dressed(ui.element(name), classes, attributes)
+
+
+def text(name: str, content: str, *, classes: str = "", **attributes: object) -> Any:
+    """Return an HTML element with a text inside, which its `text` changes."""
+    return _dressed(TextElement(tag=name, text=content), classes, attributes)
+
+
+def _dressed(element: Any, classes: str, attributes: dict[str, object]) -> Any:
+    for name, value in attributes.items():
+        element.props[name.strip("_").replace("_", "-")] = value
+    return element.classes(classes)
+
+
+def told(action: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
+    """Return a handler that shows what a user can do about an error of the action."""
+
+    async def handler() -> None:
+        try:
+            await action()
+        except DreamBoothError as error:
+            ui.notify(str(error), type="negative", multi_line=True, timeout=0, close_button="Close")
+
+    return handler
+
+
+def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Draw a table of texts."""
+    with tag("div", classes="scrolled"), tag("table"):
+        text("caption", caption)
+        if heads:
+            with tag("thead"), tag("tr"):
+                for head in heads:
+                    text("th", head, scope="col")
+        with tag("tbody"):
+            for row in rows:
+                with tag("tr"):
+                    for number, cell in enumerate(row):
+                        text("td" if number or heads else "th", cell)
+
+
+def delete_button(runs: RunList, run: Run) -> None:
+    """Draw a button that deletes a run, once the user has read what this frees."""
+
+    async def delete() -> None:
+        dialog.close()
+        await asyncio.to_thread(runs.delete, run)
+        ui.navigate.to("/")
+
+    async def ask() -> None:
+        sizes = await asyncio.to_thread(run.sizes)
+        question.text = f"Delete {run.name}? This frees {size_in_words(sizes.total)}."
+        dialog.open()
+
+    with ui.dialog() as dialog, ui.card():
+        question = text("p", "")
+        with tag("div", classes="row-of-buttons"):
+            ui.button("Delete it", on_click=told(delete), color="negative")
+            ui.button("Keep it", on_click=dialog.close).props("outline")
+    ui.button("Delete", on_click=told(ask)).props("outline")
