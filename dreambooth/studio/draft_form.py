@@ -162,8 +162,9 @@ def _pictures(run: Run) -> Callable[[dict[str, Any]], None]:
         parts.text("h2", "Pictures")
         address = run_address(run.name, "pictures")
         with parts.tag("div", classes="drop", data_upload=address):
+            label = parts.text("label", "Drop 4 to 20 pictures of one subject here")
             chooser = parts.tag("input", type="file", multiple=True, accept="image/*")
-            parts.text("label", "Drop 4 to 20 pictures of one subject here", _for=chooser.html_id)
+            label.props["for"] = chooser.html_id
         parts.tag("div", data_upload_status=True, role="alert", classes="faults")
         count = parts.text("p", "", role="status", classes="note")
         grid = parts.tag("div", classes="pictures")

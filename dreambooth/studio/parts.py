@@ -27,7 +27,7 @@ def text(name: str, content: str, *, classes: str = "", **attributes: object) ->
 
 def _dressed(element: Any, classes: str, attributes: dict[str, object]) -> Any:
     for name, value in attributes.items():
-        element.props[name.strip("_").replace("_", "-")] = value
+        element.props[name.replace("_", "-")] = value
     return element.classes(classes)
 
 

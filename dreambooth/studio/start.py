@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
 import logging
+import signal
 import socket
+from collections.abc import Iterator
 from typing import Final
 
 import uvicorn
 
 from dreambooth.errors import UserError
-from dreambooth.process import files
+from dreambooth.process import files, stop
 from dreambooth.runs.run_list import RunList
 from dreambooth.settings.studio_options import StudioSettings, is_loopback
 from dreambooth.studio.access import Access
@@ -51,8 +54,26 @@ def run(settings: StudioSettings) -> int:
         )
         _say_where(settings, listener)
         logging.getLogger("uvicorn").setLevel(logging.ERROR)
-        asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))
+        asyncio.run(_serve(_Server(config), listener))
     return 0
+
+
+class _Server(uvicorn.Server):
+    """A uvicorn server without its own signal handling, which ends with the signal, not with 0."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _serve(server: uvicorn.Server, listener: socket.socket) -> None:
+    def end() -> None:
+        server.force_exit = server.should_exit
+        server.should_exit = True
+
+    for number in stop.answered(always=(signal.SIGTERM, signal.SIGINT)):
+        asyncio.get_running_loop().add_signal_handler(number, end)
+    await server.serve(sockets=[listener])
 
 
 def _listen(settings: StudioSettings) -> socket.socket:
