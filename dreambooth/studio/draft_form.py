@@ -150,10 +150,10 @@ class _Form:
 
 
 def _preset_button(form: _Form, name: str) -> Any:
-    def choose() -> None:
+    async def choose() -> None:
         form.store_all(lambda contents: drafts.with_preset(contents, name))
 
-    return ui.button(drafts.PRESETS[name].title, on_click=choose).props("outline")
+    return parts.second_button(drafts.PRESETS[name].title, choose)
 
 
 def _pictures(run: Run) -> Callable[[dict[str, Any]], None]:
@@ -199,7 +199,7 @@ def _picture(run: Run, name: str, side: int) -> None:
         address = f"{run_address(run.name, 'pictures', name)}?side={side}"
         parts.tag("img", src=address, alt=name, loading="lazy")
         with parts.tag("figcaption"):
-            button = ui.button("Remove", on_click=parts.told(remove)).props("flat dense no-caps")
+            button = parts.second_button("Remove", remove).props("dense")
             button.props["aria-label"] = f"Remove {name}"
 
 
@@ -249,7 +249,7 @@ def _plan_and_start(runs: RunList, run: Run) -> None:
     with parts.tag("section"):
         parts.text("h2", "Plan and start")
         with parts.tag("div", classes="row-of-buttons"):
-            ui.button("Show the plan", on_click=parts.told(only_plan)).props("outline")
+            parts.second_button("Show the plan", only_plan)
             ui.button("Start", on_click=parts.told(start))
         place = parts.tag("div")
 

@@ -81,7 +81,7 @@ def _about_the_machine(model: str | None) -> list[str]:
 def _rows(found: list[RunStatus]) -> dict[str, list[Any]]:
     """Draw one row per run; return the cells that change, by the run's name."""
     rows = {}
-    with parts.tag("div", classes="scrolled"), parts.tag("table"):
+    with parts.scrolled("all runs"), parts.tag("table", classes="list"):
         with parts.tag("thead"), parts.tag("tr"):
             for head in _HEADS:
                 parts.text("th", head, scope="col")

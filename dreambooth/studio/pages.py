@@ -17,7 +17,8 @@ from starlette.types import ASGIApp
 from dreambooth.errors import UserError
 from dreambooth.runs.run_folder import RunState
 from dreambooth.runs.run_list import RunList
-from dreambooth.studio import draft_form, list_view, parts, run_view
+from dreambooth.studio import draft_form, generate_view, list_view, parts, run_view
+from dreambooth.studio.drawings import Drawings
 from dreambooth.studio.routes import routes
 
 POLL_S: Final = 1.0
@@ -43,7 +44,13 @@ def build(runs: RunList, model: str | None) -> ASGIApp:
             pass
         ui.timer(POLL_S, _one_run(frame, runs, name))
 
+    def generate() -> None:
+        with _frame():
+            update = generate_view.draw(Drawings(runs, model))
+        ui.timer(POLL_S, update)
+
     ui.page("/", title=_TITLE)(all_runs)
+    ui.page("/generate", title=_TITLE)(generate)
     ui.page("/runs/{name}", title=_TITLE)(one_run)
     ui.run_with(
         app,
@@ -61,6 +68,9 @@ def _frame() -> ui.element:
     ui.colors(primary="#2461c9", negative="#b42318", positive="#1b7a43")
     with parts.tag("header", classes="studio-header"):
         ui.link(_TITLE, "/")
+        with parts.tag("nav"):
+            ui.link("Runs", "/")
+            ui.link("Generate", "/generate")
     return parts.tag("main", classes="studio")
 
 

@@ -43,9 +43,19 @@ def told(action: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]
     return handler
 
 
+def second_button(label: str, action: Callable[[], Awaitable[None]]) -> Any:
+    """Return a button that is not the page's first choice; its text has the colour of all texts."""
+    return ui.button(label, on_click=told(action), color=None).props("outline")
+
+
+def scrolled(label: str) -> ui.element:
+    """Return the place of a table that may be too wide; arrow keys scroll it."""
+    return tag("div", classes="scrolled", tabindex="0", role="region", aria_label=label)
+
+
 def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Draw a table of texts."""
-    with tag("div", classes="scrolled"), tag("table"):
+    with scrolled(caption), tag("table"):
         text("caption", caption)
         if heads:
             with tag("thead"), tag("tr"):
@@ -75,5 +85,5 @@ def delete_button(runs: RunList, run: Run) -> None:
         question = text("p", "")
         with tag("div", classes="row-of-buttons"):
             ui.button("Delete it", on_click=told(delete), color="negative")
-            ui.button("Keep it", on_click=dialog.close).props("outline")
-    ui.button("Delete", on_click=told(ask)).props("outline")
+            ui.button("Keep it", on_click=dialog.close, color=None).props("outline")
+    second_button("Delete", ask)

@@ -1,7 +1,8 @@
 """Answer the requests of the page that are about files: pictures, samples, the curve, the report.
 
 A run, a picture and a sample are found by their names among those that are there. Nothing that a
-user has sent is served as it came: pictures are decoded and encoded again.
+user has sent is served as it came: pictures are decoded and encoded again. Samples and drawn
+pictures are of our own making.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from dreambooth.runs import run_folder
 from dreambooth.runs.run_folder import Run
 from dreambooth.runs.run_list import RunList
 from dreambooth.studio import uploads
+from dreambooth.studio.drawings import Drawings
 
 STATIC: Final = Path(__file__).parent / "static"
 
@@ -45,6 +47,11 @@ _Answer = Callable[[Request], Awaitable[Response]]
 def run_address(name: str, *parts: str) -> str:
     """Return the address of a run's page, or of a file of the run."""
     return "/".join(["/runs", *(quote(part, safe="") for part in (name, *parts))])
+
+
+def drawing_address(name: str, picture: str) -> str:
+    """Return the address of a picture that was drawn."""
+    return f"/drawings/{name}/{quote(picture, safe='')}"
 
 
 def routes(runs: RunList, *, limits: Limits = LIMITS) -> Sequence[Route | Mount]:
@@ -70,10 +77,11 @@ def routes(runs: RunList, *, limits: Limits = LIMITS) -> Sequence[Route | Mount]
 
     async def show_sample(request: Request) -> Response:
         run = runs.run(request.path_params["run"])
-        for path in run.samples():
-            if path.name == request.path_params["name"]:
-                return FileResponse(path, media_type="image/png")
-        raise UserError("There is no such sample picture.")
+        return _png(run.samples(), request.path_params["name"])
+
+    async def show_drawn(request: Request) -> Response:
+        drawing = Drawings(runs, None).drawing(request.path_params["drawing"])
+        return _png(drawing.pictures(), request.path_params["name"])
 
     async def show_curve(request: Request) -> Response:
         run = runs.run(request.path_params["run"])
@@ -96,6 +104,7 @@ def routes(runs: RunList, *, limits: Limits = LIMITS) -> Sequence[Route | Mount]
         Route("/runs/{run}/pictures", _answered(add_picture), methods=["POST"]),
         Route("/runs/{run}/pictures/{name}", _answered(show_picture), methods=["GET"]),
         Route("/runs/{run}/samples/{name}", _answered(show_sample), methods=["GET"]),
+        Route("/drawings/{drawing}/{name}", _answered(show_drawn), methods=["GET"]),
         Route("/runs/{run}/loss.svg", _answered(show_curve), methods=["GET"]),
         Route("/runs/{run}/report.html", _answered(show_report), methods=["GET"]),
         Mount("/static", StaticFiles(directory=STATIC)),
@@ -117,6 +126,14 @@ def _answered(answer: _Answer) -> _Answer:
             return JSONResponse({"error": str(error)}, 404 if is_missing else 422)
 
     return answered
+
+
+def _png(pictures: Sequence[Path], name: str) -> Response:
+    """Return the one of these pictures that has this name."""
+    for path in pictures:
+        if path.name == name:
+            return FileResponse(path, media_type="image/png")
+    raise UserError("There is no such picture.")
 
 
 def _as_trained(path: Path, side: int) -> bytes:

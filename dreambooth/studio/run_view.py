@@ -66,7 +66,7 @@ class _Buttons:
                     "outlined dense inputmode=numeric maxlength=12"
                 )
                 ui.button("Continue", on_click=parts.told(self._do_continue))
-                ui.button("Run it again", on_click=parts.told(self._do_again)).props("outline")
+                parts.second_button("Run it again", self._do_again)
                 parts.delete_button(runs, run)
             self._report = ui.link("Report", run_address(run.name, run_folder.REPORT), new_tab=True)
 

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from PIL import Image
 
 from dreambooth.errors import UserError
 from dreambooth.runs import run_folder
@@ -193,6 +194,28 @@ def test_the_story_from_pictures_to_a_model(
     assert run.state() == RunState.DONE
     assert run.has_model()
 
+    page.get_by_role("link", name="Generate").click()
+    page.get_by_label("Prompt", exact=True).fill("a photo of a <b>riobugger</b> cat")
+    for label, value in (("Steps", "4"), ("Pictures", "2"), ("Seed", "7")):
+        page.get_by_label(label, exact=True).fill(value)
+    page.wait_for_timeout(1_500)
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_text("2 were drawn.").wait_for()
+    assert "run 0001-cat" in page.locator("section .note").inner_text()
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Download the picture of seed 8").click()
+    assert download.value.suggested_filename.endswith("_seed8.png")
+    with Image.open(download.value.path()) as image:
+        assert image.text["prompt"] == "a photo of a <b>riobugger</b> cat"
+    page.get_by_label("Seed", exact=True).fill("9")
+    page.wait_for_timeout(1_500)
+    page.get_by_role("button", name="Use these again").click()
+    page.wait_for_timeout(2_000)
+    assert page.get_by_label("Seed", exact=True).input_value() == "7"
+    page.get_by_role("button", name="Delete").click()
+    page.get_by_text("2 were drawn.").wait_for(state="detached")
+
+    page.goto(second.url)
     page.get_by_role("button", name="Delete").click()
     page.get_by_role("button", name="Delete it").click()
     page.get_by_text("There is no run yet.").wait_for()
