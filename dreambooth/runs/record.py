@@ -46,7 +46,7 @@ class Record:
     ) -> None:
         self._run = None if folder is None else Run(folder)
         number = environ.get(LOCK_VARIABLE, "")
-        self._inherited = int(number) if number.isdecimal() else None
+        self._inherited = int(number) if number.isdecimal() and len(number) < 9 else None
         self._is_process = is_process
         self._writes = False
         self._undo = contextlib.ExitStack()

@@ -207,6 +207,9 @@ class Run:
         return None
 
     def _no_lock(self, error: OSError) -> ResourceError:
+        if files.is_disk_full(error):
+            elsewhere = "keep runs on a larger disk"
+            return files.disk_fault("The run", self.folder, error, elsewhere=elsewhere)
         return ResourceError(
             f"The run {one_line(str(self.folder), 300)} cannot be locked "
             f"({error.strerror or error}): keep runs in a folder of a local disk that is yours."
