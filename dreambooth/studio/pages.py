@@ -7,6 +7,7 @@ line all show the same.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -14,7 +15,7 @@ from fastapi import FastAPI
 from nicegui import ui
 from starlette.types import ASGIApp
 
-from dreambooth.errors import UserError
+from dreambooth.errors import DreamBoothError, UserError
 from dreambooth.runs.run_folder import RunState
 from dreambooth.runs.run_list import RunList
 from dreambooth.studio import draft_form, generate_view, list_view, parts, run_view
@@ -29,6 +30,8 @@ _HEAD: Final = (
     '<script defer src="/static/upload.js"></script>'
 )
 
+log = logging.getLogger(__name__)
+
 
 def build(runs: RunList, model: str | None) -> ASGIApp:
     """Return the page as an ASGI application. model: what new runs start from, if it was given."""
@@ -37,17 +40,17 @@ def build(runs: RunList, model: str | None) -> ASGIApp:
     def all_runs() -> None:
         with _frame():
             update = list_view.draw(runs, model)
-        ui.timer(POLL_S, update)
+        _poll(update)
 
     def one_run(name: str) -> None:
         with _frame() as frame:
             pass
-        ui.timer(POLL_S, _one_run(frame, runs, name))
+        _poll(_one_run(frame, runs, name))
 
     def generate() -> None:
         with _frame():
             update = generate_view.draw(Drawings(runs, model))
-        ui.timer(POLL_S, update)
+        _poll(update)
 
     ui.page("/", title=_TITLE)(all_runs)
     ui.page("/generate", title=_TITLE)(generate)
@@ -61,6 +64,19 @@ def build(runs: RunList, model: str | None) -> ASGIApp:
         show_welcome_message=False,
     )
     return app
+
+
+def _poll(update: Callable[[], Awaitable[None]]) -> None:
+    """Bring the page up to date once a second; one update ends before the next begins."""
+
+    async def poll() -> None:
+        try:
+            await update()
+        except (DreamBoothError, OSError) as error:
+            # Mostly what was read has just been deleted, and the next look finds that out.
+            log.debug("the page could not be brought up to date: %s", error)
+
+    ui.timer(POLL_S, poll)
 
 
 def _frame() -> ui.element:

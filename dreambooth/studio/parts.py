@@ -33,12 +33,16 @@ def _dressed(element: Any, classes: str, attributes: dict[str, object]) -> Any:
 
 def told(action: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
     """Return a handler that shows what a user can do about an error of the action."""
+    client = ui.context.client  # the button may be gone by then
 
     async def handler() -> None:
         try:
             await action()
         except DreamBoothError as error:
-            ui.notify(str(error), type="negative", multi_line=True, timeout=0, close_button="Close")
+            with client:
+                ui.notify(
+                    str(error), type="negative", multi_line=True, timeout=0, close_button="Close"
+                )
 
     return handler
 
@@ -71,10 +75,12 @@ def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> 
 def delete_button(runs: RunList, run: Run) -> None:
     """Draw a button that deletes a run, once the user has read what this frees."""
 
+    client = ui.context.client
+
     async def delete() -> None:
         dialog.close()
         await asyncio.to_thread(runs.delete, run)
-        ui.navigate.to("/")
+        client.open("/")
 
     async def ask() -> None:
         sizes = await asyncio.to_thread(run.sizes)
