@@ -95,6 +95,30 @@ def tried_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def samples_of_two_steps() -> Iterator[None]:
+    """Draw sample pictures in 2 steps of 25: every job draws one, and most tests look at none.
+
+    For compute_scores draw 2 pictures of 2 steps, of 8 and 50.
+    """
+    if "torch" not in sys.modules:  # then no test here trains
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dreambooth.job.previews.NUM_INFERENCE_STEPS", 2)
+        patch.setattr("dreambooth.job.scoring.SCORED_STEPS", 2)
+        patch.setattr("dreambooth.job.scoring.SCORED_PICTURES", 2)
+        yield
+
+
+@pytest.fixture(scope="module")
+def class_images_of_four_steps() -> Iterator[None]:
+    """Sample class images in 4 steps of 25, for modules whose jobs only need to have some."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dreambooth.job.class_sampling.NUM_INFERENCE_STEPS", 4)
+        yield
+
+
 @pytest.fixture
 def unprivileged_folder() -> Iterator[Path]:
     """Yield an empty folder, and run the test without root's right to read everything."""

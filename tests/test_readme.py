@@ -46,9 +46,11 @@ def environ() -> dict[str, str]:
 
 
 def test_the_block_for_ones_own_pictures_plans_trains_and_draws(tmp_path: Path) -> None:
-    block = shell_block("python transfer_learning.py")
+    block = shell_block("python transfer_learning.py --pretrained-model models/")
     assert block.count("--max_steps 400") == 2
+    assert block.count("--count 4") == 1
     script = "set -e\n" + block.replace("--max_steps 400", "--max_steps 4")
+    script = script.replace("--count 4", "--count 4 --num_inference_steps 4")
     done = subprocess.run(
         ["bash", "-c", script],
         cwd=workshop(tmp_path),

@@ -13,6 +13,7 @@ NAMES = {
     "study": "fine-tune over several seeds: what is learned, and what is forgotten",
     "recipe": "train the embedded model",
     "judge": "train the judge",
+    "clean": "how well clean pictures are told from others, by labels of two readers",
     "data_sets": "draw the shipped data sets",
 }
 

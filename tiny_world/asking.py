@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,12 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dreambooth.commands import evaluate
 from dreambooth.diffusion import model as models
-from dreambooth.diffusion import sampling
 from dreambooth.diffusion.model import DiffusionModel
-from dreambooth.diffusion.sampling_request import SamplingRequest
 from dreambooth.errors import UserError
-from dreambooth.process.progress import Progress
 from dreambooth.tiny import judge_network
 from dreambooth.tiny.judge_network import Pictures
 from tiny_world import answers, judge
@@ -101,23 +98,14 @@ def ask(folder: Path, questions: Questions, settings: Settings, *, label: str) -
 def _draw(
     model: DiffusionModel, prompts: Sequence[str], settings: Settings, label: str
 ) -> dict[str, list[Pictures | None]]:
-    requests = [
-        SamplingRequest(
-            prompt=prompt,
-            guidance_scale=settings.guidance_scale,
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+        return evaluate.draw(
+            model,
+            prompts,
+            label,
+            pictures=settings.pictures,
             num_inference_steps=settings.num_inference_steps,
-            seed=settings.seed + number,
+            guidance_scale=settings.guidance_scale,
+            seed=settings.seed,
+            batch_size=settings.batch_size,
         )
-        for prompt in prompts
-        for number in range(settings.pictures)
-    ]
-    drawn: dict[str, list[Pictures | None]] = {prompt: [] for prompt in prompts}
-    pictures = sampling.generate(model, requests, batch_size=settings.batch_size)
-    with (
-        torch.autocast(model.device.type, torch.bfloat16, enabled=settings.precision == "bf16"),
-        Progress(len(requests), label, stream=sys.stderr, unit="pictures") as progress,
-    ):
-        for number, (request, picture) in enumerate(zip(requests, pictures, strict=True)):
-            drawn[request.prompt].append(picture)
-            progress.update(number + 1)
-    return drawn

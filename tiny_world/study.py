@@ -10,6 +10,7 @@ command does not have, such as `--num_class_images 200`, are passed to the train
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -28,6 +29,7 @@ from dreambooth.job.run import run_job
 from dreambooth.process import logs
 from dreambooth.settings.command_line import Parser
 from tiny_world import asking, evaluate, questions, sheets
+from tiny_world.clean import Critic
 from tiny_world.data_sets import DATA_SETS
 
 SAMPLINGS = {"3.5": (3.5, 25), "7.5": (7.5, 50)}
@@ -112,6 +114,10 @@ class Study:
         _write_json(self._out / "results.json", results)
         return results
 
+    @functools.cached_property
+    def _critic(self) -> Critic:
+        return Critic.of_the_world()
+
     def _base(self) -> Path:
         return tiny.WEIGHTS if self._plan.model == "tiny" else Path(self._plan.model)
 
@@ -142,7 +148,8 @@ class Study:
         path = self._out / "interviews" / f"{name}_guidance_{scale:g}_steps_{steps}.json"
         if path.exists():
             kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return kept
+            if "clean" in kept:  # older ones are held again
+                return kept
         settings = asking.Settings(
             pictures=self._plan.pictures,
             guidance_scale=scale,
@@ -154,6 +161,11 @@ class Study:
         asked = questions.of_subject(self._plan.subject)
         interview = asking.ask(folder, asked, settings, label=f"asking {name}")
         record = evaluate.as_record(interview, settings)
+        record["clean"] = {
+            prompt: self._critic.clean_share(pictures)
+            for prompt, pictures in interview.pictures.items()
+            if "sketch" not in prompt.split()
+        }
         path.parent.mkdir(exist_ok=True)
         title = f"{name}: guidance {scale:g}, {steps} steps"
         sheets.overview(interview, title).save(path.with_suffix(".png"))
@@ -166,7 +178,8 @@ def summarise(
 ) -> dict[str, Any]:
     """Return the mean over the seeds and its 95 % interval, by measure and condition.
 
-    The measure "variety" is the entropy of the class's colours as a share of the base model's.
+    "clean: PROMPT" is the share of its pictures that are clean (`tiny_world.clean`); "variety" the
+    entropy of the class's colours as a share of the base model's.
     """
     chosen = {
         condition: [
@@ -184,6 +197,11 @@ def summarise(
         }
         for measure in base["measures"]
     }
+    for prompt in base["clean"]:
+        measures[f"clean: {prompt}"] = {
+            condition: over_seeds([record["clean"][prompt] for record in rows])
+            for condition, rows in chosen.items()
+        }
     if bits := base["variety"]["bits"]:
         measures["variety"] = {
             condition: over_seeds([record["variety"]["bits"] / bits for record in rows])

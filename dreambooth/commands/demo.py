@@ -89,8 +89,10 @@ def _draw_sheet(dataset: Path, model_dir: Path, path: Path) -> None:
 
 
 def _draw(model: DiffusionModel, label: str) -> dict[str, list[np.ndarray]]:
-    """Return pictures by prompt; base and fine-tuned model start from the same noise."""
-    return evaluate.draw(
+    """Return the finite pictures by prompt; base and fine-tuned model start from the same noise."""
+    from dreambooth.evaluation.shares import finite
+
+    drawn = evaluate.draw(
         model,
         PROMPTS,
         label,
@@ -100,3 +102,4 @@ def _draw(model: DiffusionModel, label: str) -> dict[str, list[np.ndarray]]:
         seed=SEED,
         batch_size=PICTURES_PER_ROW,
     )
+    return {prompt: finite(pictures) for prompt, pictures in drawn.items()}

@@ -7,10 +7,11 @@ docs/measurements.md says how), prints a table and writes evaluation.json and a 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from dreambooth.data import dataset_info, prompts
 from dreambooth.data.dataset_info import DatasetInfo
 from dreambooth.errors import ResourceError, UserError
 from dreambooth.evaluation import prompt_list, vision_model
+from dreambooth.evaluation.prompt_list import AskedPrompts
 from dreambooth.process import gpu_driver, libraries, temporary_folder
 from dreambooth.settings.evaluate_options import EvaluateSettings, read
 
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
 
     from dreambooth.diffusion.model import DiffusionModel
     from dreambooth.evaluation.features import FeatureNetwork
-    from dreambooth.evaluation.measures import Features, Measure, Values
+    from dreambooth.evaluation.measures import Measure, Values
+    from dreambooth.evaluation.shares import Drawn
     from dreambooth.evaluation.text_image import TextImage
     from dreambooth.report.contact_sheet import Picture
 
@@ -37,46 +40,6 @@ log = logging.getLogger(__name__)
 SHEET_CELL_PIXELS = 128
 SHEET_PICTURES = 8  # of each prompt
 _DRAWING = ("pictures", "num_inference_steps", "guidance_scale", "seed", "batch_size")
-
-_NO_CLASS_PICTURES = "it needs --base, or class images beside the data's pictures"
-_NOT_FINITE = "no picture of it is finite"
-
-Drawn = Mapping[str, "Sequence[np.ndarray]"]
-"""Finite pictures, uint8 [H,W,3], by prompt."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AskedPrompts:
-    """The prompts that are drawn. classes: of the subject's class and another one, if known."""
-
-    subject: str
-    elsewhere: tuple[str, ...]
-    own_class: str | None
-    other_class: str
-
-    @property
-    def of_classes(self) -> tuple[str, ...]:
-        """Return the prompts that the base model draws too."""
-        return tuple(prompt for prompt in (self.own_class, self.other_class) if prompt)
-
-    @property
-    def all(self) -> tuple[str, ...]:
-        """Return all prompts, each once."""
-        return tuple(dict.fromkeys((self.subject, *self.elsewhere, *self.of_classes)))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SeenFeatures:
-    """The features of pictures, each [N,D] and of length 1: of drawings by their prompts.
-
-    flipped: of the instance images' mirror images. class_pictures: drawn by the base, or given.
-    """
-
-    instance: Features
-    flipped: Features
-    drawn: Mapping[str, Features]
-    base: Mapping[str, Features]
-    class_pictures: Features | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +70,7 @@ def main(arguments: argparse.Namespace) -> int:
     with libraries.importing():
         import torch
 
-        from dreambooth.evaluation import features, text_image
+        from dreambooth.evaluation import clean, features, text_image
 
     gpu_driver.refuse_gpu_without_kernels(torch)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -119,11 +82,13 @@ def main(arguments: argparse.Namespace) -> int:
         how = {name: getattr(settings, name) for name in _DRAWING}
         drawn = draw(model, asked.all, "drawing", **how)
         base: Drawn = {}
+        base_loss = None
         del model
         if settings.base is not None:
             other = _load(settings.base, "--base", settings, device, workspace / "base")
-            base = draw(other, asked.of_classes, "drawing, base model", **how)
-    report = _measure(asked, info, drawn, base, network, reader, side)
+            base = draw(other, asked.all, "drawing, base model", **how)
+            base_loss = functools.partial(clean.denoising_loss, other)
+        report = _measure(asked, info, drawn, base, network, reader, base_loss, side)
     _print(report)
     _write(settings, asked, info, drawn, base, report)
     return 0
@@ -184,10 +149,10 @@ def draw(
     guidance_scale: float,
     seed: int,
     batch_size: int,
-) -> dict[str, list[np.ndarray]]:
-    """Return the finite pictures of each prompt; picture i of each starts from seed + i.
+) -> dict[str, list[np.ndarray | None]]:
+    """Return the pictures of each prompt, None where one is not finite.
 
-    label: what the line of progress says.
+    Picture i of each starts from seed + i. label: what the line of progress says.
     """
     from dreambooth.diffusion import sampling
     from dreambooth.diffusion.sampling_request import SamplingRequest
@@ -203,14 +168,13 @@ def draw(
         for prompt in prompts
         for number in range(pictures)
     ]
-    drawn: dict[str, list[np.ndarray]] = {prompt: [] for prompt in prompts}
+    drawn: dict[str, list[np.ndarray | None]] = {prompt: [] for prompt in prompts}
     made = sampling.generate(model, requests, batch_size=batch_size)
     with Progress(len(requests), label, stream=sys.stderr, unit="pictures") as progress:
         for number, (request, picture) in enumerate(zip(requests, made, strict=True)):
             if picture is None:
                 log.warning("a picture of seed %s is not finite and left out", request.seed)
-            else:
-                drawn[request.prompt].append(picture)
+            drawn[request.prompt].append(picture)
             progress.update(number + 1)
     return drawn
 
@@ -222,83 +186,30 @@ def _measure(
     base: Drawn,
     network: FeatureNetwork,
     reader: TextImage | None,
+    base_loss: Callable[[Sequence[np.ndarray]], Values] | None,
     side: int,
 ) -> Report:
-    import numpy as np
+    from dreambooth.evaluation import scores, shares
+    from dreambooth.evaluation.measures import summarised
 
-    from dreambooth.evaluation import scores
-    from dreambooth.evaluation.measures import of_length_one, summarised
-
-    given = _squared(info.instance_images, side)
-    instance = network(given)
-    raw = {prompt: network(pictures) for prompt, pictures in drawn.items() if pictures}
-    own = {prompt: network(pictures) for prompt, pictures in base.items() if pictures}
-    gallery = own.get(asked.own_class or "")
-    if gallery is None and info.class_images:
-        gallery = network(_squared(info.class_images, side))
-    seen = SeenFeatures(
-        instance=of_length_one(instance),
-        flipped=of_length_one(network([np.ascontiguousarray(one[:, ::-1]) for one in given])),
-        drawn={prompt: of_length_one(rows) for prompt, rows in raw.items()},
-        base={prompt: of_length_one(rows) for prompt, rows in own.items()},
-        class_pictures=None if gallery is None else of_length_one(gallery),
+    pictures = shares.MeasuredPictures(
+        instance=_squared(info.instance_images, side),
+        drawn=drawn,
+        base=base,
+        class_images=() if base else _squared(info.class_images, side),
     )
-    found = dict(_of_the_subject(asked, seen)) | dict(_of_classes(asked, seen))
-    fits = [reader.fit(drawn[p], p) for p in asked.elsewhere if drawn[p]] if reader else []
-    found["context"] = np.concatenate(fits) if fits else "it needs --text_image, a CLIP model"
-    mine = raw.get(asked.subject, instance[:0])
+    found = shares.measured(asked, pictures, network, reader, base_loss)
+    mine = shares.finite(drawn[asked.subject])
     return Report(
         measures={n: summarised(each) for n, each in found.items() if not isinstance(each, str)},
         missing={name: each for name, each in found.items() if isinstance(each, str)},
         frechet_distance=(
-            scores.frechet_distance(instance, mine) if min(len(instance), len(mine)) > 1 else None
+            scores.frechet_distance(network(pictures.instance), network(mine))
+            if min(len(pictures.instance), len(mine)) > 1
+            else None
         ),
         features=network.name,
     )
-
-
-def _of_the_subject(asked: AskedPrompts, seen: SeenFeatures) -> Iterator[tuple[str, Values | str]]:
-    """Yield each measure of the subject's drawings, or why there is none."""
-    from dreambooth.evaluation import measures
-
-    drawn = seen.drawn.get(asked.subject)
-    if drawn is None:
-        yield "subject", _NOT_FINITE
-        return
-    if seen.class_pictures is None:
-        yield "subject", _NO_CLASS_PICTURES
-    else:
-        yield "subject", measures.subject_rank(drawn, seen.instance, seen.class_pictures)
-    yield "likeness", measures.likeness(drawn, seen.instance)
-    yield "copies", measures.copied(drawn, seen.instance, seen.flipped)
-
-
-def _of_classes(asked: AskedPrompts, seen: SeenFeatures) -> Iterator[tuple[str, Values | str]]:
-    """Yield each measure of what was kept, or why there is none."""
-    from dreambooth.evaluation import measures
-
-    drawn = seen.drawn.get(asked.own_class or "")
-    if asked.own_class is None:
-        yield "class_kept", "dataset_info.json gives no class_prompt"
-    elif drawn is None:
-        yield "class_kept", _NOT_FINITE
-    else:
-        if seen.class_pictures is None:
-            yield "class_kept", _NO_CLASS_PICTURES
-        else:
-            yield "class_kept", measures.kept(drawn, seen.instance, seen.class_pictures)
-        yield "class_likeness", measures.likeness(drawn, seen.instance)
-        for name, rows in (
-            ("class_variety", drawn),
-            ("base_class_variety", seen.base.get(asked.own_class, drawn[:0])),
-        ):
-            if len(rows) > 1:
-                yield name, measures.variety(rows)
-    drawn, own = (rows.get(asked.other_class) for rows in (seen.drawn, seen.base))
-    if drawn is None or own is None:
-        yield "other_class_kept", "it needs --base" if drawn is not None else _NOT_FINITE
-    else:
-        yield "other_class_kept", measures.kept(drawn, seen.instance, own)
 
 
 def _squared(paths: Sequence[Path], side: int) -> list[np.ndarray]:
@@ -333,6 +244,7 @@ def _write(
     report: Report,
 ) -> None:
     from dreambooth.data import images
+    from dreambooth.evaluation.shares import finite
     from dreambooth.report import contact_sheet
 
     document = {
@@ -352,9 +264,9 @@ def _write(
     given = [images.open_image(path) for path in info.instance_images[:SHEET_PICTURES]]
     rows: list[tuple[str, Sequence[Picture]]] = [(f"instance images: {asked.subject}", given)]
     for prompt, pictures in drawn.items():
-        rows.append((prompt, pictures[:SHEET_PICTURES]))
-        if base.get(prompt):
-            rows.append((f"base: {prompt}", base[prompt][:SHEET_PICTURES]))
+        rows.append((prompt, finite(pictures)[:SHEET_PICTURES]))
+        if prompt in base:
+            rows.append((f"base: {prompt}", finite(base[prompt])[:SHEET_PICTURES]))
     try:
         path = settings.out / "evaluation.json"
         path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", "utf-8")

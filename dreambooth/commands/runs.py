@@ -13,7 +13,7 @@ from dreambooth.errors import UserError, one_line
 from dreambooth.limits import size_in_words
 from dreambooth.process import addresses
 from dreambooth.runs import run_folder, run_list, stop_run
-from dreambooth.runs.run_folder import RunState
+from dreambooth.runs.run_folder import Run, RunState
 from dreambooth.runs.run_list import RunList
 from dreambooth.runs.run_status import RunStatus
 from dreambooth.settings import command_line, container, hyperparameters
@@ -81,7 +81,7 @@ def main(arguments: argparse.Namespace) -> int:
 def _list(runs: RunList, arguments: argparse.Namespace) -> _Printed:
     found = runs.statuses()
     if not found:
-        return f"There are no runs in {runs.folder}.", {"runs": []}
+        return f"There are no runs in {one_line(str(runs.folder), 300)}.", {"runs": []}
     rows: list[tuple[str, ...]] = [("RUN", "STATE", "STEP", "LOSS", "CHECKPOINT", "MODEL", "SIZE")]
     rows += [_row(status) for status in found]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -97,7 +97,7 @@ def _list(runs: RunList, arguments: argparse.Namespace) -> _Printed:
 
 def _row(status: RunStatus) -> tuple[str, ...]:
     return (
-        one_line(status.name, 100),
+        _shown(status),
         f"{status.state}, stopping" if status.stopping else str(status.state),
         f"{status.step}/{status.steps or '?'}" if status.step or status.steps else "-",
         "-" if status.loss is None else f"{status.loss:.4f}",
@@ -105,6 +105,11 @@ def _row(status: RunStatus) -> tuple[str, ...]:
         "yes" if status.has_model else "-",
         size_in_words(status.sizes.total),
     )
+
+
+def _shown(run: Run | RunStatus) -> str:
+    """Return the name of a run for people: it may hold a terminal's codes."""
+    return one_line(run.name, 100)
 
 
 def _show(runs: RunList, arguments: argparse.Namespace) -> _Printed:
@@ -148,7 +153,7 @@ def _stop(runs: RunList, arguments: argparse.Namespace) -> _Printed:
     lines, stopped = [], []
     for run in [runs.run(name) for name in arguments.names]:
         result = stop_run.stop(run)
-        lines.append(f"{run.name}: {result.sentence}")
+        lines.append(f"{_shown(run)}: {result.sentence}")
         stopped.append({"name": run.name, **asdict(result), "sentence": result.sentence})
     return "\n".join(lines), {"stopped": stopped}
 
@@ -161,23 +166,23 @@ def _continue(runs: RunList, arguments: argparse.Namespace) -> _Printed:
     how = "from its first step, as it has no checkpoint"
     if step is not None:
         how = f"from its checkpoint of step {step}"
-    return f"{run.name} goes on {how}.", {"name": run.name, "checkpoint_step": step}
+    return f"{_shown(run)} goes on {how}.", {"name": run.name, "checkpoint_step": step}
 
 
 def _again(runs: RunList, arguments: argparse.Namespace) -> _Printed:
     old = runs.run(arguments.name)
     run = runs.again(old, _given(arguments), name=arguments.new_name)
     runs.start()
-    return f"{run.name} was added, as {old.name}.", {"added": [run.name]}
+    return f"{run.name} was added, as {_shown(old)}.", {"added": [run.name]}
 
 
 def _delete(runs: RunList, arguments: argparse.Namespace) -> _Printed:
-    chosen = [runs.run(name) for name in arguments.names]
+    chosen = [runs.run(name) for name in dict.fromkeys(arguments.names)]
     for run in chosen:
         if run.is_running:
             raise UserError(f"The run {run.name} is running: stop it first.")
     size = size_in_words(sum(run.sizes().total for run in chosen))
-    names = ", ".join(run.name for run in chosen)
+    names = ", ".join(map(_shown, chosen))
     if not arguments.yes and not _agrees(f"Delete {names}? This frees {size}. [y/N] "):
         return "Nothing was deleted.", {"deleted": [], "freed_bytes": 0}
     freed = sum(runs.delete(run) for run in chosen)

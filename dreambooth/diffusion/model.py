@@ -22,7 +22,6 @@ from typing import Any
 
 import diffusers
 import torch
-from accelerate import init_empty_weights
 
 from dreambooth.diffusion import text_encoders, trial
 from dreambooth.diffusion.sampling_request import step_range
@@ -218,10 +217,7 @@ def _build(
     folder: Path, part: str, construct: Callable[[dict[str, Any]], Any], limits: Limits
 ) -> Any:
     config = layout.component_config(folder, part, limits=limits)
-    # Neither allocate nor initialise weights that are replaced at once.
-    empty_weights = init_empty_weights(include_buffers=False)
-    with faults_of(folder / part / "config.json", "network that can be built"), empty_weights:
-        return construct(config)
+    return trial.build(construct, config, folder / part / "config.json")
 
 
 def _scheduler(model: DiffusionModel, name: str) -> Any:

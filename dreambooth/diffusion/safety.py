@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import init_empty_weights
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
 from transformers import CLIPConfig
 
-from dreambooth.diffusion.trial import faults_of
+from dreambooth.diffusion import trial
 from dreambooth.errors import ModelArtifactError
 from dreambooth.limits import LIMITS, Limits
 from dreambooth.model_folder import feature_extractor, layout, weights
@@ -87,8 +86,9 @@ def load(
     clip_input = feature_extractor.of_checker(folder, limits=limits)
     if clip_input is None:
         return None
-    config = layout.component_config(folder, "safety_checker", limits=limits)
-    network = _build(config, folder / "safety_checker" / "config.json")
+    settings = layout.component_config(folder, "safety_checker", limits=limits)
+    config = folder / "safety_checker" / "config.json"
+    network = trial.build(_untrained, settings, config)
     weights.load_into(
         network,
         folder / "safety_checker",
@@ -105,15 +105,13 @@ def load(
             f"checker sees {side} x {side} pixels."
         )
     checker = SafetyChecker(network, clip_input)
-    with faults_of(folder / "safety_checker" / "config.json", "safety checker that sees pictures"):
+    with trial.faults_of(config, "safety checker that sees pictures"):
         checker.hides(np.full((_SIDE, _SIDE, 3), 127, dtype=np.uint8))
     return checker
 
 
-def _build(config: dict[str, Any], path: Path) -> Any:
-    empty_weights = init_empty_weights(include_buffers=False)
-    with faults_of(path, "safety checker that can be built"), empty_weights:
-        return StableDiffusionSafetyChecker(CLIPConfig.from_dict(config))
+def _untrained(settings: dict[str, Any]) -> Any:
+    return StableDiffusionSafetyChecker(CLIPConfig.from_dict(settings))
 
 
 def _renamer(network: Any) -> Any:

@@ -1,6 +1,6 @@
-"""Tries the parts of a model with random or empty inputs, before it trains or draws.
+"""Builds the parts of a model, and tries them with random or empty inputs before their first use.
 
-A configuration may build parts that fail at their first use. Each function here uses one part as
+A configuration may build parts that fail at their first use. The other functions use one part as
 drawing and training do, in a fraction of a second for Stable Diffusion too: networks whose size
 matters get tensors without data, on the device "meta", which prove the shapes. The functions raise
 what the libraries raise, and ValueError for results that are none; `faults_of` makes sentences of
@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor
 from torch.func import functional_call
 
@@ -26,6 +27,11 @@ from dreambooth.diffusion.step_tables import timesteps_of
 from dreambooth.diffusion.text_encoders import BUILD_ERRORS
 from dreambooth.errors import ModelArtifactError, in_one_line
 from dreambooth.process.memory import is_out_of_memory
+
+try:
+    from transformers.initialization import no_init_weights
+except ImportError:  # transformers 4, which the Hugging Face toolkit brings
+    from transformers.modeling_utils import no_init_weights
 
 _CELLS = 8
 _DEVICE_ERRORS = {"OutOfMemoryError", "AcceleratorError"}
@@ -47,6 +53,18 @@ def faults_of(config: Path, what: str) -> Iterator[None]:
         raise ModelArtifactError(
             f"{config} does not describe a {what}: {in_one_line(error)}."
         ) from error
+
+
+def build(
+    construct: Callable[[dict[str, Any]], Any], settings: dict[str, Any], config: Path
+) -> Any:
+    """Build a network of the settings that the file `config` holds, for weights that are read next.
+
+    Parameters are neither allocated nor initialised; buffers are both.
+    """
+    empty_weights = init_empty_weights(include_buffers=False)
+    with faults_of(config, "network that can be built"), no_init_weights(), empty_weights:
+        return construct(settings)
 
 
 @torch.no_grad()

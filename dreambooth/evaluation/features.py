@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from dreambooth.evaluation.vision_model import CLIP, VisionModel
 from dreambooth.tiny import judge_network
 
 Picture = npt.NDArray[np.uint8]
+Head = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
+"""A linear layer that reads labels in features: weights [K,D] and biases [K] of K labels."""
 
 # By the kind of a folder: the classes of its configuration and of its network, and the network's
 # options. A ViT's pooler is not used: many folders, such as DINO's, come without its weights.
@@ -43,11 +45,13 @@ _UNREAD = ("mask_token", "position_ids")
 class FeatureNetwork:
     """A network that turns pictures into features. name: for the log.
 
-    one: maps a picture uint8 0..255 [H,W,3] to a feature [D] on the CPU.
+    one: maps a picture uint8 0..255 [H,W,3] to a feature [D] on the CPU. heads: what it was trained
+    to read in them, by attribute, if anything.
     """
 
     name: str
     one: Callable[[Picture], torch.Tensor]
+    heads: Mapping[str, Head] = field(default_factory=dict)
 
     def __call__(self, pictures: Sequence[Picture]) -> npt.NDArray[np.float64]:
         """Return features float64 [N,D]; one picture is in the network at a time.
@@ -60,6 +64,13 @@ class FeatureNetwork:
         if not np.isfinite(stacked).all():
             raise ModelArtifactError(f"Features of {self.name} are not finite.")
         return stacked
+
+
+def labels(features: npt.NDArray[np.float64], head: Head) -> npt.NDArray[np.int64]:
+    """Return the number of the likeliest label [N] in features [N,D] as the network gives them."""
+    weights, biases = head
+    found: npt.NDArray[np.int64] = (features @ weights.T + biases).argmax(axis=1)
+    return found
 
 
 def choose(
@@ -87,7 +98,11 @@ def of_photographs(device: torch.device) -> FeatureNetwork:
         pixels = torch.tensor(np.asarray(resized), device=device).permute(2, 0, 1)[None]
         return network.features(pixels / 127.5 - 1.0)[0].cpu()
 
-    return FeatureNetwork(name="EfficientNet-Lite0, trained on ImageNet", one=one)
+    return FeatureNetwork(
+        name="EfficientNet-Lite0, trained on ImageNet",
+        one=one,
+        heads={"class": _head(network.classes)},
+    )
 
 
 def of_judge() -> FeatureNetwork:
@@ -97,7 +112,13 @@ def of_judge() -> FeatureNetwork:
     def one(picture: Picture) -> torch.Tensor:
         return network.embed(judge_network.to_pixels(picture[None]))[0]
 
-    return FeatureNetwork(name="the judge of the embedded world", one=one)
+    heads = {name: _head(head) for name, head in network.heads.items()}
+    return FeatureNetwork(name="the judge of the embedded world", one=one, heads=heads)
+
+
+def _head(layer: Any) -> Head:
+    weights, biases = (part.detach().double().cpu().numpy() for part in (layer.weight, layer.bias))
+    return weights, biases
 
 
 def of_vision_model(model: VisionModel, device: torch.device) -> FeatureNetwork:

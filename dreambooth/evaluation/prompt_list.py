@@ -1,13 +1,14 @@
-"""Reads prompts from a file: one a line, or DreamBooth's own list (standard library only).
+"""Names the prompts that are drawn; reads those of a file: one a line, or DreamBooth's own list.
 
 The paper's data set comes with Python code, lines like
 ``'a {0} {1} in the jungle'.format(unique_token, class_token),``. They are found by a pattern; no
-code is run.
+code is run. Standard library only.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from dreambooth.errors import UserError, quoted
@@ -17,6 +18,25 @@ _OF_THE_PAPER = re.compile(r"\s*'([^'\\]*)'\.format\(unique_token, class_token\)
 _SECTION = re.compile(r"\s*(Object|Live Subject) Prompts\s*")
 _LIVE = ("cat", "dog")  # the classes of the paper's living subjects
 _MOST_PROMPTS = 1_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskedPrompts:
+    """The prompts that are drawn. own_class, other_class: of the subject's class and another one.
+
+    elsewhere: those that put the subject into other places.
+    """
+
+    subject: str
+    elsewhere: tuple[str, ...] = ()
+    own_class: str | None = None
+    other_class: str | None = None
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        """Return all prompts, each once."""
+        classes = [prompt for prompt in (self.own_class, self.other_class) if prompt]
+        return tuple(dict.fromkeys((self.subject, *self.elsewhere, *classes)))
 
 
 def read(

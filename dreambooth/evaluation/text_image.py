@@ -5,7 +5,6 @@ Legend: N pictures, D width of an embedding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from dreambooth.diffusion import text_encoders
 from dreambooth.errors import ModelArtifactError
 from dreambooth.evaluation import features, vision_model
-from dreambooth.evaluation.features import FeatureNetwork, Picture
+from dreambooth.evaluation.features import FeatureNetwork
 from dreambooth.evaluation.measures import of_length_one
 from dreambooth.model_folder import configuration, layout
 from dreambooth.model_folder.component_classes import CLIP
@@ -31,8 +30,8 @@ class TextImage:
     _tokenizer: Any
     _text: Any
 
-    def fit(self, pictures: Sequence[Picture], prompt: str) -> npt.NDArray[np.float64]:
-        """Return [N] the cosine of each picture's embedding to the prompt's (CLIP-T).
+    def fit(self, embeddings: npt.NDArray[np.float64], prompt: str) -> npt.NDArray[np.float64]:
+        """Return [N] the cosine of each picture's embedding [N,D] to the prompt's (CLIP-T).
 
         Prompts are cut at the length that the model reads.
         """
@@ -43,7 +42,7 @@ class TextImage:
         with torch.no_grad():
             embedding = self._text(ids.to(self._text.device)).text_embeds
         of_text = of_length_one(embedding.double().cpu().numpy())
-        fits: npt.NDArray[np.float64] = (of_length_one(self.pictures(pictures)) @ of_text.T)[:, 0]
+        fits: npt.NDArray[np.float64] = (of_length_one(embeddings) @ of_text.T)[:, 0]
         return fits
 
 

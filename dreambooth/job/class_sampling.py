@@ -112,8 +112,9 @@ def batch_size(task: Task) -> int:
     The number depends on the device, the model and the settings alone, so that a resumed job
     samples in the batches that it began with. On a CPU memory sets no limit.
     """
-    # Free memory differs from start to start, so it is left out here.
-    return _images_that_fit(task, replace(task.plan.device, free_bytes=None))
+    # Free memory differs from start to start, so it is left out here; the number of processes too,
+    # whose class images are those of one.
+    return _images_that_fit(task, replace(task.plan.device, free_bytes=None), processes=1)
 
 
 def pictures_per_call(task: Task) -> int:
@@ -122,15 +123,15 @@ def pictures_per_call(task: Task) -> int:
     Memory that this process may not take (`torch.cuda.set_per_process_memory_fraction`) does not
     count as free.
     """
-    return _images_that_fit(task, task.plan.device)
+    return _images_that_fit(task, task.plan.device, processes=task.plan.processes)
 
 
-def _images_that_fit(task: Task, device: DeviceFacts) -> int:
+def _images_that_fit(task: Task, device: DeviceFacts, *, processes: int) -> int:
     return expected_memory.class_batch(
         task.hyperparameters,
         read_facts(task.model_folder),
         task.plan.prior_generation_precision,
-        usable_bytes(device),
+        usable_bytes(device, processes),
     )
 
 

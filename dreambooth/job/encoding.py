@@ -64,6 +64,8 @@ def encode(
         class_text=train_text(class_prompt) if class_prompt is not None else None,
         latent_scale=float(model.vae.config.scaling_factor),
         prior_text=text(class_prompt) if class_prompt is not None else None,
+        empty_text=train_text("") if settings.predicts_the_prior else None,
+        prior_empty_text=text("") if settings.predicts_the_prior else None,
     )
     if settings.train_text_encoder:
         return data, {}
@@ -72,4 +74,5 @@ def encode(
 
 def _sampled_prompts(task: Task) -> tuple[str, ...]:
     """Return the prompts that pictures are drawn with, and the empty negative prompt."""
-    return (task.sample_prompt, task.dataset.instance_prompt, "")
+    of_class = task.dataset.class_prompt if task.hyperparameters.compute_scores else None
+    return (task.sample_prompt, task.dataset.instance_prompt, of_class or "", "")

@@ -6,8 +6,6 @@ import logging
 import sys
 from collections.abc import Iterator
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from dreambooth.data import images
@@ -15,14 +13,13 @@ from dreambooth.data.seeds import derive_seed
 from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.errors import DatasetError
 from dreambooth.evaluation import features, scores, vision_model
+from dreambooth.evaluation.features import FeatureNetwork, Picture
 from dreambooth.job.previews import Previews, failure_reason
 from dreambooth.job.task import Task
 from dreambooth.process import logs
 from dreambooth.process.progress import Progress
 
 log = logging.getLogger(__name__)
-
-Picture = npt.NDArray[np.uint8]
 
 MIN_PICTURES, MAX_PICTURES = 8, 32  # drawn: one per instance image, within these bounds
 
@@ -33,9 +30,20 @@ def check_features(task: Task) -> None:
     Raises ModelArtifactError.
     """
     settings = task.hyperparameters
-    if settings.compute_fid and settings.fid_features:
+    if settings.compares_features and settings.fid_features:
         folder = vision_model.read(settings.fid_features)
         features.of_vision_model(folder, torch.device("cpu"))
+
+
+def feature_network(task: Task, model: DiffusionModel) -> FeatureNetwork:
+    """Return the network whose features are compared: that of fid_features, or a built-in one."""
+    folder = task.hyperparameters.fid_features
+    return features.choose(
+        vision_model.read(folder) if folder else None,
+        model,
+        resolution=task.resolution,
+        device=task.device,
+    )
 
 
 def print_score(task: Task, model: DiffusionModel, previews: Previews) -> float | None:
@@ -52,14 +60,8 @@ def print_score(task: Task, model: DiffusionModel, previews: Previews) -> float 
 
 
 def _print_score(task: Task, model: DiffusionModel, previews: Previews) -> float | None:
-    folder = task.hyperparameters.fid_features
-    network = features.choose(
-        vision_model.read(folder) if folder else None,
-        model,
-        resolution=task.resolution,
-        device=task.device,
-    )
-    given = list(_instance_images(task))
+    network = feature_network(task, model)
+    given = list(instance_images(task))
     if len(given) < 2:
         log.warning("no fid_score: it needs two instance images, and there is %d", len(given))
         return None
@@ -88,14 +90,14 @@ def _print_score(task: Task, model: DiffusionModel, previews: Previews) -> float
     return score
 
 
-def _instance_images(task: Task) -> Iterator[Picture]:
+def instance_images(task: Task) -> Iterator[Picture]:
     """Yield the instance images uint8 [H,W,3], resized and centre-cropped to the resolution."""
     sha256 = task.dataset.sha256
     for path in task.dataset.instance_images:
         try:
             picture = images.resize(images.open_image(path, sha256=sha256[path]), task.resolution)
         except DatasetError as error:  # it was readable before training: a flaky mount
-            log.warning("left out of fid_score: %s", error)
+            log.warning("left out of the scores: %s", error)
             continue
         left = (picture.width - task.resolution) // 2
         top = (picture.height - task.resolution) // 2

@@ -26,7 +26,7 @@ from dreambooth.errors import ResourceError
 from dreambooth.fast import captured_loop
 from dreambooth.fast.cuda_graphs import CudaGraphCapturer
 from dreambooth.fast.graphed_passes import without_capture
-from dreambooth.job import agreement, class_sampling, encoding, fid, outputs, stopping
+from dreambooth.job import agreement, class_sampling, encoding, fid, outputs, scoring, stopping
 from dreambooth.job.checkpoints import Checkpoints
 from dreambooth.job.previews import Previews
 from dreambooth.job.run_report import RunReport
@@ -219,8 +219,12 @@ def _fine_tune(
             if settings.compute_fid:
                 with phase("fid_score"), stop.released():
                     run_report.fid_score = fid.print_score(task, model, previews)
+            if settings.compute_scores:  # the last of all: it gives the base's weights back
+                with phase("scores"), stop.released():
+                    run_report.scores = scoring.print_scores(task, model, previews)
         except Stopped:
-            missing = "no sample picture" if run_report.last_sample is None else "no fid_score"
+            sampled = run_report.last_sample is not None
+            missing = "not all of its scores" if sampled else "no sample picture"
             run_report.stopped = (
                 f"The {state.step} steps were made and the model is whole; it has {missing}."
             )

@@ -38,6 +38,10 @@ _LONGEST_WAIT = timedelta(hours=2)
 _NAME_SECONDS = 30.0  # the other hosts of a cluster may get their names late
 
 
+class NotJoinedError(UserError):
+    """A process cannot find the others; one that has ended may be the reason."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
     """The processes that train together.
@@ -140,7 +144,7 @@ def refuse_a_missing_gpu(environ: Mapping[str, str], gpus: int) -> None:
 
 
 def join(launch: Launch, *, on_cpu: bool) -> Accelerator:
-    """Join the processes of the group. Raises UserError where they do not come together."""
+    """Join the processes of the group. Raises NotJoinedError where they do not come together."""
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
@@ -162,7 +166,7 @@ def join(launch: Launch, *, on_cpu: bool) -> Accelerator:
     except (ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
         if is_out_of_memory(error):
             raise
-        raise UserError(
+        raise NotJoinedError(
             f"The processes of this job cannot be joined ({in_one_line(error)}): check the "
             "variables MASTER_ADDR, MASTER_PORT, OMP_NUM_THREADS and ACCELERATE_*, or unset them "
             "to train in one process."

@@ -14,13 +14,13 @@ import json
 import logging
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final
 
 from dreambooth.errors import DreamBoothError, UserError, in_one_line, one_line
-from dreambooth.process.stop import Stopped
+from dreambooth.process.stop import Stopped, signal_of
 from dreambooth.settings.container import Hosts
 
 PORT: Final = 29_500
@@ -32,11 +32,14 @@ NOTE_S = 60.0
 LONGEST_S = 600.0
 """After this time without one of its hosts a job ends."""
 
-_LAST_S = 60.0  # what a further host waits for the end of the first one
+_LAST_S = 60.0  # what hosts wait for each other at the end
 _TELL_S = 5.0
 _RETRY_S = 1.0
 _POLL_S = 0.1
-_LONGEST_LINE = 8_192
+_LONGEST_LINE = 16_384
+_MOST_STRANGERS = 64
+_TELL_FIRST_S = 30.0
+_PORTS = "all hosts must reach each other's ports, beginning with {port} of the first one"
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +72,12 @@ class Meeting:
         self._connections: dict[str, _Connection] = {}
         self.ends: dict[str, HostEnd] = {}
 
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Return the names of all hosts but this one."""
+        current = self._hosts.current
+        return self._hosts.names[:current] + self._hosts.names[current + 1 :]
+
     def __enter__(self) -> Meeting:
         if self._hosts.count > 1 and self._hosts.is_first:
             try:
@@ -90,13 +99,17 @@ class Meeting:
         trace: TracebackType | None,
     ) -> None:
         code = 0 if error is None else error.exit_code if isinstance(error, Stopped) else 1
-        sentence = str(error) if isinstance(error, DreamBoothError) else ""
-        if error is not None and not sentence:
-            sentence = in_one_line(error)
-        for connection in self._connections.values():
-            connection.send({"code": code, "sentence": sentence[:1000]})
-        until = time.monotonic() + _LAST_S
-        for connection in self._connections.values():
+        began = time.monotonic()
+        until = began + _LAST_S
+        told = [*self._connections.values(), *self._accepted()]
+        # Where the first host has trained alone or failed early, others may be on their way to it.
+        late = until if error is None else began + _TELL_S * isinstance(error, Exception)
+        while self._listener and len(told) < len(self.others) and time.monotonic() < late:
+            time.sleep(_POLL_S)
+            told += self._accepted()
+        for connection in told:
+            connection.send({"code": code, "sentence": _sentence(error)})
+        for connection in told:
             # Docker Compose ends all containers when one ends, so that the first one has to be it.
             while not (self._hosts.is_first or connection.is_closed or time.monotonic() > until):
                 connection.message()
@@ -106,19 +119,24 @@ class Meeting:
             self._listener.close()
 
     def begin(self, on_each_host: int) -> Start:
-        """Wait until all hosts are there, and tell them to start. Raises UserError without one."""
-        waiting = _Waiting(time.monotonic())
+        """Wait until all hosts are there, and tell them to start. Raises UserError without one.
+
+        Raises Stopped where one of them was stopped.
+        """
+        waiting = Waiting(_PORTS)
         strangers: list[_Connection] = []
         while missing := [name for name in self._hosts.names[1:] if name not in self._connections]:
             strangers = [one for one in strangers if not one.is_closed] + self._accepted()
+            for stranger in strangers[:-_MOST_STRANGERS]:
+                stranger.close()
             for stranger in strangers[:]:
                 name = (stranger.message() or {}).get("host")
                 if name in missing and name not in self._connections:
                     self._connections[name] = stranger
                     strangers.remove(stranger)
             self.poll()
-            self.refuse_failed_hosts()
-            waiting.note(missing)
+            self.refuse_ended_hosts()
+            waiting.note("", missing)
             time.sleep(_POLL_S)
         for stranger in strangers:
             stranger.close()
@@ -130,7 +148,7 @@ class Meeting:
     def wait_for_the_first(self) -> Start | None:
         """Return what the first host says to start; None where it has trained alone, and ended.
 
-        Raises UserError where it has failed before the start.
+        Raises UserError where it has failed before the start, and Stopped where it was stopped.
         """
         (connection,) = self._connections.values()
         while True:
@@ -138,12 +156,13 @@ class Meeting:
             port, on_each_host = message.get("port"), message.get("on_each_host")
             if isinstance(port, int) and isinstance(on_each_host, int):
                 return Start(port=port, on_each_host=on_each_host)
-            if message.get("code"):
-                raise UserError(
-                    f"The host {self._hosts.names[0]} of this job has ended: see its log."
-                )
-            if connection.is_closed:
+            code = message.get("code")
+            if code == 0:
                 return None
+            if isinstance(code, int) and (stopped := signal_of(code)) is not None:
+                raise Stopped(stopped)
+            if code or connection.is_closed:
+                raise UserError(_ended(self._hosts.names[0]))
             time.sleep(_POLL_S)
 
     def poll(self) -> None:
@@ -164,50 +183,97 @@ class Meeting:
             time.sleep(_POLL_S)
 
     def refuse_failed_hosts(self) -> None:
-        """Raise UserError with what another host said when it failed, if one did."""
+        """Raise UserError with what another host failed of, Stopped where one was stopped."""
         for name, end in self.ends.items():
             if end.code == 1 and end.sentence:
                 raise UserError(f"On host {name}: {end.sentence}")
+        for end in self.ends.values():
+            if (stopped := signal_of(end.code)) is not None:
+                raise Stopped(stopped)
+
+    def refuse_ended_hosts(self) -> None:
+        """Raise as `refuse_failed_hosts`, and UserError for a host that ended without a word."""
+        self.refuse_failed_hosts()
+        for name, end in self.ends.items():
+            if end.code != 0:
+                raise UserError(_ended(name))
 
     def _accepted(self) -> list[_Connection]:
         found = []
-        with contextlib.suppress(BlockingIOError, ConnectionError):
+        with contextlib.suppress(OSError):  # nobody else is there
             while self._listener is not None:
                 found.append(_Connection(self._listener.accept()[0]))
         return found
 
     def _connect(self) -> _Connection:
         first = self._hosts.names[0]
-        waiting = _Waiting(time.monotonic())
-        while True:
-            try:
-                connection = _Connection(socket.create_connection((first, PORT), timeout=_TELL_S))
-            except OSError:  # it has no name or address yet, or does not listen
-                waiting.note([first])
-                time.sleep(_RETRY_S)
-            else:
-                connection.send({"host": self._hosts.names[self._hosts.current]})
-                return connection
+        waiting = Waiting(_PORTS)
+        while (connection := _reached(self._hosts)) is None:
+            waiting.note("", [first])
+            time.sleep(_RETRY_S)
+        return connection
 
 
-class _Waiting:
-    """Names hosts that cannot be reached, each minute, and gives up after ten."""
+def tell_the_first(hosts: Hosts, error: Exception) -> None:
+    """Tell the first host, which waits for this one, what this one failed of before they met."""
+    until = time.monotonic() + _TELL_FIRST_S
+    while not hosts.is_first and time.monotonic() < until:
+        if (connection := _reached(hosts)) is not None:
+            connection.send({"code": 1, "sentence": _sentence(error)})
+            return connection.close()
+        time.sleep(_RETRY_S)  # it may have failed of the same
 
-    def __init__(self, began: float) -> None:
-        self._began = began
+
+def _reached(hosts: Hosts) -> _Connection | None:
+    """Return a connection to the first host, which knows this one by it; None without one yet."""
+    try:
+        connected = socket.create_connection((hosts.names[0], PORT), timeout=_TELL_S)
+    except OSError:  # the first host has no name or address yet, or does not listen
+        return None
+    connection = _Connection(connected)
+    connection.send({"host": hosts.names[hosts.current]})
+    return connection
+
+
+def _sentence(error: BaseException | None) -> str:
+    """Return what a host failed of, short enough for a message."""
+    if error is None:
+        return ""
+    return ((str(error) if isinstance(error, DreamBoothError) else "") or in_one_line(error))[:1000]
+
+
+def _ended(host: str) -> str:
+    return f"The host {host} of this job has ended: its log says why."
+
+
+class Waiting:
+    """Names what cannot be reached, each minute, and gives up after ten.
+
+    reason: what must be so, with {port} for the port where hosts report.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+        self._began = time.monotonic()
         self._notes = 0
 
-    def note(self, missing: list[str]) -> None:
+    def note(self, subject: str, hosts: Sequence[str]) -> None:
+        """Log or raise UserError, when it is time, that these hosts cannot be reached.
+
+        subject: what cannot be reached of them, nothing where it is they themselves.
+        """
         waited = time.monotonic() - self._began
-        named = ("host " if len(missing) == 1 else "hosts ") + ", ".join(missing)
+        if hosts:
+            named = ("host " if len(hosts) == 1 else "hosts ") + ", ".join(hosts)
+            subject = f"{subject} of {named}" if subject else named
         if waited >= LONGEST_S:
             raise UserError(
-                f"The {named} of this job could not be reached for {LONGEST_S / 60:g} minutes: "
-                f"all hosts must reach each other's ports, beginning with {PORT} of the first one."
+                f"The {subject} of this job could not be reached for {LONGEST_S / 60:g} minutes: "
+                f"{self._reason.format(port=PORT)}."
             )
         if waited >= (self._notes + 1) * NOTE_S:
             self._notes += 1
-            log.warning("the %s of this job cannot be reached yet", named)
+            log.warning("the %s of this job cannot be reached yet", subject)
 
 
 class _Connection:
@@ -230,7 +296,10 @@ class _Connection:
             self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def message(self) -> dict[str, Any] | None:
-        """Return the next whole message that has come, None if there is none."""
+        """Return the next whole message that has come, None if there is none.
+
+        A line that is no message closes the connection.
+        """
         while True:
             line, is_whole, rest = self._received.partition(b"\n")
             if is_whole:
@@ -239,14 +308,18 @@ class _Connection:
                     message = json.loads(line)
                     if isinstance(message, dict):
                         return message
+                self._received = b""
+                self.close()
             elif not self._receive():
                 return None
 
     def _receive(self) -> bool:
         """Return whether more bytes have come."""
+        if self.is_closed:
+            return False
         self._socket.setblocking(False)
         try:
-            data = self._socket.recv(_LONGEST_LINE) if not self.is_closed else b""
+            data = self._socket.recv(_LONGEST_LINE)
         except BlockingIOError:
             return False
         except OSError:

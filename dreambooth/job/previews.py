@@ -1,4 +1,4 @@
-"""Draw sample pictures, and those of fid_score, with the model in training."""
+"""Draw sample pictures, and those of the scores, with the model in training."""
 
 from __future__ import annotations
 
@@ -79,15 +79,18 @@ class Previews:
         )
         return checker is not None and checker.hides(picture)
 
-    def draw(self, prompt: str, seeds: Sequence[int]) -> Iterator[npt.NDArray[np.uint8] | None]:
+    def draw(
+        self, prompt: str, seeds: Sequence[int], *, num_inference_steps: int | None = None
+    ) -> Iterator[npt.NDArray[np.uint8] | None]:
         """Yield one picture uint8 [H,W,3] per seed, None where it is not finite.
 
-        The VAE is on the device only while pictures are drawn.
+        num_inference_steps: None for those of sample pictures. The VAE is on the device only while
+        pictures are drawn.
         """
         requests = [
             SamplingRequest(
                 prompt=prompt,
-                num_inference_steps=NUM_INFERENCE_STEPS,
+                num_inference_steps=num_inference_steps or NUM_INFERENCE_STEPS,
                 guidance_scale=GUIDANCE_SCALE,
                 width=self.task.resolution,
                 height=self.task.resolution,

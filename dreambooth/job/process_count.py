@@ -81,4 +81,4 @@ def _reason_for_one(hyperparameters: Hyperparameters) -> str | None:
 
 
 def _fits(plan: TrainingPlan) -> bool:
-    return memory_plan.fits(plan.phases, plan.device)
+    return memory_plan.fits(plan.phases, plan.device, plan.processes)

@@ -21,7 +21,7 @@ from dreambooth.data.dataset_info import DatasetInfo
 from dreambooth.errors import ResourceError
 from dreambooth.evaluation import vision_model
 from dreambooth.job import launcher, outputs, process_count, workers
-from dreambooth.job.meeting import Meeting, Start
+from dreambooth.job.meeting import Meeting, Start, tell_the_first
 from dreambooth.job.process_count import ProcessCount
 from dreambooth.job.workers import FromParent
 from dreambooth.model_folder import facts as model_facts
@@ -79,7 +79,7 @@ def run_job(argv: Sequence[str], environ: Mapping[str, str], *, is_process: bool
     with logs.fault_tolerant_streams("stdout", "stderr"):
         if worker is None:
             return _run(argv, environ, None, is_process=is_process)
-        child_process.die_with_parent()
+        child_process.die_with_parent(worker.parent)
         with open(os.devnull, "w") as nowhere, ExitStack() as streams:
             run_dir, _ = container.run_dir(argv, environ)
             if not worker.is_main:
@@ -140,7 +140,13 @@ def _prepare_and_run(
                 record.settings(container.to_save(argv, environ, saved))
             environment = container.read(argv, environ, saved=saved)
             logs.to_stderr(environment.log_level, phase="starting")
-            job = _prepare(argv, environment, environ, worker, record, started)
+            launch = launcher.read(environ)
+            try:
+                job = _prepare(argv, environment, environ, launch, worker, record, started)
+            except Exception as error:
+                if not (launch.is_group or environment.dry_run):
+                    tell_the_first(environment.hosts, error)
+                raise
             if environment.dry_run:
                 _dry_run(job)
             elif worker is not None:
@@ -182,6 +188,7 @@ def _prepare(
     argv: Sequence[str],
     environment: container.Environment,
     environ: Mapping[str, str],
+    launch: launcher.Launch,
     worker: FromParent | None,
     record: Record,
     started: float,
@@ -213,7 +220,7 @@ def _prepare(
         base=settings.base,
     )
     outputs.check(environment, source.path)
-    if settings.compute_fid and settings.fid_features:
+    if settings.compares_features and settings.fid_features:
         vision_model.read(settings.fid_features)
     return Job(
         argv=tuple(argv),
@@ -223,7 +230,7 @@ def _prepare(
         dataset=dataset,
         source=source,
         warnings=warnings,
-        launch=launcher.read(environ),
+        launch=launch,
         worker=worker,
         record=record,
         started=started,
@@ -312,7 +319,7 @@ def _train(job: Job, stop: StopSignals) -> None:
     # The other processes and hosts of a job share its folders.
     leads = job.launch.is_main_process and job.environment.hosts.is_first
     lock = outputs.locked(job.environment, job.hyperparameters) if leads else nullcontext()
-    with lock, temporary_folder.temporary() as temporary, Meeting(hosts) as meeting:
+    with lock, Meeting(hosts) as meeting, temporary_folder.temporary() as temporary:
         if hosts.is_first:
             outputs.make(job.environment)
         if leads:
@@ -386,6 +393,8 @@ def _work(job: Job, folder: Path, stop: StopSignals, *warnings: str) -> None:
         from dreambooth.job import agreement
 
         device = devices.in_common(agreement.gathered(group, device))
+        if job.worker is not None:
+            job.worker.met_file.touch()
     plan = _make_training_plan(
         *(job, model_facts.read_facts(folder), device, folder), job.launch.processes
     )

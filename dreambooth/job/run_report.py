@@ -6,7 +6,7 @@ import contextlib
 import logging
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +22,7 @@ from PIL import Image
 import dreambooth
 from dreambooth.data import cache, dataset_info, fingerprint, images
 from dreambooth.errors import TrainingDivergedError
+from dreambooth.evaluation.measures import Measure
 from dreambooth.job.task import Task
 from dreambooth.limits import size_in_words
 from dreambooth.process.memory import is_out_of_memory
@@ -56,6 +57,7 @@ class RunReport:
     class_paths: Sequence[Path] = ()
     last_sample: Image.Image | None = None
     fid_score: float | None = None
+    scores: Mapping[str, Measure] = field(default_factory=dict)
     stopped: str | None = None
     others_wait: bool = False
     step: int | None = None
@@ -144,6 +146,10 @@ class RunReport:
             metrics=metrics,
             last_sample=self.last_sample,
             fid_score=self.fid_score,
+            scores=tuple(
+                (name, f"{one.mean:.3f} ({one.low:.3f} to {one.high:.3f}, {one.of} pictures)")
+                for name, one in self.scores.items()
+            ),
             step_pictures=_step_pictures(folder / "samples"),
             instance_pictures=_instance_pictures(task),
             class_images=self.class_paths,

@@ -22,7 +22,7 @@ _NOT_IDENTITY = frozenset(
         *("checkpointing_steps", "checkpointing_minutes", "checkpoints_total_limit", "resume"),
         "keep_last_checkpoint",
         *("sample_steps", "sample_prompt", "export_precision", "export_single_file"),
-        *("compute_fid", "fid_features"),
+        *("compute_fid", "compute_scores", "fid_features"),
         *("class_data_dir", "pretrained_model", "base", "prediction_type"),
     )
 )

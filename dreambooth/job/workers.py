@@ -3,8 +3,10 @@
 The process that the user or the platform started is their parent: it reads the settings, prints the
 training plan and holds the locks, and loads no torch. Each of the others is told its place by the
 variables that torchrun sets, and by WORKER what the parent has done already. torchrun itself is not
-used: of a group that neither grows nor restarts it would only start the processes, and its own
-SIGTERM ends the main process, which writes a checkpoint, as soon as another one has ended.
+used: of a group that neither grows nor restarts it would only start the processes. Once one of them
+has ended with a code other than 0 it sends SIGTERM to the others, of which the main one may still
+write a checkpoint, and SIGKILL after 30 s that cannot be set (torch 2.13, elastic/multiprocessing/
+api.py, `SubprocessContext._poll`); which hosts are missing, and why one failed, it does not say.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,12 +27,12 @@ from dreambooth.errors import (
     DreamBoothError,
     HyperparameterError,
     ResourceError,
-    UserError,
     in_one_line,
 )
-from dreambooth.job.meeting import Meeting
+from dreambooth.job.launcher import NotJoinedError
+from dreambooth.job.meeting import Meeting, Waiting
 from dreambooth.process import child_process, failure, logs
-from dreambooth.process.stop import Stopped, StopSignals
+from dreambooth.process.stop import Stopped, StopSignals, signal_of
 
 WORKER: Final = "DREAMBOOTH_WORKER"
 
@@ -40,8 +42,8 @@ STOP_S: Final = 110.0
 LAST_S: Final = 30.0
 """What the others have once one process has ended; they leave together, after the last file."""
 
+_UNMET_S = 2.0  # the same before they have met: until then they have no files
 _POLL_S = 0.05
-_STOPS = {128 + number: number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
 _INTERFACES = Path("/sys/class/net")
 
 log = logging.getLogger(__name__)
@@ -51,10 +53,12 @@ log = logging.getLogger(__name__)
 class FromParent:
     """What the parent tells a process that trains.
 
-    model_folder: the unpacked model. workspace: a folder of this host alone. end_file: where the
-    process writes what it failed of. shown_plan: the text of the training plan that was printed.
+    parent: its process number. model_folder: the unpacked model. workspace: a folder of this host
+    alone. end_file: where the process writes what it failed of. shown_plan: the text of the
+    training plan that was printed.
     """
 
+    parent: int
     model_folder: Path
     workspace: Path
     end_file: Path
@@ -74,9 +78,13 @@ class FromParent:
 
     def as_text(self) -> str:
         """Return the text that `read` reads."""
-        paths = (str(self.model_folder), str(self.workspace), str(self.end_file))
-        told = dict(zip(("model_folder", "workspace", "end_file"), paths, strict=True))
-        return json.dumps({**told, "is_main": self.is_main, "shown_plan": self.shown_plan})
+        told = {field.name: getattr(self, field.name) for field in fields(self)}
+        return json.dumps(told, default=str)
+
+    @property
+    def met_file(self) -> Path:
+        """Return the file that says that this process has reached all others of the job."""
+        return self.end_file.with_suffix(".met")
 
     def tell(self, error: Exception) -> None:
         """Leave what this process failed of for the parent, which says it once for all of them."""
@@ -84,6 +92,7 @@ class FromParent:
         told: dict[str, object] = {
             "sentence": str(known) if known is not None else "",
             "faults": list(known.faults) if isinstance(known, HyperparameterError) else [],
+            "may_follow": isinstance(error, NotJoinedError),
             "name": f"{type(error).__name__}: {in_one_line(error)}",
             "trace": "" if known is not None else logs.trace_of(error),
         }
@@ -135,12 +144,13 @@ def run(
 ) -> None:
     """Train with the processes of this host, started with the arguments of their parent.
 
-    Returns when all have ended well. Raises the error of the process that failed first, and Stopped
-    where they were stopped.
+    Returns when all have ended well. Raises the error of the process that failed first, Stopped
+    where they were stopped, and UserError where they cannot reach each other.
     """
     first = group.host * group.on_each_host
     workers = [
         FromParent(
+            parent=os.getpid(),
             model_folder=model_folder,
             workspace=workspace,
             end_file=workspace / f"end-{local}.json",
@@ -155,7 +165,7 @@ def run(
             for local, worker in enumerate(workers):
                 variables = {**group.variables(local, environ), WORKER: worker.as_text()}
                 running.append(_start(argv, variables))
-            early = _watch(running, meeting, stop)
+            early = _watch(running, workers, meeting, stop)
             _raise_failure(running, early, workers, meeting, stop)
     finally:
         for process in running:
@@ -174,15 +184,19 @@ def _start(argv: Sequence[str], environ: Mapping[str, str]) -> subprocess.Popen[
 
 
 def _watch(
-    processes: Sequence[subprocess.Popen[bytes]], meeting: Meeting, stop: StopSignals
+    processes: Sequence[subprocess.Popen[bytes]],
+    workers: Sequence[FromParent],
+    meeting: Meeting,
+    stop: StopSignals,
 ) -> tuple[int, ...]:
     """Return when all processes have ended, with the places of those that ended first.
 
-    These are all of them where none was seen running without another. Those that stay behind the
-    others are killed.
+    These are all of them where none was seen running without another, and none where another host
+    ended before them. Those that stay behind the others are killed.
     """
-    is_told, deadline = False, float("inf")
-    early: tuple[int, ...] = ()
+    waiting = Waiting("processes must reach each other at any port, as hosts do at {port}")
+    is_told, have_met, deadline = False, False, float("inf")
+    early: tuple[int, ...] | None = None
     while running := [process for process in processes if process.poll() is None]:
         now = time.monotonic()
         meeting.poll()
@@ -190,17 +204,20 @@ def _watch(
             is_told, deadline = True, min(deadline, now + STOP_S)
             for process in running:
                 process.terminate()  # whatever the signal: one that is still starting ends silently
-        if not early and (len(running) < len(processes) or meeting.ends):
+        have_met = have_met or all(worker.met_file.exists() for worker in workers)
+        if early is None and (len(running) < len(processes) or meeting.ends):
             early = tuple(n for n, one in enumerate(processes) if one.returncode is not None)
-            deadline = min(deadline, now + LAST_S)
+            deadline = min(deadline, now + (LAST_S if have_met else _UNMET_S))
+        if not (have_met or is_told or early is not None):
+            waiting.note("processes", meeting.others)
         if now > deadline:
             deadline = float("inf")
-            if is_told:
+            if is_told and have_met:
                 log.warning("%d of the processes did not stop in time and are killed", len(running))
             for process in running:
                 process.kill()
         time.sleep(_POLL_S)
-    return early or tuple(range(len(processes)))
+    return tuple(range(len(processes))) if early is None else early
 
 
 def _raise_failure(
@@ -213,7 +230,8 @@ def _raise_failure(
     """Raise what ended the job, if anything did but the signal that is answered already.
 
     When one process fails, the others lose their connections to it and fail too, so a sentence for
-    the user counts most, then a stop signal, then a process that was killed.
+    the user counts most, then a stop signal, then a process that was killed, and last a sentence
+    that may follow from these.
     """
     codes = [process.returncode for process in processes]
     if not any(codes):
@@ -222,27 +240,27 @@ def _raise_failure(
     for one in told:
         if one["faults"]:
             raise HyperparameterError(one["faults"])
-        if one["sentence"]:
+        if one["sentence"] and not one["may_follow"]:
             raise DreamBoothError(one["sentence"])
     if stop.number is not None:
         return
-    meeting.wait_for_an_end(LAST_S)
-    meeting.refuse_failed_hosts()
-    for code in (*codes, *(end.code for end in meeting.ends.values())):
-        if code in _STOPS:
-            raise Stopped(_STOPS[code])
-    for place in early:
-        if codes[place] < 0:
-            raise ResourceError(
-                f"A process of this job was ended by {signal.Signals(-codes[place]).name}, and the "
-                f"other{'s' * (len(codes) > 2)} with it: if memory ran out on this host, set "
-                "processes=1 or take a larger one."
-            )
-    if told:
-        print(told[0]["trace"], file=sys.stderr)
-        raise DreamBoothError(f"InternalError: {told[0]['name']}")
-    for name in meeting.ends:
-        raise UserError(f"The host {name} of this job has ended: its log says why.")
+    for stopped in filter(None, map(signal_of, codes)):
+        raise Stopped(stopped)
+    killed = [-codes[place] for place in early if codes[place] < 0]
+    if signal.SIGKILL not in killed:  # NCCL aborts processes that have lost another host
+        meeting.wait_for_an_end(LAST_S)
+        meeting.refuse_ended_hosts()
+    for number in killed:
+        raise ResourceError(
+            f"A process of this job was ended by {signal.Signals(number).name}, and the "
+            f"other{'s' * (len(codes) > 2)} with it: if memory ran out on this host, set "
+            "processes=1 or take a larger one."
+        )
+    for one in sorted(told, key=lambda one: not one["sentence"]):
+        if one["sentence"]:
+            raise DreamBoothError(one["sentence"])
+        print(one["trace"], file=sys.stderr)
+        raise DreamBoothError(f"InternalError: {one['name']}")
     raise DreamBoothError("A process of this job ended without a word.")
 
 

@@ -23,6 +23,9 @@ _FOREIGN_CODE = re.compile(
     r"|_*(auto_map|trust_remote_code|custom_pipelines?|quantization_config)"
     r"|_*(use_kernels|kernel_config|kernels|hub_kernels)"
 )
+# Of these, transformers' own two ways to attend differ where a mask leaves a token nothing to see.
+_OWN_ATTENTION = re.compile(r"_?attn_implementation")
+_OWN_WAYS = ("eager", "sdpa")
 # This activation of transformers imports a kernel of its own, and keeps numbers in bf16.
 _FOREIGN_ACTIVATION = "xielu"
 _MOST_LEVELS = 16
@@ -123,7 +126,11 @@ def _without_code(config: Mapping[str, Any]) -> dict[str, Any]:
             return _without_code(value)
         return [clean(inner) for inner in value] if isinstance(value, list) else value
 
-    return {key: clean(value) for key, value in config.items() if not _FOREIGN_CODE.fullmatch(key)}
+    def is_foreign(key: str, value: object) -> bool:
+        own = _OWN_ATTENTION.fullmatch(key) and value in _OWN_WAYS
+        return bool(_FOREIGN_CODE.fullmatch(key)) and not own
+
+    return {key: clean(value) for key, value in config.items() if not is_foreign(key, value)}
 
 
 def _check_betas(path: Path, config: Mapping[str, Any]) -> None:

@@ -28,10 +28,15 @@ def environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {**environ, "PYTHONPATH": os.pathsep.join(path for path in (root, others) if path)}
 
 
-def die_with_parent() -> None:
-    """Ask Linux for SIGKILL when the thread that started this process ends."""
+def die_with_parent(parent: int | None = None) -> None:
+    """Ask Linux for SIGKILL when the thread that started this process ends.
+
+    parent: the number of that process; this one ends at once where it is gone already.
+    """
     if sys.platform == "linux":
         try:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         except (OSError, AttributeError):
             log.debug("this system's C library knows no prctl")
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)

@@ -14,6 +14,7 @@ from pathlib import Path
 from dreambooth.errors import ResourceError
 
 _LOOK_S = 0.01
+_MOUNTS = Path("/proc/self/mountinfo")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NO_FOLDER = (errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG)
@@ -57,6 +58,18 @@ def is_locked(folder: Path) -> bool:
         finally:
             os.close(descriptor)
     return False
+
+
+def mounts_in(folder: Path) -> list[Path]:
+    """Return where something is mounted in a folder or on it; none where Linux does not tell."""
+    with contextlib.suppress(OSError):
+        places = [line.split()[4] for line in _MOUNTS.read_bytes().splitlines()]
+        # A blank is written as \040.
+        names = [re.sub(rb"\\([0-7]{3})", lambda word: bytes([int(word[1], 8)]), p) for p in places]
+        whole = folder.resolve()
+        mounted = (Path(os.fsdecode(name)) for name in names)
+        return [place for place in mounted if place.is_relative_to(whole)]
+    return []
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -35,6 +35,14 @@ def answered(*, always: Sequence[signal.Signals] = (signal.SIGTERM,)) -> list[si
     ]
 
 
+def signal_of(code: int) -> signal.Signals | None:
+    """Return the stop signal that a process of this exit code has ended by, None if by none.
+
+    code: 128 and the signal's number, or that number below zero where nothing handled it.
+    """
+    return next((number for number in _SIGNALS if code in (128 + number, -number)), None)
+
+
 class Stopped(BaseException):
     """A stop signal arrived. It is no Exception, so that no `except Exception` catches it."""
 

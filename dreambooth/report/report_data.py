@@ -49,8 +49,9 @@ class ReportData:
 
     stopped: (step, reason) of a run that ended early, or None. metrics: in the order of steps.
     last_sample: the picture drawn after the last step. fid_score: None where none was computed.
-    step_pictures: (step, file), in the order of steps. class_images: all files; the page shows
-    a sample of them. settings: those of the run; the page compares them with the defaults.
+    scores: those of compute_scores, each with its 95 % interval. step_pictures: (step, file), in
+    the order of steps. class_images: all files; the page shows a sample of them. settings: those of
+    the run; the page compares them with the defaults.
     seconds: since the job's start, including time outside the phases.
     """
 
@@ -67,6 +68,7 @@ class ReportData:
     metrics: Sequence[MetricsRow]
     last_sample: Image.Image | None
     fid_score: float | None
+    scores: Rows
     step_pictures: Sequence[tuple[int, Path]]
     instance_pictures: Sequence[InstancePicture]
     class_images: Sequence[Path]

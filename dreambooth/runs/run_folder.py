@@ -20,13 +20,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from dreambooth.errors import ResourceError, UserError, one_line
 from dreambooth.process import addresses, files
@@ -60,6 +61,7 @@ _OPEN_LOCK: Final = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
 _PATIENCE_S: Final = 1.0
 _LONGEST_LINE: Final = 16_384
 _LONGEST_FILE: Final = 4 * 2**20
+_MOST_DIGITS: Final = 20
 
 
 class RunState(StrEnum):
@@ -102,7 +104,8 @@ class Run:
     @property
     def exists(self) -> bool:
         """Return whether the folder is that of a run."""
-        return any((self.folder / name).is_file() for name in (LOCK, SETTINGS, DRAFT, PROCESS))
+        names = (LOCK, SETTINGS, DRAFT, PROCESS)
+        return any(os.path.isfile(self.folder / name) for name in names)
 
     def state(self) -> RunState:
         """Return the state. Raises UserError if there is no run, ResourceError without locks."""
@@ -291,7 +294,8 @@ class Run:
     def plan(self) -> list[tuple[str, str]]:
         """Return the training plan as rows of name and text, none before there is one."""
         rows = _object(self.folder / PLAN).get("rows")
-        pairs = [row for row in rows if isinstance(row, list) and len(row) == 2] if rows else []
+        pairs = rows if isinstance(rows, list) else []
+        pairs = [row for row in pairs if isinstance(row, list) and len(row) == 2]
         return [(str(name), str(text)) for name, text in pairs]
 
     def last_metrics(self) -> dict[str, Any]:
@@ -299,7 +303,7 @@ class Run:
         lines = _tail(self.folder / METRICS, _LONGEST_LINE).split("\n")
         for line in reversed(lines[:-1]):  # the last one has not been written to its end
             with contextlib.suppress(ValueError, RecursionError):
-                found = json.loads(line)
+                found = _from_json(line)
                 if isinstance(found, dict) and isinstance(found.get("step"), int):
                     return found
         return {}
@@ -314,7 +318,7 @@ class Run:
 
     def has_model(self) -> bool:
         """Return whether there is a whole model, be it of all steps or of a stopped run."""
-        return (self.folder / MODEL / "model_index.json").is_file()
+        return os.path.isfile(self.folder / MODEL / "model_index.json")
 
     def checkpoint_step(self) -> int | None:
         """Return the step of the newest checkpoint, None without one."""
@@ -347,8 +351,17 @@ def _as_bytes(found: Mapping[str, object]) -> bytes:
     return (json.dumps(dict(found), indent=2) + "\n").encode("utf-8")
 
 
+def _opened(path: Path) -> BinaryIO:
+    """Open a file. Raises OSError, also for a pipe, at which a reader would wait."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return open(descriptor, "rb")
+    os.close(descriptor)
+    raise OSError(f"{path} is no file")
+
+
 def _text(path: Path) -> str:
-    with contextlib.suppress(OSError), path.open("rb") as file:
+    with contextlib.suppress(OSError), _opened(path) as file:
         return file.read(_LONGEST_FILE).decode("utf-8", "replace")
     return ""
 
@@ -356,13 +369,26 @@ def _text(path: Path) -> str:
 def _object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file, an empty one where there is none."""
     with contextlib.suppress(ValueError, RecursionError):
-        found = json.loads(_text(path))
+        found = _from_json(_text(path))
         return found if isinstance(found, dict) else {}
     return {}
 
 
+def _from_json(text: str) -> Any:
+    """Return what a JSON text holds, and as a string each number that no reader of ours can hold.
+
+    So what is made of it is JSON to every reader. Raises ValueError and RecursionError.
+    """
+    return json.loads(
+        text,
+        parse_constant=str,  # NaN and the infinities, which Python writes and JSON does not know
+        parse_float=lambda word: number if math.isfinite(number := float(word)) else word,
+        parse_int=lambda word: int(word) if len(word) <= _MOST_DIGITS else word,
+    )
+
+
 def _tail(path: Path, count: int) -> str:
-    with contextlib.suppress(OSError), path.open("rb") as file:
+    with contextlib.suppress(OSError), _opened(path) as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(0, end - count))
         return file.read(count).decode("utf-8", "replace")

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -50,11 +50,20 @@ class RunList:
     folder: Path
 
     def runs(self) -> list[Run]:
-        """Return all runs, sorted by name; numbers in names count as numbers."""
-        with contextlib.suppress(OSError):  # there is no folder yet
+        """Return all runs, sorted by name; numbers in names count as numbers.
+
+        Raises UserError where the folder cannot be read.
+        """
+        try:
             found = [Run(entry) for entry in self.folder.iterdir() if entry.name[0] != "."]
-            return sorted((run for run in found if run.exists), key=lambda run: _order(run.name))
-        return []
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise UserError(
+                f"The runs in {one_line(str(self.folder), 300)} cannot be listed "
+                f"({error.strerror}): {_ELSEWHERE}."
+            ) from error
+        return sorted((run for run in found if run.exists), key=lambda run: _order(run.name))
 
     def statuses(self) -> list[RunStatus]:
         """Return how all runs stand; one that cannot be looked at is named in the log."""
@@ -78,15 +87,13 @@ class RunList:
     def new(self, settings: Mapping[str, object], *, name: str = "") -> Run:
         """Add a run that waits for the runner. Raises HyperparameterError with all faults."""
         check_settings(settings)
-        run = self._make(name)
-        with files.disk_faults_named("The run", run.folder, elsewhere=_ELSEWHERE):
+        with self._making(name) as run:
             run.write_settings(settings)
         return run
 
     def new_draft(self, contents: Mapping[str, object], *, name: str = "") -> Run:
         """Add a run that is only a form yet: its contents may be anything."""
-        run = self._make(name)
-        with files.disk_faults_named("The run", run.folder, elsewhere=_ELSEWHERE):
+        with self._making(name) as run:
             run.write_draft(contents)
         return run
 
@@ -97,9 +104,8 @@ class RunList:
         """
         settings = {**_known(run.settings()), **changes}
         check_settings(settings)
-        new = self._make(name or re.sub("^[0-9]+-", "", run.name))
         pictures, train = run.folder / run_folder.PICTURES, settings["train"]
-        with files.disk_faults_named("The run", new.folder, elsewhere=_ELSEWHERE):
+        with self._making(name or re.sub("^[0-9]+-", "", run.name)) as new:
             if isinstance(train, str) and Path(train) == Path(os.path.abspath(pictures)):
                 settings["train"] = str(new.folder / run_folder.PICTURES)
                 shutil.copytree(pictures, new.folder / run_folder.PICTURES)
@@ -107,19 +113,32 @@ class RunList:
         return new
 
     def delete(self, run: Run) -> int:
-        """Delete a run that is not running; return the bytes that this frees."""
-        freed = run.sizes().total
+        """Delete a run that is not running; return the bytes that this frees.
+
+        Raises UserError where this would free nothing, or take what belongs to others.
+        """
+        name, freed = one_line(run.name, 100), run.sizes().total
+        if run.folder.is_symlink():
+            raise UserError(
+                f"The run {name} is a link to {one_line(str(run.folder.resolve()), 300)}: delete "
+                "that folder, and then the link."
+            )
+        if mounts := files.mounts_in(run.folder):
+            raise UserError(
+                f"In the run {name} something else is mounted, which would be deleted too: unmount "
+                f"{one_line(str(mounts[0]), 300)} first."
+            )
         with run.changing(), files.disk_faults_named("The run", run.folder, elsewhere=_ELSEWHERE):
             # A name that no run has: what an interrupted deletion leaves is deleted later.
-            gone = run.folder.with_name(f"{_DELETED}{run.name}-{time.time_ns()}")
-            run.folder.rename(gone)
+            run.folder.rename(run.folder.with_name(f"{_DELETED}{os.getpid()}-{time.time_ns()}"))
         self.sweep()
         return freed
 
     def sweep(self) -> None:
         """Remove what interrupted deletions have left."""
         for left in self.folder.glob(f"{_DELETED}*"):
-            shutil.rmtree(left, ignore_errors=True)
+            if not files.mounts_in(left):
+                shutil.rmtree(left, ignore_errors=True)
 
     def has_runner(self) -> bool:
         """Return whether a runner executes the waiting runs."""
@@ -154,6 +173,17 @@ class RunList:
         while runner.poll() is None and not self.has_runner() and time.monotonic() < deadline:
             time.sleep(_POLL_S)
 
+    @contextlib.contextmanager
+    def _making(self, name: str) -> Iterator[Run]:
+        """Yield a new run to be filled in; nothing is left of it if that fails."""
+        run = self._make(name)
+        try:
+            with files.disk_faults_named("The run", run.folder, elsewhere=_ELSEWHERE):
+                yield run
+        except BaseException:
+            shutil.rmtree(run.folder, ignore_errors=True)
+            raise
+
     def _make(self, name: str) -> Run:
         """Make the folder of a new run: the next number, and a name if one is given."""
         if name and not re.fullmatch(_NAME, name):
@@ -170,7 +200,7 @@ class RunList:
             ]
             number = max(numbers, default=0) + 1
             while True:
-                folder = self.folder / "-".join(filter(None, [f"{number:04}", name[:70]]))
+                folder = self.folder / "-".join(filter(None, [f"{number:04}", name]))
                 try:
                     folder.mkdir()
                 except FileExistsError:  # somebody else adds a run at the same time

@@ -25,6 +25,7 @@ from dreambooth.runs.run_list import RUNNER_LOCK, RunList
 
 _POLL_S: Final = 0.2
 _LOCK_S: Final = 1.0
+_OPEN_LOG: Final = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK  # a pipe would wait
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ def _execute(run: Run) -> bool:
     try:
         if run.state_without_a_trainer() != RunState.WAITING:  # it was stopped or begun meanwhile
             return False
-        output = os.open(run.folder / run_folder.LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        output = os.open(run.folder / run_folder.LOG, _OPEN_LOG, 0o644)
         try:
             trainer = subprocess.Popen(
                 [sys.executable, "-P", "-m", "dreambooth", "train", "--run_dir", str(run.folder)],

@@ -104,7 +104,9 @@ def _end(run: Run, grace_s: float) -> bool:
             was_killed, kill_at = True, now + _KILLED_S
             _send(run, told, signal.SIGKILL)
         time.sleep(_POLL_S)
-    if told is not None:
+    if told is None:  # it ended before it had said who it is, and so the run would still wait
+        _take_off(run)
+    else:
         _record_end(run, run_folder.KILLED if was_killed else 128 + signal.SIGTERM)
     return was_killed
 

@@ -203,10 +203,15 @@ class Hyperparameters:
         False,
         "Also writes the model as one safetensors file for other tools, beside the report.",
     )
+    compute_scores: bool = ours(
+        False,
+        "Prints subject_score=, class_kept= and clean= at the end, from 0 to 1: whether the "
+        "subject was learned, its class kept, and pictures are clean.",
+    )
     fid_features: str | None = ours(
         None,
-        "Folder of a CLIP, DINOv2 or ViT model whose features compute_fid uses; None: the built-in "
-        "features.",
+        "Folder of a CLIP, DINOv2 or ViT model whose features compute_fid and compute_scores use; "
+        "None: the built-in features.",
     )
     deterministic: bool = ours(
         False, "Asks CUDA for bit-identical runs, slower; a CPU always gives them."
@@ -215,6 +220,12 @@ class Hyperparameters:
         "images",
         "images compares with class images, prediction with what the base model predicts.",
         choices=("images", "prediction"),
+    )
+    training_guidance_scale: float = ours(
+        1.0,
+        "With prior_preservation_mode=prediction: trains the subject for pictures drawn with this "
+        "guidance; 1.5 or 2 where they are burnt at 7.5.",
+        minimum=1.0,
     )
     fast_step: bool = ours(
         False,
@@ -232,6 +243,11 @@ class Hyperparameters:
     def trains_on_class_images(self) -> bool:
         """Return whether the job needs class images: given ones, or some that it samples."""
         return self.with_prior_preservation and self.prior_preservation_mode == "images"
+
+    @property
+    def compares_features(self) -> bool:
+        """Return whether the job ends with a score that compares features of pictures."""
+        return self.compute_fid or self.compute_scores
 
     @property
     def predicts_the_prior(self) -> bool:
@@ -309,6 +325,13 @@ def _contradictions(given: Hyperparameters) -> list[tuple[tuple[str, ...], str]]
             (
                 ("prior_preservation_mode", "with_prior_preservation"),
                 "prior_preservation_mode=prediction needs with_prior_preservation=True.",
+            )
+        )
+    if given.training_guidance_scale != 1 and given.prior_preservation_mode != "prediction":
+        found.append(
+            (
+                ("training_guidance_scale", "prior_preservation_mode"),
+                "training_guidance_scale needs prior_preservation_mode=prediction.",
             )
         )
     if given.memory_plan in MEMORY_PLANS:

@@ -15,10 +15,11 @@ DATA = Path(__file__).parent / "data"
 
 DEFAULTS: Mapping[str, str] = MappingProxyType(
     {
-        "learning_rate": "0.0001",
+        "learning_rate": "0.00015",
         "max_steps": "400",
         "with_prior_preservation": "True",
         "prior_preservation_mode": "prediction",
+        "training_guidance_scale": "1.5",
         "guidance_scale": "3.5",
         "num_inference_steps": "25",
     }

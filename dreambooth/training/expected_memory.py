@@ -119,6 +119,8 @@ def of_phases(
     found.append(("export", weights))
     if hyperparameters.compute_fid:
         found.append(("fid_score", drawing))
+    if hyperparameters.compute_scores:  # the base's weights take the place of the trained ones
+        found.append(("scores", drawing))
     return tuple(PhasePeak(phase=name, bytes=int(count)) for name, count in found)
 
 

@@ -37,7 +37,8 @@ class TrainingData:
     instance, class_: latent posteriors; class_ is None without class images. instance_text,
     class_text: encoder_hidden_states [1,L,D], or token ids [1,L] where the text encoder is trained.
     prior_text: encoder_hidden_states [1,L,D] of the class prompt from the frozen base model.
-    latent_scale: the VAE's scaling_factor, by which latents are multiplied.
+    empty_text, prior_empty_text: the same two of the empty prompt, where the frozen base model
+    predicts the prior. latent_scale: the VAE's scaling_factor, by which latents are multiplied.
     """
 
     instance: LatentPosteriors
@@ -46,6 +47,8 @@ class TrainingData:
     class_text: torch.Tensor | None
     latent_scale: float
     prior_text: torch.Tensor | None = None
+    empty_text: torch.Tensor | None = None
+    prior_empty_text: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +150,7 @@ def train(
             nn.utils.clip_grads_with_norm_(weights, hyperparameters.max_grad_norm, norm)
 
         # Update the weights, and free the gradients
-        updated = precision.step(optimizer)
+        updated = precision.step(optimizer, metrics.grad_norm)
         optimizer.zero_grad(set_to_none=True)
         if not updated:  # fp16 overflow: the loss scale is lower now; repeat the step
             skipped_in_a_row = count_skipped(state, metrics, skipped_in_a_row)
@@ -231,9 +234,7 @@ def micro_batches(
             processes=accelerator.num_processes,
         )
         with state.precision.autocast():
-            made = make_micro_batch(
-                data, numbers, noise_scheduler, hyperparameters.seed, prior_unet
-            )
+            made = make_micro_batch(data, numbers, noise_scheduler, hyperparameters, prior_unet)
         yield made
 
 
@@ -241,37 +242,27 @@ def make_micro_batch(
     data: TrainingData,
     numbers: range,
     noise_scheduler: Any,
-    seed: int,
+    hyperparameters: Hyperparameters,
     prior_unet: nn.Module | None,
 ) -> MicroBatch:
     """Make the instance half and, with prior preservation, the class half of a micro-batch.
 
-    The class half has its own pictures, timesteps and noise; with prior_unet it has the instance
+    The class half has its own pictures, timesteps and noise. With prior_unet it has the instance
     half's noisy latents and timesteps, and the frozen base model's prediction as its target.
     """
+    seed = hyperparameters.seed
     instance = _draw_half(
         data.instance, "instance", data.instance_text, data, numbers, noise_scheduler, seed
     )
     if data.class_text is None:
         return instance
-    if prior_unet is None:
+    if prior_unet is not None:
+        scale = hyperparameters.training_guidance_scale
+        instance, class_half = _predicted_prior(instance, data, numbers, prior_unet, scale)
+    else:
         assert data.class_ is not None  # its pictures are cached with their text
         class_half = _draw_half(
             data.class_, "class", data.class_text, data, numbers, noise_scheduler, seed
-        )
-    else:
-        assert data.prior_text is not None  # given with the frozen model
-        with torch.no_grad():
-            base_prediction = predict(
-                prior_unet,
-                instance.noisy_latents,
-                instance.timesteps,
-                _repeated(data.prior_text, numbers),
-            )
-        class_half = replace(
-            instance,
-            text=_repeated(data.class_text, numbers),
-            target=base_prediction.to(instance.target.dtype),
         )
     halves = (instance, class_half)
     return MicroBatch(
@@ -280,6 +271,49 @@ def make_micro_batch(
         text=torch.cat([half.text for half in halves]),
         target=torch.cat([half.target for half in halves]),
     )
+
+
+@torch.no_grad()
+def _predicted_prior(
+    instance: MicroBatch,
+    data: TrainingData,
+    numbers: range,
+    prior_unet: nn.Module,
+    guidance_scale: float,
+) -> tuple[MicroBatch, MicroBatch]:
+    """Return the instance half, and a class half whose target the frozen base model predicts.
+
+    A guided sampler draws with empty + g * (prompt - empty), where empty is the prediction for the
+    empty prompt (Ho and Salimans 2022, equation 6), and so adds g times what the subject has moved.
+    With guidance_scale > 1 the instance half's target is therefore moved that much less, so that
+    the noise is what sampling at this scale predicts; and the empty prompt, which guidance starts
+    from, is held to the base as the class is: it takes the class prompt's place in every other
+    sample of the class half.
+    """
+    assert data.class_text is not None  # all four are given with prior_unet
+    assert data.prior_text is not None
+    dtype = instance.target.dtype
+    if guidance_scale == 1:
+        text, base_text = (_repeated(each, numbers) for each in (data.class_text, data.prior_text))
+        target = predict(prior_unet, instance.noisy_latents, instance.timesteps, base_text)
+        return instance, replace(instance, text=text, target=target.to(dtype))
+    assert data.empty_text is not None
+    assert data.prior_empty_text is not None
+    predictions = predict(
+        prior_unet,
+        instance.noisy_latents.repeat(2, 1, 1, 1),
+        instance.timesteps.repeat(2),
+        torch.cat([_repeated(each, numbers) for each in (data.prior_text, data.prior_empty_text)]),
+    )
+    of_class, of_empty = predictions.to(dtype).chunk(2)
+    held_text, held_target = [], []
+    for row, number in enumerate(numbers):
+        is_empty = number % 2 == 1
+        held_text.append(data.empty_text if is_empty else data.class_text)
+        held_target.append((of_empty if is_empty else of_class)[row])
+    class_half = replace(instance, text=torch.cat(held_text), target=torch.stack(held_target))
+    moved = (instance.target - of_empty) / guidance_scale
+    return replace(instance, target=of_empty + moved), class_half
 
 
 def _draw_half(

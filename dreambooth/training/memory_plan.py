@@ -18,6 +18,10 @@ from dreambooth.training.expected_memory import PhasePeak
 # Free memory that tensors cannot use, because of library workspaces and fragmentation: a T4 leaves
 # 13.4 of 14.6 GiB and an 8 GB card 6.4 of 7.6: 1.2 GiB with the CUDA context, 0.8 without it.
 OVERHEAD_BYTES = int(0.8 * 2**30)
+# What NCCL takes of each GPU beside torch's tensors: 688 MiB were seen on four A100s over NVLink,
+# 544 on two (github.com/NVIDIA/nccl, issue 964). It grows with the channels, of which PCIe has
+# fewer (issue 986), and not with the hosts; never measured here.
+NCCL_BYTES = int(0.7 * 2**30)
 MARGIN = 1.05  # the measured peak may exceed the expected one by this factor
 
 
@@ -54,7 +58,7 @@ def choose(
     may_step_fast = not fast_step_obstacle(
         hyperparameters, device, mixed_precision=mixed_precision, processes=processes
     )
-    usable = usable_bytes(device)
+    usable = usable_bytes(device, processes)
     batch = 0
     if facts is not None and class_images_to_sample > 0:
         batch = expected_memory.class_batch(hyperparameters, facts, prior_precision, usable)
@@ -82,7 +86,7 @@ def choose(
         )
     if usable is None or facts is None:
         return tuple(choices)
-    fitting = (n for n, one in enumerate(choices) if fits(one.phases, device))
+    fitting = (n for n, one in enumerate(choices) if fits(one.phases, device, processes))
     return tuple(choices[next(fitting, len(choices) - 1) :])
 
 
@@ -117,18 +121,24 @@ def fast_step_obstacle(
     return f"this job has {processes} processes" if processes > 1 else None
 
 
-def usable_bytes(device: DeviceFacts) -> int | None:
+def usable_bytes(device: DeviceFacts, processes: int) -> int | None:
     """Return how much of the GPU's free memory tensors may take; None on a CPU."""
     free = device.memory_bytes if device.free_bytes is None else device.free_bytes
-    return None if free is None else max(0, free - OVERHEAD_BYTES)
+    others = OVERHEAD_BYTES + nccl_bytes(device, processes)
+    return None if free is None else max(0, free - others)
 
 
-def fits(phases: Sequence[PhasePeak], device: DeviceFacts) -> bool:
+def nccl_bytes(device: DeviceFacts, processes: int) -> int:
+    """Return what NCCL's buffers take of each GPU."""
+    return NCCL_BYTES if processes > 1 and device.kind == "cuda" else 0
+
+
+def fits(phases: Sequence[PhasePeak], device: DeviceFacts, processes: int) -> bool:
     """Return whether the phases that depend on the memory plan fit into the device's free memory.
 
     The others are the same in all memory plans, so they do not help to choose one.
     """
-    usable = usable_bytes(device)
+    usable = usable_bytes(device, processes)
     of_plan = filter(expected_memory.depends_on_the_memory_plan, phases)
     return usable is None or all(peak.bytes * MARGIN <= usable for peak in of_plan)
 

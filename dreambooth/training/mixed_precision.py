@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -81,12 +82,17 @@ class Precision:
         """Divide the gradients by the loss scale; call it once before clipping."""
         self.scaler.unscale_(optimizer)
 
-    def step(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Update the weights; return False if fp16 gradients overflowed and nothing was updated."""
-        scale = self.loss_scale
-        self.scaler.step(optimizer)
+    def step(self, optimizer: torch.optim.Optimizer, grad_norm: float) -> bool:
+        """Update the weights; return False if fp16 gradients overflowed and nothing was updated.
+
+        grad_norm: of the unscaled gradients. It has been read already; the scaler's own step would
+        wait for the device again, to read the same of its search for overflows.
+        """
+        updates = math.isfinite(grad_norm) or not self.scaler.is_enabled()
+        if updates:
+            optimizer.step()
         self.scaler.update()
-        return self.loss_scale >= scale
+        return updates
 
     def adapt_scale(self, norm: torch.Tensor) -> bool:
         """Adapt the loss scale for a caller that updates the weights itself.
@@ -100,4 +106,5 @@ class Precision:
         probe.grad = norm.clone()
         optimizer = torch.optim.SGD([probe], lr=0.0)
         self.scaler.unscale_(optimizer)
-        return self.step(optimizer)
+        self.scaler.update()
+        return bool(torch.isfinite(norm))

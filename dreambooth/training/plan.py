@@ -27,6 +27,7 @@ from dreambooth.training.memory_plan import MemoryChoice
 
 _UNKNOWN = "known once the model is unpacked"
 MAX_CACHED_CROPS = 8  # random crops per picture that is not square
+SCORED_PICTURES, SCORED_STEPS = 8, 50  # of each prompt, for compute_scores; as the server draws
 CHECKPOINT_MINUTES = 10.0  # used if a checkpoint folder is given, but no interval
 
 
@@ -164,9 +165,10 @@ def make(
         ),
         warnings=(
             *(facts.warnings if facts and hyperparameters.resolution is None else ()),
-            *plan_warnings.memory_warnings(device, chosen.phases),
+            *plan_warnings.memory_warnings(device, chosen.phases, processes),
             *plan_warnings.settings_warnings(
-                hyperparameters, device, mixed_precision, steps, warmup, instances
+                *(hyperparameters, device, mixed_precision, steps, warmup, instances),
+                has_class_prompt=dataset.class_prompt is not None,
             ),
             *plan_warnings.fast_step_warnings(
                 hyperparameters, device, mixed_precision, processes, chosen
@@ -229,6 +231,14 @@ def rows(plan: TrainingPlan, hyperparameters: Hyperparameters) -> list[tuple[str
         when.insert(0, f"every {plan.checkpointing_minutes:g} minutes")
     if when:
         lines.append(("checkpoints", " and ".join(when)))
+    if hyperparameters.compute_scores:
+        lines.append(
+            (
+                "scores",
+                f"at the end, from {SCORED_PICTURES} pictures of {SCORED_STEPS} steps with each of "
+                "two prompts, by the model and by its base",
+            )
+        )
     return lines
 
 
@@ -281,8 +291,11 @@ def _expected_line(plan: TrainingPlan) -> str:
         return _UNKNOWN
     line = f"{size_in_words(plan.memory_bytes)} in training"
     if most.bytes > plan.memory_bytes:
-        return f"{line}; the most, {size_in_words(most.bytes)}, in {most.phase}"
-    return f"{line}, the most of all phases"
+        line += f"; the most, {size_in_words(most.bytes)}, in {most.phase}"
+    else:
+        line += ", the most of all phases"
+    nccl = memory_plan.nccl_bytes(plan.device, plan.processes)
+    return line + (f"; {size_in_words(nccl)} of NCCL's buffers beside it" if nccl else "")
 
 
 def _disk_line(budget: DiskBudget) -> str:

@@ -12,9 +12,11 @@ from dreambooth.training.expected_memory import PhasePeak
 from dreambooth.training.memory_plan import MemoryChoice
 
 
-def memory_warnings(device: DeviceFacts, phases: Sequence[PhasePeak]) -> tuple[str, ...]:
+def memory_warnings(
+    device: DeviceFacts, phases: Sequence[PhasePeak], processes: int
+) -> tuple[str, ...]:
     """Return a warning if the phase that takes the most memory is not expected to fit."""
-    usable = memory_plan.usable_bytes(device)
+    usable = memory_plan.usable_bytes(device, processes)
     there = host_memory_bytes() if usable is None else usable
     most = expected_memory.largest(phases)
     if most is None or not most.bytes > there > 0:
@@ -34,6 +36,7 @@ def settings_warnings(
     steps: int,
     warmup: int,
     instance_images: int,
+    has_class_prompt: bool,
 ) -> tuple[str, ...]:
     """Return warnings of settings that have no effect here, or probably an unwanted one."""
     notes = []
@@ -56,6 +59,11 @@ def settings_warnings(
     if hyperparameters.compute_fid and instance_images < 2:
         notes.append(
             "compute_fid needs two instance images, and there is one: no fid_score will be printed."
+        )
+    if hyperparameters.compute_scores and not has_class_prompt:
+        notes.append(
+            "compute_scores needs a class_prompt, and dataset_info.json gives none: no class_kept "
+            "will be printed, and a subject_score of the embedded world's models only."
         )
     return tuple(notes)
 

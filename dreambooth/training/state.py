@@ -325,7 +325,9 @@ def _ignored_settings(stored: Mapping[str, str], wanted: Mapping[str, str], step
     """
     both = {stored.get("memory_plan"), wanted.get("memory_plan")}
     ignored = {"use_8bit_adam"} if both == {"auto"} else set()
-    ignored |= {"prediction_type"} - stored.keys()  # earlier versions did not store it
+    ignored |= {"prediction_type"} - stored.keys()  # earlier versions did not store it,
+    if wanted.get("training_guidance_scale") == "1.0":  # nor this, which they did not have
+        ignored |= {"training_guidance_scale"} - stored.keys()
     if stored.get("steps") == wanted.get("steps"):
         # However they are asked for; earlier versions did not store the crops.
         ignored |= {"max_steps", "epochs", "cached_crops"}

@@ -103,7 +103,6 @@ def test_8_bit_adamw_of_a_t4_does_not_wait_for_each_weight() -> None:
     step = counted_step.count(T4, **PRIOR)
     assert step.memory_plan == "8bit_adamw"
     assert step.expected_bytes == pytest.approx(step.peak_bytes, rel=0.01)
-    # Besides the metrics fp16 asks for overflows, and for the loss scale before and after.
-    assert sorted(step.waits) == sorted((*WAITS, *["a value is read"] * 3))
+    assert step.waits == WAITS  # in fp16, whose overflows show in the metrics
     assert step.launches <= 4_150
     assert step.bytes / 1e9 <= 69.5

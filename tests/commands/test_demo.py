@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dreambooth import tiny
 from dreambooth.__main__ import main
-from dreambooth.commands import demo
+from dreambooth.commands import demo, evaluate
 from dreambooth.tiny import judge_network
 from tiny_world import judge, world
 
@@ -33,17 +35,20 @@ class Demo:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Demo:
-    """Run the demo once."""
+    """Run the demo once; of the base model, only the pictures that a test reads are drawn."""
     out = tmp_path_factory.mktemp("demo")
     drawn: list[dict[str, list[np.ndarray]]] = []
-    draw = demo._draw
+    draw = evaluate.draw
 
-    def kept(*arguments: Any) -> dict[str, list[np.ndarray]]:
-        drawn.append(draw(*arguments))
-        return drawn[-1]
+    def kept(model: Any, prompts: Sequence[str], *more: Any, **options: Any) -> Any:
+        assert prompts == demo.PROMPTS
+        is_base = not drawn
+        assert (model.folder == tiny.WEIGHTS) is is_base
+        drawn.append(draw(model, prompts[:1] if is_base else prompts, *more, **options))
+        return dict.fromkeys(prompts, drawn[0][prompts[0]]) if is_base else drawn[-1]
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as stdout:
-        patch.setattr(demo, "_draw", kept)
+        patch.setattr(evaluate, "draw", kept)
         assert main(["demo", "--out", str(out)]) == 0
     network = judge_network.load()
     base, tuned = (

@@ -55,13 +55,14 @@ def test_a_model_is_measured_against_its_base(
     written = json.loads((out / "evaluation.json").read_text("utf-8"))
     assert written["features"] == "EfficientNet-Lite0, trained on ImageNet"
     assert written["guidance_scale"] == 7.5
-    assert set(written["measures"]) == {
+    assert set(written["measures"]) - {"class_read", "other_class_read"} == {
         *("subject", "likeness", "copies", "class_kept", "class_likeness"),
-        *("class_variety", "base_class_variety", "other_class_kept"),
+        *("class_variety", "base_class_variety", "other_class_kept", "clean"),
     }
+    assert list(written["measures"])[:3] == ["subject", "class_kept", "other_class_kept"]
     for name, found in written["measures"].items():
         assert found["low"] <= found["mean"] <= found["high"]
-        assert found["of"] == 2
+        assert found["of"] == (8 if name == "clean" else 2)  # of all four prompts
         assert f"{name:<20} {found['mean']:6.3f}" in shown
     assert set(written["not_measured"]) == {"context"}
     assert written["frechet_distance"] > 0
@@ -80,6 +81,7 @@ def test_a_model_that_learned_nothing_has_kept_everything(
     measures = json.loads((tmp_path / "evaluation.json").read_text("utf-8"))["measures"]
     assert measures["class_kept"]["mean"] == measures["other_class_kept"]["mean"] == 1
     assert measures["class_variety"] == measures["base_class_variety"]
+    assert measures["clean"]["mean"] == 1
 
 
 def test_what_cannot_be_measured_is_named_with_the_reason(
@@ -89,7 +91,7 @@ def test_what_cannot_be_measured_is_named_with_the_reason(
     assert run("--model", small_model_folder, "--data", data, *FAST, "--out", tmp_path) == 0
     shown = capsys.readouterr().out
     for name, reason in (
-        ("subject", "needs --base, or class images"),
+        ("subject", "gives no class_prompt"),
         ("class_kept", "gives no class_prompt"),
         ("other_class_kept", "needs --base"),
         ("context", "needs --text_image"),

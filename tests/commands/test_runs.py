@@ -121,12 +121,16 @@ def test_what_cannot_be_done_costs_one_sentence(
 def test_a_terminals_codes_in_names_and_logs_are_shown_as_text(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = Run(tmp_path / "a\x1b[2Jb")
+    run = Run(tmp_path / "a\x1b[2Jb\n\udcff")
     run.folder.mkdir()
     run.write_settings(settings())
     (run.folder / "log.txt").write_text("\x1b[2Jforged\n")
     assert main(["runs", "--dir", str(tmp_path), "list"]) == 0
     assert main(["runs", "--dir", str(tmp_path), "show", run.name]) == 0
+    assert main(["runs", "--dir", str(tmp_path), "stop", run.name]) == 0
+    assert main(["runs", "--dir", str(tmp_path), "delete", "--yes", run.name, run.name]) == 0
+    assert main(["runs", "--dir", str(tmp_path / run.name), "list"]) == 0
     shown = capsys.readouterr().out
+    shown.encode()
     assert "\x1b" not in shown
     assert "  | \\x1b[2Jforged" in shown

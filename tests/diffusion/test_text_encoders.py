@@ -24,6 +24,7 @@ from dreambooth.errors import ModelArtifactError
 from dreambooth.job.run import run_job
 from dreambooth.model_folder import layout
 
+pytestmark = pytest.mark.usefixtures("class_images_of_four_steps")
 Make = Callable[..., Path]
 CPU = torch.device("cpu")
 LENGTH, WIDTH = 24, 32

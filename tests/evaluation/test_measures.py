@@ -50,16 +50,39 @@ def test_variety_is_the_mean_distance_to_the_others() -> None:
         measures.variety(np.eye(3)[:1])
 
 
-def test_copies_are_nearer_than_the_pictures_are_to_each_other() -> None:
-    near = measures.of_length_one(np.array([[1.0, 0.1, 0], [0.9, 0.44, 0], [0, 0.1, 1]]))
-    flipped = np.array([[0.0, 0, 1.0], [0, 0, 1.0]])
-    assert measures.copied(near, SUBJECT, flipped).tolist() == [1, 1, 1]
-    assert measures.copied(near, SUBJECT, SUBJECT).tolist() == [1, 1, 0]
-    # Two instance pictures that are nearly the same raise the limit.
-    twins = measures.of_length_one(np.array([[1.0, 0, 0], [1, 0.05, 0]]))
-    turned = measures.of_length_one(np.array([[1.0, 0.2, 0]]))
-    assert measures.copied(turned, twins[:1], twins[:1]).tolist() == [1]
-    assert measures.copied(turned, twins, twins).tolist() == [0]
+def test_a_place_fits_better_than_nearly_all_drawings_without_it() -> None:
+    plain = np.linspace(0, 1, 101)
+    assert measures.better_fit(np.array([0.94, 0.96, 2.0]), plain).tolist() == [0, 1, 1]
+
+
+def test_the_label_that_is_read_most_often() -> None:
+    assert measures.most_often(np.array([3, 1, 1, 2])) == 1
+
+
+def test_classes_whose_weights_point_in_like_directions_are_akin() -> None:
+    generator = np.random.default_rng(0)
+    kinds = np.repeat(np.eye(4), 8, axis=0)  # four kinds of eight classes
+    weights = kinds + 0.1 * generator.standard_normal(kinds.shape)
+    akin = measures.akin_classes(weights)
+    assert (akin == akin.T).all()
+    assert akin.diagonal().all()
+    kind = np.repeat(np.arange(4), 8)
+    same = kind[:, None] == kind[None, :]
+    assert not akin[~same].any()
+    assert akin[same].mean() > 0.9
+
+
+def test_pictures_are_read_as_classes_akin_to_those_of_the_class() -> None:
+    akin = np.kron(np.eye(3), np.ones((2, 2))).astype(bool)  # classes 0 1, 2 3 and 4 5
+    drawn = np.array([0, 1, 2, 4])
+    found = measures.read_alike(drawn, np.array([0, 1, 1, 0, 0]), akin)
+    assert found is not None
+    assert found.tolist() == [1, 1, 0, 0]
+    mixed = measures.read_alike(drawn, np.array([0, 1, 1, 0, 0, 4]), akin)  # 5 of 6 are known
+    assert mixed is not None
+    assert mixed.tolist() == [1, 1, 0, 1]
+    assert measures.read_alike(drawn, np.array([0, 1, 2, 4]), akin) is None
+    assert measures.read_alike(drawn, np.array([0]), akin) is None
 
 
 def test_an_interval_holds_the_mean_and_shrinks_with_more_drawings() -> None:

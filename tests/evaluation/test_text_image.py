@@ -42,7 +42,8 @@ def clip(tmp_path: Path, small_model_folder: Path) -> Path:
 def test_the_fit_is_what_the_whole_model_finds(clip: Path) -> None:
     generator = np.random.default_rng(0)
     pictures = [generator.integers(0, 255, (28, 28, 3), dtype=np.uint8) for _ in range(3)]
-    found = text_image.load(str(clip), CPU).fit(pictures, PROMPT)
+    reader = text_image.load(str(clip), CPU)
+    found = reader.fit(reader.pictures(pictures), PROMPT)
     whole = transformers.CLIPModel.from_pretrained(clip).eval()
     tokenizer = transformers.CLIPTokenizer.from_pretrained(clip)
     mean, std = (

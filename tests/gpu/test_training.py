@@ -20,7 +20,7 @@ from tests.gpu.conftest import DEVICE, Start, weights
 from tests.training import plain_loop
 from tests.training.displacements import Weights, agreement
 
-STEPS = 50 if DEVICE == "cuda" else 10  # tests/training/test_parity.py runs 50 on a CPU
+STEPS = 50 if DEVICE == "cuda" else 10  # tests/training/test_parity.py runs 25 on a CPU
 PRIOR = "--with_prior_preservation=True"
 FAST = "--fast_step=True"
 PLANS = [f"--memory_plan={name}" for name in MEMORY_PLANS]

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dreambooth.job import class_sampling, previews
 from dreambooth.job.run import run_job
 
 UPLOADING, UPLOADED = ".sagemaker-uploading", ".sagemaker-uploaded"
@@ -91,6 +92,7 @@ def newest_step(checkpoints: Path) -> int:
 
 def run(argv: list[str]) -> None:
     """Run the job in a process of its own that exits with the job's exit code."""
+    class_sampling.NUM_INFERENCE_STEPS = previews.NUM_INFERENCE_STEPS = 2
     os._exit(run_job(argv, {}))
 
 

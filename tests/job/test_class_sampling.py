@@ -244,7 +244,7 @@ def test_the_batch_is_what_fits_beside_the_weights(task: Task) -> None:
     picture = 4 * 2 * expected_memory.ROW_TENSORS * facts.unet_layer_elements
 
     def on(pictures: float, wanted: int = 1) -> int:
-        usable = usable_bytes(dataclasses.replace(gpu(2**34), free_bytes=None))
+        usable = usable_bytes(dataclasses.replace(gpu(2**34), free_bytes=None), 1)
         assert usable is not None
         overhead = 2**34 - usable
         device = gpu(int(overhead + weights + pictures * picture))

@@ -21,6 +21,7 @@ from dreambooth.job.run import run_job
 from dreambooth.training import run_log
 from dreambooth.training.step_metrics import StepMetrics
 
+pytestmark = pytest.mark.usefixtures("class_images_of_four_steps")
 MIB = 2**20
 
 

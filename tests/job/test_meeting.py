@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from dreambooth.errors import UserError
 from dreambooth.job import meeting
 from dreambooth.job.meeting import Meeting, Start
+from dreambooth.job.run import run_job
 from dreambooth.process.stop import Stopped
 from dreambooth.settings.container import Hosts
 
@@ -29,6 +32,7 @@ def port(monkeypatch: pytest.MonkeyPatch) -> int:
     found = meeting._free_port()
     monkeypatch.setattr(meeting, "PORT", found)
     monkeypatch.setattr(meeting, "_LAST_S", 5.0)
+    monkeypatch.setattr(meeting, "_TELL_S", 1.0)
     monkeypatch.setattr(meeting, "_POLL_S", 0.01)
     monkeypatch.setattr(meeting, "_RETRY_S", 0.01)
     return found
@@ -112,7 +116,101 @@ def test_the_others_end_with_a_first_host_that_fails_before_the_start() -> None:
 
     with beside(second), pytest.raises(UserError):
         first()
-    assert refused == [f"The host {FIRST} of this job has ended: see its log."]
+    assert refused == [f"The host {FIRST} of this job has ended: its log says why."]
+
+
+def test_a_first_host_that_vanishes_has_not_ended_well(port: int) -> None:
+    with socket.create_server(("", port)) as first:
+
+        def vanish() -> None:
+            first.accept()[0].close()
+
+        ended = pytest.raises(UserError, match=f"The host {FIRST} of this job has ended")
+        with beside(vanish), ended, Meeting(OTHER) as other:
+            other.wait_for_the_first()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_first_host_that_ends_before_another_has_come_waits_for_it(fails: bool) -> None:
+    began: list[Start | str | None] = []
+
+    def second() -> None:
+        time.sleep(0.5)
+        try:
+            with Meeting(OTHER) as other:
+                began.append(other.wait_for_the_first())
+        except UserError as error:
+            began.append(str(error))
+
+    with beside(second), contextlib.suppress(UserError), Meeting(HOSTS):
+        if fails:
+            raise UserError("The disk is full.")
+    ended = f"The host {FIRST} of this job has ended: its log says why."
+    assert began == [ended if fails else None]
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [
+        (b"", "The host algo-2 of this job has ended: its log says why"),
+        (b'{"code": 1, "sentence": "Full."}\n', "On host algo-2: Full"),
+        (b'{"code": 143, "sentence": ""}\n', "stopped by SIGTERM"),
+    ],
+)
+def test_a_host_that_ends_before_the_start_ends_the_job(
+    end: bytes, expected: str, port: int
+) -> None:
+    def second() -> None:
+        with socket.create_connection((FIRST, port)) as other:
+            other.sendall(b'{"host": "algo-2"}\n' + end)
+
+    hosts = Hosts(names=(FIRST, SECOND, "algo-3"))
+    ended = pytest.raises((UserError, Stopped), match=expected)
+    with ended, Meeting(hosts) as first, beside(second):
+        first.begin(1)
+
+
+def test_a_first_host_that_is_stopped_before_the_start_stops_the_others(port: int) -> None:
+    with socket.create_server(("", port)) as first:
+
+        def stop() -> None:
+            with first.accept()[0] as connection:
+                connection.sendall(b'{"code": 143, "sentence": "stopped by SIGTERM"}\n')
+
+        with beside(stop), pytest.raises(Stopped, match="SIGTERM"), Meeting(OTHER) as other:
+            other.wait_for_the_first()
+
+
+def test_a_host_that_cannot_begin_tells_the_first_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    environ = {
+        "SM_HOSTS": json.dumps([FIRST, SECOND]),
+        "SM_CURRENT_HOST": SECOND,
+        "SAGEMAKER_BASE_DIR": str(tmp_path),
+    }
+    argv = ["--pretrained-model=tiny", f"--train={tmp_path}", f"--model_dir={tmp_path / 'model'}"]
+
+    def second() -> None:
+        assert run_job(argv, environ) == 1
+
+    missing = pytest.raises(UserError, match=r"On host algo-2: dataset_info\.json is missing")
+    with missing, Meeting(HOSTS) as first, beside(second):
+        first.begin(1)
+    monkeypatch.setattr(meeting, "_TELL_FIRST_S", 0.5)
+    assert run_job(argv, environ) == 1  # nobody listens
+
+
+def test_a_long_sentence_arrives_whole() -> None:
+    def second() -> None:
+        with contextlib.suppress(UserError), Meeting(OTHER) as other:
+            other.wait_for_the_first()
+            raise UserError("\N{CAT}" * 1000)
+
+    with beside(second), Meeting(HOSTS) as first:
+        first.begin(1)
+        first.wait_for_an_end(5)
+        assert first.ends[SECOND].sentence == "\N{CAT}" * 1000
 
 
 def test_a_stop_of_the_first_host_is_known_to_the_others() -> None:
@@ -184,6 +282,28 @@ def test_strangers_change_nothing(sent: bytes, port: int) -> None:
         assert list(first._connections) == [SECOND]
     thread.join(20)
     assert not thread.is_alive()
+
+
+def test_strangers_without_end_change_nothing(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "_MOST_STRANGERS", 4)
+    met = threading.Event()
+
+    def stranger() -> None:
+        flooding = socket.create_connection((FIRST, port))
+        with flooding, contextlib.suppress(OSError):
+            while not met.is_set():
+                flooding.sendall(b"\n" * 65_536)
+
+    def second() -> None:
+        with contextlib.ExitStack() as idle:
+            many = [idle.enter_context(socket.create_connection((FIRST, port))) for _ in range(9)]
+            assert many[0].recv(1) == b""  # closed, to make room
+            with Meeting(OTHER) as other:
+                assert other.wait_for_the_first() is not None
+
+    with Meeting(HOSTS) as first, beside(stranger), beside(second):
+        first.begin(1)
+        met.set()
 
 
 def test_a_job_of_one_host_opens_no_port() -> None:

@@ -114,6 +114,7 @@ def test_two_processes_on_one_host(
     endless += ["--checkpoints_total_limit=9", f"--model_dir={tmp_path / 'three'}"]
     job = _started(endless, tmp_path)
     _wait_for(job, checkpoints / "step-00000004")
+    assert len(list((tmp_path / "temporary").glob("*/end-*.met"))) == 2
     job.send_signal(signal.SIGTERM)
     shown = _shown_at_the_end(job, code=143)
     assert shown.splitlines()[-1] == "stopped by SIGTERM"
@@ -147,12 +148,14 @@ def test_two_processes_on_one_host(
 
 def _started(argv: list[str], folder: Path) -> subprocess.Popen[str]:
     """Start `train` as the container does, with its output in a file of the folder."""
-    (folder / "root" / "output").mkdir(parents=True, exist_ok=True)
+    for new in (folder / "root" / "output", folder / "temporary"):
+        new.mkdir(parents=True, exist_ok=True)
+    environ = {"SAGEMAKER_BASE_DIR": str(folder / "root"), "TMPDIR": str(folder / "temporary")}
     with (folder / "shown").open("w") as shown:
         return subprocess.Popen(
             [sys.executable, "-m", "dreambooth", "train", *argv],
             cwd=ROOT,
-            env={**ENVIRON, "SAGEMAKER_BASE_DIR": str(folder / "root")},
+            env={**ENVIRON, **environ},
             stdout=shown,
             stderr=subprocess.STDOUT,
             text=True,

@@ -25,6 +25,7 @@ from dreambooth.diffusion import model as models
 from dreambooth.job.run import run_job
 from tests.conftest import write_safety_checker
 
+pytestmark = pytest.mark.usefixtures("class_images_of_four_steps")
 Make = Callable[..., Path]
 CPU = torch.device("cpu")
 TOKENS, VOCABULARY = 32, 560

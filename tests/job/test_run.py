@@ -25,6 +25,7 @@ from safetensors.numpy import load_file
 from dreambooth.job.run import run_job
 from dreambooth.tiny import DATA
 
+pytestmark = pytest.mark.usefixtures("class_images_of_four_steps")
 ROOT = Path(__file__).parents[2]
 Folder = Callable[..., Path]
 
@@ -458,7 +459,11 @@ def test_a_stop_in_training_with_a_checkpoint_folder_resumes_bit_for_bit(
 
 
 @pytest.mark.parametrize(
-    "text", ["[sample pictures", "[fid_score", "drawing for fid_score: 0/", "[export"]
+    "text",
+    [
+        *("[sample pictures", "[fid_score", "drawing for fid_score: 0/", "[export"),
+        "drawing with the base model: 0/",
+    ],
 )
 def test_a_stop_after_the_last_step_leaves_the_whole_model(
     small_model_folder: Path,
@@ -470,8 +475,11 @@ def test_a_stop_after_the_last_step_leaves_the_whole_model(
 ) -> None:
     stderr = stopped_at(monkeypatch, text)
     out = tmp_path / "model"
-    assert train(small_model_folder, photos, out, "--compute_fid") == 143
-    assert "fid_score=" not in capsys.readouterr().out
+    scores = ("--compute_fid", "--compute_scores")
+    assert train(small_model_folder, photos, out, *scores) == 143
+    shown = capsys.readouterr().out
+    assert ("fid_score=" in shown) is ("base" in text)
+    assert "subject_score=" not in shown
     assert "no fid_score" not in stderr.getvalue()  # a stop is not reported as a fault
     assert "The run was stopped" in (tmp_path / "model-output" / "report.html").read_text()
     assert "Partial" not in (out / "README.md").read_text()

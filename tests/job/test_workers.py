@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from dreambooth.errors import DreamBoothError, HyperparameterError, ResourceError, UserError
+from dreambooth.job import meeting as meetings
 from dreambooth.job import workers
-from dreambooth.job.meeting import Meeting
+from dreambooth.job.launcher import NotJoinedError
+from dreambooth.job.meeting import HostEnd, Meeting
 from dreambooth.job.workers import WORKER, FromParent, Group
 from dreambooth.process.stop import Stopped, StopSignals
 from dreambooth.settings.container import Hosts
@@ -29,7 +31,14 @@ for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, stop)
 print("ready", flush=True); time.sleep(60)
 """
-Run = Callable[[str], None]
+MEET = """
+from dreambooth.job.workers import FromParent
+here = FromParent.read(os.environ)
+here.met_file.touch()
+while not here.met_file.with_name(f"end-{1 - rank}.met").exists():
+    time.sleep(0.02)
+"""
+Run = Callable[..., None]
 
 
 @pytest.fixture
@@ -47,8 +56,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setattr(workers, "LAST_S", 1.0)
     stop = StopSignals(leave=lambda code: None)
 
-    def job(program: str) -> None:
-        with stop.listening(), Meeting(Hosts()) as meeting:
+    def job(program: str, met: Meeting | None = None) -> None:
+        with stop.listening(), met or Meeting(Hosts()) as meeting:
             workers.run(
                 *([program], os.environ, GROUP),
                 model_folder=tmp_path,
@@ -90,6 +99,80 @@ def test_a_stop_that_the_processes_agreed_on_is_the_jobs(run: Run) -> None:
         run("sys.exit(143)")
 
 
+def test_a_process_that_is_stopped_while_it_starts_stops_the_job(run: Run) -> None:
+    with pytest.raises(Stopped, match="SIGTERM"):
+        run("rank or os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)")
+
+
+def test_only_processes_that_have_met_have_time_for_their_last_file(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(workers, "LAST_S", 30.0)
+    monkeypatch.setattr(workers, "_UNMET_S", 0.1)
+    writes = "rank and sys.exit(143); time.sleep(1); print('whole'); sys.exit(143)"
+    with pytest.raises(Stopped):
+        run(writes)
+    assert "whole" not in capfd.readouterr().out
+    with pytest.raises(Stopped):
+        run(MEET + writes)
+    assert "whole" in capfd.readouterr().out
+
+
+def test_processes_that_never_meet_are_named_and_end_the_job(
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(meetings, "NOTE_S", 0.5)
+    monkeypatch.setattr(meetings, "LONGEST_S", 2.0)
+
+    class OtherHost(Meeting):
+        others = ("algo-2",)
+
+    with pytest.raises(UserError, match="The processes of host algo-2 of this job could not be"):
+        run("time.sleep(60)", OtherHost(Hosts()))
+    noted = "the processes of host algo-2 of this job cannot be reached yet"
+    assert caplog.messages.count(noted) == 3
+    run(MEET + "time.sleep(3)", OtherHost(Hosts()))
+
+
+def test_a_host_that_vanishes_is_named(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    class Vanishing(Meeting):
+        def poll(self) -> None:
+            self.ends["algo-2"] = HostEnd(code=1, sentence="")
+
+    with pytest.raises(UserError, match="host algo-2 of this job has ended: its log"):
+        run(_fails(RuntimeError("Connection reset by peer")), Vanishing(Hosts()))
+    with pytest.raises(UserError, match="host algo-2 of this job has ended: its log"):
+        run("time.sleep(60)", Vanishing(Hosts()))  # and is killed
+    assert "Connection" not in capfd.readouterr().err
+
+
+def test_a_process_that_aborts_has_perhaps_lost_another_host(run: Run) -> None:
+    class LateNews(Meeting):
+        def wait_for_an_end(self, seconds: float) -> None:
+            self.ends["algo-2"] = HostEnd(code=1, sentence="Full.")
+
+    with pytest.raises(UserError, match="On host algo-2: Full"):
+        run("rank or os.kill(os.getpid(), signal.SIGABRT); time.sleep(60)", LateNews(Hosts()))
+    with pytest.raises(ResourceError, match="ended by SIGKILL"):  # which nobody else does
+        run("rank or os.kill(os.getpid(), signal.SIGKILL); time.sleep(60)", LateNews(Hosts()))
+
+
+def test_a_process_without_its_parent_ends_before_it_begins(tmp_path: Path) -> None:
+    worker = FromParent(
+        parent=os.getppid(),  # this one's, not that of the process below
+        model_folder=tmp_path,
+        workspace=tmp_path,
+        end_file=tmp_path / "end",
+        is_main=True,
+        shown_plan="",
+    )
+    code = "from dreambooth.job.run import run_job; import os; run_job([], os.environ)"
+    environ = {**os.environ, WORKER: worker.as_text()}
+    ended = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (1, b"", b"")
+    assert not worker.end_file.exists()
+
+
 def test_a_killed_process_ends_the_others_and_is_named(run: Run) -> None:
     began = time.monotonic()
     with pytest.raises(ResourceError, match="ended by SIGKILL, and the other with it"):
@@ -110,13 +193,26 @@ def test_a_killed_process_is_named_where_all_have_ended_at_the_next_look(
         )
 
 
+def test_a_killed_process_counts_more_than_one_that_cannot_find_it(run: Run) -> None:
+    with pytest.raises(ResourceError, match="ended by SIGKILL, and the other with it"):
+        run(
+            "from dreambooth.job.workers import FromParent, NotJoinedError\n"
+            "rank or os.kill(os.getpid(), signal.SIGKILL)\n"
+            "time.sleep(0.3); FromParent.read(os.environ).tell(NotJoinedError('Gone.'))\n"
+            "sys.exit(1)"
+        )
+    with pytest.raises(DreamBoothError, match="Gone"):
+        run(_fails(NotJoinedError("Gone.")))
+
+
 def _fails(error: Exception, *, of_rank: int = 1) -> str:
     """Return a program whose one rank tells an error, after the other has lost its connection."""
     lost = repr(RuntimeError("Connection closed by peer"))
     faults = getattr(error, "faults", None)
     told = f"HyperparameterError({faults!r})" if faults else repr(error)
     return (
-        f"from dreambooth.job.workers import FromParent; from dreambooth.errors import *\n"
+        f"from dreambooth.job.workers import FromParent, NotJoinedError\n"
+        f"from dreambooth.errors import *\n"
         f"time.sleep(0.3 * (rank == {of_rank}))\n"
         f"FromParent.read(os.environ).tell({told} if rank == {of_rank} else {lost}); sys.exit(1)"
     )
@@ -160,6 +256,7 @@ def test_the_interface_is_used_where_it_exists_and_nobody_chose_another() -> Non
 
 def test_what_a_process_is_told_is_what_it_reads(tmp_path: Path) -> None:
     worker = FromParent(
+        parent=7,
         model_folder=tmp_path / "ü",
         workspace=tmp_path,
         end_file=tmp_path / "end",

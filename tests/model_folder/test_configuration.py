@@ -72,6 +72,17 @@ def test_what_would_run_foreign_code_is_left_out(place: str) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
+def test_transformers_own_ways_to_attend_are_kept(place: str) -> None:
+    own = {"_attn_implementation": "eager", "attn_implementation": "sdpa"}
+    foreign = {"_attn_implementation_internal": "eager", "use_kernels": "eager"}
+    assert checked(PATH, PLACES[place](own | foreign), "text_encoder") == PLACES[place](own)
+    for value in ("eager ", ["eager"], {"": "eager"}, "flash_attention_2", None):
+        assert checked(PATH, PLACES[place]({"_attn_implementation": value}), "unet") == PLACES[
+            place
+        ]({})
+
+
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("settings", [{"auto_map": {"AutoModel": "x.Y"}}, {"trust_remote_code": 1}])
 def test_code_of_the_folders_own_is_refused(place: str, settings: dict[str, Any]) -> None:
     with pytest.raises(ModelArtifactError, match=f"code of its own .{next(iter(settings))}"):

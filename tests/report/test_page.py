@@ -26,6 +26,7 @@ from dreambooth.report import pictures as report_pictures
 from dreambooth.report.report_data import InstancePicture, MetricsRow, ReportData
 from dreambooth.settings.hyperparameters import KNOBS, Hyperparameters
 
+pytestmark = pytest.mark.usefixtures("class_images_of_four_steps")
 EVIL = "<script>alert(1)<"  # file names cannot contain a slash
 PROMPT = 'a photo of <script>alert("x")</script> & riobugger cat'
 SECTIONS = [
@@ -279,6 +280,7 @@ def make_record(tmp_path: Path) -> Callable[..., ReportData]:
             "metrics": (),
             "last_sample": None,
             "fid_score": None,
+            "scores": (),
             "step_pictures": (),
             "instance_pictures": [
                 InstancePicture(path=path, size=(256, 341), offsets=((0, 0), (0, 85)))
@@ -361,6 +363,10 @@ def test_the_average_loss_is_that_of_the_log(
     )
     scored = Page(report_page.render(make_record(fid_score=12.345678)))
     assert "12.35fid_score" in scored.text
+    assert "Scores" not in scored.text
+    rows = (("subject_score", "0.875 (0.625 to 1.000, 8 pictures)"),)
+    scored = Page(report_page.render(make_record(scores=rows)))
+    assert "subject_score0.875 (0.625 to 1.000, 8 pictures)" in scored.text
     partial = Page(report_page.render(make_record(steps=2, metrics=rows[1:])))
     assert "train_avg_loss" not in partial.text  # some rows of metrics are missing
 

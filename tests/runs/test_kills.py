@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 from collections.abc import Iterator
@@ -138,3 +139,15 @@ def test_a_trainer_that_cannot_even_begin_does_not_keep_the_list_waiting(
     runs.start()
     wait_until(lambda: not runs.has_runner())
     assert [run.state() for run in both] == [RunState.DIED, RunState.DIED]
+
+
+def test_a_run_whose_log_is_a_pipe_does_not_keep_the_list_waiting(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_stand_ins(monkeypatch)
+    runs = RunList(place)
+    first, second = runs.new(settings(1)), runs.new(settings(1))
+    os.mkfifo(first.folder / "log.txt")
+    runs.start()
+    wait_until(lambda: not runs.has_runner(), 60)
+    assert [run.state() for run in (first, second)] == [RunState.WAITING, RunState.DONE]

@@ -288,3 +288,26 @@ def test_what_lies_there_is_read_and_what_is_damaged_is_left_out(tmp_path: Path)
         (tmp_path / "plan.json").write_text(damaged)
         assert run.process() is None
         assert run.plan() == []
+
+
+def test_no_number_in_a_file_is_too_strange_for_json(tmp_path: Path) -> None:
+    huge = "9" * 4000
+    run = folder_with(tmp_path, "lock")
+    for number in ("NaN", "-Infinity", "1e999", huge):
+        row = f'{{"step": 3, "loss": {number}, "steps_per_second": {number}}}\n'
+        (tmp_path / "metrics.jsonl").write_text(row)
+        (tmp_path / "process.json").write_text(f'{{"pid": 1, "begun_at": {number}}}')
+        (tmp_path / "plan.json").write_text(f'{{"steps": {number}, "rows": {number}}}')
+        (tmp_path / "settings.json").write_text(f'{{"learning_rate": {number}, "seed": {2**63}}}')
+        found = {**RunStatus.of(run).as_json(), "settings": run.settings(), "plan": run.plan()}
+        assert json.loads(json.dumps(found, allow_nan=False))["step"] == 3
+        assert (found["loss"], found["begun_at"], found["steps"]) == (None, None, None)
+        assert found["settings"] == {"learning_rate": number, "seed": 2**63}  # still wrong
+
+
+def test_a_pipe_in_place_of_a_file_keeps_nobody_waiting(tmp_path: Path) -> None:
+    run = folder_with(tmp_path, "settings.json")
+    for name in ("failure", "log.txt", "metrics.jsonl", "plan.json", "exit_code", "process.json"):
+        os.mkfifo(tmp_path / name)
+    assert RunStatus.of(run).state == RunState.WAITING
+    assert (run.log_tail(), run.plan()) == ([], [])

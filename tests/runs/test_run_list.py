@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 
 import pytest
 
-from dreambooth.errors import HyperparameterError, UserError
+from dreambooth.errors import HyperparameterError, ResourceError, UserError
+from dreambooth.process import files
 from dreambooth.runs import run_list
 from dreambooth.runs.record import Record
 from dreambooth.runs.run_folder import Run, RunState
@@ -38,6 +40,7 @@ def test_runs_are_numbered_named_and_sorted(tmp_path: Path) -> None:
         RunState.WAITING,
     ]
     assert runs.run("0002").draft() == {"steps": "not yet"}
+    assert runs.new(settings(), name="n" * 80).name == "10002-" + "n" * 80
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", ".deleted-1", "x" * 90, "a\nb"])
@@ -149,3 +152,79 @@ def test_a_run_that_cannot_be_looked_at_hides_no_other(
     (closed.folder / "lock").chmod(0)
     assert [status.name for status in runs.statuses()] == [run.name]
     assert f"{closed.folder} cannot be locked" in caplog.text
+
+
+def test_a_closed_folder_hides_no_run_and_a_closed_list_is_not_called_empty(
+    unprivileged_folder: Path,
+) -> None:
+    runs = RunList(unprivileged_folder / "runs")
+    run, closed = runs.new(settings()), runs.new(settings())
+    (run.folder / "model").mkdir(mode=0)
+    closed.folder.chmod(0)
+    assert [status.name for status in runs.statuses()] == [run.name]
+    runs.folder.chmod(0)
+    with pytest.raises(UserError, match=r"cannot be listed \(Permission denied\): give another"):
+        runs.runs()
+    for folder in (runs.folder, closed.folder, run.folder / "model"):
+        folder.chmod(0o777)
+
+
+def test_a_run_whose_name_is_as_long_as_can_be_is_deleted(tmp_path: Path) -> None:
+    run = Run(tmp_path / ("n" * 255))
+    ended(run)
+    RunList(tmp_path).delete(run)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_deletion_takes_nothing_that_is_mounted_or_linked_in_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = RunList(tmp_path / "my runs")
+    run, left = runs.new(settings()), runs.folder / ".deleted-1"
+    (left / "disk").mkdir(parents=True)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (run.folder / "photos").symlink_to(photos)
+    text = str(runs.folder).replace(" ", "\\040")
+    mounts = tmp_path / "mountinfo"  # as in proc_pid_mountinfo(5)
+    mounts.write_text(
+        f"1 0 8:1 / / rw - ext4 /dev/x rw\n2 1 8:1 /a {text}/0001/disk rw - ext4 /dev/x rw\n"
+        f"3 1 8:1 /a {text}/.deleted-1/disk rw - ext4 /dev/x rw\n"
+    )
+    monkeypatch.setattr(files, "_MOUNTS", mounts)
+    with pytest.raises(UserError, match=r"mounted.*: unmount .*/my runs/0001/disk first"):
+        runs.delete(run)
+    mounts.write_text(mounts.read_text().replace("/0001/", "/0002/"))
+    runs.delete(run)
+    assert [path.name for path in runs.folder.iterdir()] == [".deleted-1"]
+    assert photos.is_dir()
+
+
+def test_a_link_to_a_run_is_not_deleted_in_place_of_it(tmp_path: Path) -> None:
+    runs = RunList(tmp_path / "runs")
+    ended(Run(tmp_path / "elsewhere"))
+    runs.folder.mkdir()
+    (runs.folder / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"is a link to .*/elsewhere: delete that folder"):
+        runs.delete(runs.run("link"))
+    assert runs.run("link").state() == RunState.STOPPED
+
+
+def test_of_a_run_that_the_disk_does_not_take_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = RunList(tmp_path)
+    old = runs.new_draft({})
+    shutil.copytree(DATA / "cat", old.folder / "pictures")
+    run_list.submit(old, settings() | {"train": str(old.folder / "pictures")})
+
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "fsync", full)
+    for add in (lambda: runs.new(settings()), lambda: runs.again(old, {})):
+        with pytest.raises(ResourceError, match="the disk is full"):
+            add()
+    with pytest.raises(ResourceError, match="the disk is full"):
+        runs.new_draft({})
+    assert list(tmp_path.iterdir()) == [old.folder]

@@ -39,6 +39,15 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunList]:
     kill(trainers(tmp_path))
 
 
+def test_a_trainer_that_dies_before_it_has_begun_leaves_no_run_that_waits(runs: RunList) -> None:
+    run = runs.new(settings(1))
+    lock = run.take()
+    assert lock is not None
+    threading.Timer(0.5, os.close, [lock]).start()
+    assert run.state() == RunState.RUNNING
+    assert stop(run).state == run.state() == RunState.STOPPED
+
+
 def test_stop_in_every_phase(runs: RunList) -> None:
     for phase in PHASES:
         run = runs.new(settings(12))

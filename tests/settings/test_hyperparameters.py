@@ -66,9 +66,11 @@ OURS = {
     "memory_plan": "auto",
     "export_precision": "fp32",
     "export_single_file": "False",
+    "compute_scores": "False",
     "fid_features": "None",
     "deterministic": "False",
     "prior_preservation_mode": "images",
+    "training_guidance_scale": "1.0",
     "fast_step": "False",
     "processes": "auto",
 }
@@ -112,9 +114,11 @@ OFF_DEFAULT: dict[str, tuple[str, object]] = {
     "memory_plan": ("8bit_adamw", "8bit_adamw"),
     "export_precision": ("fp16", "fp16"),
     "export_single_file": ("True", True),
+    "compute_scores": ("True", True),
     "fid_features": ("models/dinov2-base", "models/dinov2-base"),
     "deterministic": ("True", True),
     "prior_preservation_mode": ("prediction", "prediction"),
+    "training_guidance_scale": ("2.5", 2.5),
     "fast_step": ("True", True),
     "processes": ("2", "2"),
 }
@@ -149,7 +153,11 @@ def test_defaults_parse_to_themselves() -> None:
 @pytest.mark.parametrize("name", OFF_DEFAULT)
 def test_every_knob_arrives_in_every_encoding(name: str) -> None:
     text, value = OFF_DEFAULT[name]
-    context = {"with_prior_preservation": "True"} if name == "prior_preservation_mode" else {}
+    prior = {"with_prior_preservation": "True"}
+    context = {
+        "prior_preservation_mode": prior,
+        "training_guidance_scale": {**prior, "prior_preservation_mode": "prediction"},
+    }.get(name, {})
     encodings = {
         "str() of the SDK": text,
         "JSON of str()": json.dumps(text),
@@ -264,6 +272,13 @@ def test_prediction_mode_needs_prior_preservation() -> None:
     (fault,) = faults_of({"prior_preservation_mode": "prediction"})
     assert "with_prior_preservation=True" in fault
     parse({"prior_preservation_mode": "prediction", "with_prior_preservation": "true"})
+
+
+def test_training_for_guidance_needs_prediction_mode() -> None:
+    for mode in ({}, {"with_prior_preservation": "True"}):
+        (fault,) = faults_of({"training_guidance_scale": "2", **mode})
+        assert "prior_preservation_mode=prediction" in fault
+    assert "1" in faults_of({"training_guidance_scale": "0.5"})[0]
 
 
 def test_a_contradiction_with_a_wrong_value_is_not_told_twice() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -50,9 +50,11 @@ Start = Callable[..., Run]
 
 @pytest.fixture(scope="module")
 def start_job(
-    small_model_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Start]:
-    """Yield a function that runs a job of two steps with the settings that it is given."""
+    class_images_of_four_steps: None,
+    small_model_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Start:
+    """Return a function that runs a job of two steps with the settings that it is given."""
     place = tmp_path_factory.mktemp("arrive")
     photos = place / "photos"
     for folder, count in ((photos, 3), (photos / "class_data_dir", 2), (photos / "mine", 2)):
@@ -76,10 +78,7 @@ def start_job(
         assert run.run_job(argv, {}) == 0
         return Run(out)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dreambooth.job.class_sampling.NUM_INFERENCE_STEPS", 4)
-        patch.setattr("dreambooth.job.previews.NUM_INFERENCE_STEPS", 2)
-        yield start
+    return start
 
 
 @pytest.fixture(scope="module")
@@ -379,6 +378,18 @@ def test_prior_preservation_mode(run_job: Start) -> None:
     assert run.metrics[1]["class_loss"] > 0
 
 
+def test_training_guidance_scale(run_job: Start) -> None:
+    prediction = {**PRIOR, "prior_preservation_mode": "prediction"}
+    plain, guided = (run_job(**prediction, training_guidance_scale=scale) for scale in (1, 4))
+    # The first prediction is the base's own, from which the target is a quarter as far.
+    first, quarter = plain.metrics[0]["instance_loss"], guided.metrics[0]["instance_loss"]
+    assert quarter < first / 4
+    # At odd steps the empty prompt is held in the class prompt's place.
+    assert guided.metrics[0]["class_loss"] == pytest.approx(0, abs=1e-9)
+    assert guided.metrics[1]["class_loss"] > 0
+    assert guided.metrics[1]["class_loss"] != plain.metrics[1]["class_loss"]
+
+
 def test_compute_fid_and_fid_features(
     start_job: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -405,6 +416,19 @@ def test_compute_fid_and_fid_features(
     assert "features: CLIPVisionModelWithProjection" in capsys.readouterr().err
 
 
+def test_compute_scores(
+    start_job: Start, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dreambooth.job.scoring.SCORED_STEPS", 2)
+    monkeypatch.setattr("dreambooth.job.scoring.SCORED_PICTURES", 2)
+    start_job(compute_scores=True)
+    shown = capsys.readouterr()
+    for name in ("subject_score", "class_kept"):
+        (score,) = re.findall(rf"^{name}=(\d\.\d+)$", shown.out, re.MULTILINE)
+        assert 0 <= float(score) <= 1
+    assert "features: EfficientNet-Lite0, trained on ImageNet" in shown.err
+
+
 def test_processes(start_job: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """That they train is seen in tests/job/test_processes.py; here, that they are started."""
     started = []
@@ -420,6 +444,7 @@ def test_processes(start_job: Start, monkeypatch: pytest.MonkeyPatch) -> None:
 
 EFFECTS = {
     "compute_fid": "test_compute_fid_and_fid_features",
+    "compute_scores": "test_compute_scores",
     "fid_features": "test_compute_fid_and_fid_features",
     "epochs": "test_epochs_and_max_steps",
     "max_steps": "test_epochs_and_max_steps",

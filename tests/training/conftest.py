@@ -104,7 +104,7 @@ def make_training(loaded_small_model: models.DiffusionModel) -> Callable[..., Tr
         if plan.gradient_checkpointing:
             model.unet.enable_gradient_checkpointing()
         with_class = settings.with_prior_preservation
-        ids = models.tokenize(model, ["a photo of riobugger cat", "a photo of cat"])
+        ids = models.tokenize(model, ["a photo of riobugger cat", "a photo of cat", ""])
         text = ids if settings.train_text_encoder else models.encode_text(model, ids)
         data = loop.TrainingData(
             instance=random_posteriors(3, seed=1),
@@ -112,9 +112,11 @@ def make_training(loaded_small_model: models.DiffusionModel) -> Callable[..., Tr
             if with_class and settings.prior_preservation_mode == "images"
             else None,
             instance_text=text[:1],
-            class_text=text[1:] if with_class else None,
+            class_text=text[1:2] if with_class else None,
             latent_scale=0.5,
-            prior_text=models.encode_text(model, ids)[1:] if with_class else None,
+            prior_text=models.encode_text(model, ids)[1:2] if with_class else None,
+            empty_text=text[2:] if with_class else None,
+            prior_empty_text=models.encode_text(model, ids)[2:] if with_class else None,
         )
         state = TrainingState(
             unet=model.unet,

@@ -78,11 +78,18 @@ def train(world: World, trained: nn.ModuleDict, settings: Hyperparameters) -> No
             a = alpha_bar[drawn.timesteps][:, None, None, None]
             noisy = a.sqrt() * latents + (1 - a).sqrt() * drawn.noise
             prompts = [half.prompt] * len(numbers)
+            scale = settings.training_guidance_scale
+            if half.frozen and scale > 1:  # every other picture holds the empty prompt
+                prompts = ["" if number % 2 else half.prompt for number in numbers]
             target = drawn.noise
-            if half.frozen:
-                with torch.no_grad():
+            with torch.no_grad():
+                if half.frozen:
                     text = _text(base, base.text_encoder, prompts)
                     target = base.unet(noisy, drawn.timesteps, text).sample
+                elif scale > 1:  # so that empty + scale * (target - empty) is the noise
+                    text = _text(base, base.text_encoder, [""] * len(numbers))
+                    empty = base.unet(noisy, drawn.timesteps, text).sample
+                    target = drawn.noise / scale + empty * (1 - 1 / scale)
             with torch.set_grad_enabled(settings.train_text_encoder):
                 text = _text(base, text_encoder, prompts)
             predicted = trained["unet"](noisy, drawn.timesteps, text).sample

@@ -72,12 +72,15 @@ def test_phases_are_those_of_the_job_in_its_order() -> None:
     assert list(phases("8bit_adamw", compute_fid=True, **PRIOR)) == [
         *("class images", "encoding", "training", "sample pictures", "export", "fid_score")
     ]
+    assert list(phases("8bit_adamw", compute_scores=True))[-2:] == ["export", "scores"]
     assert expected_memory.largest(()) is None
 
 
 # Derived from counts, as in test_memory_plan.py, and not measured on a GPU.
 def test_the_smallest_plan_stays_within_its_goal_in_every_phase() -> None:
-    found = phases("8bit_adamw_in_backward", sample_steps=50, compute_fid=True, **PRIOR)
+    found = phases(
+        "8bit_adamw_in_backward", sample_steps=50, compute_fid=True, compute_scores=True, **PRIOR
+    )
     assert found == {
         "class images": pytest.approx(3.92, abs=0.01),
         "encoding": pytest.approx(4.81 + 0.63, abs=0.01),  # fp32 weights, then the VAE's encoding
@@ -85,6 +88,7 @@ def test_the_smallest_plan_stays_within_its_goal_in_every_phase() -> None:
         "sample pictures": pytest.approx(3.23 + 1.64 + 0.31 + 0.75, abs=0.02),
         "export": pytest.approx(3.23, abs=0.01),
         "fid_score": pytest.approx(3.23 + 0.31 + 0.75, abs=0.01),
+        "scores": pytest.approx(3.23 + 0.31 + 0.75, abs=0.01),
     }
     assert max(found.values()) <= 6.0
     # Without sample pictures between steps only the last one is drawn, after AdamW's states are
@@ -149,7 +153,7 @@ def test_a_plan_whose_sample_pictures_do_not_fit_is_not_taken() -> None:
 def test_class_images_share_a_call_as_far_as_they_fit(
     free_gib: float, precision: str, pictures: int
 ) -> None:
-    usable = memory_plan.usable_bytes(card(free_gib))
+    usable = memory_plan.usable_bytes(card(free_gib), 1)
     settings = Hyperparameters(**PRIOR)  # type: ignore[arg-type]
     assert expected_memory.class_batch(settings, FULL_SIZE, precision, usable) == pictures
     choices = memory_plan.choose(

@@ -133,8 +133,18 @@ def test_cards_of_16_and_8_gb_train_with_prior_preservation() -> None:
     # Free memory that torch finds on them, less a CUDA context.
     assert chosen(card(14.2), **PRIOR)[0] == "8bit_adamw"
     assert chosen(card(7.2), **PRIOR)[0] == "8bit_adamw_in_backward"
-    assert memory_plan.usable_bytes(card(7.2)) == pytest.approx(6.4 * GIB)
-    assert memory_plan.usable_bytes(CPU) is None
+    assert memory_plan.usable_bytes(card(7.2), 1) == pytest.approx(6.4 * GIB)
+    assert memory_plan.usable_bytes(CPU, 1) is None
+
+
+def test_nccl_takes_its_buffers_of_each_gpu_where_several_train() -> None:
+    assert memory_plan.usable_bytes(card(7.2), 2) == pytest.approx(5.7 * GIB)
+    assert memory_plan.usable_bytes(CPU, 2) is None
+    whole = chosen(card(80), processes=2)
+    assert [chosen(card(gib), processes=2)[0] for gib in (22, 14.2)] == whole[:2]
+    tight = next(gib / 10 for gib in range(1, 800) if chosen(card(gib / 10))[0] == whole[0])
+    assert chosen(card(tight + 0.6), processes=2)[0] == whole[1]
+    assert chosen(card(tight + 0.8), processes=2)[0] == whole[0]
 
 
 def test_the_cards_size_counts_where_nobody_says_what_is_free() -> None:

@@ -35,7 +35,7 @@ def test_an_overflowing_step_is_skipped_and_the_scale_lowered() -> None:
     before = precision.scaler.get_scale()
     precision.backward((weight * float("inf")).sum())
     precision.unscale(optimizer)
-    assert not precision.step(optimizer)
+    assert not precision.step(optimizer, float("inf"))
     assert weight.item() == 1.0
     assert precision.scaler.get_scale() < before
     optimizer.zero_grad()
@@ -43,7 +43,7 @@ def test_an_overflowing_step_is_skipped_and_the_scale_lowered() -> None:
     precision.unscale(optimizer)
     assert weight.grad is not None
     assert weight.grad.item() == 1.0
-    assert precision.step(optimizer)
+    assert precision.step(optimizer, 1.0)
     assert weight.item() != 1.0
 
 

@@ -140,13 +140,13 @@ def test_a_phase_that_does_not_fit_is_reported_with_what_lowers_it() -> None:
     peaks = [PhasePeak(phase=name, bytes=n * GIB) for name, n in (("encoding", 9), ("training", 8))]
     card = replace(T4, memory_bytes=6 * GIB)
     assert plan_warnings.memory_warnings(
-        card, peaks
+        card, peaks, 1
     ) == (  # no memory plan changes the peak of encoding
         "The run is expected to take 9.00 GiB of memory in encoding, and Tesla T4 has 5.20 GiB to "
         "give: lower batch_size or resolution.",
     )
-    assert plan_warnings.memory_warnings(replace(card, memory_bytes=10 * GIB), peaks) == ()
-    assert plan_warnings.memory_warnings(card, ()) == ()
+    assert plan_warnings.memory_warnings(replace(card, memory_bytes=10 * GIB), peaks, 1) == ()
+    assert plan_warnings.memory_warnings(card, (), 1) == ()
     (told,) = make(replace(T4, memory_bytes=12 * GIB), memory_plan="fp32_adamw").warnings
     assert "take 13.24 GiB of memory in training" in told
     assert told.endswith("lower batch_size or resolution, or choose a smaller memory_plan.")
@@ -187,6 +187,17 @@ def test_a_score_that_one_picture_cannot_have_is_announced(count: int, asked: bo
     settings = Hyperparameters(compute_fid=asked)
     said = plans.make(settings, dataset(count), None, CPU).warnings
     assert any("no fid_score will be printed" in each for each in said) is (asked and count < 2)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_scores_are_planned_and_need_a_class_prompt(asked: bool) -> None:
+    settings = Hyperparameters(compute_scores=asked)
+    for prompt in ("a photo of a cat", None):
+        plan = plans.make(settings, replace(dataset(3), class_prompt=prompt), None, CPU)
+        said = any("compute_scores needs a class_prompt" in each for each in plan.warnings)
+        assert said is (asked and prompt is None)
+        rows = dict(plans.rows(plan, settings))
+        assert ("8 pictures of 50 steps" in rows.get("scores", "")) is asked
 
 
 @pytest.mark.parametrize(
@@ -230,6 +241,16 @@ def test_the_description_names_all_that_was_decided() -> None:
         assert part in text
     for part in ("linear", "GiB", "50 steps"):
         assert part in text
+
+
+@pytest.mark.parametrize(("device", "processes"), [(T4, 1), (CPU, 2), (T4, 2)])
+def test_the_description_names_nccls_buffers_where_there_are_some(
+    device: DeviceFacts, processes: int
+) -> None:
+    settings = Hyperparameters()
+    plan = plans.make(settings, dataset(), FULL_SIZE, device, processes=processes)
+    shown = "0.70 GiB of NCCL's buffers beside it" in plans.describe(plan, settings)
+    assert shown is (device is T4 and processes == 2)
 
 
 def test_the_fast_step_is_taken_where_it_can_be_and_else_one_line_says_why() -> None:

@@ -125,6 +125,17 @@ def test_another_prediction_type_is_another_model_but_earlier_versions_did_not_s
         states.load_newest(training.state, tmp_path, identity=changed)
 
 
+def test_a_checkpoint_of_a_version_without_training_guidance_goes_on_without_it(
+    make_training: Make, tmp_path: Path
+) -> None:
+    training = make_training()
+    states.save(training.state, tmp_path, identity=IDENTITY, keep=1)
+    default, other = ({**IDENTITY, "training_guidance_scale": scale} for scale in ("1.0", "2.0"))
+    assert states.load_newest(training.state, tmp_path, identity=default)
+    with pytest.raises(HyperparameterError, match=r"scale was unset and is now 2\.0"):
+        states.load_newest(training.state, tmp_path, identity=other)
+
+
 def test_only_a_plan_that_was_chosen_by_itself_may_change(
     make_training: Make, tmp_path: Path
 ) -> None:
