@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from dreambooth import tiny
+from dreambooth.data import prompts
 from dreambooth.data.prompts import INFO_NAME
 from dreambooth.errors import UserError, one_line
-from dreambooth.process import child_process, files
+from dreambooth.process import addresses, child_process, files
 from dreambooth.runs import run_folder, run_list
 from dreambooth.runs.run_folder import Run
 from dreambooth.settings.hyperparameters import KNOBS
@@ -55,7 +56,12 @@ PRESETS: Final[Mapping[str, Preset]] = {
             "sample_steps": "50",
             **{
                 name: tiny.DEFAULTS[name]
-                for name in ("learning_rate", "with_prior_preservation", "prior_preservation_mode")
+                for name in (
+                    "learning_rate",
+                    "with_prior_preservation",
+                    "prior_preservation_mode",
+                    "training_guidance_scale",
+                )
             },
         },
         prompts=("a photo of a riobugger cat", "a photo of a cat"),
@@ -100,10 +106,10 @@ def with_preset(contents: Mapping[str, Any], name: str) -> dict[str, Any]:
     kept = {key: old[key] for key in ("pretrained_model", "prediction_type", "base") if key in old}
     if kept.get("pretrained_model") == EMBEDDED:
         kept = {}
-    prompts = dict(zip((INSTANCE_PROMPT, CLASS_PROMPT), preset.prompts, strict=True))
+    texts = dict(zip((INSTANCE_PROMPT, CLASS_PROMPT), preset.prompts, strict=True))
     return {
         **contents,
-        **{key: text(contents, key) or prompt for key, prompt in prompts.items()},
+        **{key: text(contents, key) or prompt for key, prompt in texts.items()},
         PRESET: name,
         SETTINGS: {**kept, **preset.settings},
     }
@@ -147,25 +153,39 @@ def prompt_hint(contents: Mapping[str, Any]) -> str:
     return ""
 
 
+def prompts_of(run: Run) -> tuple[str, str]:
+    """Return the instance and class prompts beside a run's pictures, "" for one that is not there.
+
+    They may lie elsewhere, and may have been deleted since.
+    """
+    train = str(run.settings().get("train", ""))
+    try:
+        folder = addresses.to_path(train, "train")
+        found = prompts.read(folder, with_prior_preservation=False, inside="")
+    except UserError:
+        return "", ""
+    return found.instance_prompt, found.class_prompt or ""
+
+
 def prepare(run: Run) -> dict[str, object]:
     """Write the prompts of a draft beside its pictures, and return its settings.
 
     Raises UserError where a prompt is missing or a setting is wrong.
     """
     contents = run.draft()
-    prompts = {
+    texts = {
         key: text(contents, key).strip()
         for key in (INSTANCE_PROMPT, CLASS_PROMPT)
         if text(contents, key).strip()
     }
-    if INSTANCE_PROMPT not in prompts:
+    if INSTANCE_PROMPT not in texts:
         raise UserError("The instance prompt is missing: write what the pictures show.")
     pictures = run.folder / run_folder.PICTURES
     settings: dict[str, object] = {"train": str(pictures), **text_settings(contents)}
     run_list.check_settings(settings)
     with files.disk_faults_named("The draft", run.folder, elsewhere="start with another --dir"):
         pictures.mkdir(exist_ok=True)
-        content = json.dumps(prompts, ensure_ascii=False, indent=2)
+        content = json.dumps(texts, ensure_ascii=False, indent=2)
         files.write_whole(pictures / INFO_NAME, content.encode("utf-8", "surrogatepass"))
     return settings
 

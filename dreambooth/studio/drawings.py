@@ -1,32 +1,26 @@
 """Draw pictures with `generate` in processes of their own, each with a folder that says it all.
 
-In the folder lie the request, who draws it, its log and the pictures as they come. All of it is
-read when it is asked for; a drawing goes on when the page is closed or killed.
+In the folder lie the request, who draws it, its log and the pictures as they come. A drawing goes
+on when the page is closed or killed.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import secrets
 import shutil
-import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from dreambooth.errors import UserError, one_line
-from dreambooth.process import child_process, files
-from dreambooth.process.identity import ProcessIdentity
+from dreambooth.errors import UserError
+from dreambooth.process import files
 from dreambooth.runs import run_folder
 from dreambooth.runs.run_list import RunList
 from dreambooth.settings import generate_options
+from dreambooth.studio.own_process import OwnProcess, object_of
 
 FOLDER: Final = ".drawings"  # no run has such a name
 MODEL: Final = "model"
@@ -44,12 +38,8 @@ FIELDS: Final[Mapping[str, str]] = {
 
 _FORM: Final = "form.json"
 _REQUEST: Final = "request.json"
-_PROCESS: Final = "process.json"
-_CANCELLED: Final = "cancelled"
-_LOG: Final = "log.txt"
 _GRID: Final = "grid.png"
 _MOST_PICTURES: Final = 64
-_LONGEST_FILE: Final = 1 << 20
 _RUN: Final = "run "
 _BASE: Final = "base "
 _ELSEWHERE: Final = "start the page with another --dir"
@@ -75,29 +65,28 @@ class Drawing:
         return sorted(path for path in self.folder.glob("*.png") if path.name != _GRID)
 
     @property
+    def process(self) -> OwnProcess:
+        """Return the process that draws it."""
+        return OwnProcess(self.folder)
+
+    @property
     def is_drawing(self) -> bool:
         """Return whether its process runs."""
-        process = ProcessIdentity.from_json(_object(self.folder / _PROCESS))
-        return process is not None and process.is_running
+        return self.process.is_running
 
     @property
     def sentence(self) -> str:
         """Return in words how far it is, and why it has ended if it is not whole."""
         wanted, there = self.request().get("count") or "1", len(self.pictures())
-        lines = [line for line in _text(self.folder / _LOG).splitlines() if line.strip()]
         if self.is_drawing:
-            return f"{there} of {wanted} are drawn. {one_line(lines[-1], 200) if lines else ''}"
-        if (self.folder / _CANCELLED).exists():
+            return f"{there} of {wanted} are drawn. {self.process.last_line()}"
+        if self.process.was_stopped:
             return f"It was cancelled; {there} of {wanted} were drawn."
-        faults = [line for line in lines if line.startswith("error: ")]
-        return one_line(faults[-1].removeprefix("error: ")) if faults else f"{there} were drawn."
+        return self.process.fault() or f"{there} were drawn."
 
     def cancel(self) -> None:
         """End the process; pictures that are there stay."""
-        process = ProcessIdentity.from_json(_object(self.folder / _PROCESS))
-        if process is not None and process.is_running:
-            (self.folder / _CANCELLED).touch()
-            process.send(signal.SIGTERM)
+        self.process.stop()
 
     def delete(self) -> None:
         """Delete the request and its pictures."""
@@ -175,24 +164,13 @@ class Drawings:
         model = chosen.removeprefix(_BASE)
         if chosen.startswith(_RUN):
             model = str(self.runs.run(chosen.removeprefix(_RUN)).folder / run_folder.MODEL)
-        with (drawing.folder / _LOG).open("wb") as log:
-            process = subprocess.Popen(
-                [
-                    *(sys.executable, "-P", "-m", "dreambooth", "generate"),
-                    *(f"--model={model}", f"--out={drawing.folder}"),
-                    "--batch_size=1",  # they come one by one
-                    *(f"--{name}={value}" for name, value in request.items()),
-                ],
-                env=child_process.environment(os.environ),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # it outlives the page
-            )
-        # In a process that lives on it must not stay a zombie.
-        threading.Thread(target=process.wait, name="drawing", daemon=True).start()
-        identity = json.dumps(ProcessIdentity.of(process.pid).as_json())
-        files.write_whole(drawing.folder / _PROCESS, identity.encode())
+        drawing.process.start(
+            "generate",
+            f"--model={model}",
+            f"--out={drawing.folder}",
+            "--batch_size=1",  # they come one by one
+            *(f"--{name}={value}" for name, value in request.items()),
+        )
 
 
 def _check(request: Mapping[str, str]) -> None:
@@ -204,21 +182,8 @@ def _check(request: Mapping[str, str]) -> None:
         raise UserError(f"At most {_MOST_PICTURES} pictures are drawn at a time.")
 
 
-def _text(path: Path) -> str:
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        return file.read(_LONGEST_FILE).decode("utf-8", "replace")
-    return ""
-
-
-def _object(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(ValueError, RecursionError):
-        found = json.loads(_text(path))
-        return found if isinstance(found, dict) else {}
-    return {}
-
-
 def _texts(path: Path) -> dict[str, str]:
-    found = _object(path)
+    found = object_of(path)
     return {
         name: value
         for name, value in found.items()

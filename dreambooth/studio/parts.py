@@ -9,10 +9,11 @@ from typing import Any
 from nicegui import ui
 from nicegui.elements.mixins.text_element import TextElement
 
-from dreambooth.errors import DreamBoothError
+from dreambooth.errors import DreamBoothError, UserError
 from dreambooth.limits import size_in_words
 from dreambooth.runs.run_folder import Run
 from dreambooth.runs.run_list import RunList
+from dreambooth.studio.model_server import ModelServer
 
 
 def tag(name: str, *, classes: str = "", **attributes: object) -> ui.element:
@@ -72,6 +73,16 @@ def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> 
                         text("td" if number or heads else "th", cell)
 
 
+def copied(label: str, content: str) -> Any:
+    """Draw a text to be copied, with a button that does it; the text is `.text` of the result."""
+    parts_of_it = tag("div", classes="copied")
+    with parts_of_it:
+        shown = text("pre", content, tabindex="0", aria_label=label)
+        button = ui.button("Copy", on_click=lambda: ui.clipboard.write(shown.text), color=None)
+        button.props("outline dense").props["aria-label"] = f"Copy: {label}"
+    return shown
+
+
 def delete_button(runs: RunList, run: Run) -> None:
     """Draw a button that deletes a run, once the user has read what this frees."""
 
@@ -79,6 +90,9 @@ def delete_button(runs: RunList, run: Run) -> None:
 
     async def delete() -> None:
         dialog.close()
+        server = ModelServer(runs)
+        if server.run_name == run.name and server.process.is_running:
+            raise UserError(f"The model of {run.name} is being served: stop the server first.")
         await asyncio.to_thread(runs.delete, run)
         client.open("/")
 

@@ -1,4 +1,4 @@
-"""Answer the requests of the page that are about files: pictures, samples, the curve, the report.
+"""Answer the requests of the page that are about files: pictures, the curve, the report, models.
 
 A run, a picture and a sample are found by their names among those that are there. Nothing that a
 user has sent is served as it came: pictures are decoded and encoded again. Samples and drawn
@@ -28,8 +28,9 @@ from dreambooth.report.charts import Series
 from dreambooth.runs import run_folder
 from dreambooth.runs.run_folder import Run
 from dreambooth.runs.run_list import RunList
-from dreambooth.studio import uploads
+from dreambooth.studio import downloads, uploads
 from dreambooth.studio.drawings import Drawings
+from dreambooth.studio.model_server import PICTURE, ModelServer
 
 STATIC: Final = Path(__file__).parent / "static"
 
@@ -100,6 +101,17 @@ def routes(runs: RunList, *, limits: Limits = LIMITS) -> Sequence[Route | Mount]
             path, media_type="text/html", headers={"Content-Security-Policy": _ALONE}
         )
 
+    async def send_archive(request: Request) -> Response:
+        return await downloads.archive(runs.run(request.path_params["run"]))
+
+    async def send_single_file(request: Request) -> Response:
+        run = runs.run(request.path_params["run"])
+        precision = request.query_params.get("precision", "fp32")
+        return await downloads.single_file(run, precision)
+
+    async def show_served(request: Request) -> Response:
+        return _png([ModelServer(runs).folder / PICTURE], PICTURE)
+
     return (
         Route("/runs/{run}/pictures", _answered(add_picture), methods=["POST"]),
         Route("/runs/{run}/pictures/{name}", _answered(show_picture), methods=["GET"]),
@@ -107,6 +119,9 @@ def routes(runs: RunList, *, limits: Limits = LIMITS) -> Sequence[Route | Mount]
         Route("/drawings/{drawing}/{name}", _answered(show_drawn), methods=["GET"]),
         Route("/runs/{run}/loss.svg", _answered(show_curve), methods=["GET"]),
         Route("/runs/{run}/report.html", _answered(show_report), methods=["GET"]),
+        Route("/runs/{run}/model.tar.gz", _answered(send_archive), methods=["GET"]),
+        Route("/runs/{run}/model.safetensors", _answered(send_single_file), methods=["GET"]),
+        Route(f"/server/{PICTURE}", _answered(show_served), methods=["GET"]),
         Mount("/static", StaticFiles(directory=STATIC)),
     )
 
@@ -131,7 +146,7 @@ def _answered(answer: _Answer) -> _Answer:
 def _png(pictures: Sequence[Path], name: str) -> Response:
     """Return the one of these pictures that has this name."""
     for path in pictures:
-        if path.name == name:
+        if path.name == name and path.is_file():
             return FileResponse(path, media_type="image/png")
     raise UserError("There is no such picture.")
 

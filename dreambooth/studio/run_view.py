@@ -15,7 +15,7 @@ from dreambooth.runs import run_folder, run_list, stop_run
 from dreambooth.runs.run_folder import Run, RunState
 from dreambooth.runs.run_list import RunList
 from dreambooth.runs.run_status import RunStatus
-from dreambooth.studio import parts
+from dreambooth.studio import parts, ship_view
 from dreambooth.studio.routes import run_address
 
 _LOG_LINES: Final = 30
@@ -36,6 +36,7 @@ def draw(runs: RunList, run: Run) -> Callable[[], Awaitable[None]]:
         _changing(_curve, "Loss"),
         _changing(_plan, "Plan"),
     ]
+    update_shipping = ship_view.draw(runs, run)
     with parts.tag("section"):
         parts.text("h2", "Log")
         log = parts.text("pre", "", tabindex="0", aria_label="the last lines of the log")
@@ -49,6 +50,7 @@ def draw(runs: RunList, run: Run) -> Callable[[], Awaitable[None]]:
         shown.update(status)
         for one in updates:
             one(run)
+        await update_shipping()
         log.text = "\n".join(one_line(line, 500) for line in run.log_tail(_LOG_LINES))
 
     return update

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,23 @@ def test_the_story_from_pictures_to_a_model(
         shown.get_by_role("img", name="sample after step 60").wait_for()
     assert run.state() == RunState.DONE
     assert run.has_model()
+
+    with page.expect_download() as download:
+        page.get_by_role("link", name="model.tar.gz").click()
+    with tarfile.open(download.value.path()) as tar:
+        assert "unet/diffusion_pytorch_model.safetensors" in tar.getnames()
+    with page.expect_download() as download:
+        page.get_by_role("link", name="one safetensors file").click()
+    assert download.value.suggested_filename == "0001-cat.safetensors"
+    page.get_by_role("button", name="Start the server").click()
+    prompt = page.get_by_label("Prompt of a request")
+    prompt.wait_for()
+    assert prompt.input_value() == "a photo of a riobugger cat"
+    page.get_by_role("button", name="Send the request").click()
+    page.get_by_role("img", name="served: a photo of a riobugger cat").wait_for()
+    second.get_by_role("img", name="served: a photo of a riobugger cat").wait_for()
+    second.get_by_role("button", name="Stop the server").click()
+    page.get_by_text("The server was stopped.").wait_for()
 
     page.get_by_role("link", name="Generate").click()
     page.get_by_label("Prompt", exact=True).fill("a photo of a <b>riobugger</b> cat")
