@@ -18,8 +18,9 @@ from dreambooth.runs.run_folder import Run
 from dreambooth.runs.run_list import RunList
 from dreambooth.settings.hyperparameters import KNOBS
 from dreambooth.settings.knob import Knob
-from dreambooth.studio import drafts, parts, uploads
+from dreambooth.studio import drafts, durations, parts, uploads
 from dreambooth.studio.drafts import DraftPlan
+from dreambooth.studio.durations import StepTime
 from dreambooth.studio.routes import run_address
 
 _TYPED: Final = "outlined dense debounce=300"
@@ -232,12 +233,25 @@ def _plan_and_start(runs: RunList, run: Run) -> None:
         with place:
             parts.text("p", "A dry run checks the pictures and the settings ...", role="status")
         found = await drafts.plan(run)
+        settings = {} if found.fault else await asyncio.to_thread(drafts.prepare, run)
+        step_time = await asyncio.to_thread(durations.known, runs, settings)
         place.clear()
         with place:
-            _show_plan(found)
+            _show_plan(found, step_time)
         return found
 
     async def only_plan() -> None:
+        await plan()
+
+    async def measure() -> None:
+        settings = await asyncio.to_thread(drafts.prepare, run)
+        place.clear()
+        with place:
+            parts.text("p", "A few steps of this job are taken ...", role="status")
+        try:
+            await durations.measure(runs, run, settings)
+        finally:
+            place.clear()
         await plan()
 
     async def start() -> None:
@@ -250,11 +264,12 @@ def _plan_and_start(runs: RunList, run: Run) -> None:
         parts.text("h2", "Plan and start")
         with parts.tag("div", classes="row-of-buttons"):
             parts.second_button("Show the plan", only_plan)
+            parts.second_button("Measure the time", measure)
             ui.button("Start", on_click=parts.told(start))
         place = parts.tag("div")
 
 
-def _show_plan(found: DraftPlan) -> None:
+def _show_plan(found: DraftPlan, step_time: StepTime | None) -> None:
     if found.fault:
         parts.text("p", found.fault, role="alert", classes="faults")
     if found.warnings:
@@ -262,4 +277,9 @@ def _show_plan(found: DraftPlan) -> None:
             for warning in found.warnings:
                 parts.text("li", warning)
     if found.rows:
-        parts.table("What the job will do", (), found.rows)
+        time = (
+            "not known for such a job on this machine; “Measure the time” takes a few steps of it"
+        )
+        if step_time is not None and found.steps is not None:
+            time = step_time.sentence(found.steps)
+        parts.table("What the job will do", (), [("time", time), *found.rows])

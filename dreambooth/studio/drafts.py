@@ -22,7 +22,10 @@ from dreambooth.errors import UserError, one_line
 from dreambooth.process import addresses, child_process, files
 from dreambooth.runs import run_folder, run_list
 from dreambooth.runs.run_folder import Run
+from dreambooth.runs.run_list import RunList
 from dreambooth.settings.hyperparameters import KNOBS
+from dreambooth.settings.knob import unwrapped
+from dreambooth.studio import uploads
 
 INSTANCE_PROMPT: Final = "instance_prompt"
 CLASS_PROMPT: Final = "class_prompt"
@@ -92,6 +95,12 @@ class DraftPlan:
     warnings: tuple[str, ...]
     fault: str
 
+    @property
+    def steps(self) -> int | None:
+        """Return how many steps are planned, None where the plan does not say it."""
+        found = re.match("[0-9]{1,12}", dict(self.rows).get("steps", ""))
+        return int(found[0]) if found else None
+
 
 def contents_at_first(model: str | None) -> dict[str, Any]:
     """Return the contents of a new form; without a base model, the embedded one is tried."""
@@ -151,6 +160,24 @@ def prompt_hint(contents: Mapping[str, Any]) -> str:
             "becomes the subject's name."
         )
     return ""
+
+
+def again(runs: RunList, run: Run) -> Run:
+    """Return a new draft with the settings, prompts and pictures of a run, to be changed."""
+    settings = run.settings()
+    texts = {name: unwrapped(settings[name]) for name in settings if name in _NAMES}
+    instance, of_class = prompts_of(run)
+    draft = runs.new_draft(
+        {
+            INSTANCE_PROMPT: instance,
+            CLASS_PROMPT: of_class,
+            SETTINGS: {name: value for name, value in texts.items() if value},
+        },
+        name=re.sub("^[0-9]+-?", "", run.name),
+    )
+    with contextlib.suppress(UserError):  # a job would not find them either
+        uploads.copy_from(draft, addresses.to_path(str(settings.get("train", "")), "train"))
+    return draft
 
 
 def prompts_of(run: Run) -> tuple[str, str]:

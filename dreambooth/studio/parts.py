@@ -58,6 +58,13 @@ def scrolled(label: str) -> ui.element:
     return tag("div", classes="scrolled", tabindex="0", role="region", aria_label=label)
 
 
+def fold(title: str) -> ui.element:
+    """Return the place of what is shown once its title is opened, with the keyboard too."""
+    with tag("details") as details:
+        text("summary", title)
+    return details
+
+
 def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Draw a table of texts."""
     with scrolled(caption), tag("table"):

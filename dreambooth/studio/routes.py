@@ -58,14 +58,20 @@ def drawing_address(name: str, picture: str) -> str:
 def routes(runs: RunList, *, limits: Limits = LIMITS) -> Sequence[Route | Mount]:
     """Return the routes; each asks the disk anew."""
 
+    def run_of(request: Request) -> Run:
+        return runs.run(request.path_params["run"])
+
+    def drawn(request: Request) -> Sequence[Path]:
+        return Drawings(runs, None).drawing(request.path_params["drawing"]).pictures()
+
     async def add_picture(request: Request) -> Response:
-        run = runs.run(request.path_params["run"])
+        run = run_of(request)
         stream = request.stream()
         path = await uploads.add(run, request.query_params.get("name", ""), stream, limits=limits)
         return JSONResponse({"name": path.name})
 
     async def show_picture(request: Request) -> Response:
-        run = runs.run(request.path_params["run"])
+        run = run_of(request)
         side = request.query_params.get("side", "")
         if not (side.isascii() and side.isdecimal()) or len(side) > 4 or int(side) not in _SIDES:
             raise UserError(f"side must lie between {_SIDES[0]} and {_SIDES[-1]}.")
@@ -76,16 +82,8 @@ def routes(runs: RunList, *, limits: Limits = LIMITS) -> Sequence[Route | Mount]
             headers={"Cache-Control": "private, max-age=3600"},
         )
 
-    async def show_sample(request: Request) -> Response:
-        run = runs.run(request.path_params["run"])
-        return _png(run.samples(), request.path_params["name"])
-
-    async def show_drawn(request: Request) -> Response:
-        drawing = Drawings(runs, None).drawing(request.path_params["drawing"])
-        return _png(drawing.pictures(), request.path_params["name"])
-
     async def show_curve(request: Request) -> Response:
-        run = runs.run(request.path_params["run"])
+        run = run_of(request)
         curve = await asyncio.to_thread(_curve, run)
         return Response(
             curve,
@@ -94,7 +92,7 @@ def routes(runs: RunList, *, limits: Limits = LIMITS) -> Sequence[Route | Mount]
         )
 
     async def show_report(request: Request) -> Response:
-        path = runs.run(request.path_params["run"]).folder / run_folder.REPORT
+        path = run_of(request).folder / run_folder.REPORT
         if not path.is_file():
             raise UserError("There is no report yet.")
         return FileResponse(
@@ -102,26 +100,24 @@ def routes(runs: RunList, *, limits: Limits = LIMITS) -> Sequence[Route | Mount]
         )
 
     async def send_archive(request: Request) -> Response:
-        return await downloads.archive(runs.run(request.path_params["run"]))
+        return await downloads.archive(run_of(request))
 
     async def send_single_file(request: Request) -> Response:
-        run = runs.run(request.path_params["run"])
+        run = run_of(request)
         precision = request.query_params.get("precision", "fp32")
         return await downloads.single_file(run, precision)
-
-    async def show_served(request: Request) -> Response:
-        return _png([ModelServer(runs).folder / PICTURE], PICTURE)
 
     return (
         Route("/runs/{run}/pictures", _answered(add_picture), methods=["POST"]),
         Route("/runs/{run}/pictures/{name}", _answered(show_picture), methods=["GET"]),
-        Route("/runs/{run}/samples/{name}", _answered(show_sample), methods=["GET"]),
-        Route("/drawings/{drawing}/{name}", _answered(show_drawn), methods=["GET"]),
+        Route("/runs/{run}/samples/{name}", _pngs(lambda asked: run_of(asked).samples())),
+        Route("/runs/{run}/meter/{name}", _pngs(lambda asked: run_of(asked).meter_pictures())),
+        Route("/drawings/{drawing}/{name}", _pngs(drawn)),
         Route("/runs/{run}/loss.svg", _answered(show_curve), methods=["GET"]),
         Route("/runs/{run}/report.html", _answered(show_report), methods=["GET"]),
         Route("/runs/{run}/model.tar.gz", _answered(send_archive), methods=["GET"]),
         Route("/runs/{run}/model.safetensors", _answered(send_single_file), methods=["GET"]),
-        Route(f"/server/{PICTURE}", _answered(show_served), methods=["GET"]),
+        Route("/server/{name}", _pngs(lambda _: [ModelServer(runs).folder / PICTURE])),
         Mount("/static", StaticFiles(directory=STATIC)),
     )
 
@@ -143,12 +139,16 @@ def _answered(answer: _Answer) -> _Answer:
     return answered
 
 
-def _png(pictures: Sequence[Path], name: str) -> Response:
-    """Return the one of these pictures that has this name."""
-    for path in pictures:
-        if path.name == name and path.is_file():
-            return FileResponse(path, media_type="image/png")
-    raise UserError("There is no such picture.")
+def _pngs(pictures_of: Callable[[Request], Sequence[Path]]) -> _Answer:
+    """Return the route of the one of these pictures that the address names."""
+
+    async def answer(request: Request) -> Response:
+        for path in pictures_of(request):
+            if path.name == request.path_params["name"] and path.is_file():
+                return FileResponse(path, media_type="image/png")
+        raise UserError("There is no such picture.")
+
+    return _answered(answer)
 
 
 def _as_trained(path: Path, side: int) -> bytes:

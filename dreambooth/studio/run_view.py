@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
@@ -15,7 +16,7 @@ from dreambooth.runs import run_folder, run_list, stop_run
 from dreambooth.runs.run_folder import Run, RunState
 from dreambooth.runs.run_list import RunList
 from dreambooth.runs.run_status import RunStatus
-from dreambooth.studio import parts, ship_view
+from dreambooth.studio import drafts, parts, ship_view
 from dreambooth.studio.routes import run_address
 
 _LOG_LINES: Final = 30
@@ -32,9 +33,11 @@ def draw(runs: RunList, run: Run) -> Callable[[], Awaitable[None]]:
     facts = parts.text("p", "", classes="note")
     shown = _Buttons(runs, run)
     updates = [
+        _changing(_prompts_over_steps, "Pictures over the steps"),
         _changing(_samples, "Samples"),
         _changing(_curve, "Loss"),
-        _changing(_plan, "Plan"),
+        _changing(_numbers, "The numbers of the curve", folded=True),
+        _changing(_plan, "Plan and settings", folded=True),
     ]
     update_shipping = ship_view.draw(runs, run)
     with parts.tag("section"):
@@ -69,6 +72,7 @@ class _Buttons:
                 )
                 ui.button("Continue", on_click=parts.told(self._do_continue))
                 parts.second_button("Run it again", self._do_again)
+                parts.second_button("Change and run again", self._do_change)
                 parts.delete_button(runs, run)
             self._report = ui.link("Report", run_address(run.name, run_folder.REPORT), new_tab=True)
 
@@ -95,6 +99,10 @@ class _Buttons:
         await asyncio.to_thread(self._runs.start)
         ui.navigate.to(run_address(new.name))
 
+    async def _do_change(self) -> None:
+        draft = await asyncio.to_thread(drafts.again, self._runs, self._run)
+        ui.navigate.to(run_address(draft.name))
+
 
 def _facts(status: RunStatus) -> str:
     facts = []
@@ -116,12 +124,16 @@ def _duration(seconds: float) -> str:
 
 
 def _changing(
-    content: Callable[[Run], tuple[object, Callable[[], None]]], title: str
+    content: Callable[[Run], tuple[object, Callable[[], None]]], title: str, *, folded: bool = False
 ) -> Callable[[Run], None]:
     """Return the update of a section that is drawn anew only where its content has changed."""
     with parts.tag("section") as section:
-        parts.text("h2", title)
-        place = parts.tag("div")
+        if folded:
+            with parts.fold(title):
+                place = parts.tag("div")
+        else:
+            parts.text("h2", title)
+            place = parts.tag("div")
     section.set_visibility(False)
     drawn: object = None
 
@@ -144,26 +156,63 @@ def _samples(run: Run) -> tuple[object, Callable[[], None]]:
     def draw_it() -> None:
         with parts.tag("div", classes="pictures"):
             for name, changed in samples:
-                step = name.removeprefix("step-").removesuffix(".png").lstrip("0") or "0"
-                with parts.tag("figure"):
-                    address = f"{run_address(run.name, 'samples', name)}?{changed}"
-                    parts.tag("img", src=address, alt=f"sample after step {step}")
-                    parts.text("figcaption", f"step {step}")
+                step = _step_of(name)
+                _figure(
+                    f"{run_address(run.name, run_folder.SAMPLES, name)}?{changed}",
+                    f"sample after step {step}",
+                    f"step {step}",
+                )
 
     return samples, draw_it
 
 
-def _curve(run: Run) -> tuple[object, Callable[[], None]]:
-    last = run.last_metrics()
+def _prompts_over_steps(run: Run) -> tuple[object, Callable[[], None]]:
+    """Draw the pictures of fixed prompts, one row for each step."""
+    pictures = [(path.name, path.stat().st_mtime_ns) for path in run.meter_pictures()]
 
     def draw_it() -> None:
-        rows = report_data.read_metrics(run.folder / run_folder.METRICS)
+        for step, row in itertools.groupby(pictures, key=lambda picture: _step_of(picture[0])):
+            parts.text("h3", f"Step {step}")
+            with parts.tag("div", classes="pictures four"):
+                for name, changed in row:
+                    prompt = name.removesuffix(".png").split("-", 2)[2].replace("_", " ")
+                    _figure(
+                        f"{run_address(run.name, run_folder.METER, name)}?{changed}",
+                        f"{prompt} after step {step}",
+                        prompt,
+                    )
+
+    return pictures, draw_it
+
+
+def _step_of(name: str) -> str:
+    """Return the step in the name of a picture, without leading zeros."""
+    return name.removesuffix(".png").split("-")[1].lstrip("0") or "0"
+
+
+def _figure(address: str, alt: str, caption: str) -> None:
+    with parts.tag("figure"):
+        parts.tag("img", src=address, alt=alt)
+        parts.text("figcaption", caption)
+
+
+def _curve(run: Run) -> tuple[object, Callable[[], None]]:
+    step = run.last_metrics().get("step")
+
+    def draw_it() -> None:
         parts.tag(
             "img",
             classes="curve",
-            src=f"{run_address(run.name, 'loss.svg')}?{last['step']}",
+            src=f"{run_address(run.name, 'loss.svg')}?{step}",
             alt="the loss over the steps; its numbers stand in the table below",
         )
+
+    return step, draw_it
+
+
+def _numbers(run: Run) -> tuple[object, Callable[[], None]]:
+    def draw_it() -> None:
+        rows = report_data.read_metrics(run.folder / run_folder.METRICS)
         chosen = rows[:: -max(1, -(-len(rows) // _ROWS))][::-1]  # the last one is always there
         parts.table(
             "Loss over the steps",
@@ -171,7 +220,7 @@ def _curve(run: Run) -> tuple[object, Callable[[], None]]:
             [(str(row.step), f"{row.loss:.4f}", f"{row.learning_rate:.2e}") for row in chosen],
         )
 
-    return last.get("step"), draw_it
+    return run.last_metrics().get("step"), draw_it
 
 
 def _plan(run: Run) -> tuple[object, Callable[[], None]]:

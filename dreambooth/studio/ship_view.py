@@ -14,8 +14,8 @@ from dreambooth.process import gpu_driver
 from dreambooth.runs.run_folder import Run
 from dreambooth.runs.run_list import RunList
 from dreambooth.studio import drafts, parts, shipping
-from dreambooth.studio.routes import run_address
 from dreambooth.studio.model_server import PICTURE, ModelServer, ServerState
+from dreambooth.studio.routes import run_address
 
 _FIELD: Final = "outlined dense"
 

@@ -1,28 +1,33 @@
 """Take the pictures that a browser sends into the folder of a draft.
 
 A file is streamed to the disk, never held in memory, and it takes its place only once it has
-decoded as a picture. Its name is made of the sent one's letters and digits; it is never a path.
+decoded as a picture, an iPhone's HEIC as a PNG. Its name is made of the sent one's letters and
+digits; it is never a path.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import re
 import secrets
+import shutil
 import unicodedata
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final
 
 from dreambooth.data import images
+from dreambooth.data.images import ImageFacts
 from dreambooth.data.picture_files import PictureError, format_of, opened
 from dreambooth.errors import UserError, one_line
 from dreambooth.limits import LIMITS, Limits, size_in_words
 from dreambooth.process import files
 from dreambooth.runs import run_folder
 from dreambooth.runs.run_folder import Run, RunState
+from dreambooth.studio import heic
 
 _PART: Final = ".upload-"  # a name that no listed picture has
 _ENDINGS: Final = {
@@ -65,7 +70,7 @@ async def add(
         return await asyncio.to_thread(_take, run, part, sent_name, limits)
     except PictureError as error:
         advice = "choose another one"
-        if error.reason.startswith("is in HEIC"):
+        if _is_heic(error):
             advice = (
                 "on an iPhone choose Settings, Camera, Formats, Most Compatible, or share the "
                 "picture by mail, which makes a JPEG of it"
@@ -73,6 +78,25 @@ async def add(
         raise UserError(f"{shown} {error.reason}: {advice}.") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def copy_from(run: Run, folder: Path, *, limits: Limits = LIMITS) -> None:
+    """Copy the pictures of a folder into a draft's, as many as it may have; leave out the rest."""
+    _refuse_unless_draft(run)
+    target = run.folder / run_folder.PICTURES
+    with files.disk_faults_named("The pictures", target, elsewhere=_ELSEWHERE):
+        target.mkdir(exist_ok=True)
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if len(pictures(run)) >= limits.max_uploaded_pictures:
+                break
+            part = target / f"{_PART}{secrets.token_hex(8)}"
+            with contextlib.suppress(PictureError):
+                try:
+                    with opened(path, limits=limits) as source, part.open("xb") as copy:
+                        shutil.copyfileobj(source, copy)
+                    _take(run, part, path.name, limits)
+                finally:
+                    part.unlink(missing_ok=True)
 
 
 def remove(run: Run, name: str) -> None:
@@ -108,7 +132,7 @@ async def _receive(part: Path, shown: str, content: AsyncIterator[bytes], limits
 
 def _take(run: Run, part: Path, sent_name: str, limits: Limits) -> Path:
     """Give a received file its name, if it is a picture that is not there yet."""
-    found = images.check_image(part, limits=limits)
+    found = _checked(part, limits)
     for path in pictures(run):
         if path.stat().st_size == part.stat().st_size and _sha256(path) == found.sha256:
             return path
@@ -126,6 +150,23 @@ def _take(run: Run, part: Path, sent_name: str, limits: Limits) -> Path:
                 number += 1
             else:
                 return path
+
+
+def _checked(part: Path, limits: Limits) -> ImageFacts:
+    """Return the facts of a picture that decodes; one in HEIC becomes a PNG.
+
+    Raises PictureError.
+    """
+    try:
+        return images.check_image(part, limits=limits)
+    except PictureError as error:
+        if not (_is_heic(error) and heic.replace_by_png(part, limits=limits)):
+            raise
+    return images.check_image(part, limits=limits)
+
+
+def _is_heic(error: PictureError) -> bool:
+    return error.reason.startswith("is in HEIC")
 
 
 def _stem(sent_name: str) -> str:

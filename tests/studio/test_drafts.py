@@ -12,7 +12,7 @@ from dreambooth.runs import run_list
 from dreambooth.runs.run_folder import Run, RunState
 from dreambooth.runs.run_list import RunList
 from dreambooth.settings.hyperparameters import parse
-from dreambooth.studio import drafts
+from dreambooth.studio import drafts, uploads
 from dreambooth.tiny import DATA
 
 PROMPTS = {"instance_prompt": " a photo of a riobugger cat ", "class_prompt": ""}
@@ -103,3 +103,17 @@ def test_a_plan_that_cannot_be_has_one_sentence(draft: Run) -> None:
     found = asyncio.run(drafts.plan(draft))
     assert found.fault.startswith("There is no model at /nowhere")
     assert found.rows == ()
+
+
+def test_again_is_a_draft_with_all_that_the_run_was_given(draft: Run, tmp_path: Path) -> None:
+    draft.save_draft({**PROMPTS, "settings": {"pretrained_model": "tiny", "max_steps": "60"}})
+    run_list.submit(draft, {**drafts.prepare(draft), "log_level": "debug", "batch_size": 2})
+    new = drafts.again(RunList(tmp_path), draft)
+    assert new.state() == RunState.DRAFT
+    assert new.draft() == {
+        "instance_prompt": "a photo of a riobugger cat",
+        "class_prompt": "",
+        "settings": {"pretrained_model": "tiny", "max_steps": "60", "batch_size": "2"},
+    }
+    assert len(uploads.pictures(new)) == 8
+    assert drafts.prepare(new)["train"] == str(new.folder / "pictures")

@@ -22,8 +22,8 @@ from dreambooth.model_folder import pack
 from dreambooth.runs.run_folder import Run
 from dreambooth.runs.run_list import RunList
 from dreambooth.studio import downloads, routes
-from dreambooth.studio.own_process import object_of
 from dreambooth.studio.model_server import ModelServer, ServerState
+from dreambooth.studio.own_process import object_of
 from dreambooth.tiny import WEIGHTS
 from tests.studio.asgi import send
 

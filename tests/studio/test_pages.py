@@ -25,17 +25,11 @@ from dreambooth.runs.run_list import RunList
 from dreambooth.settings.studio_options import StudioSettings
 from dreambooth.studio import start
 from dreambooth.tiny import DATA
+from tests.studio.needed import needed
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium")
 LONG_MS = 240_000  # only guards against a hang
-
-
-def needed(module: str) -> Any:
-    """Import what `make test-studio` installs; without it, the test is left out elsewhere."""
-    if os.environ.get("DREAMBOOTH_STUDIO_TESTS"):
-        return __import__(module, fromlist=["x"])
-    return pytest.importorskip(module, reason=f"{module} is installed by `make test-studio`")
 
 
 def test_without_its_library_the_page_says_what_to_install(
@@ -181,12 +175,16 @@ def test_the_story_from_pictures_to_a_model(
     assert page.get_by_label("Instance prompt").input_value() == "a photo of a riobugger cat"
     page.get_by_role("button", name="Show the plan").click()
     page.get_by_role("cell", name="60 (7.5 epochs of 8 instance images)").wait_for()
+    page.get_by_role("cell", name="not known for such a job").wait_for()
+    page.get_by_role("button", name="Measure the time").click()
+    page.get_by_role("cell", name="measured with 5 steps of this job").wait_for()
 
     page.get_by_role("button", name="Start").click()
     page.get_by_role("button", name="Stop").wait_for()
     page.get_by_role("img", name="the loss over the steps").wait_for()
     second = browse()
     second.goto(page.url)
+    second.get_by_text("The numbers of the curve").click()
     second.get_by_role("columnheader", name="Learning rate").wait_for()
     page.reload()
     for shown in (page, second):
@@ -194,6 +192,16 @@ def test_the_story_from_pictures_to_a_model(
         shown.get_by_role("img", name="sample after step 60").wait_for()
     assert run.state() == RunState.DONE
     assert run.has_model()
+
+    # What draws fixed prompts while a run trains leaves such files.
+    (run.folder / "meter").mkdir()
+    for step, key in ((0, "subject"), (0, "a_beach"), (20, "subject"), (20, "a_beach")):
+        shutil.copy(
+            DATA / "cat" / "riobugger_00.png", run.folder / "meter" / f"step-{step:06}-{key}.png"
+        )
+    for step, key in ((0, "subject"), (20, "a beach")):
+        page.get_by_role("heading", name=f"Step {step}", exact=True).wait_for()
+        page.get_by_role("img", name=f"{key} after step {step}").wait_for()
 
     with page.expect_download() as download:
         page.get_by_role("link", name="model.tar.gz").click()
@@ -234,8 +242,17 @@ def test_the_story_from_pictures_to_a_model(
     page.get_by_text("2 were drawn.").wait_for(state="detached")
 
     page.goto(second.url)
-    page.get_by_role("button", name="Delete").click()
-    page.get_by_role("button", name="Delete it").click()
+    page.get_by_role("button", name="Change and run again").click()
+    page.get_by_text("8 pictures, shown as training sees them").wait_for()
+    page.get_by_label("Steps").first.wait_for()
+    page.wait_for_timeout(1_500)
+    assert page.get_by_label("Steps").first.input_value() == "60"
+    for _ in range(2):
+        page.get_by_role("button", name="Delete").click()
+        page.get_by_role("button", name="Delete it").click()
+        page.wait_for_url(f"{address}/")
+        page.goto(second.url)
+    page.goto(address)
     page.get_by_text("There is no run yet.").wait_for()
     second.get_by_text("There is no such run").wait_for()
     assert runs.runs() == []

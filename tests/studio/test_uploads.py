@@ -15,10 +15,11 @@ from dreambooth.limits import LIMITS
 from dreambooth.runs import run_list
 from dreambooth.runs.run_folder import Run
 from dreambooth.runs.run_list import RunList
-from dreambooth.studio import routes, uploads
+from dreambooth.studio import heic, routes, uploads
 from dreambooth.studio.access import Access
 from dreambooth.tiny import DATA
 from tests.studio.asgi import Reply, send
+from tests.studio.needed import needed
 
 CAT = (DATA / "cat" / "riobugger_00.png").read_bytes()
 
@@ -113,6 +114,36 @@ def test_what_is_no_picture_gets_a_sentence_and_leaves_nothing(
     assert held(draft) == []
 
 
+def test_an_iphones_picture_becomes_a_png(runs: RunList, draft: Run) -> None:
+    pillow_heif = needed("pillow_heif")
+    image = Image.new("RGB", (96, 64), (200, 30, 30))
+    buffer = io.BytesIO()
+    pillow_heif.from_pillow(image).save(buffer)
+    assert upload(runs, "IMG_1.HEIC", buffer.getvalue()).json == {"name": "IMG-1.png"}
+    assert upload(runs, "IMG_2.HEIC", buffer.getvalue()).json == {"name": "IMG-1.png"}
+    with Image.open(draft.folder / "pictures" / "IMG-1.png") as stored:
+        assert (stored.format, stored.size) == ("PNG", (96, 64))
+        assert all(
+            abs(a - b) < 8 for a, b in zip(stored.getpixel((9, 9)), (200, 30, 30), strict=True)
+        )
+    for content in (buffer.getvalue()[:300], buffer.getvalue()[:60] + b"x" * 500):
+        assert "Most Compatible" in upload(runs, "x.heic", content).json["error"]
+    assert (
+        "Most Compatible"
+        in upload(runs, "x.heic", buffer.getvalue(), max_image_pixels=95 * 64).json["error"]
+    )
+    assert held(draft) == ["IMG-1.png"]
+
+
+def test_without_the_library_heic_gets_a_sentence(
+    runs: RunList, draft: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heic.importlib.util, "find_spec", lambda name: None)
+    content = b"\0\0\0\x18ftypheic\0\0\0\0heicmif1" + b"\0" * 90
+    assert "Most Compatible" in upload(runs, "IMG_1.HEIC", content).json["error"]
+    assert held(draft) == []
+
+
 def test_caps_hold_on_bytes_pixels_and_pictures(runs: RunList, draft: Run) -> None:
     reply = upload(runs, "big.png", *[CAT] * 10, max_image_file_bytes=len(CAT) + 5)
     assert "big.png has more than" in reply.json["error"]
@@ -142,6 +173,21 @@ def test_a_stream_is_cut_at_the_cap_and_not_read_to_its_end(runs: RunList, draft
         )
     assert read == 10
     assert held(draft) == []
+
+
+def test_a_folders_pictures_are_copied_as_uploads_are(runs: RunList, draft: Run) -> None:
+    folder = runs.folder / "theirs"
+    (folder / "class_data_dir").mkdir(parents=True)
+    (folder / "dataset_info.json").write_text("{}")
+    (folder / "notes.png").write_text("no picture")
+    for number, name in enumerate(("b.JPEG", "a.png", "c.jpg")):
+        (folder / name).write_bytes(picture((9, 9), "JPEG", colour=90 * number))
+    uploads.copy_from(draft, folder)
+    assert held(draft) == ["a.jpg", "b.jpg", "c.jpg"]
+    uploads.copy_from(draft, folder / "none")
+    other = runs.new_draft({})
+    uploads.copy_from(other, folder, limits=replace(LIMITS, max_uploaded_pictures=2))
+    assert held(other) == ["a.jpg", "b.jpg"]
 
 
 def test_only_drafts_take_and_lose_pictures(runs: RunList, draft: Run) -> None:
@@ -196,3 +242,15 @@ def test_the_curve_and_the_report_can_do_nothing(runs: RunList, draft: Run) -> N
         assert reply.status == 200
         assert reply.headers["content-security-policy"].startswith("default-src 'none';")
         assert "script-src" not in reply.headers["content-security-policy"]
+
+
+def test_the_pictures_that_a_run_has_drawn_are_sent_and_nothing_else(
+    runs: RunList, draft: Run
+) -> None:
+    for folder, name in (("samples", "step-000020.png"), ("meter", "step-000020-subject.png")):
+        (draft.folder / folder).mkdir()
+        (draft.folder / folder / name).write_bytes(CAT)
+        (draft.folder / folder / "notes.txt").write_text("notes")
+        assert send(app(runs), "GET", f"/runs/0001/{folder}/{name}").body == CAT
+        for other in ("notes.txt", "step-000040.png", "..%2fdraft.json"):
+            assert send(app(runs), "GET", f"/runs/0001/{folder}/{other}").status == 404
