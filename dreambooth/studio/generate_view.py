@@ -42,7 +42,9 @@ def draw(found: Drawings) -> Callable[[], Awaitable[None]]:
                 value = value if value in models else next(iter(models))
             if (field.value or "") != value:
                 field.set_value(value)
-        shown = found.all()[:_SHOWN]
+        await asyncio.to_thread(found.advance)
+        # Comparisons are shown on their runs' pages.
+        shown = [one for one in found.all() if drawings.COMPARED not in one.request()][:_SHOWN]
         if [drawing.name for drawing in shown] != [*cards]:
             cards.clear()
             gallery.clear()
@@ -125,10 +127,10 @@ def _card(found: Drawings, drawing: Drawing) -> Callable[[], None]:
 
     def update() -> None:
         nonlocal drawn
-        is_drawing = drawing.is_drawing
+        is_to_come = drawing.is_drawing or drawing.is_waiting
         sentence.text = drawing.sentence
-        cancel_button.set_visibility(is_drawing)
-        delete_button.set_visibility(not is_drawing)
+        cancel_button.set_visibility(is_to_come)
+        delete_button.set_visibility(not is_to_come)
         pictures = [(path.name, path.stat().st_mtime_ns) for path in drawing.pictures()]
         if pictures != drawn:
             drawn = pictures

@@ -105,6 +105,7 @@ class ModelServer:
                 os.close(lock)
 
     def _start(self, run: Run) -> None:
+        self.process.forget()
         for name in (_ASKED, PICTURE):
             (self.folder / name).unlink(missing_ok=True)
         files.write_whole(self.folder / _SERVED, json.dumps({"run": run.name}).encode())
@@ -116,7 +117,8 @@ class ModelServer:
 
     def stop(self) -> None:
         """Tell it to end; it first finishes what it draws, for 25 seconds at most."""
-        self.process.stop()
+        if self.process.was_started:
+            self.process.stop()
 
     def ask(self, prompt: str, seed: str) -> None:
         """Ask it for one picture and keep the reply. Raises UserError with its own sentence."""

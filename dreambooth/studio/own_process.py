@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from dreambooth.errors import one_line
+from dreambooth.errors import DreamBoothError, one_line
 from dreambooth.process import child_process, files
 from dreambooth.process.identity import ProcessIdentity
 
@@ -27,6 +29,8 @@ _LOG: Final = "log.txt"
 _LONGEST_FILE: Final = 1 << 20
 _ERROR: Final = "error: "
 _LONGEST_LINE: Final = 500
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,29 +55,47 @@ class OwnProcess:
         """Return whether it was told to stop."""
         return (self.folder / _STOPPED).exists()
 
-    def start(self, *arguments: str) -> None:
-        """Start `python -m dreambooth` with these arguments. Raises OSError."""
-        (self.folder / _STOPPED).unlink(missing_ok=True)
-        with (self.folder / _LOG).open("wb") as log:
+    def start(self, *arguments: str, then: Callable[[], None] | None = None) -> None:
+        """Start `python -m dreambooth` with these arguments. Raises OSError.
+
+        then: called in a thread once it has ended, if this process lives so long.
+        """
+        with (self.folder / _LOG).open("wb") as output:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "dreambooth", *arguments],
                 env=child_process.environment(os.environ),
                 stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
+                stdout=output,
+                stderr=output,
                 start_new_session=True,  # it outlives the page
             )
-        # In a process that lives on it must not stay a zombie.
-        threading.Thread(target=process.wait, name="own process", daemon=True).start()
         identity = json.dumps(ProcessIdentity.of(process.pid).as_json())
         files.write_whole(self.folder / _PROCESS, identity.encode())
+        if self.was_stopped:  # before it could be named
+            process.terminate()
+
+        def wait() -> None:
+            process.wait()  # in a process that lives on it must not stay a zombie
+            if then is not None:
+                try:
+                    then()
+                except DreamBoothError as error:
+                    log.warning("after process %d: %s", process.pid, error)
+
+        threading.Thread(target=wait, name="own process", daemon=True).start()
 
     def stop(self) -> None:
-        """Send it SIGTERM, if it runs, and remember that."""
+        """Send it SIGTERM if it runs; remember that it is to end, or never to begin."""
         process = self._identity()
-        if process is not None and process.is_running:
+        if process is None or process.is_running:
             (self.folder / _STOPPED).touch()
+        if process is not None:
             process.send(signal.SIGTERM)
+
+    def forget(self) -> None:
+        """Let the folder be that of no process, before another one is started. Raises OSError."""
+        for name in (_PROCESS, _STOPPED):
+            (self.folder / name).unlink(missing_ok=True)
 
     def log(self) -> str:
         """Return the log, of a very long one the beginning."""

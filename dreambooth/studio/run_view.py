@@ -16,7 +16,7 @@ from dreambooth.runs import run_folder, run_list, stop_run
 from dreambooth.runs.run_folder import Run, RunState
 from dreambooth.runs.run_list import RunList
 from dreambooth.runs.run_status import RunStatus
-from dreambooth.studio import drafts, parts, ship_view
+from dreambooth.studio import compare_view, drafts, parts, ship_view
 from dreambooth.studio.routes import run_address
 
 _LOG_LINES: Final = 30
@@ -39,6 +39,7 @@ def draw(runs: RunList, run: Run) -> Callable[[], Awaitable[None]]:
         _changing(_numbers, "The numbers of the curve", folded=True),
         _changing(_plan, "Plan and settings", folded=True),
     ]
+    update_comparison = compare_view.draw(runs, run)
     update_shipping = ship_view.draw(runs, run)
     with parts.tag("section"):
         parts.text("h2", "Log")
@@ -53,6 +54,7 @@ def draw(runs: RunList, run: Run) -> Callable[[], Awaitable[None]]:
         shown.update(status)
         for one in updates:
             one(run)
+        await update_comparison()
         await update_shipping()
         log.text = "\n".join(one_line(line, 500) for line in run.log_tail(_LOG_LINES))
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from dreambooth.errors import HyperparameterError, UserError
 from dreambooth.runs.run_list import RunList
 from dreambooth.studio import routes
 from dreambooth.studio.drawings import FOLDER, Drawing, Drawings
+from dreambooth.tiny import WEIGHTS
 from tests.studio.asgi import send
 
 FORM = {
@@ -40,8 +42,6 @@ def test_pictures_are_drawn_and_keep_their_settings(drawings: Drawings) -> None:
         **{"count": "2", "seed": "7", "guidance_scale": "3.5"},
     }
     assert drawing.is_drawing
-    with pytest.raises(UserError, match="Other pictures are being drawn"):
-        drawings.draw(FORM)
     with pytest.raises(UserError, match="cancel it first"):
         drawing.delete()
     wait_until(lambda: not drawing.is_drawing)
@@ -61,6 +61,63 @@ def test_pictures_are_drawn_and_keep_their_settings(drawings: Drawings) -> None:
         assert send(app, "GET", f"/drawings/{name}/x.png").status == 404
     drawing.delete()
     assert drawings.all() == []
+
+
+def test_requests_wait_for_each_other(drawings: Drawings) -> None:
+    first = drawings.draw({**FORM, "count": "64", "num_inference_steps": "999"})
+    second, third = drawings.draw(FORM), drawings.draw({**FORM, "count": "1"})
+    assert [one.is_waiting for one in (first, second, third)] == [False, True, True]
+    assert third.sentence == "It waits for the others."
+    with pytest.raises(UserError, match="cancel it first"):
+        third.delete()
+    second.cancel()
+    assert not second.is_waiting
+    assert second.sentence == "It was cancelled; 0 of 2 were drawn."
+    first.cancel()
+    wait_until(lambda: third.pictures())  # without any page that looks
+    assert second.pictures() == []
+    drawings.draw({**FORM, "count": "64", "num_inference_steps": "999"})
+    for number in range(20):
+        shutil.copytree(second.folder, drawings.folder / f"{100 + number}")
+        (drawings.folder / f"{100 + number}" / "stopped").unlink()
+    with pytest.raises(UserError, match="20 requests wait already"):
+        drawings.draw(FORM)
+    for drawing in drawings.all():
+        drawing.cancel()
+    wait_until(lambda: not any(drawing.is_drawing for drawing in drawings.all()))
+
+
+def test_base_and_model_draw_the_same_prompts_from_the_same_seed(drawings: Drawings) -> None:
+    run = drawings.runs.new_draft({}, name="cat")
+    with pytest.raises(UserError, match="does not name the base model"):
+        drawings.compare(run, ["a cat"], {})
+    run.write_settings({"train": "pictures", "pretrained_model": "tiny"})
+    shutil.copytree(WEIGHTS, run.folder / "model")
+    prompts, settings = ["--a photo of a cat", "a dog"], {"seed": "5", "num_inference_steps": "2"}
+    for wrong in ({"seed": "x"}, {"num_inference_steps": "0"}):
+        with pytest.raises(UserError):
+            drawings.compare(run, prompts, {**settings, **wrong})
+    assert drawings.comparison(run) == []
+    drawings.compare(run, prompts, settings)
+    base, tuned = drawings.comparison(run)
+    assert (base.request()["model"], tuned.request()["model"]) == (
+        *("base of run 0001-cat", "run 0001-cat"),
+    )
+    with pytest.raises(UserError, match="cancel it first"):
+        drawings.compare(run, prompts, settings)
+    wait_until(lambda: len(tuned.pictures()) == 2 and not tuned.is_drawing)
+    assert base.sentence == "2 were drawn."
+    assert base.prompts() == prompts
+    for number, (ours, theirs) in enumerate(zip(base.pictures(), tuned.pictures(), strict=True)):
+        assert ours.name == theirs.name
+        with Image.open(ours) as image, Image.open(theirs) as other:
+            assert image.text["prompt"] == prompts[number]
+            assert image.tobytes() == other.tobytes()  # of the same weights
+    drawings.compare(run, prompts[:1], settings)
+    assert [one.prompts() for one in drawings.comparison(run)] == [prompts[:1]] * 2
+    for one in drawings.comparison(run):
+        one.cancel()
+    wait_until(lambda: not any(one.is_drawing for one in drawings.all()))
 
 
 def test_cancelled_pictures_stop(drawings: Drawings) -> None:

@@ -203,6 +203,16 @@ def test_the_story_from_pictures_to_a_model(
         page.get_by_role("heading", name=f"Step {step}", exact=True).wait_for()
         page.get_by_role("img", name=f"{key} after step {step}").wait_for()
 
+    page.get_by_label("One more prompt").fill("a photo of a dog")
+    page.get_by_label("Steps of both").fill("3")
+    page.get_by_role("button", name="Draw with both").click()
+    page.get_by_role("button", name="Cancel the comparison").wait_for()
+    page.get_by_text("Fine-tuned: It waits for the others.").wait_for()
+    page.reload()
+    for prompt in ("a photo of a riobugger cat on a beach", "a photo of a cat", "a photo of a dog"):
+        for whose in ("base", "fine-tuned"):
+            page.get_by_role("img", name=f"{whose}: {prompt}", exact=True).wait_for()
+
     with page.expect_download() as download:
         page.get_by_role("link", name="model.tar.gz").click()
     with tarfile.open(download.value.path()) as tar:
