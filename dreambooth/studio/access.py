@@ -1,4 +1,4 @@
-"""Let only the page's own user reach the page: checks of Host, Origin and password, and headers.
+"""Let only the page's own user reach the page: checks of Host, Origin and password.
 
 Any web site that the user visits may send requests to 127.0.0.1 (as a form, a picture or a
 websocket), or give its own name this address (DNS rebinding). The first kind carries a foreign
@@ -20,29 +20,15 @@ from typing import Final
 from urllib.parse import parse_qs
 
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dreambooth.settings.studio_options import is_loopback
+from dreambooth.studio import policy
 
 LOGIN: Final = "/login"
 TRY_S: Final = 1.0
 """Seconds that each try of a password takes; one is made at a time."""
 
-# The page's library builds its parts from texts in the browser, hence 'unsafe-eval', and has
-# scripts and styles inside its HTML.
-POLICY: Final = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
-    "style-src 'self' 'unsafe-inline'; img-src 'self' data:; font-src 'self' data:; "
-    "object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
-)
-_HEADERS: Final = (
-    (b"x-content-type-options", b"nosniff"),
-    (b"x-frame-options", b"DENY"),
-    # Without any referrer, browsers would send `Origin: null` with a form.
-    (b"referrer-policy", b"same-origin"),
-    (b"cross-origin-resource-policy", b"same-origin"),
-    (b"cross-origin-opener-policy", b"same-origin"),
-)
 _COOKIE: Final = "dreambooth_studio"
 _HOST: Final = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?")
 _SAFE_METHODS: Final = ("GET", "HEAD")
@@ -67,7 +53,7 @@ class Access:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        send = _with_headers(send)
+        send = policy.with_headers(send)
         fault = self._fault(scope)
         if fault is not None:
             log.warning("refused a request: %s", fault)
@@ -88,6 +74,10 @@ class Access:
         # Who logs in under another name has meant it: that name has no cookie of ours.
         if self._password is None and not is_loopback(found[1].strip("[]")):
             return "the Host is not this machine's own: open the page as http://127.0.0.1."
+        # A picture or a frame of a foreign page has no Origin; a link that is followed is no fault.
+        sites, modes = _values(scope, b"sec-fetch-site"), _values(scope, b"sec-fetch-mode")
+        if {*sites} & {"cross-site", "same-site"} and modes != ["navigate"]:
+            return "another web site has asked for it."
         origins = _values(scope, b"origin")
         if not origins:
             if scope["type"] == "websocket" or scope["method"] not in _SAFE_METHODS:
@@ -157,25 +147,6 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, reply: Response) -
         await send({"type": "websocket.close", "code": 1008})
     else:
         await reply(scope, receive, send)
-
-
-def _with_headers(send: Send) -> Send:
-    """Return a `send` that adds our headers to each reply and takes out what opens it to others."""
-
-    async def send_with_headers(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            ours = {name for name, _ in _HEADERS}
-            kept = [
-                (name, value)
-                for name, value in message.get("headers", ())
-                if name.lower() not in ours and not name.lower().startswith(b"access-control-")
-            ]
-            if not any(name.lower() == b"content-security-policy" for name, _ in kept):
-                kept.append((b"content-security-policy", POLICY.encode()))
-            message = {**message, "headers": [*kept, *_HEADERS]}
-        await send(message)
-
-    return send_with_headers
 
 
 def _login_page(fault: str, status: int) -> Response:

@@ -16,7 +16,7 @@ from dreambooth.studio import drafts, parts
 from dreambooth.studio.drawings import Drawing, Drawings
 from dreambooth.studio.routes import drawing_address
 
-_FIELD: Final = "outlined dense"
+_FIELD: Final = "outlined dense stack-label"
 _WHOSE: Final = ("base", "fine-tuned")
 
 

@@ -23,7 +23,7 @@ from dreambooth.studio.drafts import DraftPlan
 from dreambooth.studio.durations import StepTime
 from dreambooth.studio.routes import run_address
 
-_TYPED: Final = "outlined dense debounce=300"
+_TYPED: Final = "outlined dense stack-label debounce=300"
 _HINT: Final = (
     "The instance prompt names the subject with a rare word before its class: in “a photo of a "
     "riobugger cat”, riobugger is a name that the model knows nothing about yet. The class prompt "
@@ -96,7 +96,7 @@ class _Form:
         if choices:
             options = {"": f"default ({knob.default})", **{value: value for value in choices}}
             field = ui.select(options, label=label, value="", on_change=store)
-            field.props("outlined dense")
+            field.props("outlined dense stack-label")
         else:
             field = ui.input(label, placeholder=f"default: {knob.default}", on_change=store)
             field.props(f"{_TYPED} maxlength={LIMITS.max_hyperparameter_characters}")

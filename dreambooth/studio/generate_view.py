@@ -74,7 +74,7 @@ def _fields(found: Drawings) -> dict[str, Any]:
     models = found.models()
     fields: dict[str, Any] = {
         drawings.MODEL: ui.select(models, label="Model", on_change=stored(drawings.MODEL))
-        .props("outlined dense")
+        .props("outlined dense stack-label")
         .classes("wide")
     }
     with parts.tag("div"):
@@ -93,7 +93,7 @@ def _field(name: str, store: Callable[[Any], None]) -> Any:
     hint = {"seed": "random", "width": "the model's", "height": "the model's"}.get(name, hint)
     field = ui.input(drawings.FIELDS[name], placeholder=hint, on_change=store)
     most = LIMITS.max_prompt_characters if knob.kind == "str" else 24
-    return field.props(f"outlined dense debounce=300 maxlength={most}")
+    return field.props(f"outlined dense stack-label debounce=300 maxlength={most}")
 
 
 def _card(found: Drawings, drawing: Drawing) -> Callable[[], None]:

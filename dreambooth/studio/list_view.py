@@ -34,7 +34,11 @@ def draw(runs: RunList, model: str | None) -> Callable[[], Awaitable[None]]:
         await asyncio.to_thread(runs.start)
 
     with parts.tag("div", classes="row-of-buttons"):
-        name = ui.input("Name of a new run (optional)").props("outlined dense maxlength=70")
+        name = (
+            ui.input("Name of a new run (optional)")
+            .props("outlined dense stack-label maxlength=70")
+            .classes("named")
+        )
         ui.button("New run", on_click=parts.told(new))
     idle = parts.tag("div", classes="row-of-buttons")
     with idle:

@@ -7,6 +7,7 @@ that it has died.
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import re
@@ -165,5 +166,5 @@ class ModelServer:
                 sentence = json.loads(error.read(_LONGEST_ERROR))["message"]
                 raise UserError(f"The server answered {error.code}: {sentence}") from error
             raise UserError(f"The server answered {error.code}.") from error
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise UserError(f"The server did not answer ({error}): is it still there?") from error

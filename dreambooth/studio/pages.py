@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from fastapi import FastAPI
+from nicegui import app as application
 from nicegui import ui
 from starlette.types import ASGIApp
 
@@ -55,6 +56,8 @@ def build(runs: RunList, model: str | None) -> ASGIApp:
     ui.page("/", title=_TITLE)(all_runs)
     ui.page("/generate", title=_TITLE)(generate)
     ui.page("/runs/{name}", title=_TITLE)(one_run)
+    # A bar that the library shows during requests; it has no name for those who cannot see it.
+    application.config.quasar_config["loadingBar"]["skipHijack"] = True
     ui.run_with(
         app,
         title=_TITLE,
@@ -87,7 +90,7 @@ def _frame() -> ui.element:
         with parts.tag("nav"):
             ui.link("Runs", "/")
             ui.link("Generate", "/generate")
-    return parts.tag("main", classes="studio")
+    return parts.tag("div", classes="studio")  # the library's own `main` is around it
 
 
 def _one_run(frame: ui.element, runs: RunList, name: str) -> Callable[[], Awaitable[None]]:

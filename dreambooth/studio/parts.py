@@ -82,8 +82,7 @@ def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> 
 
 def copied(label: str, content: str) -> Any:
     """Draw a text to be copied, with a button that does it; the text is `.text` of the result."""
-    parts_of_it = tag("div", classes="copied")
-    with parts_of_it:
+    with tag("div", classes="copied"):
         shown = text("pre", content, tabindex="0", aria_label=label)
         button = ui.button("Copy", on_click=lambda: ui.clipboard.write(shown.text), color=None)
         button.props("outline dense").props["aria-label"] = f"Copy: {label}"
@@ -92,11 +91,9 @@ def copied(label: str, content: str) -> Any:
 
 def delete_button(runs: RunList, run: Run) -> None:
     """Draw a button that deletes a run, once the user has read what this frees."""
-
     client = ui.context.client
 
     async def delete() -> None:
-        dialog.close()
         server = ModelServer(runs)
         if server.run_name == run.name and server.process.is_running:
             raise UserError(f"The model of {run.name} is being served: stop the server first.")
@@ -106,11 +103,14 @@ def delete_button(runs: RunList, run: Run) -> None:
     async def ask() -> None:
         sizes = await asyncio.to_thread(run.sizes)
         question.text = f"Delete {run.name}? This frees {size_in_words(sizes.total)}."
-        dialog.open()
+        asked.set_visibility(True)
 
-    with ui.dialog() as dialog, ui.card():
-        question = text("p", "")
-        with tag("div", classes="row-of-buttons"):
-            ui.button("Delete it", on_click=told(delete), color="negative")
-            ui.button("Keep it", on_click=dialog.close, color=None).props("outline")
+    async def keep() -> None:
+        asked.set_visibility(False)
+
     second_button("Delete", ask)
+    with tag("div", classes="row-of-buttons asked") as asked:
+        question = text("p", "", role="alert")
+        ui.button("Delete it", on_click=told(delete), color="negative")
+        second_button("Keep it", keep)
+    asked.set_visibility(False)

@@ -70,7 +70,7 @@ class _Buttons:
             self._stop = ui.button("Stop", on_click=parts.told(self._do_stop))
             with parts.tag("div", classes="row-of-buttons") as self._ended:
                 self._steps = ui.input("Steps in all").props(
-                    "outlined dense inputmode=numeric maxlength=12"
+                    "outlined dense stack-label inputmode=numeric maxlength=12"
                 )
                 ui.button("Continue", on_click=parts.told(self._do_continue))
                 parts.second_button("Run it again", self._do_again)

@@ -17,7 +17,7 @@ from dreambooth.studio import drafts, parts, shipping
 from dreambooth.studio.model_server import PICTURE, ModelServer, ServerState
 from dreambooth.studio.routes import run_address
 
-_FIELD: Final = "outlined dense"
+_FIELD: Final = "outlined dense stack-label"
 
 
 def draw(runs: RunList, run: Run) -> Callable[[], Awaitable[None]]:

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import gzip
+import hashlib
+import re
 import time
 
 import pytest
@@ -86,6 +90,43 @@ def test_every_reply_carries_the_headers_and_opens_nothing_to_other_sites() -> N
         assert reply.headers["x-frame-options"] == "DENY"
         assert reply.headers["x-content-type-options"] == "nosniff"
         assert not [name for name in reply.headers if name.startswith("access-control")]
+
+
+def test_a_page_that_shows_ours_as_a_picture_gets_nothing() -> None:
+    for site, mode, status in (
+        ("cross-site", "no-cors", 403),
+        ("same-site", "no-cors", 403),
+        ("cross-site", "navigate", 200),
+        ("same-origin", "no-cors", 200),
+        ("none", "navigate", 200),
+    ):
+        more = [("sec-fetch-site", site), ("sec-fetch-mode", mode)]
+        assert send(Access(page), "GET", "/", origin=None, more=more).status == status
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_only_the_scripts_of_the_page_itself_may_run(packed: bool) -> None:
+    html = b"""<script src="/x.js"></script><script type="module">run("<b>")\n</script>
+        <SCRIPT>more()</SCRIPT><img onerror="alert(1)">"""
+    body = gzip.compress(html) if packed else html
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        encoding = [(b"content-encoding", b"gzip")] if packed else []
+        headers = [(b"content-type", b"text/html; charset=utf-8"), *encoding]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for part in (body[:40], body[40:]):
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    reply = send(Access(app), "GET", "/")
+    assert reply.body == body
+    named = re.findall("'sha256-([^']+)'", reply.headers["content-security-policy"])
+    assert named == [
+        base64.b64encode(hashlib.sha256(script).digest()).decode()
+        for script in (b'run("<b>")\n', b"more()")
+    ]
+    script = reply.headers["content-security-policy"].partition("script-src")[2].partition(";")[0]
+    assert "unsafe-inline" not in script
 
 
 def logged_in(app: Access, password: str) -> str:

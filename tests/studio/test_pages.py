@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from PIL import Image
+from starlette.applications import Starlette
 
 from dreambooth.errors import UserError
 from dreambooth.runs import run_folder
@@ -24,7 +25,10 @@ from dreambooth.runs.run_folder import RunState
 from dreambooth.runs.run_list import RunList
 from dreambooth.settings.studio_options import StudioSettings
 from dreambooth.studio import start
-from dreambooth.tiny import DATA
+from dreambooth.studio.access import Access
+from dreambooth.studio.model_server import ModelServer
+from dreambooth.tiny import DATA, WEIGHTS
+from tests.studio.asgi import send
 from tests.studio.needed import needed
 
 ROOT = Path(__file__).parents[2]
@@ -41,31 +45,46 @@ def test_without_its_library_the_page_says_what_to_install(
     assert list(tmp_path.iterdir()) == []
 
 
+class Studio:
+    """The page as a process of its own."""
+
+    def __init__(self, runs: RunList) -> None:
+        self.runs = runs
+        self.port = "0"
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "dreambooth", "studio", "--port", self.port),
+                *("--dir", str(self.runs.folder)),
+            ],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        found = re.search(r"http://127\.0\.0\.1:([0-9]+)", self.process.stdout.readline())
+        assert found is not None
+        self.address, self.port = found[0], found[1]
+
+    def kill_and_start(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+        self.start()
+
+    def end(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        self.process.communicate(timeout=60)
+        assert self.process.returncode == 0
+
+
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[str, RunList]]:
+def studio(tmp_path: Path) -> Iterator[Studio]:
     needed("nicegui")
-    runs = RunList(tmp_path / "runs")
-    process, address = started(runs)
-    yield address, runs
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 0
-
-
-def started(runs: RunList, port: str = "0") -> tuple[subprocess.Popen[str], str]:
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "dreambooth", "studio", "--port", port),
-            *("--dir", str(runs.folder)),
-        ],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    found = re.search(r"http://127\.0\.0\.1:[0-9]+", process.stdout.readline())
-    assert found is not None
-    return process, found[0]
+    started = Studio(RunList(tmp_path / "runs"))
+    yield started
+    started.end()
 
 
 def raw(address: str, method: str, target: str, *headers: str) -> tuple[int, str]:
@@ -85,9 +104,9 @@ def raw(address: str, method: str, target: str, *headers: str) -> tuple[int, str
 
 
 def test_the_served_page_refuses_foreign_sites_and_names_no_other(
-    server: tuple[str, RunList],
+    studio: Studio,
 ) -> None:
-    address, _ = server
+    address = studio.address
     own = address.removeprefix("http://")
     status, page = raw(address, "GET", "/", f"Host: {own}")
     assert status == 200
@@ -125,6 +144,10 @@ def browse() -> Iterator[Callable[[], Any]]:
             pytest.fail("there is no `chromium` on the path")
         pytest.skip("there is no `chromium` on the path")
     faults: list[str] = []
+
+    def refused(said: Any) -> bool:
+        return said.type == "error" and "Content Security Policy" in said.text
+
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
 
@@ -132,6 +155,7 @@ def browse() -> Iterator[Callable[[], Any]]:
             page = browser.new_page()
             page.set_default_timeout(LONG_MS)
             page.on("pageerror", lambda error: faults.append(str(error)))
+            page.on("console", lambda said: faults.append(said.text) if refused(said) else None)
             page.on("request", lambda request: requested.append(request.url))
             return page
 
@@ -143,10 +167,27 @@ def browse() -> Iterator[Callable[[], Any]]:
     assert hosts <= {"127.0.0.1"}
 
 
+_NOTHING_FADES = """() => document.getAnimations().every(
+  (one) => one.playState !== "running" || one.effect.getTiming().iterations === Infinity
+)"""
+
+
+def anyone_can_use(page: Any) -> None:
+    """Let axe look for what keeps people from using the page as it is shown, light and dark."""
+    axe = needed("axe_playwright_python.sync_playwright").Axe()
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        page.wait_for_timeout(200)
+        page.wait_for_function(_NOTHING_FADES)
+        found = axe.run(page).response["violations"]
+        assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in found] == []
+    page.emulate_media(color_scheme="light")
+
+
 def test_the_story_from_pictures_to_a_model(
-    server: tuple[str, RunList], browse: Callable[[], Any], tmp_path: Path
+    studio: Studio, browse: Callable[[], Any], tmp_path: Path
 ) -> None:
-    address, runs = server
+    address, runs = studio.address, studio.runs
     page = browse()
     page.goto(address)
     page.get_by_text("There is no run yet.").wait_for()
@@ -178,10 +219,12 @@ def test_the_story_from_pictures_to_a_model(
     page.get_by_role("cell", name="not known for such a job").wait_for()
     page.get_by_role("button", name="Measure the time").click()
     page.get_by_role("cell", name="measured with 5 steps of this job").wait_for()
+    anyone_can_use(page)
 
     page.get_by_role("button", name="Start").click()
     page.get_by_role("button", name="Stop").wait_for()
     page.get_by_role("img", name="the loss over the steps").wait_for()
+    studio.kill_and_start()
     second = browse()
     second.goto(page.url)
     second.get_by_text("The numbers of the curve").click()
@@ -226,6 +269,7 @@ def test_the_story_from_pictures_to_a_model(
     assert prompt.input_value() == "a photo of a riobugger cat"
     page.get_by_role("button", name="Send the request").click()
     page.get_by_role("img", name="served: a photo of a riobugger cat").wait_for()
+    anyone_can_use(page)
     second.get_by_role("img", name="served: a photo of a riobugger cat").wait_for()
     second.get_by_role("button", name="Stop the server").click()
     page.get_by_text("The server was stopped.").wait_for()
@@ -237,6 +281,7 @@ def test_the_story_from_pictures_to_a_model(
     page.wait_for_timeout(1_500)
     page.get_by_role("button", name="Generate").click()
     page.get_by_text("2 were drawn.").wait_for()
+    anyone_can_use(page)
     assert "run 0001-cat" in page.locator("section .note").inner_text()
     with page.expect_download() as download:
         page.get_by_role("link", name="Download the picture of seed 8").click()
@@ -259,38 +304,145 @@ def test_the_story_from_pictures_to_a_model(
     assert page.get_by_label("Steps").first.input_value() == "60"
     for _ in range(2):
         page.get_by_role("button", name="Delete").click()
+        page.get_by_role("button", name="Delete it").wait_for()
+        anyone_can_use(page)
         page.get_by_role("button", name="Delete it").click()
         page.wait_for_url(f"{address}/")
         page.goto(second.url)
     page.goto(address)
     page.get_by_text("There is no run yet.").wait_for()
+    anyone_can_use(page)
     second.get_by_text("There is no such run").wait_for()
     assert runs.runs() == []
 
 
-def test_a_page_that_is_killed_loses_nothing(tmp_path: Path, browse: Callable[[], Any]) -> None:
-    needed("nicegui")
-    runs = RunList(tmp_path / "runs")
+def test_a_page_that_is_killed_loses_nothing(studio: Studio, browse: Callable[[], Any]) -> None:
+    runs = studio.runs
     run = runs.new_draft({"instance_prompt": "a photo of a riobugger cat"})
-    process, address = started(runs)
-    try:
-        page = browse()
-        page.goto(f"{address}/runs/{run.name}")
-        page.get_by_label("Class prompt").fill("a photo of a cat")
-        page.wait_for_timeout(1_500)
-        process.kill()
-        process.communicate()
-        process, _ = started(runs, address.rpartition(":")[2])
-        page.reload()
-        page.get_by_label("Class prompt").wait_for()
-        page.wait_for_timeout(1_500)
-        assert page.get_by_label("Class prompt").input_value() == "a photo of a cat"
-        # What somebody else stores is shown as well.
-        run.save_draft({**run.draft(), "class_prompt": "a photo of a dog"})
-        page.wait_for_timeout(2_000)
-        assert page.get_by_label("Class prompt").input_value() == "a photo of a dog"
-        assert run.draft()["class_prompt"] == "a photo of a dog"
-    finally:
-        process.kill()
-        process.communicate()
+    served = runs.new_draft({}, name="served")
+    shutil.copytree(WEIGHTS, served.folder / "model")
+    served.write_settings({"train": "pictures", "pretrained_model": "tiny"})
+    (served.folder / "exit_code").write_text("0")
+    page, second = browse(), browse()
+    second.goto(f"{studio.address}/runs/{served.name}")
+    second.get_by_role("button", name="Start the server").click()
+    second.get_by_role("button", name="Send the request").wait_for()
+    page.goto(f"{studio.address}/runs/{run.name}")
+    page.get_by_label("Class prompt").fill("a photo of a cat")
+    page.wait_for_timeout(1_500)
+    studio.kill_and_start()
+    page.reload()
+    page.get_by_label("Class prompt").wait_for()
+    page.wait_for_timeout(1_500)
+    assert page.get_by_label("Class prompt").input_value() == "a photo of a cat"
+    # What somebody else stores is shown as well.
+    run.save_draft({**run.draft(), "class_prompt": "a photo of a dog"})
+    page.wait_for_timeout(2_000)
+    assert page.get_by_label("Class prompt").input_value() == "a photo of a dog"
+    assert run.draft()["class_prompt"] == "a photo of a dog"
     assert not (run.folder / run_folder.LOCK).read_bytes()
+
+    second.reload()
+    second.get_by_role("button", name="Delete").click()
+    second.get_by_role("button", name="Delete it").click()
+    second.get_by_text("is being served: stop the server first").wait_for()
+    second.get_by_role("button", name="Stop the server").click()
+    second.get_by_text("The server was stopped.").wait_for()
+    assert not ModelServer(runs).process.is_running
+
+
+def test_bad_uploads_get_a_sentence(
+    studio: Studio, browse: Callable[[], Any], tmp_path: Path
+) -> None:
+    run = studio.runs.new_draft({})
+    page = browse()
+    page.goto(f"{studio.address}/runs/{run.name}")
+    chooser = page.get_by_label("Drop 4 to 20 pictures")
+    huge = tmp_path / "huge.png"
+    Image.new("1", (12_000, 12_000)).save(huge)
+    chooser.set_input_files(huge)
+    page.get_by_role("alert").filter(has_text="huge.png is 12000 x 12000, more than").wait_for()
+    many = []
+    for number in range(200):
+        many.append(tmp_path / f"{number}.png")
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(many[-1])
+    chooser.set_input_files(many)
+    page.get_by_text("90 more were not taken.").wait_for()
+    said = page.get_by_role("alert").filter(has_text="at most 100 uploaded pictures")
+    assert said.first.is_visible()
+    page.get_by_text("100 pictures, shown as training sees them").wait_for()
+
+
+@pytest.fixture
+def login_page() -> str:
+    app = Access(Starlette(), password="correct horse battery")
+    return send(app, "GET", "/").body.decode()
+
+
+def test_anyone_can_use_the_form_for_the_password(
+    login_page: str, browse: Callable[[], Any]
+) -> None:
+    page = browse()
+    page.set_content(login_page)
+    page.get_by_label("Password").wait_for()
+    anyone_can_use(page)
+
+
+_FOCUSED = """() => {
+  const one = document.activeElement;
+  const name = one.getAttribute("aria-label") || one.labels?.[0]?.innerText || one.innerText || "";
+  return name.trim().split("\\n")[0];
+}"""
+
+
+def tab_to(page: Any, name: str) -> None:
+    """Press Tab until what has this name has the focus, which must be seen."""
+    names: list[str] = []
+    for _ in range(150):
+        page.keyboard.press("Tab")
+        names.append(page.evaluate(_FOCUSED))
+        if names[-1].startswith(name):
+            return
+    raise AssertionError(f"{name} has no focus: {names}")
+
+
+def test_the_keyboard_alone_suffices(studio: Studio, browse: Callable[[], Any]) -> None:
+    page = browse()
+    page.goto(studio.address)
+    page.get_by_text("There is no run yet.").wait_for()
+    tab_to(page, "Name of a new run")
+    page.keyboard.type("keys")
+    tab_to(page, "New run")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/runs/0001-keys")
+    page.get_by_label("Class prompt").wait_for()
+    tab_to(page, "Drop 4 to 20 pictures")
+    tab_to(page, "Face")
+    page.keyboard.press("Enter")
+    page.get_by_text("800 steps with prior preservation").wait_for()
+    tab_to(page, "Class prompt")
+    page.keyboard.press("Control+A")
+    page.keyboard.type("a photo of a dog")
+    tab_to(page, 'Expand "All settings"')
+    page.keyboard.press("Enter")
+    page.get_by_label("Search the settings").wait_for()
+    tab_to(page, "Search the settings")
+    page.keyboard.type("mixed_precision")
+    tab_to(page, "mixed_precision")
+    page.keyboard.press("Enter")
+    page.get_by_role("option", name="bf16").wait_for()
+    page.keyboard.type("bf16")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    tab_to(page, "Show the plan")
+    page.keyboard.press("Enter")
+    page.get_by_role("alert").filter(has_text="0001-keys").wait_for()
+    draft = studio.runs.run("0001-keys").draft()
+    assert draft["class_prompt"] == "a photo of a dog"
+    assert draft["settings"]["max_steps"] == "800"
+    tab_to(page, "Delete")
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Delete it").wait_for()
+    tab_to(page, "Delete it")
+    page.keyboard.press("Enter")
+    page.get_by_text("There is no run yet.").wait_for()
