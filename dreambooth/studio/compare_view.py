@@ -61,7 +61,10 @@ def draw(runs: RunList, run: Run) -> Callable[[], Awaitable[None]]:
 
     async def update() -> None:
         nonlocal drawn
-        section.set_visibility(run.has_model())
+        has_model = run.has_model()
+        section.set_visibility(has_model)
+        if not has_model:
+            return
         await asyncio.to_thread(found.advance)
         pair = await asyncio.to_thread(found.comparison, run)
         is_to_come = any(one.is_drawing or one.is_waiting for one in pair)

@@ -371,6 +371,12 @@ def test_bad_uploads_get_a_sentence(
     said = page.get_by_role("alert").filter(has_text="at most 100 uploaded pictures")
     assert said.first.is_visible()
     page.get_by_text("100 pictures, shown as training sees them").wait_for()
+    page.goto(f"{studio.address}/runs/none")
+    page.get_by_text("There is no such run").wait_for()
+    anyone_can_use(page)
+    page.goto(studio.address)
+    page.get_by_role("link", name=run.name).wait_for()
+    anyone_can_use(page)
 
 
 @pytest.fixture
