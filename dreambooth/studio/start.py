@@ -68,7 +68,9 @@ class _Server(uvicorn.Server):
 
 async def _serve(server: uvicorn.Server, listener: socket.socket) -> None:
     def end() -> None:
-        server.force_exit = server.should_exit
+        if server.should_exit:  # a second signal: what is broken off is no fault
+            server.force_exit = True
+            logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
         server.should_exit = True
 
     for number in stop.answered(always=(signal.SIGTERM, signal.SIGINT)):
