@@ -16,7 +16,7 @@ BUILD_ARGS ?=
 ONLY   ?=
 WRITE  ?=
 
-.PHONY: help demo picture test test-benchmarks test-real-size test-notebooks test-container notebooks check train serve image bench clean
+.PHONY: help demo studio picture test test-studio test-benchmarks test-real-size test-notebooks test-container notebooks check train serve image bench clean
 
 help:
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /make \1|/p' Makefile | while IFS='|' read -r command sentence; \
@@ -24,6 +24,9 @@ help:
 
 demo: $(VENV)/.installed ## fine-tune the embedded model on eight pictures of a cat, draw a sheet
 	$(BIN)/python -m dreambooth demo
+
+studio: $(VENV)/.installed-studio ## open a page on which runs are made and watched (ARGS="--model FOLDER")
+	$(BIN)/python -m dreambooth studio $(ARGS)
 
 # The first five rows of the sheet, in 256 colours.
 picture: demo ## make the README's picture from that sheet
@@ -49,6 +52,11 @@ check: $(VENV)/.installed-dev ## run ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# `make test` leaves out those of its tests that need NiceGUI, unless `make studio` has installed it.
+# The story in a browser needs a Chromium on the path (Debian's package is `chromium`).
+test-studio: $(VENV)/.installed-studio-tests ## run the tests of the studio page, in a browser too
+	OMP_NUM_THREADS=1 DREAMBOOTH_STUDIO_TESTS=1 $(BIN)/python -m pytest tests/studio $(ONLY)
 
 test-benchmarks: $(VENV)/.installed-dev ## run the tests left out for time: benchmarks, tiny_world's studies
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m on_demand -n auto --dist worksteal
@@ -100,6 +108,14 @@ $(VENV)/.installed: requirements.txt requirements/clip-vocabulary.txt | $(VENV)/
 
 $(VENV)/.installed-dev: requirements/dev.txt $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -r requirements/dev.txt
+	touch $@
+
+$(VENV)/.installed-studio: requirements/studio.txt $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements/studio.txt
+	touch $@
+
+$(VENV)/.installed-studio-tests: requirements/studio-tests.txt $(VENV)/.installed-dev $(VENV)/.installed-studio
+	$(BIN)/python -m pip install --quiet -r requirements/studio-tests.txt
 	touch $@
 
 $(VENV)/%/.installed: requirements/%.txt $(VENV)/.installed

@@ -55,7 +55,12 @@ MOVED = {
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line, with one sub-command per verb."""
     from dreambooth.commands import demo, runs
-    from dreambooth.settings import evaluate_options, generate_options, serve_options
+    from dreambooth.settings import (
+        evaluate_options,
+        generate_options,
+        serve_options,
+        studio_options,
+    )
 
     made = Parser(prog="python -m dreambooth", description=__doc__)
     made.add_argument("--version", action="version", version=__version__)
@@ -77,6 +82,9 @@ def parser() -> argparse.ArgumentParser:
     )
     runs.add_arguments(
         verbs.add_parser("runs", help="list runs; start, stop, continue, repeat and delete them")
+    )
+    studio_options.add_arguments(
+        verbs.add_parser("studio", help="open a page on which runs are made and watched")
     )
     table = verbs.add_parser("hyperparameters", help="print the table of hyperparameters")
     table.add_argument("--format", choices=("text", "json", "markdown"), default="text")
@@ -148,6 +156,13 @@ def _run(arguments: argparse.Namespace) -> int:
         from dreambooth.commands import runs
 
         return runs.main(arguments)
+    if arguments.verb == "studio":
+        from dreambooth.settings import studio_options
+        from dreambooth.studio import start
+
+        settings = studio_options.read(arguments, os.environ)
+        os.environ.pop(studio_options.PASSWORD, None)  # what this process starts needs none
+        return start.run(settings)
     if arguments.verb == "serve":
         from dreambooth.serving.http import server
         from dreambooth.settings import serve_options

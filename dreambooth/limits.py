@@ -71,6 +71,8 @@ class Limits:
     max_subjects: int = 16
     # DreamBooth needs 4 to 20; a folder with more than this many is the wrong one.
     max_instance_images: int = 10_000
+    # Sent to the studio page for one run; a dropped folder of holiday pictures is refused early.
+    max_uploaded_pictures: int = 100
     # Class images are a few per instance image, a thousand in the paper's largest runs.
     max_class_images: int = 100_000
     # Different captions of one subject's pictures. Each is encoded once: 0.2 MB of text embeddings.

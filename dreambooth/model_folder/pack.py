@@ -41,7 +41,7 @@ _TIME: Final = 315_532_800
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Member:
+class PackedFile:
     """A file of the archive. origin: the file that it is read from, or its content."""
 
     name: str
@@ -49,6 +49,7 @@ class _Member:
 
     @property
     def size(self) -> int:
+        """Return its bytes."""
         return len(self.origin) if isinstance(self.origin, bytes) else self.origin.stat().st_size
 
 
@@ -73,14 +74,23 @@ def write(model: str, out: Path, *, with_code: bool = False, limits: Limits = LI
         )
         found = source.locate(model, given="as MODEL", limits=limits)
         folder = source.open_source(found, workspace / "opened", limits=limits)
-        members = [_Member(name=name, origin=folder / name) for name in _names(folder, limits)]
-        if with_code:
-            members += _code()
-        members.sort(key=lambda member: member.name)
-        _check_size(folder, members, limits)
+        members = members_of(folder, with_code=with_code, limits=limits)
         packed = workspace / "packed"
-        _write(packed, members)
+        with packed.open("wb") as file:
+            write_members(file, members)
         files.put_in_place(packed, out)
+
+
+def members_of(
+    folder: Path, *, with_code: bool = False, limits: Limits = LIMITS
+) -> list[PackedFile]:
+    """Return what the archive of a model folder holds. Raises ModelArtifactError, as `write`."""
+    members = [PackedFile(name=name, origin=folder / name) for name in _names(folder, limits)]
+    if with_code:
+        members += _code()
+    members.sort(key=lambda member: member.name)
+    _check_size(folder, members, limits)
+    return members
 
 
 def _names(folder: Path, limits: Limits) -> list[str]:
@@ -123,17 +133,17 @@ def _weighted(component: Path, limits: Limits) -> list[Path]:
     return sorted({component / "config.json", component / chosen.name, *files})
 
 
-def _code() -> list[_Member]:
+def _code() -> list[PackedFile]:
     """Return the files of `code/`: our modules and their requirements."""
     members = [
-        _Member(name=f"code/{path.as_posix()}", origin=code_folder.ROOT / path)
+        PackedFile(name=f"code/{path.as_posix()}", origin=code_folder.ROOT / path)
         for path in code_folder.sources()
     ]
     needed = code_folder.REQUIREMENTS.encode()
-    return [*members, _Member(name="code/requirements.txt", origin=needed)]
+    return [*members, PackedFile(name="code/requirements.txt", origin=needed)]
 
 
-def _check_size(folder: Path, members: list[_Member], limits: Limits) -> None:
+def _check_size(folder: Path, members: list[PackedFile], limits: Limits) -> None:
     """Refuse what our own extractor would not unpack, before minutes are spent on writing it."""
     size = sum(member.size for member in members)
     if size > limits.archive_max_bytes:
@@ -149,10 +159,13 @@ def _check_size(folder: Path, members: list[_Member], limits: Limits) -> None:
         )
 
 
-def _write(path: Path, members: list[_Member]) -> None:
+def write_members(file: BinaryIO, members: list[PackedFile]) -> None:
+    """Write the archive to an open file, which may be a pipe: nothing is read or sought there.
+
+    Raises ModelArtifactError where a member cannot be read any more.
+    """
     total = sum(member.size for member in members)
     with (
-        path.open("wb") as file,
         gzip.GzipFile("", "wb", _LEVEL, file, mtime=0) as packed,
         tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as tar,
         Progress(-(-total // MIB), "pack", stream=sys.stderr, unit="MiB") as progress,
@@ -166,7 +179,7 @@ def _write(path: Path, members: list[_Member]) -> None:
             before += entry.size
 
 
-def _opened(member: _Member) -> BinaryIO:
+def _opened(member: PackedFile) -> BinaryIO:
     if isinstance(member.origin, bytes):
         return io.BytesIO(member.origin)
     try:

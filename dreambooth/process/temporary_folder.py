@@ -19,12 +19,16 @@ _NEW, _LOCKED = "dreambooth-new-", "dreambooth-job-"  # renamed once it is locke
 
 
 @contextlib.contextmanager
-def temporary() -> Iterator[Path]:
-    """Yield an empty folder, removed after the block. Raises ResourceError if none can be made."""
-    with files.disk_faults_named(
-        "The temporary folder", "TMPDIR or /tmp", elsewhere="let TMPDIR name another folder"
-    ):
-        root = Path(tempfile.gettempdir())
+def temporary(root: Path | None = None) -> Iterator[Path]:
+    """Yield an empty folder, removed after the block. Raises ResourceError if none can be made.
+
+    root: the folder in which it is made, None for the system's.
+    """
+    where, elsewhere = "TMPDIR or /tmp", "let TMPDIR name another folder"
+    if root is not None:
+        where, elsewhere = str(root), "choose another disk"
+    with files.disk_faults_named("The temporary folder", where, elsewhere=elsewhere):
+        root = root or Path(tempfile.gettempdir())
         _sweep(root)
         new = Path(tempfile.mkdtemp(prefix=_NEW, dir=root))
         lock = os.open(new, os.O_RDONLY | os.O_DIRECTORY)

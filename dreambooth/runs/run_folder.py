@@ -46,6 +46,7 @@ FAILURE: Final = "failure"
 STOPPING: Final = "stopping"  # empty; the trainer was sent a stop signal
 METRICS: Final = "metrics.jsonl"
 SAMPLES: Final = "samples"
+METER: Final = "meter"
 REPORT: Final = "report.html"
 PICTURES: Final = "pictures"  # a training folder inside the run
 MODEL: Final = RUN_FOLDERS["model_dir"]
@@ -315,6 +316,10 @@ class Run:
     def samples(self) -> list[Path]:
         """Return the sample pictures, in the order of their steps."""
         return sorted((self.folder / SAMPLES).glob("step-*.png"))
+
+    def meter_pictures(self) -> list[Path]:
+        """Return the pictures of fixed prompts, `step-NUMBER-PROMPT.png`, by step and prompt."""
+        return sorted((self.folder / METER).glob("step-*-*.png"))
 
     def has_model(self) -> bool:
         """Return whether there is a whole model, be it of all steps or of a stopped run."""

@@ -51,6 +51,24 @@ def test_what_a_killed_job_left_is_removed_and_a_living_ones_stays(tmp_path: Pat
             assert list(tmp_path.iterdir()) == [mine]
 
 
+def test_a_given_folder_is_used_in_place_of_the_systems(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    with temporary_folder.temporary(disk) as folder:
+        assert folder.parent == disk
+        left = disk / folder.name.replace(folder.name[-4:], "left")
+        left.mkdir()
+        with temporary_folder.temporary(disk):
+            assert folder.exists()
+            assert not left.exists()
+    assert list(disk.iterdir()) == []
+    with (
+        pytest.raises(ResourceError, match=f"cannot be written to {tmp_path / 'none'}"),
+        temporary_folder.temporary(tmp_path / "none"),
+    ):
+        pass
+
+
 def test_other_folders_and_links_are_left_alone(tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.mkdir()
