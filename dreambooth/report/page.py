@@ -166,7 +166,7 @@ def _curves(data: ReportData) -> list[tuple[str, list[tuple[str, str]], str]]:
     named_curves = [
         ("Loss", steps, losses, True),
         *((title, steps, named, True) for title, named in _losses_of_subjects(data)),
-        *((title, at, _read(read, names), False) for title, names in METER_CURVES if read),
+        *((title, at, meter_curves(read, names), False) for title, names in METER_CURVES if read),
         ("Gradient norm", steps, [("before clipping", [row.grad_norm for row in rows])], True),
         ("Learning rate", steps, [("learning rate", [row.learning_rate for row in rows])], False),
     ]
@@ -185,7 +185,9 @@ def _curves(data: ReportData) -> list[tuple[str, list[tuple[str, str]], str]]:
     return curves
 
 
-def _read(rows: Sequence[MetricsRow], names: Mapping[str, str]) -> list[tuple[str, list[float]]]:
+def meter_curves(
+    rows: Sequence[MetricsRow], names: Mapping[str, str]
+) -> list[tuple[str, list[float]]]:
     """Return (label, values) of those figures of the meter that there are."""
     return [
         (label, [row.meter.get(name, math.nan) for row in rows])

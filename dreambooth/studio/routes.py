@@ -25,12 +25,16 @@ from dreambooth.errors import DreamBoothError, ResourceError, UserError
 from dreambooth.limits import LIMITS, Limits
 from dreambooth.report import charts, report_data
 from dreambooth.report.charts import Series
+from dreambooth.report.page import METER_CURVES, meter_curves
 from dreambooth.runs import run_folder
 from dreambooth.runs.run_folder import Run
 from dreambooth.runs.run_list import RunList
 from dreambooth.studio import downloads, uploads
 from dreambooth.studio.drawings import Drawings
 from dreambooth.studio.model_server import PICTURE, ModelServer
+
+METERS: Final = {f"meter-{number}": curve for number, curve in enumerate(METER_CURVES)}
+"""The report's charts of the meter by the names of their files."""
 
 STATIC: Final = Path(__file__).parent / "static"
 
@@ -39,7 +43,8 @@ _ALONE: Final = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; s
 _SIDES: Final = range(16, 2_049)
 _CHART_STYLE: Final = (
     "svg{color:#23232a;font-family:system-ui,sans-serif}"
-    "@media(prefers-color-scheme:dark){svg{color:#ececea;--grid:#36363c;--series-1:#7aa7ff}}"
+    "@media(prefers-color-scheme:dark){svg{color:#ececea;--grid:#36363c;--series-1:#7aa7ff;"
+    "--series-2:#f0a066;--series-3:#7fd1a1;--series-4:#cfa3ee}}"
 )
 
 _Answer = Callable[[Request], Awaitable[Response]]
@@ -84,7 +89,7 @@ def routes(runs: RunList, *, limits: Limits = LIMITS) -> Sequence[Route | Mount]
 
     async def show_curve(request: Request) -> Response:
         run = run_of(request)
-        curve = await asyncio.to_thread(_curve, run)
+        curve = await asyncio.to_thread(_curve, run, request.path_params["curve"])
         return Response(
             curve,
             media_type="image/svg+xml",
@@ -113,7 +118,7 @@ def routes(runs: RunList, *, limits: Limits = LIMITS) -> Sequence[Route | Mount]
         Route("/runs/{run}/samples/{name}", _pngs(lambda asked: run_of(asked).samples())),
         Route("/runs/{run}/meter/{name}", _pngs(lambda asked: run_of(asked).meter_pictures())),
         Route("/drawings/{drawing}/{name}", _pngs(drawn)),
-        Route("/runs/{run}/loss.svg", _answered(show_curve), methods=["GET"]),
+        Route("/runs/{run}/{curve}.svg", _answered(show_curve), methods=["GET"]),
         Route("/runs/{run}/report.html", _answered(show_report), methods=["GET"]),
         Route("/runs/{run}/model.tar.gz", _answered(send_archive), methods=["GET"]),
         Route("/runs/{run}/model.safetensors", _answered(send_single_file), methods=["GET"]),
@@ -160,12 +165,20 @@ def _as_trained(path: Path, side: int) -> bytes:
     return buffer.getvalue()
 
 
-def _curve(run: Run) -> str:
+def _curve(run: Run, name: str) -> str:
+    """Return the curve of the loss, or the chart meter-N of the report, as an SVG file."""
     rows = report_data.read_metrics(run.folder / run_folder.METRICS)
-    loss = Series(
-        label="loss", x=[row.step for row in rows], y=[row.loss for row in rows], smoothed=True
-    )
-    chart = charts.line_chart([loss], label="loss over the steps")
+    title, names = METERS.get(name, ("loss over the steps", {}))
+    if name == "loss":
+        curves, smoothed = [("loss", [row.loss for row in rows])], True
+    elif names:
+        rows = [row for row in rows if row.meter]
+        curves, smoothed = meter_curves(rows, names), False
+    else:
+        raise UserError("There is no such curve.")
+    steps = [row.step for row in rows]
+    series = [Series(label=label, x=steps, y=y, smoothed=smoothed) for label, y in curves]
+    chart = charts.line_chart(series, label=title)
     return (
         '<svg xmlns="http://www.w3.org/2000/svg" '
         f'viewBox="0 0 {charts.WIDTH} {charts.HEIGHT}"><style>{_CHART_STYLE}</style>{chart}</svg>'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
@@ -17,7 +18,7 @@ from dreambooth.runs.run_folder import Run, RunState
 from dreambooth.runs.run_list import RunList
 from dreambooth.runs.run_status import RunStatus
 from dreambooth.studio import compare_view, drafts, parts, ship_view
-from dreambooth.studio.routes import run_address
+from dreambooth.studio.routes import METERS, run_address
 
 _LOG_LINES: Final = 30
 _ROWS: Final = 12
@@ -37,6 +38,7 @@ def draw(runs: RunList, run: Run) -> Callable[[], Awaitable[None]]:
         _changing(_samples, "Samples"),
         _changing(_curve, "Loss"),
         _changing(_numbers, "The numbers of the curve", folded=True),
+        _changing(_meter, "Meter"),
         _changing(_plan, "Plan and settings", folded=True),
     ]
     update_comparison = compare_view.draw(runs, run)
@@ -221,6 +223,37 @@ def _numbers(run: Run) -> tuple[object, Callable[[], None]]:
             ("Step", "Loss", "Learning rate"),
             [(str(row.step), f"{row.loss:.4f}", f"{row.learning_rate:.2e}") for row in chosen],
         )
+
+    return run.last_metrics().get("step"), draw_it
+
+
+def _meter(run: Run) -> tuple[object, Callable[[], None]]:
+    """Draw the curves of the meter, each with its numbers in a table."""
+
+    def draw_it() -> None:
+        rows = report_data.read_metrics(run.folder / run_folder.METRICS)
+        rows = [row for row in rows if row.meter]
+        if not rows:
+            parts.text("p", "It has not been read yet; a short run has no reading.", classes="note")
+            return
+        for file, (title, names) in METERS.items():
+            there = {name: label for name, label in names.items() if name in rows[-1].meter}
+            parts.text("h3", title)
+            with parts.tag("p", classes="legend"):
+                for number, label in enumerate(there.values(), start=1):
+                    parts.text("span", "", classes=f"key-{number}", aria_hidden="true")
+                    parts.text("span", label)
+            parts.tag(
+                "img",
+                classes="curve",
+                src=f"{run_address(run.name, f'{file}.svg')}?{rows[-1].step}",
+                alt=f"{title}; its numbers stand in the table below",
+            )
+            numbers = [
+                (str(row.step), *(f"{row.meter.get(name, math.nan):.3f}" for name in there))
+                for row in rows[-_ROWS:]
+            ]
+            parts.table(title, ("Step", *there.values()), numbers)
 
     return run.last_metrics().get("step"), draw_it
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -237,7 +238,11 @@ def test_pictures_are_shown_as_training_sees_them(runs: RunList, draft: Run) -> 
 
 def test_the_curve_and_the_report_can_do_nothing(runs: RunList, draft: Run) -> None:
     (draft.folder / "report.html").write_text("<script>alert(1)</script>")
-    for name in ("loss.svg", "report.html"):
+    row = {"step": 1, "loss": 1, "instance_loss": 1, "class_loss": None, "learning_rate": 1}
+    row |= {"grad_norm": 1, "meter": {"loss_1": 0.5, "drift_class": 0.25, "guidance": 1.5}}
+    (draft.folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    assert send(app(runs), "GET", "/runs/0001/meter-3.svg").status == 404
+    for name in ("loss.svg", "meter-0.svg", "meter-1.svg", "meter-2.svg", "report.html"):
         reply = send(app(runs), "GET", f"/runs/0001/{name}")
         assert reply.status == 200
         assert reply.headers["content-security-policy"].startswith("default-src 'none';")
