@@ -229,7 +229,7 @@ def _fine_tune(
             samples = draw_samples()
             run_report.last_sample = side_by_side(samples)
             with _errors_only_logged():
-                run_log.add_last_sample(run_report.last_sample)
+                run_log.add_last_sample(run_report.last_sample, step=state.step)
                 stopping.add_samples(task, state, samples, ended_early=ended_early)
             if settings.compute_fid:
                 with phase("fid_score"), stop.released():

@@ -130,13 +130,13 @@ class RunLog:
         if draws or reading is not None or metrics.read_with == 1:
             self._last_time = self._clock()
 
-    def add_last_sample(self, picture: Image.Image | None) -> None:
-        """Save the last step's picture if one is due; it is drawn after the model is written.
+    def add_last_sample(self, picture: Image.Image | None, *, step: int) -> None:
+        """Save the last picture if one is due; it is drawn after the model of `step` is written.
 
         Raises ResourceError where the disk is full.
         """
         if self._shows(self._plan.steps):
-            self._save_sample(self._plan.steps, picture)
+            self._save_sample(step, picture)
 
     def finish(self, average_loss: float) -> None:
         """Print the last line that SageMaker's metric definitions read.

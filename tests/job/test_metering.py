@@ -152,7 +152,7 @@ def test_early_stopping_ends_the_run_and_writes_the_model_of_the_last_good_readi
     start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert start("three", "--max_steps=3") == 0
-    assert start("mine", "--early_stopping") == 0
+    assert start("mine", "--early_stopping", "--sample_steps=6") == 0
     shown = capsys.readouterr().err
     assert "stopped at step 5 of 6: what guidance multiplies is 3.00 times" in shown
     output = tmp_path / "mine-output"
@@ -165,6 +165,7 @@ def test_early_stopping_ends_the_run_and_writes_the_model_of_the_last_good_readi
     assert "Partial" not in card
     assert "Stopped at step 5 of 6" in (output / "report.html").read_text()
     assert not (output / "states").exists()
+    assert [path.name for path in (output / "samples").iterdir()] == ["step-000003.png"]
 
 
 @pytest.mark.usefixtures("burning")

@@ -110,7 +110,7 @@ def test_the_last_steps_sample_is_given_once_the_model_is_written(
             for step in range(1, 5):
                 report.step(metrics(step, plan))
         assert len(drawn) == 1
-        report.add_last_sample(Image.new("RGB", (8, 8), "blue"))
+        report.add_last_sample(Image.new("RGB", (8, 8), "blue"), step=plan.steps)
         assert sorted(path.name for path in (folder / "samples").iterdir()) == names
 
 
