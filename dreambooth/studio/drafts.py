@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from dreambooth import tiny
 from dreambooth.data import prompts
-from dreambooth.data.prompts import INFO_NAME
+from dreambooth.data.prompts import INFO_NAME, Prompts
 from dreambooth.errors import UserError, one_line
 from dreambooth.process import addresses, child_process, files
 from dreambooth.runs import run_folder, run_list
@@ -164,7 +164,16 @@ def prompt_hint(contents: Mapping[str, Any]) -> str:
 
 
 def again(runs: RunList, run: Run) -> Run:
-    """Return a new draft with the settings, prompts and pictures of a run, to be changed."""
+    """Return a new draft with the settings, prompts and pictures of a run, to be changed.
+
+    Raises UserError for a run with several subjects, which the form has no fields for.
+    """
+    found = _prompts(run)
+    if found is not None and found.are_listed:
+        raise UserError(
+            f"The run {run.name} has several subjects, for which the page has no form: run it again "
+            "as it was, or change it on the command line (`python -m dreambooth runs again`)."
+        )
     settings = run.settings()
     texts = {name: unwrapped(settings[name]) for name in settings if name in _NAMES}
     instance, of_class = prompts_of(run)
@@ -184,17 +193,21 @@ def again(runs: RunList, run: Run) -> Run:
 def prompts_of(run: Run) -> tuple[str, str]:
     """Return the instance and class prompts beside a run's pictures, "" for one that is not there.
 
-    They may lie elsewhere, and may have been deleted since.
+    They may lie elsewhere, and may have been deleted since. Of several subjects the first counts.
     """
+    found = _prompts(run)
+    if found is None:
+        return "", ""
+    return found.subjects[0].instance_prompt, found.subjects[0].class_prompt or ""
+
+
+def _prompts(run: Run) -> Prompts | None:
     train = str(run.settings().get("train", ""))
     try:
         folder = addresses.to_path(train, "train")
-        found = prompts.read(folder, with_prior_preservation=False, inside="")
+        return prompts.read(folder, with_prior_preservation=False, inside="")
     except UserError:
-        return "", ""
-    if found.are_listed:  # several subjects, which a form has no fields for
-        return "", ""
-    return found.subjects[0].instance_prompt, found.subjects[0].class_prompt or ""
+        return None
 
 
 def prepare(run: Run) -> dict[str, object]:

@@ -117,3 +117,18 @@ def test_again_is_a_draft_with_all_that_the_run_was_given(draft: Run, tmp_path: 
     }
     assert len(uploads.pictures(new)) == 8
     assert drafts.prepare(new)["train"] == str(new.folder / "pictures")
+
+
+def test_a_run_with_several_subjects_has_no_form(draft: Run, tmp_path: Path) -> None:
+    draft.save_draft({**PROMPTS, "settings": {"pretrained_model": "tiny"}})
+    run_list.submit(draft, drafts.prepare(draft))
+    subjects = [
+        {"folder": name, "instance_prompt": f"a photo of a {name} cat"} for name in ("one", "two")
+    ]
+    info = draft.folder / "pictures" / "dataset_info.json"
+    info.write_text(json.dumps({"subjects": subjects}))
+    for name in ("one", "two"):
+        (draft.folder / "pictures" / name).mkdir()
+    with pytest.raises(UserError, match="has several subjects, for which the page has no form"):
+        drafts.again(RunList(tmp_path), draft)
+    assert drafts.prompts_of(draft)[0] == "a photo of a one cat"
