@@ -171,8 +171,8 @@ def again(runs: RunList, run: Run) -> Run:
     found = _prompts(run)
     if found is not None and found.are_listed:
         raise UserError(
-            f"The run {run.name} has several subjects, for which the page has no form: run it again "
-            "as it was, or change it on the command line (`python -m dreambooth runs again`)."
+            f"The run {run.name} has several subjects, for which the page has no form: run it "
+            "again as it was, or change it on the command line (`python -m dreambooth runs again`)."
         )
     settings = run.settings()
     texts = {name: unwrapped(settings[name]) for name in settings if name in _NAMES}

@@ -48,13 +48,16 @@ class Precision:
             keeps_copies=not plan.gradient_checkpointing,
         )
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Return a context in which forward passes run in the half type; fp32 stays as it is."""
+    def autocast(self, *, keeps_copies: bool = True) -> AbstractContextManager[Any]:
+        """Return a context in which forward passes run in the half type; fp32 stays as it is.
+
+        keeps_copies: whether half copies of the weights may be kept until its end.
+        """
         return torch.autocast(
             self.device.type,
             dtype=self.dtype if self._casts else None,
             enabled=self._casts,
-            cache_enabled=self._keeps_copies,
+            cache_enabled=self._keeps_copies and keeps_copies,
         )
 
     def backward(self, loss: torch.Tensor) -> None:
