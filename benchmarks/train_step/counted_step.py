@@ -296,7 +296,7 @@ def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
 class _Precision(Precision):
     """The product's, with autocast's rules on CUDA written out."""
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self, *, keeps_copies: bool = True) -> AbstractContextManager[Any]:
         return _Autocast(self.dtype, self._keeps_copies) if self._casts else nullcontext()
 
 
