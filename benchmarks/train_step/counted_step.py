@@ -297,7 +297,8 @@ class _Precision(Precision):
     """The product's, with autocast's rules on CUDA written out."""
 
     def autocast(self, *, keeps_copies: bool = True) -> AbstractContextManager[Any]:
-        return _Autocast(self.dtype, self._keeps_copies) if self._casts else nullcontext()
+        keeps_copies = keeps_copies and self._keeps_copies
+        return _Autocast(self.dtype, keeps_copies) if self._casts else nullcontext()
 
 
 _IN_HALF = frozenset((functional.linear, torch.conv2d, torch.matmul, torch.bmm, torch.baddbmm)) | {
