@@ -270,8 +270,8 @@ def test_a_stop_during_the_export_is_not_kept_waiting_by_a_checkpoint(
 ) -> None:
     write = fine_tune.stopping.write_model
 
-    def write_and_stop(*arguments: Any) -> None:
-        write(*arguments)
+    def write_and_stop(*arguments: Any, **keywords: Any) -> None:
+        write(*arguments, **keywords)
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(fine_tune.stopping, "write_model", write_and_stop)
