@@ -1,6 +1,7 @@
 """Draw the data sets that ship with the embedded model, whose subjects are new to it.
 
-`python -m tiny_world data_sets` writes them into `dreambooth/tiny/data`. Each subject is shown
+`python -m tiny_world data_sets` writes them into `dreambooth/tiny/data`; with `--masks` each
+picture has a mask of its subject beside it, which the shipped ones do not. Each subject is shown
 only in a room and on grass, so that prompts with a beach test something new.
 """
 
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from dreambooth.settings.command_line import Parser
 from dreambooth.tiny import DATA
-from tiny_world.world import SUBJECTS, Scene, draw
+from tiny_world.world import SUBJECTS, Scene, draw, draw_mask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,13 +61,19 @@ DATA_SETS = (
 )
 
 
-def write_data_set(data_set: DataSet, folder: Path) -> None:
-    """Write PNG pictures and dataset_info.json into `folder`, which is created if necessary."""
+def write_data_set(data_set: DataSet, folder: Path, *, masks: bool = False) -> None:
+    """Write PNG pictures and dataset_info.json into `folder`, which is created if necessary.
+
+    masks: whether to write `NAME.mask.png` beside each picture.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     info = {"instance_prompt": data_set.instance_prompt, "class_prompt": data_set.class_prompt}
     (folder / "dataset_info.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
     for index, scene in enumerate(data_set.scenes()):
-        draw(scene).save(folder / f"{data_set.subject.lower()}_{index:02d}.png", optimize=True)
+        path = folder / f"{data_set.subject.lower()}_{index:02d}.png"
+        draw(scene).save(path, optimize=True)
+        if masks:
+            draw_mask(scene).save(path.with_suffix(".mask.png"), optimize=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--data", type=Path, default=DATA, help="where to write (default: %(default)s)"
     )
-    folder: Path = parser.parse_args(argv).data
+    parser.add_argument("--masks", action="store_true", help="with masks of the subjects")
+    given = parser.parse_args(argv)
     for data_set in DATA_SETS:
-        write_data_set(data_set, folder / data_set.folder)
+        write_data_set(data_set, given.data / data_set.folder, masks=given.masks)
     return 0

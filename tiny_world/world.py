@@ -9,11 +9,12 @@ training set, so they are new to the model that is fine-tuned.
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from PIL import Image
+from PIL import Image, ImageChops
 
 from tiny_world.brush import SIZE, Paint, Pose, Rgb, draw_shadow, pencil
 from tiny_world.figures import FIGURES, SHADOWS, on_top, random_pose, seat_pose
@@ -44,6 +45,7 @@ COLLARS: dict[str, Rgb | None] = {
     **{name: COLORS[name] for name in ("red", "blue", "green", "yellow")},
 }
 SETTINGS = tuple(PAINTERS)
+_SAME = 6  # levels of 255 that a mask takes for no difference
 STYLES = ("photo", "sketch")
 
 _MARK_COLORS: dict[str, tuple[Rgb, ...]] = {
@@ -191,6 +193,16 @@ def draw(scene: Scene) -> Image.Image:
     if scene.style == "sketch":
         image = pencil(image)
     return image.reduce(image.width // SIZE)
+
+
+def draw_mask(scene: Scene) -> Image.Image:
+    """Return where the scene differs from its empty setting: white there, mode L, 64x64."""
+    rng = random.Random(f"scene/{scene.seed}")
+    empty = paint_setting(scene.setting, rng)
+    empty = empty.reduce(empty.width // SIZE)
+    difference = ImageChops.difference(draw(scene).convert("RGB"), empty.convert("RGB"))
+    strongest = functools.reduce(ImageChops.lighter, difference.split())
+    return strongest.point(lambda level: 255 if level > _SAME else 0)
 
 
 def _draw_figure(image: Image.Image, look: Look, pose: Pose, shadow: bool = True) -> None:

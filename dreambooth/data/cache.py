@@ -17,12 +17,15 @@ from types import MappingProxyType
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
 
 from dreambooth.data import images, sample_draws
 from dreambooth.data.seeds import derive_seed
 
 _BLOCK_ROWS = 256  # 16 MiB of Stable Diffusion's latents
 
+ReadMask = Callable[[Path, tuple[int, int]], Image.Image | None]
 EncodeImage = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -30,7 +33,8 @@ EncodeImage = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 class LatentPosteriors:
     """The latent posteriors of all cached crops.
 
-    mean, std: float32 [N,C,h,w], unscaled, one row per crop. first_rows: the row of each picture's
+    mean, std: float32 [N,C,h,w], unscaled, one row per crop. weights: float32 [N,1,h,w], of the
+    loss in each latent cell, None where all are equal. first_rows: the row of each picture's
     first crop. crop_counts: the number of crops of each picture. groups: the pictures of each of
     several subjects; none for those of a single one.
     """
@@ -40,6 +44,7 @@ class LatentPosteriors:
     first_rows: tuple[int, ...]
     crop_counts: tuple[int, ...]
     groups: tuple[range, ...] = ()
+    weights: torch.Tensor | None = None
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -49,14 +54,22 @@ class LatentPosteriors:
 
     def sample(self, draws: sample_draws.SampleDraws) -> torch.Tensor:
         """Return latents [B,C,h,w], unscaled: mean + std * posterior_noise of the chosen crops."""
-        first_rows = torch.tensor([self.first_rows[int(image)] for image in draws.images])
-        rows = sample_draws.onto(self.mean.device, first_rows + draws.crop_indices)
+        rows = self._rows(draws)
         noise = sample_draws.onto(self.mean.device, draws.posterior_noise)
         return self.mean[rows] + self.std[rows] * noise
 
+    def loss_weights(self, draws: sample_draws.SampleDraws) -> torch.Tensor | None:
+        """Return the weights [B,1,h,w] of the chosen crops; None where all cells are equal."""
+        return None if self.weights is None else self.weights[self._rows(draws)]
+
+    def _rows(self, draws: sample_draws.SampleDraws) -> torch.Tensor:
+        first_rows = torch.tensor([self.first_rows[int(image)] for image in draws.images])
+        return sample_draws.onto(self.mean.device, first_rows + draws.crop_indices)
+
     def to(self, device: torch.device) -> LatentPosteriors:
         """Return the same posteriors on another device."""
-        return replace(self, mean=self.mean.to(device), std=self.std.to(device))
+        weights = None if self.weights is None else self.weights.to(device)
+        return replace(self, mean=self.mean.to(device), std=self.std.to(device), weights=weights)
 
 
 def to_pixels(picture: np.ndarray) -> torch.Tensor:
@@ -98,6 +111,7 @@ def build(
     encode_image: EncodeImage,
     known: Callable[[Path], torch.Tensor | None] = lambda path: None,
     sha256: Mapping[Path, bytes] = MappingProxyType({}),
+    mask_of: ReadMask | None = None,
     on_image: Callable[[int], None] = lambda done: None,
 ) -> LatentPosteriors:
     """Encode every picture, with one picture in memory at a time.
@@ -108,10 +122,12 @@ def build(
     was decoded from, or None. Known latents replace the posterior, with std 0, and the picture is
     not opened. (Encoding it would return the same up to the VAE's own error, and the std is smaller
     than that error.)
-    sha256: the hashes of the files when they were checked. on_image: called with the number of
-    pictures done. Raises DatasetError, which names the file, for a picture that cannot be read.
+    sha256: the hashes of the files when they were checked. mask_of: returns the mask, mode L, of a
+    picture of a size (width, height), or None; without it no cell weighs more than another.
+    on_image: called with the number of pictures done. Raises DatasetError, which names the file,
+    for a picture that cannot be read.
     """
-    means, stds = _Rows(), _Rows()
+    means, stds, weights = _Rows(), _Rows(), _Rows()
     first_rows: list[int] = []
     crop_counts: list[int] = []
     for number, path in enumerate(paths):
@@ -123,7 +139,10 @@ def build(
             stds.append(torch.zeros_like(latents))
             on_image(number + 1)
             continue
-        picture = images.resize(images.open_image(path, sha256=sha256.get(path)), resolution)
+        whole = images.open_image(path, sha256=sha256.get(path))
+        mask = mask_of(path, whole.size) if mask_of is not None else None
+        picture = images.resize(whole, resolution)
+        mask = images.resize(mask, resolution) if mask is not None else None
         boxes = crop_boxes(
             picture.size,
             resolution=resolution,
@@ -136,17 +155,39 @@ def build(
         first_rows.append(means.count)
         crop_counts.append(len(boxes))
         for left, top in boxes:
-            crop = picture.crop((left, top, left + resolution, top + resolution))
+            box = (left, top, left + resolution, top + resolution)
+            crop = picture.crop(box)
             mean, std = encode_image(to_pixels(images.to_array(crop))[None])
             means.append(mean[0])
             stds.append(std[0])
+            if mask_of is not None:
+                cells = None if mask is None else mask.crop(box)
+                weights.append(cell_weights(cells, mean.shape[-2:]))
         on_image(number + 1)
     return LatentPosteriors(
         mean=means.joined(),
         std=stds.joined(),
         first_rows=tuple(first_rows),
         crop_counts=tuple(crop_counts),
+        weights=weights.joined() if mask_of is not None else None,
     )
+
+
+def cell_weights(mask: Image.Image | None, cells: Sequence[int]) -> torch.Tensor:
+    """Return the weight of the loss in each latent cell of a crop, float32 [1,h,w], of mean 1.
+
+    mask: of the crop, mode L; None weighs all cells equally. cells: (h, w). A cell counts as the
+    whitest of its pixels. A crop that shows nothing of the subject has equal weights too, so that
+    no sample is lost.
+    """
+    ones = torch.ones(1, *cells)
+    if mask is None:
+        return ones
+    pixels = torch.from_numpy(np.asarray(mask, dtype=np.float32) / 255)
+    height, width = cells
+    found = F.adaptive_max_pool2d(pixels[None], (height, width))
+    mean = float(found.mean())
+    return found / mean if mean > 0 else ones
 
 
 class _Rows:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dreambooth.data import captions
+from dreambooth.data import captions, masks
 from dreambooth.data.captions import Captions
 from dreambooth.data.folder import Pictures, read_pictures, skipped
 from dreambooth.data.images import ImageFacts, warnings_for
@@ -31,8 +31,8 @@ class SubjectData:
     """A subject with its pictures, sorted; `instance_facts[i]` belongs to `instance_images[i]`.
 
     name: its folder inside the training folder, "" for a single subject whose pictures lie in the
-    training folder itself. class_prompt: None if the folder gives none. captions: of each picture,
-    None for one without; empty if none has one.
+    training folder itself. class_prompt: None if the folder gives none. captions, masks,
+    mask_facts: of each picture, None for one without; empty if none has one.
     """
 
     name: str = ""
@@ -41,6 +41,8 @@ class SubjectData:
     instance_images: tuple[Path, ...]
     instance_facts: tuple[ImageFacts, ...] = ()
     captions: tuple[str | None, ...] = ()
+    masks: tuple[Path | None, ...] = ()
+    mask_facts: tuple[ImageFacts | None, ...] = ()
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -107,6 +109,16 @@ class DatasetInfo:
     def prompts(self) -> tuple[str, ...]:
         """Return the prompt of each instance image, in their order."""
         return tuple(prompt for each in self.subjects for prompt in each.prompts)
+
+    @property
+    def masks(self) -> dict[Path, Path]:
+        """Return the mask that lies beside a picture, by the picture's path."""
+        return {
+            picture: mask
+            for each in self.subjects
+            for picture, mask in zip(each.instance_images, each.masks, strict=False)
+            if mask is not None
+        }
 
     @property
     def class_images(self) -> tuple[Path, ...]:
@@ -186,6 +198,8 @@ def _subject(prompts: SubjectPrompts, found: Captions) -> SubjectData:
         instance_images=found.pictures.paths,
         instance_facts=found.pictures.facts,
         captions=found.texts if any(found.texts) else (),
+        masks=found.pictures.masks,
+        mask_facts=found.pictures.mask_facts,
     )
 
 
@@ -295,6 +309,19 @@ def _refuse_same_places(subjects: Sequence[SubjectData]) -> None:
                 f"The folders of the subjects {other} and {subject.name} are one folder: give each "
                 "subject a folder of its own."
             )
+
+
+def check_masks(info: DatasetInfo) -> None:
+    """Raise DatasetError for a mask beside a picture that is not of the picture's size."""
+    for subject in info.subjects:
+        found = zip(subject.masks, subject.mask_facts, subject.instance_facts, strict=False)
+        for mask, of_mask, of_picture in found:
+            if mask is not None and of_mask is not None:
+                masks.check_size(
+                    f"The mask {printable(subject.name_of(mask))}",
+                    (of_mask.width, of_mask.height),
+                    (of_picture.width, of_picture.height),
+                )
 
 
 def size_warnings(info: DatasetInfo, resolution: int) -> tuple[str, ...]:

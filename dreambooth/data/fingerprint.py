@@ -24,6 +24,9 @@ def of_dataset(dataset: DatasetInfo) -> str:
             digest.update(name.encode("utf-8", "surrogateescape") + b"\0" + sha256[path])
         for prompt in subject.prompts if subject.captions else ():
             digest.update(prompt.encode() + b"\0")
+        for number, facts in enumerate(subject.mask_facts):
+            if facts is not None:
+                digest.update(f"mask {number}".encode() + b"\0" + facts.sha256)
     for given in dataset.class_sets:
         if dataset.are_several:
             digest.update(given.class_prompt.encode("utf-8", "surrogatepass") + b"\0")

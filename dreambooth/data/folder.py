@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from dreambooth.data import masks
 from dreambooth.data.images import ImageFacts, check_images
 from dreambooth.data.picture_files import (
     NotAPictureError,
@@ -29,12 +30,17 @@ _PICTURE_SUFFIXES = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pictures:
-    """The entries of one folder by kind; `unusable` and `others` hold texts for messages."""
+    """The entries of one folder by kind; `unusable` and `others` hold texts for messages.
+
+    masks, mask_facts: of each picture, None for one that has none beside it; empty if none has.
+    """
 
     paths: tuple[Path, ...]
     facts: tuple[ImageFacts, ...]
     unusable: tuple[str, ...]
     others: tuple[str, ...]
+    masks: tuple[Path | None, ...] = ()
+    mask_facts: tuple[ImageFacts | None, ...] = ()
 
 
 def read_pictures(
@@ -65,10 +71,16 @@ def read_pictures(
         else:
             paths.append(path)
             facts.append(result)
+    by_path = dict(zip(paths, facts, strict=True))
+    mask_of = masks.beside(paths)
+    paths = [path for path in paths if path not in mask_of.values()]
     _refuse_too_many(folder, len(paths), most)
+    of_pictures = [mask_of.get(path) for path in paths] if mask_of else []
     return Pictures(
         paths=tuple(paths),
-        facts=tuple(facts),
+        facts=tuple(by_path[path] for path in paths),
+        masks=tuple(of_pictures),
+        mask_facts=tuple(None if mask is None else by_path[mask] for mask in of_pictures),
         unusable=tuple(unusable),
         others=tuple(sorted(others)),
     )

@@ -116,6 +116,25 @@ def open_image(path: Path, *, sha256: bytes | None = None, limits: Limits = LIMI
         return _decoded(content, path, limits, lambda image: _upright_rgb(image, limits))
 
 
+def open_transparency(path: Path, *, limits: Limits = LIMITS) -> Image.Image | None:
+    """Return how opaque each pixel is, mode L, 0..255, upright; None for a picture without alpha.
+
+    Raises PictureError as `open_image` does.
+    """
+
+    def opacity(image: ImageFile.ImageFile) -> Image.Image | None:
+        image.load()
+        if not image.has_transparency_data or image.mode in {"I", "F"} or ";16" in image.mode:
+            return None
+        plain = image.convert("LA") if image.mode == "La" else image
+        found = plain.convert("RGBA").getchannel("A")
+        turn = _TURNS.get(_orientation(image))
+        return found if turn is None else found.transpose(turn)
+
+    with _quiet(), opened(path, limits=limits) as file:
+        return _decoded(file, path, limits, opacity)
+
+
 def check_image(path: Path, *, limits: Limits = LIMITS) -> ImageFacts:
     """Return the size and the hash of a picture, after checking that it decodes.
 

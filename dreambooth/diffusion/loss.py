@@ -46,9 +46,15 @@ def noise_target(
     )
 
 
-def squared_errors(model_pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Return the squared error of each row, a mean over its elements: [B,C,h,w] twice -> [B]."""
-    return F.mse_loss(model_pred.float(), target.float(), reduction="none").flatten(1).mean(1)
+def squared_errors(
+    model_pred: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the squared error of each row, a mean over its elements: [B,C,h,w] twice -> [B].
+
+    weights: [B,1,h,w], as in `dreambooth_loss`.
+    """
+    errors = F.mse_loss(model_pred.float(), target.float(), reduction="none")
+    return (errors if weights is None else errors * weights).flatten(1).mean(1)
 
 
 def dreambooth_loss(
@@ -57,16 +63,19 @@ def dreambooth_loss(
     *,
     instances: int,
     prior_loss_weight: float,
+    weights: torch.Tensor | None = None,
 ) -> Losses:
     """Return the squared error on the subject plus lambda times that on the class.
 
     Source: Ruiz et al. 2022 (arXiv 2208.12242v2), section 3.3, equation 2.
 
     model_pred, target: [I+K,C,h,w], where K is 0 without prior preservation. instances: I; these
-    rows come first. Each half's loss is a mean over its elements.
+    rows come first. weights: [I,1,h,w], of mean 1, by which their errors are multiplied; None for
+    equal ones. Each half's loss is a mean over its elements.
     """
     squared_error = F.mse_loss(model_pred.float(), target.float(), reduction="none")
-    instance = squared_error[:instances].mean()
+    of_instances = squared_error[:instances]
+    instance = (of_instances if weights is None else of_instances * weights).mean()
     if len(squared_error) == instances:
         return Losses(total=instance, instance=instance, class_=None)
     class_ = squared_error[instances:].mean()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -49,20 +50,10 @@ def train(
     masters = MasterWeights(state, hyperparameters.max_grad_norm)
     networks = accelerator.prepare(TrainedNetworks(masters.unet, None, encode_text))
 
-    def one_pass(
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        text: torch.Tensor,
-        target: torch.Tensor,
-        subject_rows: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        micro_batch = MicroBatch(
-            noisy_latents=noisy_latents,
-            timesteps=timesteps,
-            text=text,
-            target=target,
-            subject_rows=subject_rows,
-        )
+    names: list[str] = []  # of the tensors that micro-batches of this run have
+
+    def one_pass(*given: torch.Tensor) -> torch.Tensor:
+        micro_batch = MicroBatch(**dict(zip(names, given, strict=True)))
         return forward_backward(
             networks, micro_batch, plan, hyperparameters, state.precision, half_weights=True
         )
@@ -73,8 +64,10 @@ def train(
         (made,) = micro_batches(  # fast_step does not go with gradient_accumulation_steps
             state, data, plan, hyperparameters, accelerator, noise_scheduler, prior_unet
         )
-        rows = () if made.subject_rows is None else (made.subject_rows,)
-        return run_pass(made.noisy_latents, made.timesteps, made.text, made.target, *rows)
+        there = {field.name: getattr(made, field.name) for field in fields(made)}
+        there = {name: tensor for name, tensor in there.items() if tensor is not None}
+        names[:] = there
+        return run_pass(*there.values())
 
     is_read = reading_steps(state, plan, hyperparameters)
     unread: list[DeviceMetrics] = []

@@ -20,8 +20,8 @@ from dreambooth.process.memory import is_out_of_memory
 log = logging.getLogger(__name__)
 
 # (noisy_latents [B,C,h,w], timesteps [B], text [B,L,D], target [B,C,h,w]) -> losses [3]; sets
-# the gradients of the weights. With several subjects it takes `MicroBatch.subject_rows`, too, and
-# returns losses [3+S].
+# the gradients of the weights. It takes the other tensors that a MicroBatch has, too, in their
+# order, and with several subjects returns losses [3+S].
 OnePass = Callable[..., Tensor]
 # CudaGraphCapturer.capture or the like: (call, function to run before each call) -> captured call.
 Capture = Callable[[Callable[[], Tensor], Callable[[], None]], CapturedCall]

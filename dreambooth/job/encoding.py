@@ -9,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 
-from dreambooth.data import cache
+from dreambooth.data import cache, masks
 from dreambooth.diffusion import model as models
 from dreambooth.diffusion.model import DiffusionModel
+from dreambooth.errors import DatasetError
 from dreambooth.job import class_sampling, metering
 from dreambooth.job.task import Task
 from dreambooth.process.progress import Progress
@@ -46,9 +48,13 @@ def encode(
             encode_image=lambda pixels: models.encode_posterior(model, pixels),
             known=known_latents,
             sha256=dataset.sha256,
+            mask_of=mask_of if settings.masked_loss and stream == "instance" else None,
             on_image=lambda count: progress.update(done + count),
         )
         return replace(built, groups=groups).to(task.device)
+
+    def mask_of(path: Path, size: tuple[int, int]) -> Image.Image | None:
+        return masks.read(path, dataset.masks.get(path), size=size)
 
     def text(*prompts: str) -> torch.Tensor:
         rows = [models.encode_text(model, models.tokenize(model, [one])) for one in prompts]
@@ -76,6 +82,11 @@ def encode(
         first = len(dataset.instance_images)
         instance = posteriors("instance", dataset.instance_images, 0, groups)
         class_ = posteriors("class", class_paths, first, class_groups) if class_paths else None
+    if instance.weights is not None and bool((instance.weights == 1).all()):
+        raise DatasetError(
+            "masked_loss=True, and no instance image has a mask: put NAME.mask.png, white where "
+            "the subject is, beside NAME.jpg, or give pictures with transparency."
+        )
     data = loop.TrainingData(
         instance=instance,
         class_=class_,

@@ -210,6 +210,8 @@ def _prepare(
         given=environment.ways_in.training,
         inside=environment.ways_in.inside,
     )
+    if settings.masked_loss:
+        dataset_info.check_masks(dataset)
     if worker is None:
         _log_warnings(dataset.warnings)
     source = model_source.locate(

@@ -208,6 +208,11 @@ class Hyperparameters:
         "Prints subject_score=, class_kept= and clean= at the end, from 0 to 1: whether the "
         "subject was learned, its class kept, and pictures are clean.",
     )
+    masked_loss: bool = ours(
+        False,
+        "Leaves the background out of the subject's loss: NAME.mask.png beside a picture, or its "
+        "transparency, says where the subject is.",
+    )
     meter: bool = ours(
         True,
         "Reads now and then how far training has moved the model, for at most a tenth of a run's "

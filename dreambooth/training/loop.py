@@ -77,6 +77,7 @@ class MicroBatch:
 
     noisy_latents, target: [B,C,h,w]. timesteps: [B]. text: [B,L,D], or token ids [B,L].
     subject_rows: float32 [S,I], 1 where an instance row is a subject's; None for a single subject.
+    weights: float32 [I,1,h,w], of the instance rows' losses; None where all are equal.
     """
 
     noisy_latents: torch.Tensor
@@ -84,6 +85,7 @@ class MicroBatch:
     text: torch.Tensor
     target: torch.Tensor
     subject_rows: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
 
 
 class TrainedNetworks(nn.Module):
@@ -231,14 +233,16 @@ def forward_backward(
         target,
         instances=plan.batch_size,
         prior_loss_weight=hyperparameters.prior_loss_weight,
+        weights=micro_batch.weights,
     )
     total = losses.total if kept_loss is None else losses.total + KEPT_WEIGHT * kept_loss
     precision.backward(total / plan.gradient_accumulation_steps)
     class_loss = torch.zeros_like(total) if losses.class_ is None else losses.class_
     found = [torch.stack((total, losses.instance, class_loss)).detach()]
     if micro_batch.subject_rows is not None:
-        instances = (each[: plan.batch_size] for each in (model_pred.detach(), target))
-        found.append(micro_batch.subject_rows @ squared_errors(*instances))
+        of_instances, targets = (each[: plan.batch_size] for each in (model_pred.detach(), target))
+        errors = squared_errors(of_instances, targets, micro_batch.weights)
+        found.append(micro_batch.subject_rows @ errors)
     if kept_loss is not None:
         found.append(kept_loss.detach()[None])
     return torch.cat(found) if len(found) > 1 else found[0]
@@ -407,6 +411,7 @@ def _draw_half(
         text=_of_rows(text, text_rows),
         target=noise_target(noise_scheduler, latents, noise, timesteps),
         subject_rows=_subject_rows(data, numbers) if is_instance else None,
+        weights=posteriors.loss_weights(drawn),
     )
 
 

@@ -342,6 +342,8 @@ def _ignored_settings(stored: Mapping[str, str], wanted: Mapping[str, str], step
     ignored |= {"prediction_type"} - stored.keys()  # earlier versions did not store it,
     if wanted.get("training_guidance_scale") == "1.0":  # nor this, which they did not have
         ignored |= {"training_guidance_scale"} - stored.keys()
+    if wanted.get("masked_loss") == "False":
+        ignored |= {"masked_loss"} - stored.keys()
     if wanted.get("kept_subjects") == "none":
         ignored |= {"kept_subjects"} - stored.keys()
     if stored.get("steps") == wanted.get("steps"):

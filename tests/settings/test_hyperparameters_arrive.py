@@ -502,7 +502,8 @@ EFFECTS = {
 
 
 def test_every_hyperparameter_has_a_test_of_its_effect() -> None:
-    elsewhere = (Path(__file__).parents[1] / "job" / "test_run.py").read_text()
+    jobs = Path(__file__).parents[1] / "job"
+    elsewhere = "".join((jobs / f"test_{name}.py").read_text() for name in ("run", "masked_loss"))
     for knob in fields(Hyperparameters):
         name = EFFECTS.get(knob.name, f"test_{knob.name}")
         assert name in globals() or f"def {name}(" in elsewhere, knob.name

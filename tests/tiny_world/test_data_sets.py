@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dreambooth.data import dataset_info
 from dreambooth.tiny import DATA
 from tiny_world import data_sets
+from tiny_world.world import SUBJECTS
 
 
 @pytest.mark.parametrize("data_set", data_sets.DATA_SETS, ids=lambda data_set: data_set.folder)
@@ -44,3 +46,16 @@ def test_prompts_of_the_shipped_data_sets_are_the_published_ones() -> None:
         "chair": "a photo of a vorbit chair",
         "ottoman": "a photo of a drimel ottoman",
     }
+
+
+def test_a_mask_covers_the_subject_and_not_its_setting(tmp_path: Path) -> None:
+    cat = next(each for each in data_sets.DATA_SETS if each.folder == "cat")
+    data_sets.write_data_set(cat, tmp_path, masks=True)
+    read = dataset_info.read(tmp_path)
+    assert len(read.instance_images) == len(read.masks) == cat.pictures
+    for picture, path in read.masks.items():
+        mask = np.asarray(Image.open(path)) > 0
+        pixels = np.asarray(Image.open(picture).convert("RGB"), dtype=np.int16)
+        coat = np.abs(pixels - np.array(SUBJECTS["riobugger"].coat)).max(2) < 12
+        assert 0.15 < mask.mean() < 0.6
+        assert mask[coat].mean() > 0.95
