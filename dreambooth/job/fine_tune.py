@@ -260,6 +260,8 @@ def _end_early(
         with _errors_only_logged(), run_report.phase("checkpoints"):
             checkpoints.save(state)
     run_report.stopped = meter.choose()
+    if run_report.stopped is not None:
+        run_report.kept_step = state.step
     return run_report.stopped
 
 

@@ -46,8 +46,8 @@ class RunReport:
     diverged or was stopped after a step. Inside it every log line begins with the phase and `step`.
 
     writes: whether this process writes the report. stopped: a sentence on why the run ended early,
-    None where it did not. others_wait: whether the other processes wait for the last file of this
-    one.
+    None where it did not. kept_step: that of the model which early stopping has chosen.
+    others_wait: whether the other processes wait for the last file of this one.
     """
 
     task: Task
@@ -59,6 +59,7 @@ class RunReport:
     fid_score: float | None = None
     scores: Mapping[str, Measure] = field(default_factory=dict)
     stopped: str | None = None
+    kept_step: int | None = None
     others_wait: bool = False
     step: int | None = None
     _warnings: list[str] = field(default_factory=list)
@@ -142,6 +143,7 @@ class RunReport:
             steps=metrics[-1].step if metrics else 0,
             planned_steps=task.plan.steps,
             stopped=(self.step or 0, self.stopped) if self.stopped is not None else None,
+            kept_step=self.kept_step,
             resolution=task.resolution,
             metrics=metrics,
             last_sample=self.last_sample,

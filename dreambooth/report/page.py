@@ -154,6 +154,8 @@ def _curves(data: ReportData) -> list[tuple[str, list[tuple[str, str]], str]]:
     rows = data.metrics
     steps = [row.step for row in rows]
     marks = [] if data.stopped is None else [(float(data.stopped[0]), "stopped")]
+    if data.kept_step is not None:
+        marks.append((float(data.kept_step), "kept"))
     losses = [("instance loss", [row.instance_loss for row in rows])]
     if any(row.class_loss is not None for row in rows):
         class_loss = [math.nan if row.class_loss is None else row.class_loss for row in rows]

@@ -57,7 +57,8 @@ class ReportData:
     """Everything that the page shows. Rows are (name, text), phases (name, seconds).
 
     instance_prompt, class_prompt, sample_prompt: of several subjects, one after the other.
-    stopped: (step, reason) of a run that ended early, or None. metrics: in the order of steps.
+    stopped: (step, reason) of a run that ended early, or None. kept_step: that of the model which
+    early stopping has chosen, None where it is the last one. metrics: in the order of steps.
     last_sample: the picture drawn after the last step. fid_score: None where none was computed.
     scores: those of compute_scores, each with its 95 % interval. step_pictures: (step, file), in
     the order of steps. class_images: all files; the page shows a sample of them. settings: those of
@@ -74,6 +75,7 @@ class ReportData:
     steps: int
     planned_steps: int
     stopped: tuple[int, str] | None
+    kept_step: int | None = None
     resolution: int
     metrics: Sequence[MetricsRow]
     last_sample: Image.Image | None

@@ -163,7 +163,10 @@ def test_early_stopping_ends_the_run_and_writes_the_model_of_the_last_good_readi
     card = (tmp_path / "mine" / "README.md").read_text()
     assert "- Steps: 3. Stopped at step 5 of 6: " in card
     assert "Partial" not in card
-    assert "Stopped at step 5 of 6" in (output / "report.html").read_text()
+    report = (output / "report.html").read_text()
+    assert "Stopped at step 5 of 6" in report
+    assert "the model of step 3" in report
+    assert ">kept</text>" in report
     assert not (output / "states").exists()
     assert [path.name for path in (output / "samples").iterdir()] == ["step-000003.png"]
 
