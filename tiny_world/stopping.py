@@ -251,10 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps(asdict(plan)))
     del settings["seeds"]
-    path = out / "stopping.json"
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != settings:
-        raise UserError(f"{out} holds a comparison with other settings; give another --out.")
-    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    study.keep_settings(out / "stopping.json", settings)
     print_tables(run(plan, out))
     return 0
 

@@ -89,10 +89,7 @@ class Study:
         out.mkdir(parents=True, exist_ok=True)
         shared = {key: value for key, value in asdict(plan).items() if key not in _MAY_DIFFER}
         settings = json.loads(json.dumps(shared))
-        path = out / "study.json"
-        if path.exists() and json.loads(path.read_text(encoding="utf-8")) != settings:
-            raise UserError(f"{out} holds a study with other settings; give another --out.")
-        _write_json(path, settings)
+        keep_settings(out / "study.json", settings)
 
     def run(self) -> dict[str, Any]:
         """Do what is not done yet; return the results, which are also written to results.json."""
@@ -242,6 +239,13 @@ def _text(cell: dict[str, Any]) -> str:
     if cell["low"] is None:
         return f"{cell['mean']:.3f}"
     return f"{cell['mean']:.3f} ({cell['low']:.3f}..{cell['high']:.3f})"
+
+
+def keep_settings(path: Path, settings: object) -> None:
+    """Write the settings of what a folder holds; raise UserError where it holds other ones."""
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != settings:
+        raise UserError(f"{path.parent} holds a study with other settings; give another --out.")
+    _write_json(path, settings)
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -38,8 +38,6 @@ class KeptStates:
         partial = self.folder / f"{_PARTIAL}{final.name}"
         try:
             with files.disk_faults_named("A state", self.folder, elsewhere=self.elsewhere):
-                for old in self._there()[: -(self.keep - 1) or None]:  # first, for the room
-                    shutil.rmtree(old, ignore_errors=True)
                 shutil.rmtree(partial, ignore_errors=True)
                 shutil.rmtree(final, ignore_errors=True)
                 partial.mkdir(parents=True)
@@ -51,6 +49,8 @@ class KeptStates:
                     save_file(tensors, partial / f"{name}.safetensors", metadata={"format": "pt"})
                     files.fsync(partial / f"{name}.safetensors")
                 files.put_in_place(partial, final)
+            for old in self._there()[: -self.keep]:  # last: a full disk must not cost a good one
+                shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 

@@ -73,7 +73,8 @@ def expected(
         # fp32 weights, and AdamW's two moments of 4 bytes or of 1
         checkpoint=(4 + (2 if use_8bit_adam else 8)) * trained if keeps_checkpoints else 0,
         checkpoints=hyperparameters.checkpoints_total_limit + 1 if keeps_checkpoints else 0,
-        states=2 * trained * hyperparameters.keep_states * hyperparameters.early_stopping,
+        # in fp16; one more while the next is written
+        states=2 * trained * (hyperparameters.keep_states + 1) * hyperparameters.early_stopping,
         class_images=class_images * 2 * resolution**2,  # a PNG takes some 2 bytes per pixel
         rest=REST_BYTES,
     )

@@ -164,8 +164,7 @@ class Meter:
     def read(self, step: int, earlier: Sequence[MeterReading]) -> MeterReading:
         """Read the model as it is after `step`. earlier: the readings of this run so far."""
         now = {name: self._predictions(name) for name in self._prompts}
-        moved = _mean_square(now[INSTANCE] - self._base[INSTANCE])
-        moved_by_row = _mean_squares(now[INSTANCE] - self._base[INSTANCE])
+        moved = _mean_squares(now[INSTANCE] - self._base[INSTANCE])
         losses = _mean_squares(now[INSTANCE] - self._inputs.target)
         base_losses = _mean_squares(self._base[INSTANCE] - self._inputs.target)
         loss = float(losses.mean() / base_losses.mean())
@@ -180,11 +179,11 @@ class Meter:
             losses=tuple((_by_bin(losses) / _by_bin(base_losses)).tolist()),
             drifts={
                 name: _mean_square(now[name] - self._base[name])
-                / max(float(moved_by_row[: len(now[name])].mean()), 1e-12)
+                / max(float(moved[: len(now[name])].mean()), 1e-12)
                 for name in self._prompts
                 if name != INSTANCE
             },
-            moved=moved,
+            moved=float(moved.mean()),
             guidance=_guided(now) / max(_guided(self._base), 1e-6),
             convergence=convergence,
         )

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file
+from safetensors.torch import save_file
 
 from dreambooth.errors import ResourceError
 from dreambooth.job.kept_states import KeptStates
@@ -211,6 +212,27 @@ def test_a_state_that_is_gone_is_named_and_the_last_weights_are_taken(
     assert "A state cannot be written: the disk is full." in shown
     assert "step 3, which is gone: the last weights are taken instead" in shown
     assert "- Steps: 5. Stopped" in (tmp_path / "mine" / "README.md").read_text()
+
+
+def test_a_full_disk_costs_no_earlier_state(
+    start: Start,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(meter, "reading_interval", lambda plan, settings: 1)
+
+    def fill_up(tensors: dict[str, Any], path: Path, **keywords: Any) -> None:
+        if "step-00000002" in str(path):
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path, **keywords)
+
+    monkeypatch.setattr("dreambooth.job.kept_states.save_file", fill_up)
+    options = ("--early_stopping", "--keep_states=1", "--keep_last_checkpoint", "--max_steps=2")
+    assert start("mine", *options) == 0
+    assert "A state cannot be written" in capsys.readouterr().err
+    kept = tmp_path / "mine-output" / "checkpoints" / "states"
+    assert [path.name for path in kept.iterdir()] == ["step-00000001"]
 
 
 def test_early_stopping_needs_a_meter(
