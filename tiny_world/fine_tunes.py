@@ -22,6 +22,7 @@ from dreambooth import tiny
 from dreambooth.errors import UserError
 from dreambooth.job.run import run_job
 from dreambooth.model_folder import layout
+from dreambooth.tiny.judge_network import Pictures
 from dreambooth.training.meter import MeterReading
 from tiny_world import asking
 from tiny_world.asking import Interview
@@ -146,14 +147,14 @@ def _judge_states(tune: FineTune, judging: Judging, model: Path, out: Path) -> d
         shutil.copyfile(state, model / "unet" / "diffusion_pytorch_model.safetensors")
         label = f"{tune.name}, step {step}"
         interview = asking.ask(model, judging.questions, settings, label=label)
-        keep_pictures(out, tune.name, step, interview)
+        keep_pictures(out, tune.name, step, interview.pictures)
         found[step] = dict(judging.measure(interview))
     return {"readings": raw, "chosen": dict(picks), "judged": found}
 
 
-def keep_pictures(out: Path, name: str, step: int, interview: Interview) -> None:
-    """Write the first pictures of each prompt as one picture: a row of each prompt."""
-    rows = [np.concatenate([*row[:SHOWN]], axis=1) for row in interview.pictures.values()]
+def keep_pictures(out: Path, name: str, step: int, pictures: Mapping[str, Pictures]) -> None:
+    """Write the first pictures (uint8 [N,64,64,3]) of each prompt, a row each, as one picture."""
+    rows = [np.concatenate([*drawn[:SHOWN]], axis=1) for drawn in pictures.values()]
     path = _shown(out, name, step)
     path.parent.mkdir(exist_ok=True)
     Image.fromarray(np.concatenate(rows)).save(path)

@@ -17,10 +17,16 @@ from dreambooth.process import logs
 from dreambooth.settings.command_line import Parser
 from tiny_world import evaluate
 from tiny_world.studies import frame
+from tiny_world.studies.data import Data
+from tiny_world.studies.feats import Feats
 from tiny_world.studies.frame import Scale, Study
 from tiny_world.studies.overfitting import Overfitting
+from tiny_world.studies.prior import Prior
+from tiny_world.studies.sequential import Sequential
 
-STUDIES: Mapping[str, Study] = {each.name: each for each in (Overfitting(),)}
+STUDIES: Mapping[str, Study] = {
+    each.name: each for each in (Overfitting(), Sequential(), Prior(), Data(), Feats())
+}
 
 
 def main(argv: Sequence[str]) -> int:

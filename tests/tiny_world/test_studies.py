@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from dreambooth.errors import UserError
-from tiny_world import asking, clean, study
+from tiny_world import answers, asking, clean, fine_tunes, study, tables
 from tiny_world.__main__ import main
-from tiny_world.studies import frame
+from tiny_world.judge import Verdict
+from tiny_world.studies import data, feats, frame, prior, sequential
 
 MINIATURE = ("--seeds", "1", "--pictures", "2", "--steps", "5")
+
+DOPPLER = Verdict(
+    species="dog",
+    color="orange",
+    marking="patched",
+    collar="blue",
+    seat="none",
+    setting="beach",
+    style="photo",
+)
+PLAIN = replace(DOPPLER, color="black", marking="plain", collar="none")
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +90,7 @@ def test_a_page_without_a_place_and_a_folder_of_other_settings_are_refused(
     (tmp_path / "study.json").write_text("{}\n")
     assert run("overfitting", tmp_path) == 1
     assert "other settings" in capsys.readouterr().err
-    found = frame.Findings(table="", sheet=Image.new("RGB", (1, 1)), sheet_says="")
+    found = frame.Findings(table="", note="", sheet=Image.new("RGB", (1, 1)), sheet_says="")
     overfitting = study.STUDIES["overfitting"]
     with pytest.raises(UserError, match="<!-- study overfitting -->"):
         frame.put_on_page(overfitting, overfitting.scale, found, tmp_path, tmp_path / "no.md")
@@ -85,3 +101,113 @@ def test_steps_without_a_kept_state_are_refused(
 ) -> None:
     assert run("overfitting", tmp_path, "--steps", "120") == 1
     assert "multiple" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "fewer", "rows"),
+    [
+        (
+            "sequential",
+            sequential,
+            {
+                "CHAINS": {("cat", "dog1_8"): "the cat, then dog 1"},
+                "WAYS": sequential.WAYS[-1:],
+            },
+            ["the cat, then dog 1: as the demo trains, with keep_subjects"],
+        ),
+        (
+            "prior",
+            prior,
+            {"WAYS": {"prior_prediction": "prediction"}},
+            ["prediction | 5"],
+        ),
+        ("data", data, {"PICTURES": (4,), "RATES": ("3e-4",)}, ["4 | 3e-4"]),
+        (
+            "feats",
+            feats,
+            {"ASKED": {"chair": feats.ASKED["chair"]}},
+            ['"a photo of a vorbit chair in red" | the chair, and red'],
+        ),
+    ],
+    ids=("sequential", "prior", "data", "feats"),
+)
+def test_a_study_of_a_part_of_its_fine_tunes(
+    name: str,
+    module: ModuleType,
+    fewer: dict[str, object],
+    rows: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for constant, value in fewer.items():
+        monkeypatch.setattr(module, constant, value)
+    assert_a_section(name, tmp_path, rows)
+
+
+@pytest.mark.on_demand
+@pytest.mark.parametrize("name", study.STUDIES)
+def test_a_whole_study(name: str, tmp_path: Path) -> None:
+    assert_a_section(name, tmp_path, [])
+
+
+def assert_a_section(name: str, out: Path, rows: list[str]) -> None:
+    """Assert that a study writes its part of a page, with these beginnings of rows."""
+    assert run(name, out) == 0
+    text = (out / "section.md").read_text()
+    assert f"study {name} --out out/{name} {' '.join(MINIATURE)}`" in text
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in table}) == 1
+    assert all(any(line.startswith(f"| {row} |") for line in table) for row in rows)
+    for picture in re.findall(r"\]\(([^)]+)\)", text):
+        assert (out / picture).stat().st_size > 1000
+    models = [path.parent for path in out.rglob("model_index.json")]
+    assert models == []  # only records and pictures are kept
+
+
+def test_the_drawings_of_one_subject_are_not_taken_for_anothers(tmp_path: Path) -> None:
+    tune = sequential._second_run(("dog1_8", "dog2_4"), sequential.WAYS[0], 0, 5)
+    assert tune.base is not None
+    assert (tune.base.name, tune.name) == ("plain-dog1_8-0", "off-dog1_8-dog2_4-0")
+    asked = sequential.Sequential().questions(tune)
+    dogs = {"a photo of a Doppler dog": DOPPLER, "a photo of a zwx dog": DOPPLER}
+    verdicts = {prompt: [dogs.get(prompt, PLAIN)] for prompt in asked.prompts}
+    black = np.zeros((1, 64, 64, 3), dtype=np.uint8)
+    interview = asking.Interview(
+        questions=asked,
+        pictures=dict.fromkeys(asked.prompts, black),
+        verdicts=verdicts,
+        answers=answers.count(asked, verdicts),
+        seconds=1.0,
+    )
+    critic = clean.Critic.of_the_world()
+    found = sequential.Sequential().measure(tune, interview, critic)
+    assert (found["earlier subject"], found["earlier as new"]) == (1.0, 0.0)
+    assert (found["new subject"], found["new as earlier"]) == (0.0, 1.0)
+    assert (found["earlier class kept"], found["new class kept"]) == (1.0, 1.0)
+
+
+def test_ways_are_compared_where_the_subject_first_reaches_enough() -> None:
+    def record(**shares: float) -> dict[str, object]:
+        judged = {step[1:]: {"subject": share} for step, share in shares.items()}
+        return {"judged": judged}
+
+    assert prior.equal_step(record(s50=0.2, s100=0.9, s200=1.0)) == 100
+    assert prior.equal_step(record(s50=0.2, s100=0.8, s200=0.7)) == 100  # none reaches it
+
+
+def test_a_cell_says_how_seeds_differ() -> None:
+    assert tables.cell([0.5]) == ".50"
+    assert tables.cell([0.5, 1.0]) == ".75 (.50, 1.00)"
+    assert tables.cell([0.9, 0.95, 1.0]) == ".95 (.83 to 1.00)"
+    assert tables.cell([2.0, 2.1, 2.2], most=float("inf")) == "2.10 (1.85 to 2.35)"
+
+
+def test_pictures_of_a_state_are_found_again(tmp_path: Path) -> None:
+    grey = {
+        prompt: np.full((6, 64, 64, 3), level, dtype=np.uint8)
+        for prompt, level in (("first", 10), ("second", 200))
+    }
+    grey["second"][1] = 90
+    fine_tunes.keep_pictures(tmp_path, "cat-0", 50, grey)
+    kept = fine_tunes.kept_pictures(tmp_path, "cat-0", 50, row=1)
+    assert [picture.getpixel((0, 0))[0] for picture in kept] == [200, 90, 200, 200]

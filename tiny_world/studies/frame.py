@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import statistics
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from html import escape
@@ -31,19 +33,14 @@ from tiny_world.questions import Questions
 
 SHIPPED: Mapping[str, DataSet] = {each.folder: each for each in DATA_SETS}
 RATE = ("--learning_rate", tiny.DEFAULTS["learning_rate"])
-DEMO = (
-    *RATE,
-    *(
-        word
-        for name in (
-            "with_prior_preservation",
-            "prior_preservation_mode",
-            "training_guidance_scale",
-        )
-        for word in (f"--{name}", tiny.DEFAULTS[name])
-    ),
+METHOD = tuple(
+    word
+    for name in ("with_prior_preservation", "prior_preservation_mode", "training_guidance_scale")
+    for word in (f"--{name}", tiny.DEFAULTS[name])
 )
+DEMO = (*RATE, *METHOD)
 """The demo's options of the training job; no fine-tune of a study stops early."""
+SCORE_NOTE = "The score is the harmonic mean of the five parts, each of which is a share."
 PAGE_PICTURES = "studies"
 _CELL, _TITLE, _LEGEND = 64, 20, 18  # pixels; units of the figure
 
@@ -72,9 +69,13 @@ class Results:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Findings:
-    """What a study shows: tables in Markdown, a sheet, and a figure as SVG where there is one."""
+    """What a study shows: tables in Markdown, a sheet, and a figure as SVG where there is one.
+
+    note: what a reader must know of the numbers.
+    """
 
     table: str
+    note: str
     sheet: Image.Image
     sheet_says: str
     figure: str | None = None
@@ -129,6 +130,9 @@ def run(study: Study, scale: Scale, out: Path) -> Findings:
         tune.name: fine_tunes.judged(tune, _judging(study, tune, scale, critic), out)
         for tune in tunes
     }
+    for tune in tunes:
+        if tune.is_base:
+            shutil.rmtree(out / tune.name, ignore_errors=True)
     return study.findings(Results(out=out, scale=scale, records=records))
 
 
@@ -151,6 +155,17 @@ def sheet_row(
         for step in steps
         for picture in fine_tunes.kept_pictures(results.out, tune.name, step, row)[:each]
     ]
+
+
+def mean_curve(
+    label: str, records: Sequence[Record], value: Callable[[Mapping[str, float]], float]
+) -> Series:
+    """Return the mean over seeds of a value of each judged state, by its step."""
+    steps = list(records[0]["judged"])
+    means = [
+        statistics.fmean(value(record["judged"][step]) for record in records) for step in steps
+    ]
+    return Series(label=label, x=[int(step) for step in steps], y=means)
 
 
 def sheet(
@@ -182,7 +197,7 @@ def figure(
         )
     for number, one in enumerate(panels[0][1]):
         parts.append(
-            f'<text x="{50 + 110 * number}" y="{rows * height + 12}" '
+            f'<text x="{50 + 180 * number}" y="{rows * height + 12}" '
             f'fill="{charts.legend_colour(number)}">{escape(one.label)}</text>'
         )
     size = f"{across * width} {rows * height + _LEGEND}"
@@ -249,8 +264,8 @@ def section(study: Study, scale: Scale, found: Findings, measured: str, *, pictu
     seeds = "1 seed" if scale.seeds == 1 else f"{scale.seeds} seeds"
     spread = f"; {how}" if (how := tables.spread(scale.seeds)) else ""
     lines = [
-        f"{measured}, CPU, embedded model: `{' '.join(words)}`. {seeds}, {scale.pictures} pictures "
-        f"of each prompt at the served defaults (guidance 7.5, 50 steps){spread}.",
+        f"{measured}, embedded model: `{' '.join(words)}`. {seeds}, {scale.pictures} pictures "
+        f"of each prompt at the served defaults (guidance 7.5, 50 steps){spread}. {found.note}",
         found.table,
         f"![{found.sheet_says}]({pictures}.png)",
     ]

@@ -50,6 +50,7 @@ class Overfitting(Study):
         ]
         return Findings(
             table=stopping.as_markdown(records),
+            note=frame.SCORE_NOTE,
             sheet=frame.sheet(rows, list(columns)),
             sheet_says="The four prompts after more and more steps, seed 0",
             figure=_figure(results),
@@ -60,7 +61,8 @@ class Overfitting(Study):
 def _figure(results: Results) -> str:
     """Return the score and the meter's curves, a line a seed."""
     records = results.of_seeds("seed")
-    marks = [(record["chosen"][stopping.EARLY], f"seed {n}") for n, record in enumerate(records)]
+    chosen = [record["chosen"][stopping.EARLY] for record in records]
+    marks = [(step, f"stop at {step}") for step in sorted({*chosen})]
     scores = [
         Series(
             label=f"seed {number}",
