@@ -175,7 +175,14 @@ def _shown(out: Path, name: str, step: int) -> Path:
 
 
 def keep_settings(path: Path, settings: object) -> None:
-    """Write the settings of what a folder holds; raise UserError where it holds other ones."""
+    """Write the settings of what a folder holds, which is created if necessary.
+
+    Raises UserError where it holds other ones, or cannot be created.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {path.parent} cannot be created: {error.strerror}.") from error
     if path.exists() and json.loads(path.read_text(encoding="utf-8")) != settings:
         raise UserError(f"{path.parent} holds a study with other settings; give another --out.")
     write_json(path, settings)

@@ -77,7 +77,6 @@ class PriorsStudy:
 
     def __init__(self, plan: Plan, out: Path) -> None:
         self._plan, self._out = plan, out
-        out.mkdir(parents=True, exist_ok=True)
         shared = {key: value for key, value in asdict(plan).items() if key not in _MAY_DIFFER}
         settings = json.loads(json.dumps(shared))
         fine_tunes.keep_settings(out / "study.json", settings)

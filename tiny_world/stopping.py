@@ -191,7 +191,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan, out, threads = read_plan(argv)
     logs.to_stderr("warning")
     torch.set_num_threads(threads)
-    out.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps(asdict(plan)))
     del settings["seeds"]
     fine_tunes.keep_settings(out / "stopping.json", settings)

@@ -48,10 +48,10 @@ def main(argv: Sequence[str]) -> int:
     )
     logs.to_stderr("warning")
     torch.set_num_threads(given.threads)
-    found = frame.run(study, scale, given.out)
-    frame.write(study, scale, found, given.out)
     if given.write is not None:
-        frame.put_on_page(study, scale, found, given.out, given.write)
+        frame.place_on(given.write, study)  # a page without a place is found before hours of work
+    found = frame.run(study, scale, given.out)
+    frame.write(study, scale, found, given.out, given.write)
     print(found.table)
     print(given.out / "section.md")
     return 0

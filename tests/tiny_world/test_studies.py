@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreambooth.errors import UserError
-from tiny_world import answers, asking, clean, fine_tunes, study, tables
+from tiny_world import answers, asking, clean, fine_tunes, score, stopping, study, tables
 from tiny_world.__main__ import main
 from tiny_world.judge import Verdict
-from tiny_world.studies import data, feats, frame, prior, sequential
+from tiny_world.studies import data, feats, prior, sequential
 
 MINIATURE = ("--seeds", "1", "--pictures", "2", "--steps", "5")
 
@@ -69,8 +68,8 @@ def test_overfitting_fills_its_place_on_a_page_and_goes_on_where_it_was(
     assert text.endswith("<!-- /study overfitting -->\n\nEnd\n")
     command = "python -m tiny_world study overfitting --out out/overfitting"
     assert f"`{command} {' '.join(MINIATURE)}`" in text
-    assert date.today().isoformat() in text
     results = json.loads((out / "results.json").read_text())
+    assert results["measured"].startswith(date.today().isoformat())
     assert results["table"] in text
     assert results["table"] in shown
     with Image.open(tmp_path / "studies" / "overfitting.png") as sheet:
@@ -78,10 +77,22 @@ def test_overfitting_fills_its_place_on_a_page_and_goes_on_where_it_was(
     assert "<svg" in (tmp_path / "studies" / "overfitting.svg").read_text()
 
     monkeypatch.setattr("tiny_world.fine_tunes.train", None)  # nothing is trained again
-    (out / "results.json").write_text(json.dumps({**results, "measured": "2026-01-01"}))
-    page.write_text(text.replace("embedded model", "another"))
+    (out / "results.json").write_text(json.dumps({**results, "measured": "2026-01-01, CPU"}))
+    page.write_text(text.replace("| steps |", "| spoiled |"))
     assert run("overfitting", out, "--write", str(page)) == 0
-    assert page.read_text() == text.replace(date.today().isoformat(), "2026-01-01")
+    assert page.read_text() == text.replace(results["measured"], "2026-01-01, CPU")
+
+
+def test_overfitting_trains_and_judges_what_stopping_does() -> None:
+    overfitting = study.STUDIES["overfitting"]
+    options = "--out out --data dog1_16 --with_prior_preservation True"
+    options += " --prior_preservation_mode prediction --training_guidance_scale 1.5"
+    plan, _, _ = stopping.read_plan(options.split())
+    (tune, *_) = overfitting.fine_tunes(overfitting.scale)
+    assert plan.fine_tune(0) == tune
+    assert (plan.seeds, plan.pictures) == (overfitting.scale.seeds, overfitting.scale.pictures)
+    assert overfitting.questions(tune) == score.questions_on(plan.data.subject)
+    assert overfitting.chosen(tune, []) == stopping.chosen([], plan.steps)
 
 
 def test_a_page_without_a_place_and_a_folder_of_other_settings_are_refused(
@@ -90,10 +101,11 @@ def test_a_page_without_a_place_and_a_folder_of_other_settings_are_refused(
     (tmp_path / "study.json").write_text("{}\n")
     assert run("overfitting", tmp_path) == 1
     assert "other settings" in capsys.readouterr().err
-    found = frame.Findings(table="", note="", sheet=Image.new("RGB", (1, 1)), sheet_says="")
-    overfitting = study.STUDIES["overfitting"]
-    with pytest.raises(UserError, match="<!-- study overfitting -->"):
-        frame.put_on_page(overfitting, overfitting.scale, found, tmp_path, tmp_path / "no.md")
+    assert run("overfitting", tmp_path / "study.json") == 1
+    assert "cannot be created" in capsys.readouterr().err
+    assert run("overfitting", tmp_path / "new", "--write", str(tmp_path / "no.md")) == 1
+    assert "<!-- study overfitting -->" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_steps_without_a_kept_state_are_refused(

@@ -18,6 +18,7 @@ from html import escape
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 from PIL import Image
 
 from dreambooth import tiny
@@ -120,7 +121,6 @@ def run(study: Study, scale: Scale, out: Path) -> Findings:
     """
     if scale.steps > fine_tunes.EVERY and scale.steps % fine_tunes.EVERY:
         raise UserError(f"--steps must be at most {fine_tunes.EVERY} or a multiple of it.")
-    out.mkdir(parents=True, exist_ok=True)
     tunes = study.fine_tunes(scale)
     one_seed = study.fine_tunes(replace(scale, seeds=1))
     settings = {"pictures": scale.pictures, "fine_tunes": [asdict(tune) for tune in one_seed]}
@@ -210,47 +210,53 @@ def figure(
     return re.sub(r"var\(--[\w-]+,(#\w+)\)", r"\1", head + "".join(parts) + "</svg>\n")
 
 
-def write(study: Study, scale: Scale, found: Findings, out: Path) -> None:
-    """Write the table, the pictures and the part of a page into the folder of the study.
+def write(study: Study, scale: Scale, found: Findings, out: Path, page: Path | None) -> None:
+    """Write the study's part of a page into its folder, and between its marks on `page` if given.
 
-    The date is that of the first time that these figures were written.
+    The pictures go beside it. The date is that of the first time that these figures were written.
+    Raises UserError for a page without marks.
     """
     kept = out / "results.json"
     results = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
     if results.get("table") != found.table:
-        results = {"measured": date.today().isoformat(), "table": found.table}
+        device = "CUDA" if torch.cuda.is_available() else "CPU"
+        measured = f"{date.today().isoformat()}, {device}, embedded model"
+        results = {"measured": measured, "table": found.table}
         fine_tunes.write_json(kept, results)
-    _save_pictures(found, out, "sheet")
-    text = section(study, scale, found, results["measured"], pictures="sheet")
+    measured = results["measured"]
+    _save_pictures(found, out / "sheet")
+    text = section(study, scale, found, measured, pictures="sheet")
     (out / "section.md").write_text(text, encoding="utf-8")
+    if page is not None:
+        before, after = place_on(page, study)
+        (page.parent / PAGE_PICTURES).mkdir(exist_ok=True)
+        _save_pictures(found, page.parent / PAGE_PICTURES / study.name)
+        pictures = f"{PAGE_PICTURES}/{study.name}"
+        text = section(study, scale, found, measured, pictures=pictures)
+        page.write_text(f"{before}{text}{after}", encoding="utf-8")
 
 
-def put_on_page(study: Study, scale: Scale, found: Findings, out: Path, page: Path) -> None:
-    """Put the part of `write` between the study's marks on a page, with its pictures beside it.
+def place_on(page: Path, study: Study) -> tuple[str, str]:
+    """Return a page up to the end of the study's first mark, and from its second mark on.
 
     Raises UserError where the page has no such marks.
     """
     begin, end = f"<!-- study {study.name} -->\n", f"<!-- /study {study.name} -->"
     text = page.read_text(encoding="utf-8") if page.is_file() else ""
-    before, found_begin, rest = text.partition(begin)
-    _, found_end, after = rest.partition(end)
-    if not found_begin or not found_end:
+    before, begun, rest = text.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not begun or not ended:
         raise UserError(
             f"{page} has no place for this study; write what was found, and below it the lines "
             f"{begin.strip()} and {end}"
         )
-    measured = json.loads((out / "results.json").read_text(encoding="utf-8"))["measured"]
-    (page.parent / PAGE_PICTURES).mkdir(exist_ok=True)
-    _save_pictures(found, page.parent / PAGE_PICTURES, study.name)
-    pictures = f"{PAGE_PICTURES}/{study.name}"
-    part = section(study, scale, found, measured, pictures=pictures)
-    page.write_text(before + begin + part + end + after, encoding="utf-8")
+    return before + begun, ended + after
 
 
-def _save_pictures(found: Findings, folder: Path, stem: str) -> None:
-    found.sheet.save(folder / f"{stem}.png", optimize=True)
+def _save_pictures(found: Findings, stem: Path) -> None:
+    found.sheet.save(stem.with_suffix(".png"), optimize=True)
     if found.figure is not None:
-        (folder / f"{stem}.svg").write_text(found.figure, encoding="utf-8")
+        stem.with_suffix(".svg").write_text(found.figure, encoding="utf-8")
 
 
 def section(study: Study, scale: Scale, found: Findings, measured: str, *, pictures: str) -> str:
@@ -264,7 +270,7 @@ def section(study: Study, scale: Scale, found: Findings, measured: str, *, pictu
     seeds = "1 seed" if scale.seeds == 1 else f"{scale.seeds} seeds"
     spread = f"; {how}" if (how := tables.spread(scale.seeds)) else ""
     lines = [
-        f"{measured}, embedded model: `{' '.join(words)}`. {seeds}, {scale.pictures} pictures "
+        f"{measured}: `{' '.join(words)}`. {seeds}, {scale.pictures} pictures "
         f"of each prompt at the served defaults (guidance 7.5, 50 steps){spread}. {found.note}",
         found.table,
         f"![{found.sheet_says}]({pictures}.png)",

@@ -42,7 +42,7 @@ class Overfitting(Study):
         tune = self.fine_tunes(results.scale)[0]
         columns = stopping.constants(tune.steps, stopping.CONSTANT)
         early = records[0]["chosen"][stopping.EARLY]
-        columns[f"early stopping: {early} steps"] = early
+        columns[f"early stopping: {early}"] = early
         steps = list(columns.values())
         rows = [
             (prompt, frame.sheet_row(results, self, tune, prompt, steps, _EACH))
@@ -61,8 +61,11 @@ class Overfitting(Study):
 def _figure(results: Results) -> str:
     """Return the score and the meter's curves, a line a seed."""
     records = results.of_seeds("seed")
-    chosen = [record["chosen"][stopping.EARLY] for record in records]
-    marks = [(step, f"stop at {step}") for step in sorted({*chosen})]
+    chosen = {record["chosen"][stopping.EARLY] for record in records}
+    marks = [
+        (step, f"stop at {step}" if step < results.scale.steps else "no stop")
+        for step in sorted(chosen)
+    ]
     scores = [
         Series(
             label=f"seed {number}",
