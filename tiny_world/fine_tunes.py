@@ -84,9 +84,7 @@ def judged(tune: FineTune, judging: Judging, out: Path) -> Record:
     if not path.exists():
         model = trained(tune, out)
         write_json(path, _judge_states(tune, judging, model, out))
-        shutil.rmtree(folder / "checkpoints")
-        if not tune.is_base:
-            shutil.rmtree(folder)
+    shutil.rmtree(folder / "checkpoints" if tune.is_base else folder, ignore_errors=True)
     record: Record = json.loads(path.read_text(encoding="utf-8"))
     return record
 
