@@ -8,6 +8,7 @@ from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from types import ModuleType
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -74,7 +75,12 @@ def test_overfitting_fills_its_place_on_a_page_and_goes_on_where_it_was(
     assert results["table"] in shown
     with Image.open(tmp_path / "studies" / "overfitting.png") as sheet:
         assert sheet.width > 4 * 64
-    assert "<svg" in (tmp_path / "studies" / "overfitting.svg").read_text()
+    drawn = (tmp_path / "studies" / "overfitting.svg").read_text()
+    assert {each.tag.rpartition("}")[2] for each in ElementTree.fromstring(drawn)} >= {
+        "svg",
+        "text",
+    }
+    assert "var(" not in drawn  # variables are a page's
 
     monkeypatch.setattr("tiny_world.fine_tunes.train", None)  # nothing is trained again
     (out / "results.json").write_text(json.dumps({**results, "measured": "2026-01-01, CPU"}))

@@ -27,7 +27,7 @@ CHAINS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
+class BothRuns:
     """How both runs are trained.
 
     first: what it is called in the names of first runs, which ways with the same job share.
@@ -41,21 +41,21 @@ class Way:
 
 
 WAYS = (
-    Way(
+    BothRuns(
         name="off",
         first="plain",
         job=(*frame.RATE, "--with_prior_preservation", "False"),
         keep_subjects="False",
         label="no prior preservation, as published",
     ),
-    Way(
+    BothRuns(
         name="demo",
         first="prediction",
         job=frame.DEMO,
         keep_subjects="False",
         label="as the demo trains, without keep_subjects",
     ),
-    Way(
+    BothRuns(
         name="kept",
         first="prediction",
         job=frame.DEMO,
@@ -151,7 +151,7 @@ class Sequential(Study):
         )
 
 
-def _second_run(chain: tuple[str, str], way: Way, seed: int, steps: int) -> FineTune:
+def _second_run(chain: tuple[str, str], way: BothRuns, seed: int, steps: int) -> FineTune:
     """Return the run on the new subject, with the first run as its base."""
     earlier, new = chain
     base = FineTune(
