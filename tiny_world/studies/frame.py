@@ -123,11 +123,7 @@ def run(study: Study, scale: Scale, out: Path) -> Findings:
         raise UserError(f"--steps must be at most {fine_tunes.EVERY} or a multiple of it.")
     tunes = study.fine_tunes(scale)
     one_seed = study.fine_tunes(replace(scale, seeds=1))
-    settings = {
-        "pictures": scale.pictures,
-        "states": study.states,
-        "fine_tunes": [asdict(tune) for tune in one_seed],
-    }
+    settings = {"pictures": scale.pictures, "fine_tunes": [asdict(tune) for tune in one_seed]}
     fine_tunes.keep_settings(out / "study.json", json.loads(json.dumps(settings)))
     critic = Critic.of_the_world()
     records = {
