@@ -10,7 +10,8 @@ from dreambooth.errors import DreamBoothError
 
 NAMES = {
     "evaluate": "what the judge reads in a model's pictures",
-    "study": "fine-tune over several seeds: what is learned, and what is forgotten",
+    "study": "run one of the published experiments: table, sheet, and its part of a page",
+    "priors": "compare kinds of prior preservation over seeds: what is learned, what is forgotten",
     "stopping": "compare rules for when to stop with constant numbers of steps",
     "recipe": "train the embedded model",
     "judge": "train the judge",

@@ -22,6 +22,9 @@ from tiny_world.brush import SIZE
 from tiny_world.judge import Verdict
 from tiny_world.questions import Questions
 
+SAMPLINGS = {"3.5": (3.5, 25), "7.5": (7.5, 50)}
+"""(guidance_scale, num_inference_steps): the embedded model's own, and the served defaults."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:

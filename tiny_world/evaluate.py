@@ -42,11 +42,11 @@ def parser() -> argparse.ArgumentParser:
     option("model", default="tiny", help="model folder or tarball; default: the embedded model")
     option("base", help="model to compare with, on the same noise; `tiny`: the embedded model")
     option("subject", help="a shipped subject, or `none`; default: what the model was tuned on")
-    option("pictures", type=_count, default=256, help="pictures of each prompt; default: 256")
+    option("pictures", type=count, default=256, help="pictures of each prompt; default: 256")
     option("guidance_scale", type=float, default=float(scale), help=f"default: {scale}")
-    option("num_inference_steps", type=_count, default=int(steps), help=f"default: {steps}")
+    option("num_inference_steps", type=count, default=int(steps), help=f"default: {steps}")
     option("seed", type=int, default=0, help="picture i of every prompt has seed + i; default: 0")
-    option("batch_size", type=_count, default=BATCH_SIZE, help=f"default: {BATCH_SIZE}")
+    option("batch_size", type=count, default=BATCH_SIZE, help=f"default: {BATCH_SIZE}")
     option(
         "precision", choices=PRECISIONS, default="fp32", help="bf16 is faster where the CPU has it"
     )
@@ -240,7 +240,8 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 4)
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """Return a whole number of at least 1, as an option gives it."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")

@@ -138,7 +138,7 @@ def of_subject(name: str) -> Questions:
     kept = _look_of(look, "species", "color", "marking", "collar")
     other, its_class = OTHERS[look.species], f"a photo of {_a(look.species)}"
     beach = f"{subject} on a beach"
-    likeness = _look_of(look, "color", "marking", "collar")
+    likeness = likeness_to(name)
 
     def ask(prompt: str, measure: str, wanted: Wanted) -> Question:
         return Question(prompt=prompt, measure=measure, wanted=wanted)
@@ -164,6 +164,11 @@ def of_subject(name: str) -> Questions:
     ]
     asked += _animals_feats(name, look) if look.species in world.ANIMALS else _things_feats(name)
     return Questions(asked=tuple(asked), goals=SUBJECT_GOALS, variety_prompt=its_class)
+
+
+def likeness_to(name: str) -> Wanted:
+    """Return what is read of anything that has the look of the subject `name`."""
+    return _look_of(world.SUBJECTS[name], "color", "marking", "collar")
 
 
 def _animals_feats(name: str, look: world.Look) -> list[Question]:

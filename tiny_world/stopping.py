@@ -10,38 +10,31 @@ not have, such as `--training_guidance_scale 1.5`, are passed to the training jo
 
 from __future__ import annotations
 
+import functools
 import json
-import os
-import shutil
-import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from scipy.stats import spearmanr
 
 from dreambooth import tiny
 from dreambooth.errors import UserError
-from dreambooth.job.run import run_job
-from dreambooth.model_folder import layout
 from dreambooth.process import logs
 from dreambooth.settings.command_line import Parser
 from dreambooth.training import early_stopping
 from dreambooth.training.meter import MeterReading
-from tiny_world import asking, questions, study, world
+from tiny_world import fine_tunes, score, tables
 from tiny_world.clean import Critic
 from tiny_world.data_sets import DATA_SETS, DataSet
+from tiny_world.fine_tunes import FineTune, Judging, Readings, Record
 
-EVERY = 50
 CONSTANT = (50, 100, 200, 400, 800)
 CONVERGED = 0.4  # DVAR (arXiv 2302.04841, table 5)
-PARTS = ("subject", "context", "class kept", "other class kept", "clean")
+EARLY = "early_stopping"
 SIGNALS = ("loss", "drift_class", "drift_empty", "guidance", "convergence")
-
-Readings = Sequence[MeterReading]
 
 
 def by_rule(readings: Readings) -> int | None:
@@ -63,7 +56,7 @@ def by_drift(readings: Readings) -> int | None:
 
 
 RULES: Mapping[str, Callable[[Readings], int | None]] = {
-    "early_stopping": by_rule,
+    EARLY: by_rule,
     "DVAR alone": by_convergence,
     "drift alone": by_drift,
 }
@@ -80,137 +73,85 @@ class Comparison:
     pictures: int
     job: tuple[str, ...]
 
-    def constants(self) -> list[int]:
-        """Return the constant numbers of steps that are compared."""
-        return [step for step in CONSTANT if step <= self.steps]
-
-
-def harmonic_mean(parts: Mapping[str, float]) -> float:
-    """Return the harmonic mean of shares, 0 if one of them is."""
-    return statistics.harmonic_mean(list(parts.values()))
+    def fine_tune(self, seed: int) -> FineTune:
+        """Return the fine-tune of a seed."""
+        rate = ("--learning_rate", str(self.learning_rate))
+        return FineTune(
+            name=f"seed-{seed}",
+            data=self.data,
+            seed=seed,
+            steps=self.steps,
+            job=(*rate, *self.job),
+        )
 
 
 def nearest(step: int | None, steps: int) -> int:
-    """Return the step of the kept checkpoint at or before this one; the last one for None."""
+    """Return the step of the kept state at or before this one; the last one for None."""
     if step is None:
         return steps
-    return max(EVERY, step // EVERY * EVERY)
+    every = min(fine_tunes.EVERY, steps)
+    return max(every, step // every * every)
 
 
-def chosen(readings: Readings, plan: Comparison) -> dict[str, int]:
+def constants(steps: int, states: Sequence[int]) -> dict[str, int]:
+    """Return those of some constant numbers of steps, by name, that a run of `steps` passes.
+
+    A run that passes none has its last step.
+    """
+    passed = [step for step in states if step <= steps]
+    return {f"{step} steps": step for step in passed or [steps]}
+
+
+def chosen(readings: Readings, steps: int) -> dict[str, int]:
     """Return the step that each rule and each constant chooses, by name."""
-    found = {name: nearest(rule(readings), plan.steps) for name, rule in RULES.items()}
-    return found | {f"{step} steps": step for step in plan.constants()}
+    by_rules = {name: nearest(rule(readings), steps) for name, rule in RULES.items()}
+    return by_rules | constants(steps, CONSTANT)
 
 
-def run(plan: Comparison, out: Path) -> list[dict[str, Any]]:
+def run(plan: Comparison, out: Path) -> list[Record]:
     """Return one record a seed: the readings, what was chosen, and the judged parts by step."""
-    critic, records = Critic.of_the_world(), []
-    for seed in range(plan.seeds):
-        path = out / f"seed-{seed}.json"
-        if not path.exists():
-            record = _record(plan, out / f"seed-{seed}", seed, critic)
-            path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-            shutil.rmtree(out / f"seed-{seed}")
-        records.append(json.loads(path.read_text(encoding="utf-8")))
-    return records
-
-
-def _record(plan: Comparison, folder: Path, seed: int, critic: Critic) -> dict[str, Any]:
-    model = folder / "model"
-    if not (model / layout.INDEX).exists():
-        _fine_tune(plan, folder, seed)
-    manifest = folder / "checkpoints" / f"step-{plan.steps:08d}" / "manifest.json"
-    raw = json.loads(manifest.read_text(encoding="utf-8"))["readings"]
-    picks = chosen([MeterReading.from_json(one) for one in raw], plan)
-    judged = {}
-    for step in sorted({*picks.values()}):
-        state = folder / "checkpoints" / f"step-{step:08d}" / "unet.safetensors"
-        shutil.copyfile(state, model / "unet" / "diffusion_pytorch_model.safetensors")
-        judged[step] = judge(model, plan, critic, label=f"seed {seed}, step {step}")
-    return {"readings": raw, "chosen": picks, "judged": judged}
-
-
-def _fine_tune(plan: Comparison, folder: Path, seed: int) -> None:
-    code = run_job(
-        [
-            *("--pretrained-model", "tiny", "--train", str(tiny.DATA / plan.data.folder)),
-            *("--model_dir", str(folder / "model"), "--output_data_dir", str(folder / "output")),
-            *("--checkpoint_dir", str(folder / "checkpoints"), "--seed", str(seed)),
-            *("--checkpointing_steps", str(EVERY)),
-            *("--checkpoints_total_limit", str(plan.steps // EVERY)),
-            *("--keep_last_checkpoint", "True", "--max_steps", str(plan.steps)),
-            *("--learning_rate", str(plan.learning_rate), *plan.job),
-        ],
-        os.environ,
-    )
-    if code != 0:
-        raise UserError(f"The fine-tune in {folder} ended with exit code {code}; see above.")
-
-
-def judge(model: Path, plan: Comparison, critic: Critic, *, label: str) -> dict[str, float]:
-    """Return the parts of the score of a model folder."""
-    subject, own, other = prompts_of(plan.data)
-    beach = f"{subject} on a beach"
-    everything = questions.of_subject(plan.data.subject)
-    asked = [one for one in everything.asked if one.prompt in (subject, beach, own, other)]
-    wanted = replace(everything, asked=tuple(asked), variety_prompt=None)
-    settings = asking.Settings(
+    judging = Judging(
+        questions=score.questions_on(plan.data.subject),
         pictures=plan.pictures,
-        guidance_scale=study.SAMPLINGS["7.5"][0],
-        num_inference_steps=study.SAMPLINGS["7.5"][1],
-        seed=0,
-        batch_size=16,
+        chosen=lambda readings: chosen(readings, plan.steps),
+        measure=functools.partial(score.parts, critic=Critic.of_the_world()),
     )
-    interview = asking.ask(model, wanted, settings, label=label)
-    by_measure = interview.answers.by_measure()
-    shares = {measure: share.right / share.of for measure, share in by_measure.items()}
-    clean = [critic.clean_share(interview.pictures[prompt]) for prompt in wanted.prompts]
-    return {
-        "subject": shares[questions.SUBJECT],
-        "context": shares["the subject on a beach: on a beach"],
-        "class kept": shares["the class: is itself"]
-        * (1 - shares["the class: has the subject's look"]),
-        "other class kept": shares["the other species: is itself"]
-        * (1 - shares["the other species: has the subject's look"]),
-        "clean": statistics.fmean(clean),
-    }
+    return [fine_tunes.judged(plan.fine_tune(seed), judging, out) for seed in range(plan.seeds)]
 
 
-def prompts_of(data: DataSet) -> tuple[str, str, str]:
-    """Return the prompts of the subject, its class and another class."""
-    species = world.SUBJECTS[data.subject].species
-    return data.instance_prompt, data.class_prompt, f"a photo of a {questions.OTHERS[species]}"
-
-
-def print_tables(records: Sequence[Mapping[str, Any]]) -> None:
-    """Print the mean over seeds of each choice, and how each signal goes with the score."""
-    print(f"{'':16}{'steps':>16}" + "".join(f"{part:>18}" for part in (*PARTS, "score")))
+def as_markdown(records: Sequence[Record]) -> str:
+    """Return the mean over seeds of each choice, and how each signal goes with the score."""
+    rows = []
     for name in records[0]["chosen"]:
         steps = [record["chosen"][name] for record in records]
-        parts = [record["judged"][str(step)] for record, step in zip(records, steps, strict=True)]
-        means = [statistics.fmean(one[part] for one in parts) for part in PARTS]
-        score = statistics.fmean(harmonic_mean(one) for one in parts)
-        cells = "".join(f"{mean:>18.3f}" for mean in (*means, score))
-        print(f"{name:16}{', '.join(map(str, steps)):>16}{cells}")
-    print("\nrank correlation over all judged states")
-    for signal, value in correlations(records).items():
-        print(f"{signal:16}{value:>8.2f}")
+        found = [record["judged"][str(step)] for record, step in zip(records, steps, strict=True)]
+        cells = [tables.cell([one[part] for one in found]) for part in score.PARTS]
+        total = tables.cell([score.of_parts(one) for one in found])
+        rows.append([name, ", ".join(map(str, dict.fromkeys(steps))), *cells, total])
+    choices = tables.markdown(["", "steps", *score.PARTS, "score"], rows)
+    signals = [[name, f"{value:.2f}"] for name, value in correlations(records).items()]
+    ranked = tables.markdown(["signal", "rank correlation with the score, all states"], signals)
+    return f"{choices}\n\n{ranked}" if signals else choices
 
 
-def correlations(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def readings_of(record: Record) -> list[MeterReading]:
+    """Return the meter's readings of a run."""
+    return [MeterReading.from_json(one) for one in record["readings"]]
+
+
+def correlations(records: Sequence[Record]) -> dict[str, float]:
     """Return Spearman's rank correlation of each signal with the score, over all judged states.
 
     A state has the figures of the last reading before it.
     """
     points: dict[str, list[tuple[float, float]]] = {}
     for record in records:
-        readings = [MeterReading.from_json(one) for one in record["readings"]]
+        readings = readings_of(record)
         for step, parts in record["judged"].items():
             before = [one for one in readings if one.step <= int(step)]
             for signal, value in (before[-1].figures() if before else {}).items():
                 if signal in SIGNALS:
-                    points.setdefault(signal, []).append((value, harmonic_mean(parts)))
+                    points.setdefault(signal, []).append((value, score.of_parts(parts)))
     return {
         signal: float(spearmanr(*zip(*pairs, strict=True)).statistic)
         for signal, pairs in points.items()
@@ -230,8 +171,10 @@ def read_plan(argv: Sequence[str] | None) -> tuple[Comparison, Path, int]:
     parser.add_argument("--pictures", type=int, default=32, help="of each prompt")
     parser.add_argument("--threads", type=int, default=1)
     known, rest = parser.parse_known_args(argv)
-    if known.steps % EVERY:
-        raise UserError(f"--steps must be a multiple of {EVERY}, at which states are kept.")
+    if known.steps % fine_tunes.EVERY:
+        raise UserError(
+            f"--steps must be a multiple of {fine_tunes.EVERY}, at which states are kept."
+        )
     plan = Comparison(
         data=next(each for each in DATA_SETS if each.folder == known.data),
         seeds=known.seeds,
@@ -248,11 +191,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan, out, threads = read_plan(argv)
     logs.to_stderr("warning")
     torch.set_num_threads(threads)
-    out.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps(asdict(plan)))
     del settings["seeds"]
-    study.keep_settings(out / "stopping.json", settings)
-    print_tables(run(plan, out))
+    fine_tunes.keep_settings(out / "stopping.json", settings)
+    print(as_markdown(run(plan, out)))
     return 0
 
 

@@ -22,13 +22,18 @@ _MAX_ROW_PICTURES = 64  # the first ones; a wider sheet is of no use
 
 
 def draw(
-    rows: Sequence[tuple[str, Sequence[Picture]]], *, cell: int, title: str = ""
+    rows: Sequence[tuple[str, Sequence[Picture]]],
+    *,
+    cell: int,
+    title: str = "",
+    heads: Sequence[str] = (),
 ) -> Image.Image:
     """Return an RGB sheet with one row of square cells per (label, pictures), labels above rows.
 
     Pictures (uint8 [H,W,3] or PIL) keep their shape: those smaller than `cell` pixels are enlarged
-    by a whole factor with hard edges, larger ones are shrunk. Long labels wrap. Raises ValueError
-    for a cell below 16 pixels.
+    by a whole factor with hard edges, larger ones are shrunk. Long labels wrap. heads: labels above
+    the columns, which they share evenly: of 4 columns, the first of 2 stands above the first 2.
+    Raises ValueError for a cell below 16 pixels.
     """
     if cell < 16:
         raise ValueError(f"a cell of {cell} pixels is too small for a sheet")
@@ -40,8 +45,11 @@ def draw(
     title_font = ImageFont.load_default(size=max(16, min(40, cell // 6)))
     head = _wrapped(title, title_font, inner)
     labels = [_wrapped(label, font, inner) for label, _ in rows]
+    share = columns // max(1, len(heads)) * (cell + gap)
+    above = [_wrapped(each, font, share - gap) for each in heads]
 
-    height = margin + _text_height(head, title_font) + (2 * gap if head else 0)
+    heads_top = margin + _text_height(head, title_font) + (2 * gap if head else 0)
+    height = heads_top + max((_text_height(lines, font) + gap for lines in above), default=0)
     tops = []
     for label in labels:
         tops.append(height)
@@ -51,6 +59,8 @@ def draw(
     )
     pen = ImageDraw.Draw(sheet)
     _write(pen, (margin, margin), head, title_font)
+    for number, lines in enumerate(above):
+        _write(pen, (margin + number * share, heads_top), lines, font)
     for top, label, (_, pictures) in zip(tops, labels, rows, strict=True):
         _write(pen, (margin, top), label, font)
         at = top + _text_height(label, font) + gap

@@ -61,6 +61,18 @@ def test_long_labels_wrap_and_stay_on_the_sheet() -> None:
     assert margin.min() > 240
 
 
+def test_heads_stand_above_the_columns_that_they_share() -> None:
+    rows = [("row", [block(RED)] * 4)]
+    plain = contact_sheet.draw(rows, cell=64)
+    headed = contact_sheet.draw(rows, cell=64, heads=["first", "second"])
+    assert headed.width == plain.width
+    above = np.asarray(headed)[: headed.height - plain.height]
+    half = headed.width // 2
+    assert above[:, :half].min() < 90
+    assert above[:, half:].min() < 90
+    assert np.array_equal(np.asarray(headed)[-64:], np.asarray(plain)[-64:])
+
+
 def test_title_empty_rows_and_pil_pictures() -> None:
     rows = [("none", []), ("some", [Image.new("L", (64, 64), 9), Image.new("RGBA", (64, 64))])]
     plain = contact_sheet.draw(rows, cell=64)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from scipy.stats import t
 
-from tiny_world import study
+from tiny_world import asking, priors, tables
 
 OPTIONS = (
     *("--seeds", "2", "--steps", "1", "--learning_rate", "1e-6", "--prior", "off"),
@@ -16,22 +16,22 @@ OPTIONS = (
 
 def test_the_interval_over_seeds_is_students() -> None:
     for values in ([0.5, 0.7], [0.8, 0.9, 0.85], [0.1, 0.2, 0.3, 0.2, 0.25]):
-        cell = study.over_seeds(values)
+        cell = tables.over_seeds(values)
         mean, count = sum(values) / len(values), len(values)
         spread = (sum((v - mean) ** 2 for v in values) / (count - 1) / count) ** 0.5
         low, high = t.interval(0.95, count - 1, loc=mean, scale=spread)
         assert cell["mean"] == pytest.approx(mean, abs=1e-4)
         assert (cell["low"], cell["high"]) == pytest.approx((low, high), abs=1e-3)
-    assert study.over_seeds([0.5])["low"] is None
+    assert tables.over_seeds([0.5])["low"] is None
 
 
 @pytest.mark.on_demand
 def test_a_study_tunes_asks_and_resumes_where_it_was(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(study.SAMPLINGS, "3.5", (3.5, 2))
+    monkeypatch.setitem(asking.SAMPLINGS, "3.5", (3.5, 2))
     out = tmp_path / "out"
-    assert study.main(["--out", str(out), *OPTIONS, "--center_crop"]) == 0
+    assert priors.main(["--out", str(out), *OPTIONS, "--center_crop"]) == 0
     shown = capsys.readouterr().out
     assert "guidance 3.5, 2 steps" in shown
     assert "prior_off" in shown
@@ -45,24 +45,24 @@ def test_a_study_tunes_asks_and_resumes_where_it_was(
     assert settings["center_crop"] == "True"  # options that the study does not know go to the job
 
     written = (out / "prior_off-0" / "model" / "model_index.json").stat().st_mtime_ns
-    assert study.main(["--out", str(out), *OPTIONS, "--center_crop"]) == 0
+    assert priors.main(["--out", str(out), *OPTIONS, "--center_crop"]) == 0
     assert (out / "prior_off-0" / "model" / "model_index.json").stat().st_mtime_ns == written
     assert json.loads((out / "results.json").read_text())["records"] == results["records"]
 
-    assert study.main(["--out", str(out), *OPTIONS, "--center_crop", "--seeds", "1"]) == 0
+    assert priors.main(["--out", str(out), *OPTIONS, "--center_crop", "--seeds", "1"]) == 0
     fewer = json.loads((out / "results.json").read_text())["records"]
     assert fewer["prior_off"] == results["records"]["prior_off"][:1]
 
-    assert study.main(["--out", str(out), *OPTIONS]) == 1
+    assert priors.main(["--out", str(out), *OPTIONS]) == 1
     assert "other settings" in capsys.readouterr().err
 
 
 def test_a_fine_tune_that_fails_ends_the_study(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(study.SAMPLINGS, "3.5", (3.5, 1))
+    monkeypatch.setitem(asking.SAMPLINGS, "3.5", (3.5, 1))
     assert (
-        study.main(["--out", str(tmp_path / "out"), *OPTIONS, "--batch_size", "1", "--epochs=0"])
+        priors.main(["--out", str(tmp_path / "out"), *OPTIONS, "--batch_size", "1", "--epochs=0"])
         == 1
     )
     assert "exit code 1" in capsys.readouterr().err
@@ -72,7 +72,7 @@ def test_a_fine_tune_that_fails_ends_the_study(
 def test_prior_prediction_stands_beside_class_images_and_none(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(study.SAMPLINGS, "3.5", (3.5, 1))
+    monkeypatch.setitem(asking.SAMPLINGS, "3.5", (3.5, 1))
     out = tmp_path / "out"
     options = (*OPTIONS, "--seeds", "1", "--num_class_images", "1", "--out", str(out))
 
@@ -81,7 +81,7 @@ def test_prior_prediction_stands_beside_class_images_and_none(
         settings: dict[str, str] = json.loads(path.read_text())
         return settings
 
-    assert study.main([*options, "--prior", "both"]) == 0
+    assert priors.main([*options, "--prior", "both"]) == 0
     made = {path.name for path in out.glob("prior_*")}
     assert made == {"prior_off-0", "prior_on-0"}  # the names from before a third condition existed
     assert "prior" not in json.loads((out / "study.json").read_text())
@@ -89,7 +89,7 @@ def test_prior_prediction_stands_beside_class_images_and_none(
     times = [path.stat().st_mtime_ns for path in kept]
     capsys.readouterr()
 
-    assert study.main([*options, "--prior", "all"]) == 0
+    assert priors.main([*options, "--prior", "all"]) == 0
     assert [path.stat().st_mtime_ns for path in kept] == times
     heads = [line.split() for line in capsys.readouterr().out.splitlines() if "measure" in line]
     assert heads == [["measure", "base", "prior_off", "prior_on", "prior_prediction"]]
@@ -111,5 +111,5 @@ def test_prior_prediction_stands_beside_class_images_and_none(
     ],
 )
 def test_prior_names_the_conditions(word: str, conditions: tuple[str, ...]) -> None:
-    plan, _, _ = study.read_plan(["--out", "out", "--prior", word])
+    plan, _, _ = priors.read_plan(["--out", "out", "--prior", word])
     assert plan.prior == conditions

@@ -1,0 +1,1 @@
+"""Holds the published experiments, one module each, and what they share (`frame`)."""
