@@ -140,7 +140,8 @@ def _fine_tune(plan: Comparison, folder: Path, seed: int) -> None:
             *("--checkpointing_steps", str(EVERY)),
             *("--checkpoints_total_limit", str(plan.steps // EVERY)),
             *("--keep_last_checkpoint", "True", "--max_steps", str(plan.steps)),
-            *("--learning_rate", str(plan.learning_rate), *plan.job),
+            *("--learning_rate", str(plan.learning_rate), "--meter_pictures_share", "0"),
+            *plan.job,
         ],
         os.environ,
     )

@@ -130,7 +130,7 @@ class Study:
                 *("--model_dir", str(folder / "model")),
                 *("--output_data_dir", str(folder / "output")),
                 *("--max_steps", str(plan.steps), "--learning_rate", str(plan.learning_rate)),
-                *(*CONDITIONS[prior], "--seed", str(seed)),
+                *(*CONDITIONS[prior], "--seed", str(seed), "--meter_pictures_share", "0"),
                 *plan.job,
             ],
             os.environ,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import signal
@@ -15,6 +16,10 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+from dreambooth.data.seeds import derive_seed
+from dreambooth.diffusion import model as models
+from dreambooth.diffusion import sampling
+from dreambooth.diffusion.sampling_request import SamplingRequest
 from dreambooth.job import scoring
 from dreambooth.job.previews import Previews
 from dreambooth.job.run import run_job
@@ -77,12 +82,14 @@ def weights_of(folder: Path, part: str = "unet") -> dict[str, np.ndarray[Any, An
 @pytest.mark.parametrize(
     "options",
     [
-        ["--with_prior_preservation", "--prior_preservation_mode=prediction"],
-        ["--train_text_encoder"],
-        ["--memory_plan=8bit_adamw_in_backward", "--mixed_precision=fp16"],
+        [
+            *("--train_text_encoder", "--with_prior_preservation"),
+            "--prior_preservation_mode=prediction",
+        ],
+        ["--memory_plan=8bit_adamw_in_backward"],
         ["--fast_step", "--mixed_precision=bf16", "--memory_plan=8bit_adamw"],
     ],
-    ids=["prediction", "text encoder", "freed gradients, fp16", "fast step"],
+    ids=["text encoder, prediction", "freed gradients", "fast step"],
 )
 def test_the_weights_are_the_same_to_the_bit_without_them(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
@@ -135,12 +142,10 @@ def test_with_compute_scores_the_base_is_given_back_once(
     monkeypatch.setattr(scoring, "give_back_the_base", counted)
     monkeypatch.setattr(scoring, "SCORED_PICTURES", 1)
     monkeypatch.setattr(scoring, "SCORED_STEPS", 2)
-    assert start("one", "--compute_scores") == 0
+    assert start("mine", "--compute_scores") == 0
     assert given == [1]
-    assert start("two") == 0
-    first, second = (tmp_path / f"{name}-output" / "meter" for name in ("one", "two"))
-    assert pictures(tmp_path / "one") == pictures(tmp_path / "two")
-    assert (first / "scores.json").read_text() == (second / "scores.json").read_text()
+    scores = json.loads((tmp_path / "mine-output" / "meter" / "scores.json").read_text())
+    assert list(scores["6"]) == ["subject", "class_kept", "other_class_kept", "clean"]
 
 
 def test_a_resumed_run_draws_what_the_unbroken_one_draws_and_nothing_twice(
@@ -188,15 +193,17 @@ def test_those_of_the_end_show_the_state_that_early_stopping_has_chosen(
     start: Start, tmp_path: Path
 ) -> None:
     assert start("mine", "--early_stopping") == 0
-    assert start("three", "--max_steps=3") == 0
-    mine, three = pictures(tmp_path / "mine"), pictures(tmp_path / "three")
+    mine = pictures(tmp_path / "mine")
     assert mine.keys() == names(0, 3, 4)  # 4 was the first bad reading
-    assert np.allclose(
-        *(weights_of(tmp_path / name)["conv_in.weight"] for name in ("mine", "three")), atol=1e-3
+    request = SamplingRequest(
+        prompt="a photo of riobugger cat",
+        num_inference_steps=2,
+        seed=derive_seed(0, "meter picture"),
     )
-    name = "step-000003-subject.png"
-    assert mine[name] != mine["step-000004-subject.png"]
-    assert three.keys() == names(0, 3)
+    (drawn,) = sampling.generate(models.load(tmp_path / "mine"), [request])
+    assert drawn is not None
+    with Image.open(io.BytesIO(mine["step-000003-subject.png"])) as kept:
+        assert np.abs(np.asarray(kept).astype(int) - drawn).max() <= 2
     html = (tmp_path / "mine-output" / "report.html").read_text()
     assert '<h3 class="chosen">Step 3, the model that was kept' in html
     assert html.count('class="four chosen"') == 1
@@ -211,20 +218,18 @@ def test_no_fault_in_drawing_or_scoring_costs_the_model(
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("something odd")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(scoring, "scores_over_steps", fail)
-        assert start("unscored") == 0
-    assert "the meter's pictures have no scores: RuntimeError: someth" in capsys.readouterr().err
-    (tmp_path / "odd-output").mkdir()
-    (tmp_path / "odd-output" / "meter").write_text("where a folder is to be made")
-    assert start("odd") == 0
-    assert "no picture of the meter: " in capsys.readouterr().err
+    (tmp_path / "unwritten-output").mkdir()
+    (tmp_path / "unwritten-output" / "meter").write_text("where a folder is to be made")
+    assert start("unwritten") == 0
+    shown = capsys.readouterr().err
+    assert "no picture of the meter: A picture of the meter" in shown
+    assert "the meter's pictures have no scores: A picture of the meter" in shown
     monkeypatch.setattr(Previews, "draw", fail)
     assert start("undrawn") == 0
     shown = capsys.readouterr().err
     assert "no picture of the meter: RuntimeError: something odd" in shown
     assert pictures(tmp_path / "undrawn") == {}
-    for name in ("unscored", "odd", "undrawn"):
+    for name in ("unwritten", "undrawn"):
         assert (tmp_path / name / "model_index.json").is_file()
 
 
@@ -239,6 +244,4 @@ def test_a_run_too_short_for_them_says_so_in_one_sentence(
     said = "the meter draws no pictures: 4 of them take 22.22 of this run's work, more than "
     assert start("mine", "--log_level=info") == 0
     assert capsys.readouterr().err.count(f"{said}meter_pictures_share=0.15") == 1
-    assert start("mine", "--log_level=info", "--meter_pictures_share=0") == 0
-    assert said not in capsys.readouterr().err
     assert not (tmp_path / "mine-output" / "meter").exists()

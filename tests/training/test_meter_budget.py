@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from dreambooth.data.dataset_info import DatasetInfo, SubjectData
-from dreambooth.settings.hyperparameters import Hyperparameters
-from dreambooth.training import disk, meter_budget
+from dreambooth.settings.hyperparameters import MEMORY_PLANS, Hyperparameters
+from dreambooth.training import disk, expected_memory, meter_budget
 from dreambooth.training import plan as plans
 from tests.training.test_disk import FULL_SIZE
 
@@ -76,14 +76,22 @@ def test_the_moments_follow_from_the_work_of_the_run(
         assert f"  meter pictures   {line}" in shown
 
 
-def test_the_pictures_are_counted_in_the_plans(make_training: Callable[..., Any]) -> None:
+def test_the_pictures_are_counted_in_the_plans() -> None:
     counted = {"class_images": 0, "use_8bit_adam": False, "keeps_checkpoints": False}
     budget = disk.expected(Hyperparameters(), FULL_SIZE, **counted, meter_pictures=100)
     assert budget.rest == disk.REST_BYTES + 100 * 2 * 512 * 512
 
     def phases(steps: int) -> dict[str, int]:
-        plan = make_training(max_steps=steps).plan
-        return {peak.phase: peak.bytes for peak in plan.phases}
+        found = expected_memory.of_phases(
+            Hyperparameters(),
+            FULL_SIZE,
+            mixed_precision="fp16",
+            prior_precision="fp16",
+            memory_plan=MEMORY_PLANS["8bit_adamw"],
+            steps=steps,
+            meter_prompts=4,
+        )
+        return {peak.phase: peak.bytes for peak in found}
 
     few, one, three = phases(800), phases(1700), phases(2800)
     assert "meter pictures" not in few
