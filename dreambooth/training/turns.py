@@ -1,15 +1,15 @@
 """Find the readings of the meter at which something turns, where pictures tell most.
 
 Three things turn: a reading is the first bad one (`early_stopping.fault`) after good ones; it is
-the first at which the loss has converged by DVAR's criterion; its loss at fixed noise is higher
-than the one before, which was the lowest so far.
+the first at which the loss has converged by DVAR's criterion; its loss at fixed noise is the second
+in a row above the lowest so far (a single one is often above it by chance).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dreambooth.training.early_stopping import fault
+from dreambooth.training.early_stopping import IN_A_ROW, fault
 from dreambooth.training.meter import MeterReading
 
 CONVERGED = 0.4
@@ -24,9 +24,10 @@ def turn(readings: Sequence[MeterReading]) -> str | None:
         return found
     if _has_converged(last) and not any(map(_has_converged, earlier)):
         return f"the loss at fixed noise has converged (DVAR's criterion is below {CONVERGED:g})"
-    lowest = min([1.0, *(one.loss for one in earlier)])  # the base's is 1
-    if earlier and last.loss > earlier[-1].loss == lowest:
-        return f"the loss at fixed noise rises from its lowest, {lowest:.3f}"
+    losses = [1.0, *(one.loss for one in readings)]  # the base's is 1
+    before, above = losses[:-IN_A_ROW], losses[-IN_A_ROW:]
+    if len(before) > 1 and before[-1] == min(before) < min(above):
+        return f"the loss at fixed noise rises from its lowest, {before[-1]:.3f}"
     return None
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -195,12 +196,13 @@ def test_those_of_the_end_show_the_state_that_early_stopping_has_chosen(
     assert start("mine", "--early_stopping") == 0
     mine = pictures(tmp_path / "mine")
     assert mine.keys() == names(0, 3, 4)  # 4 was the first bad reading
+    model = models.load(tmp_path / "mine", device=torch.device("cpu"))
     request = SamplingRequest(
         prompt="a photo of riobugger cat",
         num_inference_steps=2,
         seed=derive_seed(0, "meter picture"),
     )
-    (drawn,) = sampling.generate(models.load(tmp_path / "mine"), [request])
+    (drawn,) = sampling.generate(model, [request])
     assert drawn is not None
     with Image.open(io.BytesIO(mine["step-000003-subject.png"])) as kept:
         assert np.abs(np.asarray(kept).astype(int) - drawn).max() <= 2

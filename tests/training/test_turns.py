@@ -60,11 +60,12 @@ def test_it_turns_once_where_the_loss_has_converged() -> None:
 @pytest.mark.parametrize(
     ("losses", "expected"),
     [
-        ([0.9, 0.8, 0.85, 0.87, 0.9], [3]),  # what rises on is no turn
-        ([0.9, 0.8, 0.85, 0.82, 0.84], [3]),  # nor what falls and stays above the lowest
-        ([0.9, 0.8, 0.85, 0.7, 0.75], [3, 5]),
+        ([0.9, 0.8, 0.85, 0.87, 0.9], [4]),  # what rises on is no turn
+        ([0.9, 0.8, 0.85, 0.82, 0.84], [4]),  # nor what falls and stays above the lowest
+        ([0.9, 0.8, 0.85, 0.7, 0.75, 0.6], []),  # a single one above it tells nothing
+        ([0.9, 0.8, 0.85, 0.82, 0.7, 0.75, 0.71], [4, 7]),
         ([1.1, 1.2, 1.3], []),  # it had not been falling
-        ([0.9, 1.1], [2]),
+        ([0.9, 1.1, 1.1], [3]),
     ],
 )
 def test_it_turns_where_the_loss_rises_from_its_lowest(
