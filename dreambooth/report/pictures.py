@@ -177,7 +177,7 @@ def _meter_rows(data: ReportData, thumbnails: Thumbnails) -> list[MeterRow]:
         by_step.setdefault(one.step, []).append(one)
     shown = {*_spread(list(by_step), MAX_METER_STEPS), data.kept_step}
     rows = []
-    for step in sorted(shown & by_step.keys()):
+    for step in sorted(by_step.keys() & shown):
         found = []
         for one in by_step[step]:
             prompt = data.meter_prompts.get(one.name, one.name)
