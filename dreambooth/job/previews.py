@@ -90,8 +90,7 @@ class Previews:
     ) -> Image.Image | None:
         reason = None
         try:
-            drawn = self.draw(prompt, [seed], num_inference_steps=num_inference_steps)
-            picture = next(drawn)
+            picture = next(self.draw(prompt, [seed], num_inference_steps=num_inference_steps))
             if picture is None:
                 reason = "it is not finite"
             elif self._is_hidden(picture):

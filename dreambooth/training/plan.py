@@ -327,7 +327,7 @@ def rows(plan: TrainingPlan, hyperparameters: Hyperparameters) -> list[tuple[str
         lines.append(("checkpoints", " and ".join(when)))
     if moments := meter_moments(plan, hyperparameters):
         where = ("at the end", "at the start and the end")[moments > 1]
-        turns = f", and at up to {moments - 2} turns of its readings" if moments > 2 else ""
+        turns = f", and where readings turn (at most {moments - 2})" if moments > 2 else ""
         lines.append(("meter pictures", f"{plan.meter_prompts} {where}{turns}"))
     if hyperparameters.compute_scores:
         lines.append(

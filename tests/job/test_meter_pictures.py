@@ -247,3 +247,29 @@ def test_a_run_too_short_for_them_says_so_in_one_sentence(
     assert start("mine", "--log_level=info") == 0
     assert capsys.readouterr().err.count(f"{said}meter_pictures_share=0.15") == 1
     assert not (tmp_path / "mine-output" / "meter").exists()
+
+
+def test_several_subjects_have_their_pictures_and_their_scores_together(
+    start: Start, tmp_path: Path
+) -> None:
+    subjects = []
+    for name in ("cat", "dog"):
+        folder = tmp_path / "both" / name
+        folder.mkdir(parents=True)
+        for path in (tmp_path / "data").glob("*.png"):
+            (folder / path.name).symlink_to(path)
+        prompts = {
+            "instance_prompt": f"a photo of zwx {name}",
+            "class_prompt": f"a photo of {name}",
+        }
+        subjects.append({"folder": name, **prompts})
+    (tmp_path / "both" / "dataset_info.json").write_text(json.dumps({"subjects": subjects}))
+    assert start("mine", f"--train={tmp_path / 'both'}", "--max_steps=3") == 0
+    kinds = ("subject", "place", "subject_2", "place_2", "class", "class_2", "other_class")
+    assert pictures(tmp_path / "mine").keys() == {
+        f"step-{step:06d}-{kind}.png" for step in (0, 3) for kind in kinds
+    }
+    scores = json.loads((tmp_path / "mine-output" / "meter" / "scores.json").read_text())
+    for row in scores.values():
+        assert list(row) == ["subject", "class_kept", "other_class_kept", "clean"]
+    assert scores["0"]["clean"] == 1

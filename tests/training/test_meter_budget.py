@@ -72,7 +72,7 @@ def test_the_moments_follow_from_the_work_of_the_run(
     shown = plans.describe(plan, training.settings)
     assert ("meter pictures" in shown) == (expected > 0)
     if expected == 4:
-        line = "4 at the start and the end, and at up to 2 turns of its readings"
+        line = "4 at the start and the end, and where readings turn (at most 2)"
         assert f"  meter pictures   {line}" in shown
 
 
