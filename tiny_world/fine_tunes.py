@@ -109,10 +109,10 @@ def trained(tune: FineTune, out: Path) -> Path:
 def train(folder: Path, *options: str) -> None:
     """Run the training job with these options; its results go to `model` and `output` in `folder`.
 
-    Raises UserError where it fails.
+    It draws no pictures of the meter. Raises UserError where it fails.
     """
     places = ("--model_dir", str(folder / "model"), "--output_data_dir", str(folder / "output"))
-    code = run_job([*places, *options], os.environ)
+    code = run_job([*places, "--meter_pictures_share", "0", *options], os.environ)
     if code != 0:
         raise UserError(f"The fine-tune in {folder} ended with exit code {code}; see above.")
 

@@ -15,7 +15,7 @@ from dreambooth.data import cache, masks
 from dreambooth.diffusion import model as models
 from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.errors import DatasetError
-from dreambooth.job import class_sampling, metering
+from dreambooth.job import class_sampling, meter_pictures, metering
 from dreambooth.job.task import Task
 from dreambooth.process.progress import Progress
 from dreambooth.training import loop, subjects_kept
@@ -120,6 +120,7 @@ def _used_prompts(task: Task) -> tuple[str, ...]:
         *task.sample_prompts,
         *(subject.instance_prompt for subject in task.dataset.subjects),
         *(given.class_prompt for given in of_classes),
+        *meter_pictures.prompts(task).values(),
         "",
     )
     read = itertools.chain.from_iterable(metering.prompts(task).values())

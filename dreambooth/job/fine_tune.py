@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -37,6 +38,7 @@ from dreambooth.job import (
     stopping,
 )
 from dreambooth.job.checkpoints import Checkpoints
+from dreambooth.job.meter_pictures import MeterPictures
 from dreambooth.job.metering import Metering
 from dreambooth.job.previews import Previews, side_by_side
 from dreambooth.job.run_report import RunReport
@@ -184,12 +186,15 @@ def _fine_tune(
         export.clear(task.environment.model_dir, elsewhere=elsewhere)
     previews = Previews(task=task, model=model, precision=state.precision, text=text)
 
+    @contextlib.contextmanager
+    def drawing(name: str) -> Iterator[None]:
+        # Of several processes the others wait for this one, so a stop waits too.
+        with phase(name), nullcontext() if accelerator.num_processes > 1 else stop.released():
+            yield
+
     def draw_samples() -> dict[str, Image.Image]:
-        with phase("sample pictures"):
-            if accelerator.num_processes > 1:  # the others wait for it, so a stop waits too
-                return previews.sample()
-            with stop.released():
-                return previews.sample()
+        with drawing("sample pictures"):
+            return previews.sample()
 
     steps = training_loop(task)(
         state,
@@ -205,8 +210,12 @@ def _fine_tune(
         steps = agreement.until_stopped(steps, state, stop, accelerator, meter.is_enough)
         if not accelerator.is_main_process:  # with several processes, one reports and writes
             return agreement.follow(steps, accelerator)
-        run_log = _run_log(task, state, lambda: side_by_side(draw_samples()), meter)
+        pictures = MeterPictures(
+            task=task, state=state, run_report=run_report, previews=previews, drawing=drawing
+        )
+        run_log = _run_log(task, state, lambda: side_by_side(draw_samples()), meter, pictures)
         try:
+            pictures.begin()
             _run_loop(task, run_report, state, steps, run_log, checkpoints)
             run_report.others_wait = True
             ended_early = _end_early(meter, state, run_report, checkpoints)
@@ -234,9 +243,13 @@ def _fine_tune(
             if settings.compute_fid:
                 with phase("fid_score"), stop.released():
                     run_report.fid_score = fid.print_score(task, model, previews)
-            if settings.compute_scores:  # the last of all: it gives the base's weights back
+            pictures.end()
+            # The last of all, because they give the base's weights back, and that once.
+            base_back = functools.cache(functools.partial(scoring.give_back_the_base, task, model))
+            if settings.compute_scores:
                 with phase("scores"), stop.released():
-                    run_report.scores = scoring.print_scores(task, model, previews)
+                    run_report.scores = scoring.print_scores(task, model, previews, base_back)
+            pictures.score(model, base_back)
         except Stopped:
             sampled = run_report.last_sample is not None
             missing = "not all of its scores" if sampled else "no sample picture"
@@ -314,6 +327,7 @@ def _run_log(
     state: states.TrainingState,
     draw_sample: Callable[[], Image.Image | None],
     meter: Metering,
+    pictures: MeterPictures,
 ) -> RunLog:
     return RunLog(
         task.environment.output_data_dir,
@@ -323,6 +337,7 @@ def _run_log(
         sample_steps=task.hyperparameters.sample_steps,
         draw_sample=draw_sample,
         read_meter=meter.read,
+        after_reading=pictures.after_reading,
         elsewhere=task.environment.ways_in.elsewhere("output_data_dir"),
     )
 

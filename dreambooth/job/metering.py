@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from dreambooth.data.cache import LatentPosteriors
-from dreambooth.data.dataset_info import SubjectData
 from dreambooth.diffusion import model as models
 from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.errors import ResourceError
@@ -25,15 +24,13 @@ from dreambooth.job.kept_states import KeptStates
 from dreambooth.job.previews import failure_reason
 from dreambooth.job.run_report import RunReport
 from dreambooth.job.task import Task
-from dreambooth.training import loop
+from dreambooth.training import loop, meter_budget
 from dreambooth.training import meter as meters
 from dreambooth.training.early_stopping import decision, fault
 from dreambooth.training.meter import CLASS, EMPTY, INSTANCE, OTHER_CLASS, Meter, MeterReading
 from dreambooth.training.state import TrainingState
 
 log = logging.getLogger(__name__)
-
-OTHER_CLASSES = ("a photo of a dog", "a photo of a cat")
 
 
 def prompts(task: Task) -> dict[str, tuple[str, ...]]:
@@ -45,18 +42,13 @@ def prompts(task: Task) -> dict[str, tuple[str, ...]]:
     if interval(task) is None:
         return {}
     pictures, subjects = len(task.dataset.instance_images), task.dataset.subjects
-    words = {word for each in subjects for word in _words(each)}
     found = {
         INSTANCE: task.dataset.prompts,
-        OTHER_CLASS: (OTHER_CLASSES["dog" in words],) * pictures,
+        OTHER_CLASS: (meter_budget.other_class(task.dataset),) * pictures,
         EMPTY: ("",) * pictures,
     }
     of_classes = [each.class_prompt or "" for each in subjects for _ in each.instance_images]
     return found | ({CLASS: tuple(of_classes)} if all(of_classes) else {})
-
-
-def _words(subject: SubjectData) -> list[str]:
-    return f"{subject.instance_prompt} {subject.class_prompt or ''}".lower().split()
 
 
 def interval(task: Task) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,14 +69,28 @@ class Previews:
         One is left out, with a warning, where it is not finite, is hidden by the model's safety
         checker or cannot be drawn: a failed picture must not end the training.
         """
-        found = {prompt: self._sample(prompt) for prompt in self.task.sample_prompts}
+        return self.pictures(
+            self.task.sample_prompts,
+            seed=derive_seed(self.task.hyperparameters.seed, "sample picture"),
+            num_inference_steps=NUM_INFERENCE_STEPS,
+            what="sample picture",
+        )
+
+    def pictures(
+        self, prompts: Iterable[str], *, seed: int, num_inference_steps: int, what: str
+    ) -> dict[str, Image.Image]:
+        """Return a picture of each prompt, as `sample` does. what: their name in a warning."""
+        found = {
+            prompt: self._picture(prompt, seed, num_inference_steps, what) for prompt in prompts
+        }
         return {prompt: picture for prompt, picture in found.items() if picture is not None}
 
-    def _sample(self, prompt: str) -> Image.Image | None:
-        seed = derive_seed(self.task.hyperparameters.seed, "sample picture")
+    def _picture(
+        self, prompt: str, seed: int, num_inference_steps: int, what: str
+    ) -> Image.Image | None:
         reason = None
         try:
-            picture = next(self.draw(prompt, [seed]))
+            picture = next(self.draw(prompt, [seed], num_inference_steps=num_inference_steps))
             if picture is None:
                 reason = "it is not finite"
             elif self._is_hidden(picture):
@@ -84,7 +98,7 @@ class Previews:
         except Exception as error:  # a model's own noise scheduler may raise anything
             picture, reason = None, failure_reason(error)
         if picture is None or reason is not None:
-            log.warning("no sample picture: %s", reason)
+            log.warning("no %s: %s", what, reason)
             return None
         return Image.fromarray(picture)
 

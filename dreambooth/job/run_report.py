@@ -29,6 +29,8 @@ from dreambooth.process.memory import is_out_of_memory
 from dreambooth.report import page, report_data
 from dreambooth.report.report_data import InstancePicture, ReportData, Rows
 from dreambooth.report.timings import Timings, peak_memory_bytes
+from dreambooth.runs import run_folder
+from dreambooth.training import meter_budget
 from dreambooth.training import plan as plans
 from dreambooth.training.gpu_peaks import GpuPeaks
 
@@ -153,6 +155,9 @@ class RunReport:
                 for name, one in self.scores.items()
             ),
             step_pictures=_step_pictures(folder / "samples"),
+            meter_pictures=report_data.meter_pictures(folder / run_folder.METER),
+            meter_prompts=meter_budget.prompts(task.dataset),
+            meter_scores=report_data.meter_scores(folder / run_folder.METER),
             instance_pictures=_instance_pictures(task),
             class_images=self.class_paths,
             settings=task.hyperparameters,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -17,7 +17,7 @@ from dreambooth.data.seeds import derive_seed
 from dreambooth.diffusion import model as models
 from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.evaluation import clean, confusion, shares
-from dreambooth.evaluation.features import Picture
+from dreambooth.evaluation.features import FeatureNetwork, Picture
 from dreambooth.evaluation.measures import Measure, summarised
 from dreambooth.evaluation.prompt_list import AskedPrompts
 from dreambooth.job import fid
@@ -25,6 +25,7 @@ from dreambooth.job.previews import GUIDANCE_SCALE, Previews, failure_reason
 from dreambooth.job.task import Task
 from dreambooth.process import logs
 from dreambooth.process.progress import Progress
+from dreambooth.training import meter_budget
 from dreambooth.training.plan import SCORED_PICTURES, SCORED_STEPS
 
 log = logging.getLogger(__name__)
@@ -37,15 +38,20 @@ LINES: Mapping[str, str] = {
 }
 
 
-def print_scores(task: Task, model: DiffusionModel, previews: Previews) -> dict[str, Measure]:
+def print_scores(
+    task: Task,
+    model: DiffusionModel,
+    previews: Previews,
+    give_back_the_base: Callable[[], None],
+) -> dict[str, Measure]:
     """Print `<name>=<plain decimal>` of each of LINES, and return the measures by these names.
 
-    Afterwards the model has the weights of its base. A score that there is not is left out, with a
-    warning, so that a tuner sees none and not a false one. No error in scoring may cost the trained
-    model; a stop signal still ends the job.
+    Afterwards the model has the weights of its base, which `give_back_the_base` copies. A score
+    that there is not is left out, with a warning, so that a tuner sees none and not a false one. No
+    error in scoring may cost the trained model; a stop signal still ends the job.
     """
     try:
-        found = _measure(task, model, previews)
+        found = _measure(task, model, previews, give_back_the_base)
     except Exception as error:  # a score is not worth failing the job
         log.warning("no scores: %s", failure_reason(error))
         return {}
@@ -64,7 +70,12 @@ def print_scores(task: Task, model: DiffusionModel, previews: Previews) -> dict[
     return scores
 
 
-def _measure(task: Task, model: DiffusionModel, previews: Previews) -> Mapping[str, shares.Found]:
+def _measure(
+    task: Task,
+    model: DiffusionModel,
+    previews: Previews,
+    give_back_the_base: Callable[[], None],
+) -> Mapping[str, shares.Found]:
     """Return the shares of all subjects together, then the "subject_score of" each of several."""
     subjects = task.dataset.subjects
     asked = [
@@ -73,21 +84,9 @@ def _measure(task: Task, model: DiffusionModel, previews: Previews) -> Mapping[s
     prompts = list(dict.fromkeys(prompt for each in asked for prompt in each.all))
     network = fid.feature_network(task, model)
     drawn = _draw(task, previews, prompts, "drawing for the scores")
-    _give_back_the_base(task, model)
+    give_back_the_base()
     base = _draw(task, previews, prompts, "drawing with the base model")
-    of_each = [
-        shares.measured(
-            one,
-            shares.MeasuredPictures(
-                instance=list(fid.instance_images(task, subject)),
-                drawn={prompt: drawn[prompt] for prompt in one.all},
-                base={prompt: base[prompt] for prompt in one.all},
-            ),
-            network,
-            base_loss=functools.partial(clean.denoising_loss, model),
-        )
-        for one, subject in zip(asked, subjects, strict=True)
-    ]
+    of_each = _of_each_subject(task, model, network, asked, drawn, base)
     joined = confusion.together(asked, of_each)
     found = {share: joined[share] for share in LINES}
     for subject, each in zip(subjects, of_each, strict=True):
@@ -102,6 +101,69 @@ def _measure(task: Task, model: DiffusionModel, previews: Previews) -> Mapping[s
         network.name,
     )
     return found
+
+
+def _of_each_subject(
+    task: Task,
+    base_model: DiffusionModel,
+    network: FeatureNetwork,
+    asked: Sequence[AskedPrompts],
+    drawn: shares.Drawn,
+    base: shares.Drawn,
+) -> list[dict[str, shares.Found]]:
+    """Return what `shares.measured` finds in the pictures of each subject. base: may be empty."""
+    return [
+        shares.measured(
+            one,
+            shares.MeasuredPictures(
+                instance=list(fid.instance_images(task, subject)),
+                drawn={prompt: drawn[prompt] for prompt in one.all},
+                base={prompt: base[prompt] for prompt in one.all if prompt in base},
+            ),
+            network,
+            base_loss=functools.partial(clean.denoising_loss, base_model),
+        )
+        for one, subject in zip(asked, task.dataset.subjects, strict=True)
+    ]
+
+
+def scores_over_steps(
+    task: Task, model: DiffusionModel, pictures: Mapping[int, Mapping[str, Picture]]
+) -> dict[int, dict[str, float]]:
+    """Return those of the shares that there are for each step, of one picture of each prompt.
+
+    model: with the weights of its base. pictures: of each step by prompt; the base's are those of
+    step 0, without which there are fewer shares.
+    """
+    asked = [
+        AskedPrompts(
+            subject=each.instance_prompt,
+            elsewhere=(each.instance_prompt + meter_budget.PLACE,),
+            own_class=each.class_prompt,
+            other_class=meter_budget.other_class(task.dataset),
+        )
+        for each in task.dataset.subjects
+    ]
+    every = list(dict.fromkeys(prompt for each in asked for prompt in each.all))
+    of_each = _of_each_subject(
+        task,
+        model,
+        fid.feature_network(task, model),
+        asked,
+        drawn={prompt: [row[prompt] for row in pictures.values()] for prompt in every},
+        base={prompt: [pictures[0][prompt]] for prompt in every} if 0 in pictures else {},
+    )
+    joined = confusion.together(asked, of_each)
+    # Each share holds a number for every step, once for each prompt or subject that it looks at.
+    rows = {
+        name: found.reshape(-1, len(pictures)).mean(axis=0)
+        for name in shares.SHARES
+        if not isinstance(found := joined[name], str)
+    }
+    return {
+        step: {name: float(row[number]) for name, row in rows.items()}
+        for number, step in enumerate(pictures)
+    }
 
 
 def _draw(
@@ -120,7 +182,7 @@ def _draw(
     return drawn
 
 
-def _give_back_the_base(task: Task, model: DiffusionModel) -> None:
+def give_back_the_base(task: Task, model: DiffusionModel) -> None:
     """Copy the base model's weights over the trained ones."""
     base = models.load(task.model_folder, device=torch.device("cpu"))
     model.unet.load_state_dict(base.unet.state_dict())

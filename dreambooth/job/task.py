@@ -25,7 +25,7 @@ _NOT_IDENTITY = frozenset(
         "keep_subjects",  # what it decides is part of the identity
         *("sample_steps", "sample_prompt", "export_precision", "export_single_file"),
         *("compute_fid", "compute_scores", "fid_features"),
-        *("meter", "early_stopping", "keep_states"),
+        *("meter", "meter_pictures_share", "early_stopping", "keep_states"),
         *("class_data_dir", "pretrained_model", "base", "prediction_type"),
     )
 )

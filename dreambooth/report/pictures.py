@@ -18,12 +18,13 @@ from PIL import Image
 
 from dreambooth.data import images
 from dreambooth.data.picture_files import PictureError
-from dreambooth.report.report_data import InstancePicture, ReportData
+from dreambooth.report.report_data import InstancePicture, MeterPicture, ReportData, in_words
 
 MAX_INSTANCE_IMAGES = 40
 MAX_CROPS = 4  # shown per picture; the outlines show all
 MAX_CLASS_IMAGES = 24
 MAX_STEP_PICTURES = 24
+MAX_METER_STEPS = 12
 # Longest sides in pixels.
 _FINAL, _WHOLE, _CROP, _CLASS, _STEP = 640, 480, 224, 192, 256
 _LOSSLESS_SIDE = 128  # up to here a PNG is small and JPEG's blocks would show
@@ -63,11 +64,21 @@ class InstanceCard:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MeterRow:
+    """The meter's pictures of one step, each with its prompt, and their scores in words."""
+
+    step: int
+    pictures: Sequence[tuple[str, Thumbnail]]
+    scores: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ShownPictures:
     """The pictures of each section. steps: (step, picture). left_out: how many the cap left out."""
 
     final: Thumbnail | None
     steps: Sequence[tuple[int, Thumbnail]]
+    meter: Sequence[MeterRow]
     instance_images: Sequence[InstanceCard]
     class_images: Sequence[Thumbnail]
     left_out: int
@@ -127,12 +138,14 @@ def choose(data: ReportData, *, max_bytes: int) -> ShownPictures:
     thumbnails = Thumbnails(max_bytes)
     final = None
     # The smallest sections come first: what they leave of their share goes to the larger ones.
-    with thumbnails.share_of(3):
+    with thumbnails.share_of(3 + bool(data.meter_pictures)):
         class_images = [
             thumbnail
             for path in _spread(data.class_images, MAX_CLASS_IMAGES)
             if (thumbnail := _thumbnail_of(path, thumbnails, side=_CLASS, alt=path.name))
         ]
+    with thumbnails.share_of(3):
+        meter = _meter_rows(data, thumbnails)
     with thumbnails.share_of(2):
         if data.last_sample is not None:
             final = thumbnails.make(data.last_sample, side=_FINAL, alt=data.sample_prompt)
@@ -150,10 +163,31 @@ def choose(data: ReportData, *, max_bytes: int) -> ShownPictures:
     return ShownPictures(
         final=final,
         steps=steps,
+        meter=meter,
         instance_images=instance_images,
         class_images=class_images,
         left_out=thumbnails.left_out,
     )
+
+
+def _meter_rows(data: ReportData, thumbnails: Thumbnails) -> list[MeterRow]:
+    """Return a row for each step that is shown, the chosen one in any case."""
+    by_step: dict[int, list[MeterPicture]] = {}
+    for one in data.meter_pictures:
+        by_step.setdefault(one.step, []).append(one)
+    shown = {*_spread(list(by_step), MAX_METER_STEPS), data.kept_step}
+    rows = []
+    for step in sorted(by_step.keys() & shown):
+        found = []
+        for one in by_step[step]:
+            prompt = data.meter_prompts.get(one.name, one.name)
+            alt = f"{prompt}, meter, step {step}"
+            if thumbnail := _thumbnail_of(one.path, thumbnails, side=_STEP, alt=alt):
+                found.append((prompt, thumbnail))
+        if found:
+            scores = in_words(data.meter_scores.get(step, {}))
+            rows.append(MeterRow(step=step, pictures=found, scores=scores))
+    return rows
 
 
 def _card(picture: InstancePicture, resolution: int, thumbnails: Thumbnails) -> InstanceCard | None:

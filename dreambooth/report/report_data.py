@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +15,11 @@ from PIL import Image
 from dreambooth.settings.hyperparameters import Hyperparameters
 
 Rows = tuple[tuple[str, str], ...]
+
+METER_NAMES = ("subject", "place", "class", "other_class")
+"""The names of the prompts of the meter's pictures, in their order."""
+METER_SCORES = "scores.json"
+_OF_METER = re.compile(rf"step-([0-9]{{6,12}})-({'|'.join(METER_NAMES)})(?:_([0-9]{{1,4}}))?\.png")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +46,15 @@ class MetricsRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MeterPicture:
+    """A picture of the meter. name: of its prompt, one of METER_NAMES or such as "subject_2"."""
+
+    step: int
+    name: str
+    path: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class InstancePicture:
     """An instance image. size: (width, height) after the resize, the short side at the resolution.
 
@@ -61,8 +77,9 @@ class ReportData:
     early stopping has chosen, None where it is the last one. metrics: in the order of steps.
     last_sample: the picture drawn after the last step. fid_score: None where none was computed.
     scores: those of compute_scores, each with its 95 % interval. step_pictures: (step, file), in
-    the order of steps. class_images: all files; the page shows a sample of them. settings: those of
-    the run; the page compares them with the defaults.
+    the order of steps. meter_pictures: by step and prompt; meter_prompts: their prompts by name;
+    meter_scores: by step. class_images: all files; the page shows a sample of them. settings: those
+    of the run; the page compares them with the defaults.
     seconds: since the job's start, including time outside the phases.
     """
 
@@ -82,6 +99,9 @@ class ReportData:
     fid_score: float | None
     scores: Rows
     step_pictures: Sequence[tuple[int, Path]]
+    meter_pictures: Sequence[MeterPicture] = ()
+    meter_prompts: Mapping[str, str] = field(default_factory=dict)
+    meter_scores: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     instance_pictures: Sequence[InstancePicture]
     class_images: Sequence[Path]
     settings: Hyperparameters
@@ -128,3 +148,41 @@ def _row(raw: dict[str, Any]) -> MetricsRow:
         },
         meter={str(name): float(value) for name, value in raw.get("meter", {}).items()},
     )
+
+
+def meter_pictures(folder: Path) -> list[MeterPicture]:
+    """Return the pictures `step-NUMBER-NAME.png` of a folder by step, and there by prompt.
+
+    Those of each subject come before those of the classes.
+    """
+    found = []
+    for path in folder.glob("step-*-*.png"):
+        if named := _OF_METER.fullmatch(path.name):
+            step, kind, number = int(named[1]), METER_NAMES.index(named[2]), int(named[3] or 1)
+            is_class = kind > METER_NAMES.index("place")
+            order = (step, is_class, kind, number) if is_class else (step, is_class, number, kind)
+            name = path.stem.split("-", 2)[2]
+            found.append((order, MeterPicture(step=step, name=name, path=path)))
+    return [picture for _, picture in sorted(found, key=lambda one: one[0])]
+
+
+def meter_scores(folder: Path) -> dict[int, dict[str, float]]:
+    """Return the scores of the meter's pictures by step; none where there is no whole file."""
+    try:
+        raw = json.loads((folder / METER_SCORES).read_text(encoding="utf-8"))
+        found = {
+            int(step): {str(name): float(value) for name, value in scores.items()}
+            for step, scores in raw.items()
+        }
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}
+    return found if all(_are_shares(scores) for scores in found.values()) else {}
+
+
+def _are_shares(scores: Mapping[str, float]) -> bool:
+    return all(math.isfinite(value) for value in scores.values())
+
+
+def in_words(scores: Mapping[str, float]) -> str:
+    """Return the scores of one step in words."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in scores.items())

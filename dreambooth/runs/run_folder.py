@@ -317,10 +317,6 @@ class Run:
         """Return the sample pictures, in the order of their steps."""
         return sorted((self.folder / SAMPLES).glob("step-*.png"))
 
-    def meter_pictures(self) -> list[Path]:
-        """Return the pictures of fixed prompts, `step-NUMBER-PROMPT.png`, by step and prompt."""
-        return sorted((self.folder / METER).glob("step-*-*.png"))
-
     def has_model(self) -> bool:
         """Return whether there is a whole model, be it of all steps or of a stopped run."""
         return os.path.isfile(self.folder / MODEL / "model_index.json")

@@ -218,6 +218,13 @@ class Hyperparameters:
         "Reads now and then how far training has moved the model, for at most a tenth of a run's "
         "work; the weights stay the same to the bit.",
     )
+    meter_pictures_share: float = ours(
+        0.15,
+        "Share of a run's work for the meter's pictures of subject and classes: at the end, at the "
+        "start, and where its readings turn; 0: none.",
+        minimum=0.0,
+        maximum=1.0,
+    )
     early_stopping: bool = ours(
         False,
         "Ends the training once the meter sees that pictures burn or the class is being lost, and "

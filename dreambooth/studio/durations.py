@@ -41,7 +41,7 @@ SPEEDLESS: Final = frozenset(
         *("checkpointing_minutes", "checkpoints_total_limit", "keep_last_checkpoint"),
         *("sample_steps", "sample_prompt", "export_precision", "export_single_file"),
         *("compute_fid", "compute_scores", "fid_features", "meter", "early_stopping"),
-        "keep_states",
+        *("keep_states", "meter_pictures_share"),
     }
 )
 """The hyperparameters that change no step's time."""

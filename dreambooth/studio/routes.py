@@ -69,6 +69,10 @@ def routes(runs: RunList, *, limits: Limits = LIMITS) -> Sequence[Route | Mount]
     def drawn(request: Request) -> Sequence[Path]:
         return Drawings(runs, None).drawing(request.path_params["drawing"]).pictures()
 
+    def of_the_meter(request: Request) -> Sequence[Path]:
+        folder = run_of(request).folder / run_folder.METER
+        return [picture.path for picture in report_data.meter_pictures(folder)]
+
     async def add_picture(request: Request) -> Response:
         run = run_of(request)
         stream = request.stream()
@@ -116,7 +120,7 @@ def routes(runs: RunList, *, limits: Limits = LIMITS) -> Sequence[Route | Mount]
         Route("/runs/{run}/pictures", _answered(add_picture), methods=["POST"]),
         Route("/runs/{run}/pictures/{name}", _answered(show_picture), methods=["GET"]),
         Route("/runs/{run}/samples/{name}", _pngs(lambda asked: run_of(asked).samples())),
-        Route("/runs/{run}/meter/{name}", _pngs(lambda asked: run_of(asked).meter_pictures())),
+        Route("/runs/{run}/meter/{name}", _pngs(of_the_meter)),
         Route("/drawings/{drawing}/{name}", _pngs(drawn)),
         Route("/runs/{run}/{curve}.svg", _answered(show_curve), methods=["GET"]),
         Route("/runs/{run}/report.html", _answered(show_report), methods=["GET"]),

@@ -171,22 +171,26 @@ def _samples(run: Run) -> tuple[object, Callable[[], None]]:
 
 
 def _prompts_over_steps(run: Run) -> tuple[object, Callable[[], None]]:
-    """Draw the pictures of fixed prompts, one row for each step."""
-    pictures = [(path.name, path.stat().st_mtime_ns) for path in run.meter_pictures()]
+    """Draw the meter's pictures, one row for each step, and its scores where there are some."""
+    folder = run.folder / run_folder.METER
+    pictures = [(one, one.path.stat().st_mtime_ns) for one in report_data.meter_pictures(folder)]
+    scores = report_data.meter_scores(folder) if pictures else {}
 
     def draw_it() -> None:
-        for step, row in itertools.groupby(pictures, key=lambda picture: _step_of(picture[0])):
+        for step, row in itertools.groupby(pictures, key=lambda picture: picture[0].step):
             parts.text("h3", f"Step {step}")
             with parts.tag("div", classes="pictures four"):
-                for name, changed in row:
-                    prompt = name.removesuffix(".png").split("-", 2)[2].replace("_", " ")
+                for one, changed in row:
+                    prompt = one.name.replace("_", " ")
                     _figure(
-                        f"{run_address(run.name, run_folder.METER, name)}?{changed}",
+                        f"{run_address(run.name, run_folder.METER, one.path.name)}?{changed}",
                         f"{prompt} after step {step}",
                         prompt,
                     )
+            if step in scores:
+                parts.text("p", report_data.in_words(scores[step]), classes="note")
 
-    return pictures, draw_it
+    return (pictures, scores) if pictures else (), draw_it
 
 
 def _step_of(name: str) -> str:

@@ -21,6 +21,7 @@ DEFAULTS: Mapping[str, str] = MappingProxyType(
         "prior_preservation_mode": "prediction",
         "training_guidance_scale": "1.5",
         "early_stopping": "True",
+        "meter_pictures_share": "0.4",  # the start, one turn and the end
         "guidance_scale": "3.5",
         "num_inference_steps": "25",
     }

@@ -53,11 +53,13 @@ def expected(
     keeps_checkpoints: bool,
     base_bytes: int = 0,
     copied_bytes: int = 0,
+    meter_pictures: int = 0,
 ) -> DiskBudget:
     """Return the disk budget; of an unknown model only base_bytes is counted.
 
     class_images: how many are to be sampled. base_bytes: of the unpacked base. copied_bytes: of
-    the parts that are copied unchanged into the new model (a safety checker).
+    the parts that are copied unchanged into the new model (a safety checker). meter_pictures: the
+    most that the meter draws.
     """
     if facts is None:
         return DiskBudget(base=base_bytes)
@@ -66,6 +68,7 @@ def expected(
     every = facts.unet_parameters + text_encoder + facts.vae_parameters
     weights = (2 if hyperparameters.export_precision == "fp16" else 4) * every
     resolution = hyperparameters.resolution or facts.resolution
+    picture = 2 * resolution**2  # a PNG takes some 2 bytes per pixel
     return DiskBudget(
         base=base_bytes,
         model=weights + copied_bytes,
@@ -75,6 +78,6 @@ def expected(
         checkpoints=hyperparameters.checkpoints_total_limit + 1 if keeps_checkpoints else 0,
         # in fp16; one more while the next is written
         states=2 * trained * (hyperparameters.keep_states + 1) * hyperparameters.early_stopping,
-        class_images=class_images * 2 * resolution**2,  # a PNG takes some 2 bytes per pixel
-        rest=REST_BYTES,
+        class_images=class_images * picture,
+        rest=REST_BYTES + meter_pictures * picture,
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from dreambooth.limits import LIMITS
 from dreambooth.model_folder.facts import ModelFacts
 from dreambooth.settings.hyperparameters import Hyperparameters, MemoryPlan
+from dreambooth.training import meter_budget
 
 STATE_BYTES, STATE_BYTES_8BIT = 8.0, 2.03  # two moments; in 8 bits with a scale per 256 elements
 # Activations saved for the backward pass, as a multiple of `unet_layer_elements`. Fitted to the
@@ -91,12 +92,14 @@ def of_phases(
     fast_step: bool = False,
     class_batch: int = 0,
     keeps_subjects: bool = False,
+    steps: int = 0,
+    meter_prompts: int = 0,
 ) -> tuple[PhasePeak, ...]:
     """Return the peaks of all phases in the order of the job; none if the model is unknown.
 
     class_batch: class images per U-Net call; 0 if none is sampled. keeps_subjects: whether the base
-    model's subjects are held. The network of fid_features is
-    not counted: it may be any.
+    model's subjects are held. steps, meter_prompts: of the run and of the meter's pictures, which
+    decide when these are drawn. The network of fid_features is not counted: it may be any.
     """
     if facts is None:
         return ()
@@ -117,10 +120,13 @@ def of_phases(
     found.append(("training", step))
     weights = _weights(hyperparameters, facts, mixed_precision, False, keeps_subjects)
     drawing = weights + _drawing(hyperparameters, facts, mixed_precision, memory_plan)
-    beside = 0.0
-    if hyperparameters.sample_steps:
-        beside = _beside_the_weights(hyperparameters, facts, memory_plan, fast_step, keeps_subjects)
-    found.append(("sample pictures", drawing + beside))
+    beside = _beside_the_weights(hyperparameters, facts, memory_plan, fast_step, keeps_subjects)
+    moments = meter_budget.moments(
+        hyperparameters, steps=steps, prompts=meter_prompts, memory_plan=memory_plan
+    )
+    if moments:  # those at the start and the end stand alone
+        found.append(("meter pictures", drawing + beside * (moments > 2)))
+    found.append(("sample pictures", drawing + beside * bool(hyperparameters.sample_steps)))
     found.append(("export", weights))
     if hyperparameters.compute_fid:
         found.append(("fid_score", drawing))

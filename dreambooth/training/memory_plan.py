@@ -50,11 +50,14 @@ def choose(
     class_images_to_sample: int = 0,
     processes: int = 1,
     keeps_subjects: bool = False,
+    steps: int = 0,
+    meter_prompts: int = 0,
 ) -> tuple[MemoryChoice, ...]:
     """Return the named memory plan; for auto, the fastest that fits and then those to fall back to.
 
-    The last one is taken if none fits. keeps_subjects: as in `expected_memory.of_step`. Raises
-    HyperparameterError if the named memory plan cannot train this job.
+    The last one is taken if none fits. keeps_subjects: as in `expected_memory.of_step`. steps,
+    meter_prompts: as in `expected_memory.of_phases`. Raises HyperparameterError if the named memory
+    plan cannot train this job.
     """
     may_step_fast = not fast_step_obstacle(
         hyperparameters, device, mixed_precision=mixed_precision, processes=processes
@@ -75,6 +78,8 @@ def choose(
             fast_step=fast_step,
             class_batch=batch,
             keeps_subjects=keeps_subjects,
+            steps=steps,
+            meter_prompts=meter_prompts,
         )
         step = [peak.bytes for peak in phases if peak.phase == "training"]
         choices.append(

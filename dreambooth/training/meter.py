@@ -29,6 +29,7 @@ from dreambooth.data import sample_draws
 from dreambooth.data.cache import LatentPosteriors
 from dreambooth.diffusion.loss import noise_target
 from dreambooth.settings.hyperparameters import Hyperparameters
+from dreambooth.training import meter_budget
 from dreambooth.training.plan import TrainingPlan
 
 BINS = 4
@@ -106,18 +107,12 @@ class _FixedInputs:
 def reading_interval(plan: TrainingPlan, hyperparameters: Hyperparameters) -> int | None:
     """Return after how many steps the meter is read, None where a run is too short for it.
 
-    What is counted is rows of a forward pass, so that the interval does not depend on a clock: a
-    backward pass counts as two, a prediction of the frozen model as one. The base's predictions and
-    the last reading are within SHARE too.
+    What is counted is rows of a forward pass, as `meter_budget` does, so that the interval does not
+    depend on a clock. The base's predictions and the last reading are within SHARE too.
     """
-    rows = plan.batch_size * plan.gradient_accumulation_steps
-    passes = 3 + plan.gradient_checkpointing
-    with_class = hyperparameters.with_prior_preservation
-    step_rows = rows * (1 + with_class) * passes * (1 + plan.frees_gradients)
-    if hyperparameters.predicts_the_prior:
-        step_rows += rows * (1 + (hyperparameters.training_guidance_scale != 1))
     reading_rows = BINS * (ROWS_PER_BIN + 3)
-    readings = math.floor(SHARE * plan.steps * step_rows / reading_rows) - 1
+    rows = meter_budget.run_rows(hyperparameters, steps=plan.steps, memory_plan=plan)
+    readings = math.floor(SHARE * rows / reading_rows) - 1
     return math.ceil(plan.steps / readings) if readings > 0 else None
 
 

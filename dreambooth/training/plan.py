@@ -22,6 +22,7 @@ from dreambooth.training import (
     expected_memory,
     lr_schedulers,
     memory_plan,
+    meter_budget,
     plan_warnings,
     subjects_kept,
 )
@@ -32,7 +33,8 @@ from dreambooth.training.memory_plan import MemoryChoice
 
 _UNKNOWN = "known once the model is unpacked"
 MAX_CACHED_CROPS = 8  # random crops per picture that is not square
-SCORED_PICTURES, SCORED_STEPS = 8, 50  # of each prompt, for compute_scores; as the server draws
+SCORED_PICTURES = 8  # of each prompt, for compute_scores
+SCORED_STEPS = meter_budget.SERVED_STEPS
 CHECKPOINT_MINUTES = 10.0  # used if a checkpoint folder is given, but no interval
 
 
@@ -54,7 +56,7 @@ class TrainingPlan:
     memory plans to fall back to, in this order, if memory runs out. subjects: several, or none for
     a single one. class_sets: the number of class images of each distinct class prompt. captions:
     the number of instance images that have one of their own. kept_subjects: those that the base was
-    taught and that are held to what it predicts.
+    taught and that are held to what it predicts. meter_prompts: how many the meter's pictures have.
     """
 
     device: DeviceFacts
@@ -89,6 +91,7 @@ class TrainingPlan:
     class_sets: tuple[int, ...] = ()
     captions: int = 0
     kept_subjects: tuple[TaughtSubject, ...] = ()
+    meter_prompts: int = 0
 
     def epoch(self, step: int) -> float:
         """Return the number of passes over the instance images after `step` steps."""
@@ -161,6 +164,7 @@ def make(
     longer = [max(instances, class_images)] if not subjects else of_subjects
     mixed_precision = hyperparameters.mixed_precision or device.mixed_precision
     prior_precision = _prior_precision(hyperparameters, device)
+    meter_prompts = len(meter_budget.prompts(dataset))
 
     def choose(*, keeps_subjects: bool) -> tuple[MemoryChoice, ...]:
         return memory_plan.choose(
@@ -172,6 +176,8 @@ def make(
             class_images_to_sample=class_images - given,
             processes=processes,
             keeps_subjects=keeps_subjects,
+            steps=steps,
+            meter_prompts=meter_prompts,
         )
 
     kept_subjects = subjects_kept.subjects_to_keep(hyperparameters, dataset, taught)
@@ -226,6 +232,13 @@ def make(
             ),
             base_bytes=base_bytes,
             copied_bytes=copied_bytes,
+            meter_pictures=meter_prompts
+            * meter_budget.moments(
+                hyperparameters,
+                steps=steps,
+                prompts=meter_prompts,
+                memory_plan=chosen.memory_plan,
+            ),
         ),
         warnings=(
             *kept_warnings,
@@ -245,6 +258,14 @@ def make(
             caption is not None for subject in dataset.subjects for caption in subject.captions
         ),
         kept_subjects=kept_subjects,
+        meter_prompts=meter_prompts,
+    )
+
+
+def meter_moments(plan: TrainingPlan, hyperparameters: Hyperparameters) -> int:
+    """Return at how many moments the meter draws its pictures, as `meter_budget.moments` does."""
+    return meter_budget.moments(
+        hyperparameters, steps=plan.steps, prompts=plan.meter_prompts, memory_plan=plan
     )
 
 
@@ -304,6 +325,10 @@ def rows(plan: TrainingPlan, hyperparameters: Hyperparameters) -> list[tuple[str
         when.insert(0, f"every {plan.checkpointing_minutes:g} minutes")
     if when:
         lines.append(("checkpoints", " and ".join(when)))
+    if moments := meter_moments(plan, hyperparameters):
+        where = ("at the end", "at the start and the end")[moments > 1]
+        turns = f", and where readings turn (at most {moments - 2})" if moments > 2 else ""
+        lines.append(("meter pictures", f"{plan.meter_prompts} {where}{turns}"))
     if hyperparameters.compute_scores:
         lines.append(
             (

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +19,7 @@ from PIL import Image
 from dreambooth.errors import one_line
 from dreambooth.process import files, logs
 from dreambooth.process.progress import Progress
+from dreambooth.report import report_data
 from dreambooth.training.meter import MeterReading
 from dreambooth.training.plan import TrainingPlan
 from dreambooth.training.step_metrics import StepMetrics
@@ -32,9 +33,9 @@ class RunLog:
     """Logs the metrics of each step; used as a context manager around the loop.
 
     A resumed run continues metrics.jsonl after removing the rows that follow its checkpoint. A
-    fresh run clears the metrics and sample pictures of an earlier one. read_meter: returns a
-    reading if one is due after a step. elsewhere: how the user chooses another folder, for
-    messages.
+    fresh run clears the metrics, sample pictures and meter's pictures of an earlier one.
+    read_meter: returns a reading if one is due after a step. after_reading: is called once its row
+    is written. elsewhere: how the user chooses another folder, for messages.
     """
 
     def __init__(
@@ -47,13 +48,15 @@ class RunLog:
         sample_steps: int = 0,
         draw_sample: Callable[[], Image.Image | None] = lambda: None,
         read_meter: Callable[[int], MeterReading | None] = lambda step: None,
+        after_reading: Callable[[], None] = lambda: None,
         elsewhere: str = "give another folder",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._folder = folder
         self._plan = plan
         self._sample_steps = sample_steps
-        self._draw_sample, self._read_meter = draw_sample, read_meter
+        self._draw_sample = draw_sample
+        self._read_meter, self._after_reading = read_meter, after_reading
         self._elsewhere = elsewhere
         self._clock = clock
         with self._disk_faults_named():
@@ -61,7 +64,7 @@ class RunLog:
             self._metrics = _open_metrics(folder / "metrics.jsonl", first_step)
             with ExitStack() as undo:
                 undo.callback(self._metrics.close)
-                for old in (folder / "samples").glob(_OUR_SAMPLES) if first_step == 0 else ():
+                for old in _of_an_earlier_run(folder) if first_step == 0 else ():
                     old.unlink()
                 self._tensorboard = _tensorboard(folder, first_step)
                 undo.pop_all()
@@ -72,6 +75,7 @@ class RunLog:
         self._seconds, self._read_until = 0.0, 0  # per step; the last step read so far
 
     def __enter__(self) -> RunLog:
+        self._last_time = self._clock()  # what came before is no part of the first step's time
         return self
 
     def __exit__(
@@ -113,18 +117,13 @@ class RunLog:
             metrics.step, loss=metrics.loss, learning_rate=f"{metrics.learning_rate:.2e}"
         )
         if self._tensorboard is not None:
-            names = ("loss", "instance_loss", "class_loss", "learning_rate", "grad_norm")
-            for name in (*names, "kept_loss"):
-                if row.get(name) is not None:
-                    self._tensorboard.add_scalar(name, row[name], metrics.step)
-            for subject, loss in metrics.subject_losses:
-                self._tensorboard.add_scalar(f"subject_losses/{subject}", loss, metrics.step)
-            for name, value in row.get("meter", {}).items():
-                self._tensorboard.add_scalar(f"meter/{name}", value, metrics.step)
+            _add_events(self._tensorboard, row)
         self._count_epoch(metrics)
         draws = self._shows(metrics.step) and metrics.step < self._plan.steps
         if draws:
             self._save_sample(metrics.step, self._draw_sample())
+        if reading is not None:
+            self._after_reading()
         # What is done here does not count as a step's time. Steps that are read together are
         # written while the device computes on, so there only drawing and the meter are left out.
         if draws or reading is not None or metrics.read_with == 1:
@@ -179,9 +178,27 @@ class RunLog:
         )
 
 
+def _add_events(tensorboard: Any, row: Mapping[str, Any]) -> None:
+    """Add a row of metrics.jsonl to TensorBoard's curves."""
+    names = ("loss", "instance_loss", "class_loss", "learning_rate", "grad_norm", "kept_loss")
+    curves = {name: row[name] for name in names if row.get(name) is not None}
+    for group in ("subject_losses", "meter"):
+        curves |= {f"{group}/{name}": value for name, value in row.get(group, {}).items()}
+    for name, value in curves.items():
+        tensorboard.add_scalar(name, value, row["step"])
+
+
 def plain_decimal(value: float) -> str:
     """Return a number as SageMaker's metric expressions read it: decimal, with no exponent."""
     return f"{value:.8f}"
+
+
+def _of_an_earlier_run(folder: Path) -> Iterator[Path]:
+    """Yield the pictures, and what belongs to them, that a run of ours has left in its folder."""
+    yield from (folder / "samples").glob(_OUR_SAMPLES)
+    yield from (picture.path for picture in report_data.meter_pictures(folder / "meter"))
+    if (scores := folder / "meter" / report_data.METER_SCORES).is_file():
+        yield scores
 
 
 def _open_metrics(path: Path, first_step: int) -> TextIO:

@@ -49,6 +49,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Demo:
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as stdout:
         patch.setattr(evaluate, "draw", kept)
+        patch.setattr("dreambooth.training.plan.SCORED_STEPS", 5)  # for the meter's pictures
         assert main(["demo", "--out", str(out)]) == 0
     network = judge_network.load()
     base, tuned = (
@@ -90,6 +91,9 @@ def test_the_report_shows_what_it_draws_over_the_steps(ran: Demo) -> None:
     pictures = set(re.findall(r'src="([^"]+)"[^>]*alt="a photo of a riobugger cat, step', html))
     assert len(pictures) == 4
     assert "Set <code>sample_steps" not in html  # the setting is on, so it is not suggested
+    first, turned, last = (int(step) for step in re.findall(r"<h3[^>]*>Step (\d+)", html))
+    assert (first, last) == (0, 400)
+    assert 0 < turned < 400
 
 
 def test_it_prints_the_sheet_and_the_two_lines_for_ones_own_photographs(ran: Demo) -> None:

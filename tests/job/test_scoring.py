@@ -152,7 +152,7 @@ def test_no_fault_in_scoring_costs_the_model(
         assert (tmp_path / "model" / "model_index.json").is_file()
         raise RuntimeError("something odd")
 
-    monkeypatch.setattr(scoring, "_give_back_the_base", fail)
+    monkeypatch.setattr(scoring, "give_back_the_base", fail)
     assert start() == 0
     shown = capsys.readouterr()
     assert printed(shown.out) == {}
@@ -170,4 +170,4 @@ def test_what_ends_a_process_ends_the_scoring(
     monkeypatch.setattr(scoring, "_measure", fail)
     nothing: Any = None
     with pytest.raises(type(end)):
-        scoring.print_scores(nothing, nothing, nothing)
+        scoring.print_scores(nothing, nothing, nothing, nothing)

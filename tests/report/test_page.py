@@ -23,7 +23,7 @@ from dreambooth.data.dataset_info import DatasetInfo
 from dreambooth.job.run import run_job
 from dreambooth.report import page as report_page
 from dreambooth.report import pictures as report_pictures
-from dreambooth.report.report_data import InstancePicture, MetricsRow, ReportData
+from dreambooth.report.report_data import InstancePicture, MeterPicture, MetricsRow, ReportData
 from dreambooth.settings.hyperparameters import KNOBS, Hyperparameters
 
 pytestmark = pytest.mark.usefixtures("class_images_of_four_steps")
@@ -392,6 +392,35 @@ def test_of_many_pictures_a_sample_is_shown(make_record: Callable[..., ReportDat
     page = Page(report_page.render(make_record(1, instance_pictures=(), class_images=many)))
     assert len(page.of("img")) == report_pictures.MAX_CLASS_IMAGES
     assert "2000 in all, 24 of them here" in page.text
+
+
+def test_the_meters_pictures_stand_in_rows_and_the_kept_one_is_marked(
+    make_record: Callable[..., ReportData],
+) -> None:
+    steps = [*range(0, 400, 10), 395]
+    (path,) = make_record(1).class_images
+    record = make_record(
+        kept_step=150,
+        meter_pictures=[
+            MeterPicture(step=step, name=name, path=path)
+            for step in steps
+            for name in ("subject", "place", "class_2")
+        ],
+        meter_prompts={"subject": EVIL, "place": "on a beach"},
+        meter_scores={150: {"class_kept": 0.5}},
+    )
+    html = report_page.render(record)
+    page = Page(html)
+    assert_self_contained(html, page)
+    titles = [text.strip() for tag, text in page.texts if tag == "h3" and text.strip()]
+    assert titles[0] == "Step 0, the base model"
+    assert "Step 150, the model that was kept" in titles  # every tenth or so is left out
+    assert titles[-1] == "Step 395"
+    assert len(titles) <= report_pictures.MAX_METER_STEPS + 1
+    assert len(page.pictures(f"{EVIL}, meter, step")) == len(titles)
+    assert "class_2, meter, step 150" in [image["alt"] for image in page.of("img")]
+    assert page.text.count("class kept 0.50") == 1
+    assert "Pictures over the steps" not in report_page.render(make_record(1))
 
 
 def test_at_the_cap_every_section_keeps_some_and_counts_them(

@@ -1,10 +1,12 @@
-"""Reading metrics.jsonl back."""
+"""Reading metrics.jsonl and the meter's pictures back."""
 
 from __future__ import annotations
 
 import json
 import math
 from pathlib import Path
+
+import pytest
 
 from dreambooth.report import report_data
 
@@ -43,3 +45,38 @@ def test_lines_that_are_no_rows_are_left_out(tmp_path: Path) -> None:
 
 def test_without_a_file_there_are_no_rows(tmp_path: Path) -> None:
     assert report_data.read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_the_meters_pictures_come_by_step_and_prompt(tmp_path: Path) -> None:
+    names = ["subject", "place", "subject_2", "place_2", "class", "class_2", "other_class"]
+    odd = ["step-000020-sheet.png", "step-000020-subject.jpg", "step-20-subject.png", "scores.json"]
+    for name in [
+        *odd,
+        *(f"step-{step}-{name}.png" for step in ("000020", "000000") for name in names),
+    ]:
+        (tmp_path / name).write_bytes(b"")
+    found = report_data.meter_pictures(tmp_path)
+    assert [(one.step, one.name) for one in found] == [
+        (step, name) for step in (0, 20) for name in names
+    ]
+    assert found[0].path == tmp_path / "step-000000-subject.png"
+    assert report_data.meter_pictures(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "scores"),
+    [
+        ('{"20": {"clean": 1, "class_kept": 0.5}}', {20: {"clean": 1.0, "class_kept": 0.5}}),
+        ('{"20": {}}', {20: {}}),
+        *((text, {}) for text in ("", "[]", "{", '{"x": {}}', '{"1": 2}', '{"1": {"a": NaN}}')),
+        ("[" * 100_000, {}),
+    ],
+)
+def test_scores_come_back_or_there_are_none(
+    tmp_path: Path, text: str, scores: dict[int, dict[str, float]]
+) -> None:
+    assert report_data.meter_scores(tmp_path) == {}
+    (tmp_path / "scores.json").write_text(text)
+    assert report_data.meter_scores(tmp_path) == scores
+    if len(scores.get(20, {})) == 2:
+        assert report_data.in_words(scores[20]) == "clean 1.00, class kept 0.50"

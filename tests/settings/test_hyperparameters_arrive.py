@@ -452,6 +452,16 @@ def test_meter(start_job: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "meter" not in start_job(meter=False).metrics[-1]
 
 
+def test_meter_pictures_share(start_job: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dreambooth.training.plan.SCORED_STEPS", 2)
+    monkeypatch.setattr("dreambooth.training.meter_budget.PICTURE_ROWS", 0.5)  # of the run's six
+    names = ("subject", "place", "class", "other_class")
+    for share, steps in ((0, []), (0.4, [2]), (0.8, [0, 2])):
+        meter = start_job(meter_pictures_share=share).output / "meter"
+        expected = {f"step-{step:06d}-{name}.png" for step in steps for name in names}
+        assert {path.name for path in meter.glob("*.png")} == expected
+
+
 def test_early_stopping_and_keep_states(start_job: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dreambooth.training.meter.SHARE", 9.0)
     settings = {"max_steps": 3, "early_stopping": True, "keep_last_checkpoint": True}

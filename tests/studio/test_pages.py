@@ -236,15 +236,17 @@ def test_the_story_from_pictures_to_a_model(
     assert run.state() == RunState.DONE
     assert run.has_model()
 
-    # What draws fixed prompts while a run trains leaves such files.
+    # A run with pictures of the meter leaves such files.
     (run.folder / "meter").mkdir()
-    for step, key in ((0, "subject"), (0, "a_beach"), (20, "subject"), (20, "a_beach")):
+    for step, key in ((0, "subject"), (0, "other_class"), (20, "subject"), (20, "class")):
         shutil.copy(
             DATA / "cat" / "riobugger_00.png", run.folder / "meter" / f"step-{step:06}-{key}.png"
         )
-    for step, key in ((0, "subject"), (20, "a beach")):
+    for step, key in ((0, "other class"), (20, "subject")):
         page.get_by_role("heading", name=f"Step {step}", exact=True).wait_for()
         page.get_by_role("img", name=f"{key} after step {step}").wait_for()
+    (run.folder / "meter" / "scores.json").write_text('{"20": {"class_kept": 0.5}}')
+    page.get_by_text("class kept 0.50").wait_for()
 
     page.get_by_label("One more prompt").fill("a photo of a dog")
     page.get_by_label("Steps of both").fill("3")

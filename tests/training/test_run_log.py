@@ -137,9 +137,15 @@ def test_a_fresh_run_clears_what_an_earlier_one_left(make_training: Make, tmp_pa
     picture = Image.new("RGB", (8, 8))
     run(tmp_path, plan, range(1, 5), sample_steps=2, draw_sample=lambda: picture)
     (tmp_path / "samples" / "mine.png").write_bytes(b"")
+    (tmp_path / "meter").mkdir()
+    for name in ("step-000000-subject.png", "scores.json", "mine.png"):
+        (tmp_path / "meter" / name).write_bytes(b"")
+    run(tmp_path, plan, range(4, 5))  # a resumed run clears nothing
+    assert len(list((tmp_path / "meter").iterdir())) == 3
     run(tmp_path, plan, range(1, 3))
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
     assert [path.name for path in (tmp_path / "samples").iterdir()] == ["mine.png"]
+    assert [path.name for path in (tmp_path / "meter").iterdir()] == ["mine.png"]
 
 
 def test_tensorboard_events_hold_the_curves(make_training: Make, tmp_path: Path) -> None:
@@ -159,7 +165,7 @@ def test_tensorboard_events_hold_the_curves(make_training: Make, tmp_path: Path)
 
 def test_steps_that_are_read_at_once_share_their_time(make_training: Make, tmp_path: Path) -> None:
     plan = make_training(max_steps=5).plan
-    clock = iter([0.0, 1.0, 1.0, 5.0]).__next__
+    clock = iter([-9.0, 0.0, 1.0, 1.0, 5.0]).__next__
     began = time.time()
     with RunLog(tmp_path, plan, first_step=0, stream=io.StringIO(), clock=clock) as report:
         report.step(metrics(1, plan))
