@@ -70,7 +70,7 @@ OURS = {
     "masked_loss": "False",
     "meter": "True",
     "early_stopping": "False",
-    "keep_states": "2",
+    "keep_states": "None",
     "fid_features": "None",
     "deterministic": "False",
     "prior_preservation_mode": "images",
