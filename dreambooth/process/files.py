@@ -112,7 +112,7 @@ def exchange(one: Path, other: Path) -> None:
         fsync(folder)
 
 
-def link_or_copy(source: Path, target: Path) -> None:
+def link_or_copy(source: Path | str, target: Path | str) -> None:
     """Give a file a second name, or copy it where the file system has no such links.
 
     A symbolic link stays what it is. Raises OSError.

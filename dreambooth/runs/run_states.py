@@ -47,7 +47,7 @@ def states_of(run: Run) -> list[StateFiles]:
     The model that training has ended with, and a checkpoint, are preferred to a state in fp16.
     """
     checkpoints = run.folder / run_folder.CHECKPOINTS
-    found = {}
+    found: dict[int, StateFiles] = {}
     for folder in (checkpoints / run_folder.STATES, checkpoints):
         if all(map(_is_folder, (checkpoints, folder))):
             found |= {state.step: state for state in _states_in(folder)}
