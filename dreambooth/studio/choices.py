@@ -20,6 +20,7 @@ from dreambooth.runs.run_states import StateFiles
 from dreambooth.studio import drafts
 from dreambooth.studio.drawings import CHOICE, MODEL, STAMP, Drawing, Drawings, keeping
 from dreambooth.studio.model_server import ModelServer
+from dreambooth.studio.own_process import OwnProcess, object_of
 
 SEED: Final = "7"
 
@@ -80,8 +81,7 @@ class Choices:
         states = self.states()
         shown = [self.drawn(one) for one in (None, *states)]
         for old in self._of_this_choice():
-            is_whole = len(old.pictures()) == old.wanted
-            if old.has_ended and not (old in shown and is_whole):
+            if old.has_ended and not (old in shown and old.is_whole):
                 old.delete()
         wanted: list[StateFiles | None] = [state]
         wanted += [one for one in states if one.step == self.model_step() and one != state]
@@ -90,6 +90,52 @@ class Choices:
             if self.drawn(one) is None:
                 self.drawings.add(self._request(one), self.prompts())
         self.drawings.advance()
+
+    def advance(self) -> None:
+        """Start what waits: the next drawing, else the scores of one that is whole.
+
+        Raises ResourceError.
+        """
+        self.drawings.advance()
+        base = self.drawn(None)
+        if base is None or any(not one.has_ended for one in self.drawings.all()):
+            return
+        mine = [one for one in self._of_this_choice() if one.is_whole]
+        processes = [scoring(one) for one in mine]
+        if base not in mine or any(process.is_running for process in processes):
+            return
+        for one, process in zip(mine, processes, strict=True):
+            if one != base and not process.was_started and STAMP in one.request():
+                self._score(one, base, process)
+                return
+
+    def _score(self, drawing: Drawing, base: Drawing, process: OwnProcess) -> None:
+        """Measure what a state has drawn, in a process of its own."""
+        options = self.drawings.options_of(self.drawings.base_of(self.run))
+        *_, other_class = self.prompts()
+        with files.disk_faults_named("The scores", process.folder, elsewhere=_ELSEWHERE):
+            try:
+                process.folder.mkdir()
+            except FileExistsError:  # another page does it
+                return
+            process.start(
+                "evaluate",
+                f"--model={self.run.folder / run_folder.MODEL}",
+                f"--data={self.run.settings().get('train', '')}",
+                f"--base={options[MODEL]}",
+                f"--drawn={drawing.folder}",
+                f"--base_drawn={base.folder}",
+                f"--other_prompt={other_class}",
+                f"--out={process.folder}",
+            )
+
+    def scores(self, drawing: Drawing) -> dict[str, float]:
+        """Return the measures of what a state has drawn, by name; none before they are there."""
+        found = object_of(scoring(drawing).folder / "evaluation.json").get("measures")
+        if not isinstance(found, dict):
+            return {}
+        means = {name: one.get("mean") for name, one in found.items() if isinstance(one, dict)}
+        return {name: mean for name, mean in means.items() if isinstance(mean, float)}
 
     def cancel(self) -> None:
         """Cancel what is drawn or to be drawn for this run's choice."""
@@ -132,6 +178,11 @@ class Choices:
             return {**request, MODEL: self.drawings.base_of(self.run)}
         model = self.drawings.state_of(self.run, state.step)
         return {**request, MODEL: model, STAMP: state.stamp}
+
+
+def scoring(drawing: Drawing) -> OwnProcess:
+    """Return the process that measures what was drawn."""
+    return OwnProcess(drawing.folder / "scores")
 
 
 def reading_at(

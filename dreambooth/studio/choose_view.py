@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,18 +14,30 @@ from dreambooth.runs.run_folder import Run, RunState
 from dreambooth.runs.run_list import RunList
 from dreambooth.runs.run_states import StateFiles
 from dreambooth.studio import parts
-from dreambooth.studio.choices import Choices, reading_at
+from dreambooth.studio.choices import Choices, reading_at, scoring
 from dreambooth.studio.drawings import Drawing, keeping
 from dreambooth.studio.routes import drawing_address
 
 _NOT_ENDED: Final = (RunState.RUNNING, RunState.WAITING, RunState.DRAFT)
-_NUMBERS: Final[Mapping[str, str]] = {
+_READ: Final[Mapping[str, str]] = {
     "loss": "Loss on your pictures, of the base's: lower means more like them",
     "drift_class": "Class moved, of what the subject did: lower means more of it is kept",
     "drift_other_class": "Another class moved, likewise",
     "guidance": "What guidance multiplies, of the base's: pictures may burn well above 1",
 }
-_OF_THE_BASE: Final = {"loss": 1.0, "drift_class": 0.0, "drift_other_class": 0.0, "guidance": 1.0}
+_SCORED: Final[Mapping[str, str]] = {
+    "subject": "The subject is drawn",
+    "likeness": "Likeness to your pictures",
+    "class_kept": "The class is drawn, and not the subject",
+    "other_class_kept": "So is another class",
+    "clean": "The pictures are clean",
+}
+_OF_THE_BASE: Final[Mapping[str, float]] = {
+    "loss": 1.0,
+    "drift_class": 0.0,
+    "drift_other_class": 0.0,
+    "guidance": 1.0,
+}
 
 
 def draw(runs: RunList, run: Run) -> Callable[[RunState], Awaitable[None]]:
@@ -66,8 +79,10 @@ class _Section:
         self._section.set_visibility(False)
 
     async def _slide(self, event: Any) -> None:
-        self._at = self._states[int(event.args)].step
-        await self._show()
+        place = str(event.args)
+        if place.isdecimal() and int(place) < len(self._states):
+            self._at = self._states[int(place)].step
+            await self._show()
 
     async def _do_draw(self) -> None:
         await asyncio.to_thread(self._choices.draw, self._state)
@@ -95,93 +110,123 @@ class _Section:
             return
         if self._at not in steps:
             self._at = self._model_step
+        await asyncio.to_thread(self._choices.advance)
         await self._show()
 
     async def _show(self) -> None:
         """Show the state at which the slider stands, beside the base and the model."""
-        steps, is_model = [state.step for state in self._states], self._at == self._model_step
-        place, where = steps.index(self._at or 0), f"step {self._at}"
-        where += (
-            " (the model now)" if is_model else f" (the model now is that of {self._model_step})"
-        )
-        self._where.text = where
-        wanted = {"max": len(steps) - 1, "value": place, "aria-valuetext": where}
-        if any(self._slider.props.get(name) != value for name, value in wanted.items()):
-            self._slider.props.update(wanted)
-            self._slider.update()
+        self._show_slider()
         columns = await asyncio.to_thread(self._columns)
-        mine = columns[1][1]
-        process = keeping(self._choices.run)
-        to_come = [one for _, one in columns if one is not None and not one.has_ended]
-        self._keep.set_enabled(not is_model and not process.is_running)
-        self._draw.set_visibility(mine is None or len(mine.pictures()) < mine.wanted)
-        self._draw.set_enabled(not to_come)
-        self._cancel.set_visibility(bool(to_come))
-        said = [f"{title}: {one.sentence}" for title, one in columns if one in to_come]
-        if process.is_running:
-            said.append("The model is being replaced.")
-        elif process.was_started and process.fault():
-            said.append(process.fault())
-        elif mine is not None and mine.has_ended and len(mine.pictures()) < mine.wanted:
-            said.append(mine.sentence)
-        self._sentence.text = " ".join(said)
+        self._show_buttons(columns)
         readings = await asyncio.to_thread(self._choices.readings)
-        pictures = [(title, one.name if one else "", _by_number(one)) for title, one in columns]
-        content = (pictures, self._at, self._model_step, len(readings))
+        scores = [self._choices.scores(one.drawing) if one.drawing else {} for one in columns]
+        found = [(one.title, one.drawing and one.drawing.name, one.pictures) for one in columns]
+        content = (found, len(readings), scores)
         if content != self._drawn:
             self._drawn = content
             self._place.clear()
             with self._place:
-                self._numbers(readings)
+                _meter(columns, readings)
                 _pictures(self._choices.prompts(), columns)
+                _scores(columns, scores)
 
-    def _columns(self) -> list[tuple[str, Drawing | None]]:
+    def _show_slider(self) -> None:
+        steps = [state.step for state in self._states]
+        where = f"step {self._at} (the model now is that of {self._model_step})"
+        if self._at == self._model_step:
+            where = f"step {self._at} (the model now)"
+        self._where.text = where
+        place = steps.index(self._at or 0)
+        wanted = {"max": len(steps) - 1, "value": place, "aria-valuetext": where}
+        if any(self._slider.props.get(name) != value for name, value in wanted.items()):
+            self._slider.props.update(wanted)
+            self._slider.update()
+
+    def _show_buttons(self, columns: list[_Column]) -> None:
+        """Show what can be done, and how far it is."""
+        mine, process = columns[1].drawing, keeping(self._choices.run)
+        to_come = [one for one in columns if one.drawing and not one.drawing.has_ended]
+        is_whole = mine is not None and len(mine.pictures()) == mine.wanted
+        self._keep.set_enabled(self._at != self._model_step and not process.is_running)
+        self._draw.set_visibility(not is_whole)
+        self._draw.set_enabled(not to_come)
+        self._cancel.set_visibility(bool(to_come))
+        said = [f"{one.title}: {one.drawing.sentence}" for one in to_come if one.drawing]
+        if mine is not None and mine.has_ended:
+            scored = scoring(mine)
+            said.append(mine.sentence * (not is_whole))
+            said.append("The pictures are being scored." * scored.is_running)
+            said.append(f"No scores: {scored.fault()}" if scored.fault() else "")
+        said.append("The model is being replaced." if process.is_running else process.fault())
+        self._sentence.text = " ".join(filter(None, said))
+
+    def _columns(self) -> list[_Column]:
         """Return what stands side by side: the base, the state, and the model if it is another."""
-        found: list[tuple[str, Drawing | None]] = [("base", self._choices.drawn(None))]
+        found = [_Column(title="base", step=None, drawing=self._choices.drawn(None))]
         for state in self._states:
-            if state.step == self._at:
-                found.insert(1, (f"step {state.step}", self._choices.drawn(state)))
-            elif state.step == self._model_step:
-                found.append((f"step {state.step}, the model now", self._choices.drawn(state)))
+            is_model = state.step == self._model_step
+            if is_model or state.step == self._at:
+                column = _Column(
+                    title=f"step {state.step}{', the model now' * is_model}",
+                    step=state.step,
+                    drawing=self._choices.drawn(state),
+                )
+                found.insert(1 if state.step == self._at else 2, column)
         return found
 
-    def _numbers(self, readings: Mapping[int, Mapping[str, float]]) -> None:
-        shown = dict.fromkeys((self._at or 0, self._model_step or 0))
-        found = {step: reading_at(readings, step) for step in shown}
-        heads, there = ["What the meter read", "base"], set[str]()
-        for step, reading in found.items():
-            late = f" (read at {reading[0]})" if reading and reading[0] != step else ""
-            heads.append(f"step {step}{', the model now' * (step == self._model_step)}{late}")
-            there |= set(reading[1]) if reading else set()
-        rows = [
-            (label, f"{_OF_THE_BASE[name]:.2f}", *(_number(found[step], name) for step in shown))
-            for name, label in _NUMBERS.items()
-            if name in there
-        ]
-        if rows:
-            parts.table("Numbers of the states", heads, rows)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Column:
+    """What is compared with others. step: None of the base. drawing: None before there is one."""
+
+    title: str
+    step: int | None
+    drawing: Drawing | None
+
+    @property
+    def pictures(self) -> dict[int, Path]:
+        """Return its pictures by the number of their prompts."""
+        return self.drawing.by_number() if self.drawing is not None else {}
 
 
-def _number(reading: tuple[int, Mapping[str, float]] | None, name: str) -> str:
-    value = None if reading is None else reading[1].get(name)
-    return "not read" if value is None else f"{value:.2f}"
+def _meter(columns: list[_Column], readings: Mapping[int, Mapping[str, float]]) -> None:
+    """Draw the meter's figures as far as any of the states has them."""
+    heads, rows = ["What the meter read"], [[label] for label in _READ.values()]
+    for column in columns:
+        at, figures = column.step, _OF_THE_BASE
+        if column.step is not None:
+            at, figures = reading_at(readings, column.step) or (column.step, {})
+        heads.append(column.title + ("" if at == column.step else f" (read at {at})"))
+        for row, name in zip(rows, _READ, strict=True):
+            row.append(f"{figures[name]:.2f}" if name in figures else "not read")
+    rows = [row for row in rows if {*row[2:]} != {"not read"}]
+    if rows:
+        parts.table("Numbers of the states", heads, rows)
 
 
-def _pictures(prompts: list[str], columns: list[tuple[str, Drawing | None]]) -> None:
-    by_column = [(title, one, _by_number(one)) for title, one in columns if one is not None]
-    if not any(found for _, _, found in by_column):
+def _scores(columns: list[_Column], scores: list[dict[str, float]]) -> None:
+    """Draw the scores of the pictures; the base, with which they are compared, has none."""
+    if not any(scores):
+        return
+    heads = ["Scores of these pictures", *(column.title for column in columns[1:])]
+    rows = [
+        [label, *(f"{one[name]:.2f}" if name in one else "not measured" for one in scores[1:])]
+        for name, label in _SCORED.items()
+    ]
+    parts.table("From 0 to 1; of so few pictures they are only a hint", heads, rows)
+
+
+def _pictures(prompts: list[str], columns: list[_Column]) -> None:
+    if not any(column.pictures for column in columns):
         return
     for number, prompt in enumerate(prompts):
         with parts.tag("div", role="group", aria_label=prompt):
             parts.text("h3", prompt)
             with parts.tag("div", classes="pictures three"):
-                for title, drawing, found in by_column:
+                for column in columns:
                     with parts.tag("figure"):
-                        if drawing is not None and number in found:
-                            address = drawing_address(drawing.name, found[number].name)
-                            parts.tag("img", src=address, alt=f"{title}: {prompt}")
-                        parts.text("figcaption", title)
-
-
-def _by_number(drawing: Drawing | None) -> dict[int, Path]:
-    return drawing.by_number() if drawing is not None else {}
+                        if column.drawing is not None and number in column.pictures:
+                            picture = column.pictures[number].name
+                            address = drawing_address(column.drawing.name, picture)
+                            parts.tag("img", src=address, alt=f"{column.title}: {prompt}")
+                        parts.text("figcaption", column.title)

@@ -129,6 +129,11 @@ class Drawing:
         return len(self.prompts()) * int(self.request().get("count") or "1")
 
     @property
+    def is_whole(self) -> bool:
+        """Return whether all pictures are there, and the process has ended."""
+        return self.has_ended and len(self.pictures()) == self.wanted
+
+    @property
     def sentence(self) -> str:
         """Return in words how far it is, and why it has ended if it is not whole."""
         wanted, there = self.wanted, len(self.pictures())
@@ -312,7 +317,7 @@ class Drawings:
         request = drawing.request()
         drawing.process.start(
             "generate",
-            *(f"--{name}={value}" for name, value in self._model(request[MODEL]).items()),
+            *(f"--{name}={value}" for name, value in self.options_of(request[MODEL]).items()),
             f"--out={drawing.folder}",
             "--batch_size=1",  # they come one by one
             *(f"--prompt={prompt}" for prompt in drawing.prompts()),
@@ -324,7 +329,7 @@ class Drawings:
             then=self.advance,
         )
 
-    def _model(self, chosen: str) -> dict[str, str]:
+    def options_of(self, chosen: str) -> dict[str, str]:
         """Return the options of `generate` that name a model."""
         if name := _run_of(chosen):
             model = {MODEL: str(self.runs.folder / name / run_folder.MODEL)}

@@ -104,6 +104,28 @@ def test_each_state_is_drawn_with_once(choices: Choices, started: Started) -> No
     assert len(advanced(choices)) == 4
 
 
+def test_what_was_drawn_is_scored_once_nothing_is_drawn(choices: Choices, started: Started) -> None:
+    ten = choices.states()[0]
+    choices.draw(ten)
+    choices.advance()
+    assert [one[0] for one in started] == ["generate"] * 2
+    for _ in range(5):
+        choices.advance()
+    assert [one[0] for one in started] == ["generate"] * 3 + ["evaluate"] * 2
+    drawn, base = choices.drawn(ten), choices.drawn(None)
+    assert drawn is not None
+    assert base is not None
+    said = next(one for one in started if f"--drawn={drawn.folder}" in one)
+    assert {f"--base_drawn={base.folder}", "--base=tiny", "--other_prompt=a photo of a cat"} <= {
+        *said
+    }
+    assert choices.scores(drawn) == {}
+    found = {"measures": {"subject": {"mean": 0.5}, "x": {"mean": "1"}, "y": 3}}
+    (drawn.folder / "scores" / "evaluation.json").write_text(json.dumps(found))
+    assert choices.scores(drawn) == {"subject": 0.5}
+    assert drawn.pictures()[0].parent == drawn.folder
+
+
 def test_what_a_deleted_run_has_drawn_goes(choices: Choices, started: Started) -> None:
     choices.draw(choices.states()[0])
     advanced(choices)
@@ -162,12 +184,18 @@ def test_a_comparison_of_an_earlier_model_is_none(choices: Choices, started: Sta
 
 
 def test_the_numbers_of_a_state_are_those_of_the_last_reading_before(choices: Choices) -> None:
-    lines = [
+    lines: list[dict[str, object]] = [
         {"step": 9, "meter": {"loss": 0.5}},
         {"step": 10},
         {"step": 20, "meter": {"loss": 0.4}},
     ]
-    rest = {"loss": 1, "instance_loss": 1, "class_loss": None, "learning_rate": 1, "grad_norm": 1}
+    rest: dict[str, object] = {
+        "loss": 1,
+        "instance_loss": 1,
+        "class_loss": None,
+        "learning_rate": 1,
+        "grad_norm": 1,
+    }
     text = "".join(json.dumps({**rest, **line}) + "\n" for line in lines)
     (choices.run.folder / "metrics.jsonl").write_text(text)
     found = choices.readings()

@@ -207,6 +207,7 @@ def choose_an_earlier_state(page: Any, second: Any, run: Run) -> None:
             for title in ("base", "step 40", "step 80, the model now"):
                 shown.get_by_role("img", name=f"{title}: {prompt}", exact=True).wait_for()
     page.get_by_role("button", name="Cancel the drawing").wait_for(state="hidden")
+    page.get_by_role("row", name="The subject is drawn").wait_for()
     anyone_can_use(page)
     weights = run.folder / "model" / "unet" / "diffusion_pytorch_model.safetensors"
     before = weights.read_bytes()
