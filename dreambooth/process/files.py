@@ -102,10 +102,12 @@ def exchange(one: Path, other: Path) -> None:
 
     Raises OSError, also where the file system cannot do this (some network disks).
     """
-    libc = ctypes.CDLL(None, use_errno=True)
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(one), None, str(other))
     names = (os.fsencode(path) for path in (one, other))
     first, second = (ctypes.c_char_p(name) for name in names)
-    if libc.renameat2(_HERE, first, _HERE, second, _EXCHANGE) != 0:
+    if rename(_HERE, first, _HERE, second, _EXCHANGE) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), str(one), None, str(other))
     for folder in {one.parent, other.parent}:

@@ -193,6 +193,18 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(start: Start, tmp_path
     assert contents(run.folder / "model") == before
 
 
+def test_a_training_that_begins_anew_makes_its_states_anew(start: Start, tmp_path: Path) -> None:
+    run = start("run", "--keep_states=3")
+    (run.folder / "checkpoints" / "states" / ".partial-step-00000009").mkdir()
+    start("run", "--keep_states=3", "--max_steps=2", "--keep_last_checkpoint")
+    states = run.folder / "checkpoints" / "states"
+    assert sorted(path.name for path in states.iterdir()) == ["step-00000001", "step-00000002"]
+    start("run", "--keep_states=2", "--keep_last_checkpoint")  # it goes on from step 2
+    assert sorted(path.name for path in states.iterdir()) == ["step-00000002", "step-00000003"]
+    start("run", "--resume=fresh", "--max_steps=2", "--keep_states=")
+    assert not states.exists()
+
+
 def test_pictures_are_drawn_with_a_state(start: Start, tmp_path: Path) -> None:
     run = start("run", "--keep_states=3")
     drawn = {}
