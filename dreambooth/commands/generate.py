@@ -187,7 +187,7 @@ def _draw(
                 picture = np.zeros_like(picture)
                 hidden.append(request)
             path = settings.out / file_name(i, len(requests), request, settings.format)
-            image = _write_picture(path, picture, request, settings.model)
+            image = _write_picture(path, picture, request, _name_of_the_model(settings))
             paths.append(path)
             if len(drawn) < GRID_PICTURES:
                 drawn.append((request.prompt, image))
@@ -200,6 +200,10 @@ def _draw(
     if len(drawn) > 1:
         paths.append(_write_grid(settings.out / "grid.png", drawn))
     return paths, lost
+
+
+def _name_of_the_model(settings: GenerateSettings) -> str:
+    return settings.model + (f" at step {settings.state}" if settings.state is not None else "")
 
 
 def _seeds(requests: Sequence[SamplingRequest]) -> str:

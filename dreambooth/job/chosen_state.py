@@ -33,7 +33,6 @@ from dreambooth.runs import run_folder, run_states
 from dreambooth.runs.run_folder import Run, RunState
 
 _ELSEWHERE: Final = "keep runs on another disk"
-
 _SINGLE_FILE: Final = "model.safetensors"
 _SETTINGS: Final = "hyperparameters.json"
 _NOT_ENDED: Final = (RunState.WAITING, RunState.DRAFT)
@@ -50,7 +49,7 @@ def keep(run: Run, step: int) -> None:
         run.changing() as found,
         files.disk_faults_named("The model", run.folder, elsewhere=_ELSEWHERE),
     ):
-        if found in (RunState.WAITING, RunState.DRAFT):
+        if found in _NOT_ENDED:
             raise UserError(f"The run {run.name} is {found}: let it end first.")
         model = _model(run)
         card = model_card.read(model)
@@ -75,11 +74,13 @@ def compose(run: Run, step: int, folder: Path) -> Path:
     """Make a model folder of a run's model and the state of a step, and return it.
 
     folder: a new one on the disk of the run. Raises UserError where there is no such state, or it
-    lacks a part that was trained; OSError.
+    holds other parts than those that were trained; OSError.
     """
     model, state = _model(run), run_states.state_of(run, step)
-    if model_card.read(model).train_text_encoder and "text_encoder" not in state.weights:
-        raise UserError(f"The state of step {step} lacks the text encoder, which was trained.")
+    if model_card.read(model).train_text_encoder != ("text_encoder" in state.weights):
+        raise UserError(
+            f"The state of step {step} does not hold the parts that the model says were trained."
+        )
     folder.mkdir(parents=True)
     for name in destination.ENTRIES:
         source = model / name
@@ -152,6 +153,9 @@ def _set_aside(run: Run, step: int) -> None:
     if state != run_states.model_state(run):
         return
     states = run.folder / run_folder.CHECKPOINTS / run_folder.STATES
+    for folder in (states.parent, states):
+        if folder.is_symlink():
+            raise UserError(f"{folder} is a link, and nothing is written behind it.")
     final, partial = states / f"step-{step:08}", states / f".partial-step-{step:08}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -88,7 +88,7 @@ def too_many(steps: Sequence[int], keep: int) -> list[int]:
 
 
 def remove(folder: Path, *, after: int = -1) -> None:
-    """Remove the states of the steps after this one, which a run that begins there makes anew."""
+    """Remove the states of all steps, or of those after one, where a training begins anew."""
     for path in _there(folder):
         if _step(path) > after:
             shutil.rmtree(path, ignore_errors=True)

@@ -21,6 +21,7 @@ _KNOWN_LICENCES = (
 )
 _LICENCE_LINE = re.compile(r"license:[ \t]*[\"']?([\w.+-]{1,64})[\"']?\s*")
 _FRONT_MATTER_BYTES = 64 * 1024
+_LONGEST_NOTE = 500
 # What `__model_info__.json` says of the training beside the steps, subjects and versions.
 _FACTS: Mapping[str, type] = {
     **{"planned_steps": int, "instance_images": int, "class_images": int},
@@ -83,6 +84,9 @@ def read(folder: Path, *, limits: Limits = LIMITS) -> ModelCard:
     versions = noted.get("versions")
     pairs = versions if isinstance(versions, list) else []
     base = info.get("base_model")
+    for name in ("data_fingerprint", "ended_early"):
+        if name in facts:
+            facts[name] = one_line(facts[name], _LONGEST_NOTE)
     return ModelCard(
         **{"planned_steps": steps, "data_fingerprint": "not noted", **facts},
         base=base if isinstance(base, str) else "not noted",
@@ -90,7 +94,7 @@ def read(folder: Path, *, limits: Limits = LIMITS) -> ModelCard:
         steps=steps,
         licence=licence_of(folder),
         versions=[
-            (pair[0], pair[1])
+            (one_line(pair[0], 100), one_line(pair[1], 100))
             for pair in pairs
             if isinstance(pair, list) and [type(text) for text in pair] == [str, str]
         ],

@@ -184,6 +184,14 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(start: Start, tmp_path
     for step, sentence in ((4, "is not a valid safetensors file"), (7, "does not fit its config")):
         with pytest.raises(ModelArtifactError, match=sentence):
             chosen_state.keep(run, step)
+    (states / "step-00000002" / "text_encoder.safetensors").touch()
+    with pytest.raises(UserError, match="does not hold the parts that the model says were trained"):
+        chosen_state.keep(run, 2)
+    os.rename(states / "step-00000001", states.parent / "step-00000001")
+    os.rename(states, tmp_path / "elsewhere")
+    os.symlink(tmp_path / "elsewhere", states)
+    with pytest.raises(UserError, match="is a link, and nothing is written behind it"):
+        chosen_state.keep(run, 1)
     with run.changing(), pytest.raises(UserError, match="is running"):
         chosen_state.keep(run, 1)
     for name in ("exit_code", "process.json"):
@@ -216,6 +224,9 @@ def test_pictures_are_drawn_with_a_state(start: Start, tmp_path: Path) -> None:
         (picture,) = out.glob("*.png")
         with Image.open(picture) as image:
             drawn[name] = image.tobytes()
+            assert image.text["model"].endswith(
+                {"model": "model", "one": "at step 1"}.get(name, "")
+            )
     assert drawn["model"] == drawn["three"] != drawn["one"]
     assert sorted(path.name for path in run.folder.glob("dreambooth-*")) == []
     argv = ["generate", "--model=tiny", f"--out={tmp_path / 'x'}", "--state=1", *options]
