@@ -144,9 +144,10 @@ class _Section:
 
     def _show_buttons(self, columns: list[_Column]) -> None:
         """Show what can be done, and how far it is."""
-        mine, process = columns[1].drawing, keeping(self._choices.run)
+        mine = next(one.drawing for one in columns if one.step == self._at)
+        process = keeping(self._choices.run)
         to_come = [one for one in columns if one.drawing and not one.drawing.has_ended]
-        is_whole = mine is not None and len(mine.pictures()) == mine.wanted
+        is_whole = all(one.drawing is not None and one.drawing.is_whole for one in columns)
         self._keep.set_enabled(self._at != self._model_step and not process.is_running)
         self._draw.set_visibility(not is_whole)
         self._draw.set_enabled(not to_come)
@@ -154,7 +155,7 @@ class _Section:
         said = [f"{one.title}: {one.drawing.sentence}" for one in to_come if one.drawing]
         if mine is not None and mine.has_ended:
             scored = scoring(mine)
-            said.append(mine.sentence * (not is_whole))
+            said.append(mine.sentence * (not mine.is_whole))
             said.append("The pictures are being scored." * scored.is_running)
             said.append(f"No scores: {scored.fault()}" if scored.fault() else "")
         said.append("The model is being replaced." if process.is_running else process.fault())
@@ -162,7 +163,10 @@ class _Section:
 
     def _columns(self) -> list[_Column]:
         """Return what stands side by side: the base, the state, and the model if it is another."""
-        found = [_Column(title="base", step=None, drawing=self._choices.drawn(None))]
+        found = []
+        if self._choices.drawings.names_base(self._choices.run):
+            found.append(_Column(title="base", step=None, drawing=self._choices.drawn(None)))
+        place = len(found)
         for state in self._states:
             is_model = state.step == self._model_step
             if is_model or state.step == self._at:
@@ -171,7 +175,7 @@ class _Section:
                     step=state.step,
                     drawing=self._choices.drawn(state),
                 )
-                found.insert(1 if state.step == self._at else 2, column)
+                found.insert(place if state.step == self._at else len(found), column)
         return found
 
 
@@ -199,7 +203,8 @@ def _meter(columns: list[_Column], readings: Mapping[int, Mapping[str, float]]) 
         heads.append(column.title + ("" if at == column.step else f" (read at {at})"))
         for row, name in zip(rows, _READ, strict=True):
             row.append(f"{figures[name]:.2f}" if name in figures else "not read")
-    rows = [row for row in rows if {*row[2:]} != {"not read"}]
+    at_states = [number for number, one in enumerate(columns, start=1) if one.step is not None]
+    rows = [row for row in rows if any(row[number] != "not read" for number in at_states)]
     if rows:
         parts.table("Numbers of the states", heads, rows)
 
@@ -208,11 +213,13 @@ def _scores(columns: list[_Column], scores: list[dict[str, float]]) -> None:
     """Draw the scores of the pictures; the base, with which they are compared, has none."""
     if not any(scores):
         return
-    heads = ["Scores of these pictures", *(column.title for column in columns[1:])]
+    shown = [one for column, one in zip(columns, scores, strict=True) if column.step is not None]
+    titles = [column.title for column in columns if column.step is not None]
     rows = [
-        [label, *(f"{one[name]:.2f}" if name in one else "not measured" for one in scores[1:])]
+        [label, *(f"{one[name]:.2f}" if name in one else "not measured" for one in shown)]
         for name, label in _SCORED.items()
     ]
+    heads = ["Scores of these pictures", *titles]
     parts.table("From 0 to 1; of so few pictures they are only a hint", heads, rows)
 
 

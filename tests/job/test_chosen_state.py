@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -199,6 +200,16 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(start: Start, tmp_path
     with pytest.raises(UserError, match="is waiting: let it end first"):
         chosen_state.keep(run, 1)
     assert contents(run.folder / "model") == before
+
+
+def test_the_room_of_the_states_is_counted(
+    start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=64 * 2**20))
+    start("few", "--keep_states=1")
+    with pytest.raises(AssertionError):
+        start("many", "--keep_states=100")
+    assert "states to choose from" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_training_that_begins_anew_makes_its_states_anew(start: Start, tmp_path: Path) -> None:
