@@ -81,7 +81,9 @@ def parser() -> argparse.ArgumentParser:
         verbs.add_parser("serve", help="answer requests for pictures over HTTP")
     )
     runs.add_arguments(
-        verbs.add_parser("runs", help="list runs; start, stop, continue, repeat and delete them")
+        verbs.add_parser(
+            "runs", help="list runs; start, stop, continue, repeat and delete them; choose a state"
+        )
     )
     studio_options.add_arguments(
         verbs.add_parser("studio", help="open a page on which runs are made and watched")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from dreambooth.data import dataset_info, prompts
 from dreambooth.data.dataset_info import DatasetInfo, SubjectData
 from dreambooth.data.picture_files import printable
-from dreambooth.errors import ResourceError, UserError
+from dreambooth.errors import ResourceError, UserError, quoted
 from dreambooth.evaluation import prompt_list, vision_model
 from dreambooth.evaluation.prompt_list import AskedPrompts
 from dreambooth.process import gpu_driver, libraries, temporary_folder
@@ -102,13 +102,21 @@ def main(arguments: argparse.Namespace) -> int:
         network = features.choose(given, model, resolution=model.resolution, device=device)
         side = model.resolution
         how = {name: getattr(settings, name) for name in _DRAWING}
-        drawn = draw(model, all_prompts, "drawing", **how)
+        drawn = (
+            _read_drawn(settings.drawn, "--drawn", all_prompts)
+            if settings.drawn is not None
+            else draw(model, all_prompts, "drawing", **how)
+        )
         base: Drawn = {}
         base_loss = None
         del model
         if settings.base is not None:
             other = _load(settings.base, "--base", settings, device, workspace / "base")
-            base = draw(other, all_prompts, "drawing, base model", **how)
+            base = (
+                _read_drawn(settings.base_drawn, "--base_drawn", all_prompts)
+                if settings.base_drawn is not None
+                else draw(other, all_prompts, "drawing, base model", **how)
+            )
             base_loss = functools.partial(clean.denoising_loss, other)
         reports = [
             _measure(one, info, subject, drawn, base, network, reader, base_loss, side)
@@ -163,6 +171,21 @@ def _load(
     for warning in loaded.facts.warnings:
         log.warning(warning)
     return loaded
+
+
+def _read_drawn(folder: Path, option: str, prompts: Sequence[str]) -> Drawn:
+    """Return the pictures that `generate` has written, by their prompts, which stand in them."""
+    from dreambooth.data import images
+
+    found: dict[str, list[np.ndarray | None]] = {prompt: [] for prompt in prompts}
+    for path in sorted(folder.glob("*.png")):
+        prompt = images.read_note(path, "prompt")
+        if prompt in found:  # the grid has none
+            found[prompt].append(images.to_array(images.open_image(path)))
+    missing = [prompt for prompt in prompts if not found[prompt]]
+    if missing:
+        raise UserError(f"{option} {folder} holds no picture of the prompt {quoted(missing[0])}.")
+    return found
 
 
 def draw(
@@ -314,12 +337,15 @@ def _write(
         "model": settings.model,
         "base": settings.base,
         "data": str(settings.data),
-        "pictures": settings.pictures,
-        "num_inference_steps": settings.num_inference_steps,
-        "guidance_scale": settings.guidance_scale,
-        "seed": settings.seed,
         "features": features,
     }
+    if settings.drawn is None:
+        document |= {
+            "pictures": settings.pictures,
+            "num_inference_steps": settings.num_inference_steps,
+            "guidance_scale": settings.guidance_scale,
+            "seed": settings.seed,
+        }
     if confused is None:
         document |= reports[0].document
     else:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from dreambooth.errors import ResourceError, UserError
 from dreambooth.process import gpu_driver, libraries, temporary_folder
 from dreambooth.process.memory import is_out_of_memory
+from dreambooth.runs import run_folder
+from dreambooth.runs.run_folder import Run
 from dreambooth.settings.generate_options import GenerateSettings, read
 
 if TYPE_CHECKING:
@@ -50,7 +52,9 @@ def main(args: argparse.Namespace) -> int:
     if seed is None:
         seed = secrets.randbelow(2**32)
         print(f"seed {seed} (chosen at random; --seed {seed} draws them again)", flush=True)
-    with temporary_folder.temporary() as workspace:
+    # A state is put together with links, which do not lead to another disk.
+    root = None if settings.state is None else Path(settings.model).parent
+    with temporary_folder.temporary(root) as workspace:
         model, checker = _load(settings, workspace)
         requests = _requests(settings, seed)
         paths, lost = _draw(model, checker, requests, settings)
@@ -77,7 +81,7 @@ def _load(
     gpu_driver.refuse_gpu_without_kernels(torch)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = source.locate(
-        settings.model,
+        _model_of_the_state(settings, workspace) if settings.state is not None else settings.model,
         given="with --model",
         prediction_type=settings.prediction_type,
         base=settings.base,
@@ -98,6 +102,17 @@ def _load(
     for warning in loaded.facts.warnings:
         log.warning(warning)
     return loaded, checker
+
+
+def _model_of_the_state(settings: GenerateSettings, workspace: Path) -> str:
+    """Put a model together of a run's model and a state, and return its folder."""
+    from dreambooth.job import chosen_state
+
+    run = Run(Path(settings.model).parent)
+    if not (run.exists and Path(settings.model).name == run_folder.MODEL):
+        raise UserError("With --state, --model must be the folder `model` of a run.")
+    assert settings.state is not None
+    return str(chosen_state.compose(run, settings.state, workspace / "state"))
 
 
 def _check_steps(steps: int, folder: Path) -> None:
@@ -172,7 +187,7 @@ def _draw(
                 picture = np.zeros_like(picture)
                 hidden.append(request)
             path = settings.out / file_name(i, len(requests), request, settings.format)
-            image = _write_picture(path, picture, request, settings.model)
+            image = _write_picture(path, picture, request, _name_of_the_model(settings))
             paths.append(path)
             if len(drawn) < GRID_PICTURES:
                 drawn.append((request.prompt, image))
@@ -185,6 +200,10 @@ def _draw(
     if len(drawn) > 1:
         paths.append(_write_grid(settings.out / "grid.png", drawn))
     return paths, lost
+
+
+def _name_of_the_model(settings: GenerateSettings) -> str:
+    return settings.model + (f" at step {settings.state}" if settings.state is not None else "")
 
 
 def _seeds(requests: Sequence[SamplingRequest]) -> str:

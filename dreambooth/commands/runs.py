@@ -1,4 +1,7 @@
-"""`python -m dreambooth runs` lists runs and starts, stops, continues, repeats and deletes them."""
+"""`python -m dreambooth runs` lists runs and starts, stops, continues, repeats and deletes them.
+
+Of what a run has kept it makes another state the model.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ from typing import Any, Final
 
 from dreambooth.errors import UserError, one_line
 from dreambooth.limits import size_in_words
-from dreambooth.process import addresses
-from dreambooth.runs import run_folder, run_list, stop_run
+from dreambooth.process import addresses, libraries
+from dreambooth.runs import run_folder, run_list, run_states, stop_run
 from dreambooth.runs.run_folder import Run, RunState
 from dreambooth.runs.run_list import RunList
 from dreambooth.runs.run_status import RunStatus
@@ -53,10 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     stop = add("stop", "stop runs, and say what is left of them")
     go_on = add("continue", "go on from the checkpoint, with changes if any are given")
     again = add("again", "add a run with the settings of another one and these changes")
+    keep = add("keep", "make a state that a run has kept its model")
     delete = add("delete", "delete runs and all that they hold")
     delete.add_argument("--yes", action="store_true", help="do not ask")
-    for one in (show, go_on, again):
+    for one in (show, go_on, again, keep):
         one.add_argument("name", metavar="RUN")
+    keep.add_argument("step", metavar="STEP", type=int, help="`show` lists them")
     for several in (stop, delete):
         several.add_argument("names", metavar="RUN", nargs="+")
     for new in (start, again):
@@ -116,11 +121,13 @@ def _show(runs: RunList, arguments: argparse.Namespace) -> _Printed:
     run = runs.run(arguments.name)
     status = RunStatus.of(run)
     log, settings, report = run.log_tail(_LOG_LINES), run.settings(), run.folder / run_folder.REPORT
+    states = [state.step for state in run_states.states_of(run)]
     sizes = {name: size for name, size in asdict(status.sizes).items() if size}
     lines = [
         f"{status.name}: {status.state}. {status.sentence}",
         f"  folder       {status.folder}",
         *(f"  {name:<12} {size_in_words(size)}" for name, size in sizes.items()),
+        *([f"  states       of the steps {', '.join(map(str, states))}"] if states else []),
         *(f"  --{name} {value}" for name, value in settings.items()),
         *(f"  {name:<16} {text}" for name, text in run.plan()),
         *(f"  | {line}" for line in log),
@@ -133,6 +140,7 @@ def _show(runs: RunList, arguments: argparse.Namespace) -> _Printed:
         "samples": [str(path.absolute()) for path in run.samples()],
         "report": str(report.absolute()) if report.is_file() else None,
         "log": log,
+        "states": states,
     }
     return "\n".join(lines), {"run": {**status.as_json(), **details}}
 
@@ -176,6 +184,15 @@ def _again(runs: RunList, arguments: argparse.Namespace) -> _Printed:
     return f"{run.name} was added, as {_shown(old)}.", {"added": [run.name]}
 
 
+def _keep(runs: RunList, arguments: argparse.Namespace) -> _Printed:
+    run, step = runs.run(arguments.name), arguments.step
+    with libraries.importing():
+        from dreambooth.job import chosen_state
+    chosen_state.keep(run, step)
+    text = f"The model of {_shown(run)} is that of step {step} now."
+    return text, {"name": run.name, "model_step": step}
+
+
 def _delete(runs: RunList, arguments: argparse.Namespace) -> _Printed:
     chosen = [runs.run(name) for name in dict.fromkeys(arguments.names)]
     for run in chosen:
@@ -212,4 +229,5 @@ _ACTIONS: Final = {
     "continue": _continue,
     "delete": _delete,
     "again": _again,
+    "keep": _keep,
 }

@@ -32,6 +32,7 @@ from dreambooth.job import (
     class_sampling,
     encoding,
     fid,
+    kept_states,
     metering,
     outputs,
     scoring,
@@ -182,6 +183,7 @@ def _fine_tune(
         checkpoints.resume(state, may_remove=accelerator.is_main_process)
         agreement.refuse_unequal_steps(accelerator, state.step)
     if accelerator.is_main_process:  # an earlier model goes when nothing can be refused any more
+        kept_states.remove(outputs.states_folder(task.environment, plan), after=state.step)
         elsewhere = task.environment.ways_in.elsewhere("model_dir")
         export.clear(task.environment.model_dir, elsewhere=elsewhere)
     previews = Previews(task=task, model=model, precision=state.precision, text=text)
@@ -230,8 +232,8 @@ def _fine_tune(
                 stopping.write_single_file(task, stop)
         if ended_early is None:
             _save_last_checkpoint(state, run_report, checkpoints, stop)
-        elif meter.kept is not None and not plan.keep_last_checkpoint:
-            meter.kept.clear()
+        if not (settings.keep_states or plan.keep_last_checkpoint):
+            kept_states.remove(outputs.states_folder(task.environment, plan))
         state.optimizer.state.clear()  # frees its memory for the last pictures,
         _forget_training(accelerator)  # and that of half-precision weights and graphs
         try:

@@ -19,7 +19,7 @@ from dreambooth.data.cache import LatentPosteriors
 from dreambooth.diffusion import model as models
 from dreambooth.diffusion.model import DiffusionModel
 from dreambooth.errors import ResourceError
-from dreambooth.job import kept_states, outputs
+from dreambooth.job import outputs
 from dreambooth.job.kept_states import KeptStates
 from dreambooth.job.previews import failure_reason
 from dreambooth.job.run_report import RunReport
@@ -62,7 +62,7 @@ def interval(task: Task) -> int | None:
 class Metering:
     """The meter of a job, None where it has none or could not be read, and its early stopping.
 
-    kept: where good states are kept, None without early stopping.
+    kept: where states are kept, None where none is.
     """
 
     state: TrainingState
@@ -89,7 +89,8 @@ class Metering:
             return None
         self.state.readings.append(reading)
         log.info("%s", sentence(reading))
-        if self.kept is not None and fault(reading, self.state.readings[:-1]) is None:
+        is_kept = not self._ends_early or fault(reading, self.state.readings[:-1]) is None
+        if self.kept is not None and is_kept:
             try:
                 with self.run_report.phase("states"):
                     self.kept.save(self.state)
@@ -99,7 +100,11 @@ class Metering:
 
     def is_enough(self) -> bool:
         """Return whether early stopping ends the training here."""
-        return self.kept is not None and decision(self.state.readings) is not None
+        return self._ends_early and decision(self.state.readings) is not None
+
+    @property
+    def _ends_early(self) -> bool:
+        return self.kept is not None and self.run_report.task.hyperparameters.early_stopping
 
     def choose(self) -> str | None:
         """Give the model the weights that early stopping has chosen, and return in words why.
@@ -110,7 +115,7 @@ class Metering:
         ended, steps = decision(self.state.readings), self.run_report.task.plan.steps
         if ended is None:
             return None
-        if self.kept is None:
+        if self.kept is None or not self._ends_early:
             log.info("early_stopping would have %s", ended.sentence(steps))
             return None
         why = ended.sentence(steps)
@@ -156,8 +161,10 @@ def start(
     """
     metering = Metering(state=state, run_report=run_report)
     every = interval(task)
-    if every is None and task.hyperparameters.early_stopping and run_report.writes:
-        log.warning("early_stopping: a run of %d steps is too short for it", task.plan.steps)
+    if every is None and run_report.writes:
+        for name in ("early_stopping", "keep_states"):
+            if getattr(task.hyperparameters, name):
+                log.warning("%s: a run of %d steps is too short for it", name, task.plan.steps)
     if every is None or not run_report.writes:
         return metering
 
@@ -184,11 +191,10 @@ def start(
         log.warning("there is no meter: %s", failure_reason(error))
         return metering
     metering.meter = meter
-    if task.hyperparameters.early_stopping:
-        beside = outputs.checkpoint_folder(task.environment, task.plan)
+    if task.hyperparameters.states_kept:
         metering.kept = KeptStates(
-            folder=(beside or task.environment.output_data_dir) / kept_states.FOLDER,
-            keep=task.hyperparameters.keep_states,
+            folder=outputs.states_folder(task.environment, task.plan),
+            keep=task.hyperparameters.states_kept,
             elsewhere=task.environment.ways_in.elsewhere("output_data_dir"),
         )
     return metering

@@ -16,6 +16,7 @@ from dreambooth.errors import HyperparameterError, ResourceError, UserError
 from dreambooth.limits import size_in_words
 from dreambooth.model_folder.destination import ENTRIES, PARTIAL
 from dreambooth.process import files
+from dreambooth.runs import run_folder
 from dreambooth.settings.container import Environment
 from dreambooth.settings.hyperparameters import Hyperparameters
 from dreambooth.training.plan import TrainingPlan
@@ -153,6 +154,13 @@ def checkpoint_folder(
     return None
 
 
+def states_folder(environment: Environment, asked: Hyperparameters | TrainingPlan) -> Path:
+    """Return the folder for states, beside the checkpoints or else beside the metrics."""
+    return (
+        checkpoint_folder(environment, asked) or environment.output_data_dir
+    ) / run_folder.STATES
+
+
 def report_unused_checkpoints(environment: Environment, asked: Hyperparameters) -> None:
     """Log a warning where checkpoints of an earlier run lie and this run asks for none."""
     left = environment.output_data_dir / "checkpoints"
@@ -190,7 +198,7 @@ def check_room(environment: Environment, plan: TrainingPlan) -> None:
     lists what the run needs on the disk that is too small.
     """
     checkpoints, budget = checkpoint_folder(environment, plan), plan.disk
-    samples = class_image_folder(environment)
+    samples, states = class_image_folder(environment), states_folder(environment, plan)
     output = environment.output_data_dir
     needs = [
         _Need(
@@ -202,6 +210,7 @@ def check_room(environment: Environment, plan: TrainingPlan) -> None:
         _Need("class images", samples, budget.class_images, (samples,)),
         _Need("the report", output, budget.rest, (output / "report.html",)),
         _Need("one file of it", output, budget.single_file, (single_file(environment),)),
+        _Need("states to choose from", states, budget.states, (states,)),
     ]
     if checkpoints is not None:
         many = f"{budget.checkpoints} checkpoints at a time"

@@ -263,6 +263,7 @@ def _write_model_info(stage: Path, base: Path, card: ModelCard, resolution: int)
         "class_prompt": card.subjects[0].class_prompt,
         "subjects": [asdict(subject) for subject in card.subjects],
         "steps": card.steps,
+        "training": card.facts,
         **destination.MARK,
     }
     layout.write_json(stage / layout.MODEL_INFO, {**info, **own})

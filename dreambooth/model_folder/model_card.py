@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from dreambooth.errors import one_line
+from dreambooth.errors import ModelArtifactError, one_line
+from dreambooth.limits import LIMITS, Limits
+from dreambooth.model_folder import layout, taught_subjects
 from dreambooth.model_folder.taught_subjects import TaughtSubject
 
 # Licence identifiers that model hubs know; any other is written as "other" with a license_name.
@@ -18,6 +21,12 @@ _KNOWN_LICENCES = (
 )
 _LICENCE_LINE = re.compile(r"license:[ \t]*[\"']?([\w.+-]{1,64})[\"']?\s*")
 _FRONT_MATTER_BYTES = 64 * 1024
+_LONGEST_NOTE = 500
+# What `__model_info__.json` says of the training beside the steps, subjects and versions.
+_FACTS: Mapping[str, type] = {
+    **{"planned_steps": int, "instance_images": int, "class_images": int},
+    **{"train_text_encoder": bool, "data_fingerprint": str, "ended_early": str, "is_chosen": bool},
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +36,7 @@ class ModelCard:
     subjects: one at least. licence: the base model's identifier, where its own card gives one.
     versions: pairs such as ("torch", "2.13.0"). data_fingerprint: identifies the pictures and
     prompts of the training without showing them. ended_early: the sentence of early stopping on why
-    the steps are fewer than planned.
+    the steps are fewer than planned. is_chosen: whether a user has chosen this state of the run.
     """
 
     base: str
@@ -40,12 +49,56 @@ class ModelCard:
     train_text_encoder: bool = False
     licence: str | None = None
     ended_early: str | None = None
+    is_chosen: bool = False
     versions: Sequence[tuple[str, str]] = ()
 
     @property
     def partial(self) -> bool:
-        """Return whether the run was stopped before its last step, and not by early stopping."""
-        return self.steps < self.planned_steps and self.ended_early is None
+        """Return whether the run was stopped before its last step, and nothing was chosen."""
+        is_short = self.steps < self.planned_steps
+        return is_short and self.ended_early is None and not self.is_chosen
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """Return what `__model_info__.json` says of the training, for `read`."""
+        return {name: getattr(self, name) for name in (*_FACTS, "versions")}
+
+
+def read(folder: Path, *, limits: Limits = LIMITS) -> ModelCard:
+    """Return the facts of a model that a run has written, from its `__model_info__.json`.
+
+    What is not there, or of another type, is left at its default: earlier versions noted less.
+    Raises ModelArtifactError where no step or no subject is named.
+    """
+    info = layout.read_json(folder / layout.MODEL_INFO, limits=limits)
+    steps, subjects = info.get("steps"), taught_subjects.read(folder, limits=limits)
+    if type(steps) is not int or steps < 0 or not subjects:
+        raise ModelArtifactError(
+            f"{folder / layout.MODEL_INFO} does not say what was trained: no run has written it."
+        )
+    noted = info.get("training")
+    noted = noted if isinstance(noted, dict) else {}
+    facts: dict[str, Any] = {
+        name: noted[name] for name, kind in _FACTS.items() if type(noted.get(name)) is kind
+    }
+    versions = noted.get("versions")
+    pairs = versions if isinstance(versions, list) else []
+    base = info.get("base_model")
+    for name in ("data_fingerprint", "ended_early"):
+        if name in facts:
+            facts[name] = one_line(facts[name], _LONGEST_NOTE)
+    return ModelCard(
+        **{"planned_steps": steps, "data_fingerprint": "not noted", **facts},
+        base=base if isinstance(base, str) else "not noted",
+        subjects=subjects,
+        steps=steps,
+        licence=licence_of(folder),
+        versions=[
+            (one_line(pair[0], 100), one_line(pair[1], 100))
+            for pair in pairs
+            if isinstance(pair, list) and [type(text) for text in pair] == [str, str]
+        ],
+    )
 
 
 def licence_of(folder: Path) -> str | None:
@@ -111,6 +164,8 @@ def _description(card: ModelCard) -> list[str]:
         steps += f" of {card.planned_steps} planned"
     if card.ended_early is not None:
         steps += f". {card.ended_early}"
+    if card.is_chosen:
+        steps += f"{' Then this' if card.ended_early else '. This'} state of the run was chosen."
     rows = [
         ("Base model", _code(card.base)),
         *_prompts(card),

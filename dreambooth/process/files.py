@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,8 @@ _LOOK_S = 0.01
 _MOUNTS = Path("/proc/self/mountinfo")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NO_LINKS = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP)
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 _NO_FOLDER = (errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG)
 
 
@@ -91,6 +95,36 @@ def put_in_place(part: Path, path: Path) -> None:
     fsync(part)
     os.replace(part, path)
     fsync(path.parent)
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Let two folders change places in one step, so that a killed process leaves no half of it.
+
+    Raises OSError, also where the file system cannot do this (some network disks).
+    """
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(one), None, str(other))
+    names = (os.fsencode(path) for path in (one, other))
+    first, second = (ctypes.c_char_p(name) for name in names)
+    if rename(_HERE, first, _HERE, second, _EXCHANGE) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(one), None, str(other))
+    for folder in {one.parent, other.parent}:
+        fsync(folder)
+
+
+def link_or_copy(source: Path | str, target: Path | str) -> None:
+    """Give a file a second name, or copy it where the file system has no such links.
+
+    A symbolic link stays what it is. Raises OSError.
+    """
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        shutil.copyfile(source, target, follow_symlinks=False)
 
 
 def is_disk_full(error: Exception) -> bool:

@@ -51,6 +51,7 @@ REPORT: Final = "report.html"
 PICTURES: Final = "pictures"  # a training folder inside the run
 MODEL: Final = RUN_FOLDERS["model_dir"]
 CHECKPOINTS: Final = RUN_FOLDERS["checkpoint_dir"]
+STATES: Final = "states"  # beside the checkpoints
 
 KILLED: Final = 137
 """The exit code of a trainer that a stop has killed."""
@@ -320,6 +321,10 @@ class Run:
     def has_model(self) -> bool:
         """Return whether there is a whole model, be it of all steps or of a stopped run."""
         return os.path.isfile(self.folder / MODEL / "model_index.json")
+
+    def model_info(self) -> dict[str, Any]:
+        """Return what the model says of itself: any JSON object, an empty one without a model."""
+        return _object(self.folder / MODEL / "__model_info__.json") if self.has_model() else {}
 
     def checkpoint_step(self) -> int | None:
         """Return the step of the newest checkpoint, None without one."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Final
 
+from dreambooth.errors import one_line
 from dreambooth.process.identity import ProcessIdentity
 from dreambooth.runs.run_folder import Run, RunSizes, RunState
+
+_LONGEST_REASON: Final = 500
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,6 +18,8 @@ class RunStatus:
 
     step: the last step in the metrics, of `steps` that are planned. loss: of that step. seconds:
     how long a running one still trains. stopping: whether its trainer was sent a stop signal.
+    model_step: that of its model. is_chosen: whether a user has chosen that step. ended_early: the
+    sentence of early stopping, "" where it has not ended the run.
     begun_at: when its last trainer began, in seconds since 1970.
     """
 
@@ -28,6 +33,9 @@ class RunStatus:
     steps_per_second: float | None
     seconds_left: float | None
     has_model: bool
+    model_step: int | None
+    is_chosen: bool
+    ended_early: str
     checkpoint_step: int | None
     exit_code: int | None
     failure: str
@@ -42,7 +50,9 @@ class RunStatus:
         is_running = state == RunState.RUNNING
         metrics, steps = run.last_metrics(), run.planned_steps()
         step, speed = metrics.get("step", 0), _number(metrics.get("steps_per_second"))
-        left = None
+        info, left = run.model_info(), None
+        facts = info.get("training")
+        facts = facts if isinstance(facts, dict) else {}
         if is_running and steps is not None and speed:
             left = max(steps - step, 0) / speed
         return cls(
@@ -56,6 +66,9 @@ class RunStatus:
             steps_per_second=speed,
             seconds_left=left,
             has_model=run.has_model(),
+            model_step=info["steps"] if isinstance(info.get("steps"), int) else None,
+            is_chosen=facts.get("is_chosen") is True,
+            ended_early=one_line(str(facts.get("ended_early") or ""), _LONGEST_REASON),
             checkpoint_step=run.checkpoint_step(),
             exit_code=run.exit_code(),
             failure=run.failure(),
@@ -71,7 +84,7 @@ class RunStatus:
         left = (
             "it begins anew" if self.checkpoint_step is None else "it goes on from its checkpoint"
         )
-        return {
+        said = {
             RunState.RUNNING: f"It is being trained, {where}"
             + (", and was told to stop." if self.stopping else "."),
             RunState.DONE: "It is done.",
@@ -82,6 +95,11 @@ class RunStatus:
             RunState.WAITING: "It waits for the runner.",
             RunState.DRAFT: "It is a draft that was not sent off yet.",
         }[self.state]
+        is_past = self.state in (RunState.DONE, RunState.STOPPED, RunState.FAILED, RunState.DIED)
+        more = [self.ended_early] if self.state == RunState.DONE and self.ended_early else []
+        if is_past and self.is_chosen:
+            more.append(f"Since then the state of step {self.model_step} was chosen as its model.")
+        return " ".join([said, *more])
 
     def as_json(self) -> dict[str, Any]:
         """Return all of it for a JSON document."""

@@ -42,6 +42,10 @@ class EvaluateSettings:
     text_image: str | None = option(
         None, "Folder of a whole CLIP model, which measures whether the place was drawn."
     )
+    drawn: Path | None = option(
+        None, "Folder of pictures that generate has drawn with the model: no others are drawn."
+    )
+    base_drawn: Path | None = option(None, "The same of the base.")
     pictures: int = option(16, "Pictures of each prompt.", minimum=2, maximum=1_000)
     num_inference_steps: int = option(
         50, "Denoising steps.", alias="steps", minimum=1, maximum=1_000

@@ -31,6 +31,9 @@ class GenerateSettings:
     )
     prediction_type: str | None = option(None, PREDICTION_TYPE_SENTENCE, choices=PREDICTION_TYPES)
     base: str | None = option(None, BASE_SENTENCE)
+    state: int | None = option(
+        None, "Step of a run whose kept state draws; --model is the run's model folder.", minimum=0
+    )
     prompts: tuple[str, ...] = option(
         MISSING,
         'What to draw, as in --prompt "a photo of a cat"; may be given several times.',

@@ -230,8 +230,12 @@ class Hyperparameters:
         "Ends the training once the meter sees that pictures burn or the class is being lost, and "
         "writes the model of the last good reading.",
     )
-    keep_states: int = ours(
-        2, "Good states, in fp16, that early_stopping keeps at a time.", minimum=1, maximum=100
+    keep_states: int | None = ours(
+        None,
+        "States, in fp16, that the run keeps at readings of the meter, to choose the model from; "
+        "None: early_stopping keeps two while it trains.",
+        minimum=1,
+        maximum=100,
     )
     fid_features: str | None = ours(
         None,
@@ -274,6 +278,11 @@ class Hyperparameters:
     def trains_on_class_images(self) -> bool:
         """Return whether the job needs class images: given ones, or some that it samples."""
         return self.with_prior_preservation and self.prior_preservation_mode == "images"
+
+    @property
+    def states_kept(self) -> int:
+        """Return how many states the job keeps at a time while it trains."""
+        return self.keep_states or 2 * self.early_stopping
 
     @property
     def compares_features(self) -> bool:
@@ -360,6 +369,8 @@ def _contradictions(given: Hyperparameters) -> list[tuple[tuple[str, ...], str]]
         )
     if given.early_stopping and not given.meter:
         found.append((("early_stopping", "meter"), "early_stopping needs meter=True."))
+    if given.keep_states and not given.meter:
+        found.append((("keep_states", "meter"), "keep_states needs meter=True."))
     if given.training_guidance_scale != 1 and given.prior_preservation_mode != "prediction":
         found.append(
             (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Final
 
 from nicegui import ui
@@ -74,7 +73,7 @@ def draw(runs: RunList, run: Run) -> Callable[[], Awaitable[None]]:
             f"{whose.capitalize()}: {one.sentence}"
             for whose, one in zip(_WHOSE, pair, strict=False)
         )
-        pictures = [(one.name, one.prompts(), _by_number(one)) for one in pair]
+        pictures = [(one.name, one.prompts(), one.by_number()) for one in pair]
         if pictures != drawn:
             drawn = pictures
             place.clear()
@@ -93,7 +92,7 @@ def prompts_of(run: Run, free: str) -> list[str]:
 
 def _pairs(pair: list[Drawing]) -> None:
     prompts = pair[0].prompts() if pair else []
-    pictures = [_by_number(one) for one in pair]
+    pictures = [one.by_number() for one in pair]
     for number, prompt in enumerate(prompts):
         with parts.tag("div", role="group", aria_label=prompt):
             parts.text("h3", prompt)
@@ -104,9 +103,3 @@ def _pairs(pair: list[Drawing]) -> None:
                             address = drawing_address(drawing.name, drawn[number].name)
                             parts.tag("img", src=address, alt=f"{whose}: {prompt}")
                         parts.text("figcaption", whose)
-
-
-def _by_number(drawing: Drawing) -> dict[int, Path]:
-    """Return the pictures that are there by the number at the beginning of their names."""
-    numbered = ((path.name.partition("_")[0], path) for path in drawing.pictures())
-    return {int(number): path for number, path in numbered if number.isdecimal()}

@@ -57,6 +57,7 @@ PRESETS: Final[Mapping[str, Preset]] = {
             "pretrained_model": EMBEDDED,
             "max_steps": "200",
             "sample_steps": "50",
+            "keep_states": "6",
             **{
                 name: tiny.DEFAULTS[name]
                 for name in (
@@ -73,7 +74,7 @@ PRESETS: Final[Mapping[str, Preset]] = {
     "object": Preset(
         title="Object or pet",
         sentence="400 steps on the subject's pictures alone.",
-        settings={"max_steps": "400", "sample_steps": "100"},
+        settings={"max_steps": "400", "sample_steps": "100", "keep_states": "4"},
     ),
     "face": Preset(
         title="Face",
@@ -81,6 +82,7 @@ PRESETS: Final[Mapping[str, Preset]] = {
         settings={
             "max_steps": "800",
             "sample_steps": "200",
+            "keep_states": "4",
             "with_prior_preservation": "True",
             "num_class_images": "200",
         },

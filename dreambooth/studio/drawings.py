@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from typing import Any, Final
 
 from dreambooth.errors import UserError
 from dreambooth.process import files
-from dreambooth.runs import run_folder
+from dreambooth.runs import run_folder, run_states
 from dreambooth.runs.run_folder import Run
 from dreambooth.runs.run_list import RunList
 from dreambooth.settings import generate_options
@@ -42,6 +43,10 @@ FIELDS: Final[Mapping[str, str]] = {
 
 COMPARED: Final = "compared"
 """In a request, the run whose model and whose base draw the same."""
+CHOICE: Final = "choice"
+"""In a request, the run of whose states one is to be chosen."""
+STAMP: Final = "stamp"
+"""In a request, a text that changes with the weights that draw."""
 
 _PRETRAINED: Final = "pretrained_model"
 _PROMPTS: Final = "prompts"
@@ -53,6 +58,8 @@ _MOST_WAITING: Final = 20
 _RUN: Final = "run "
 _BASE: Final = "base "
 _BASE_OF: Final = "base of run "
+_STATE: Final = re.compile("state ([0-9]{1,12}) of run (.+)", re.DOTALL)
+_KEEPING: Final = ".choice"  # in the folder of a run
 _ELSEWHERE: Final = "start the page with another --dir"
 
 
@@ -81,6 +88,11 @@ class Drawing:
         """Return the pictures that are there, in the order of their seeds."""
         return sorted(path for path in self.folder.glob("*.png") if path.name != _GRID)
 
+    def by_number(self) -> dict[int, Path]:
+        """Return the pictures that are there by the number at the beginning of their names."""
+        numbered = ((path.name.partition("_")[0], path) for path in self.pictures())
+        return {int(number): path for number, path in numbered if number.isdecimal()}
+
     @property
     def process(self) -> OwnProcess:
         """Return the process that draws it."""
@@ -102,10 +114,29 @@ class Drawing:
         )
 
     @property
+    def is_of_a_run(self) -> bool:
+        """Return whether it is shown on the page of a run, and not in the gallery."""
+        return bool({COMPARED, CHOICE} & self.request().keys())
+
+    @property
+    def has_ended(self) -> bool:
+        """Return whether no more pictures come."""
+        return not (self.is_drawing or self.is_waiting)
+
+    @property
+    def wanted(self) -> int:
+        """Return how many pictures were asked for."""
+        return len(self.prompts()) * int(self.request().get("count") or "1")
+
+    @property
+    def is_whole(self) -> bool:
+        """Return whether all pictures are there, and the process has ended."""
+        return self.has_ended and len(self.pictures()) == self.wanted
+
+    @property
     def sentence(self) -> str:
         """Return in words how far it is, and why it has ended if it is not whole."""
-        wanted = len(self.prompts()) * int(self.request().get("count") or "1")
-        there = len(self.pictures())
+        wanted, there = self.wanted, len(self.pictures())
         if self.is_waiting:
             return "It waits for the others."
         if self.is_drawing:
@@ -120,7 +151,7 @@ class Drawing:
 
     def delete(self) -> None:
         """Delete the request and its pictures."""
-        if self.is_drawing or self.is_waiting:
+        if not self.has_ended:
             raise UserError("It is still to be drawn: cancel it first.")
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -184,25 +215,65 @@ class Drawings:
         What was compared before is deleted. settings: those of `FIELDS` that differ from the
         defaults. Raises HyperparameterError with all faults.
         """
-        if is_unset(run.settings().get(_PRETRAINED)):
+        if not self.names_base(run):
             raise UserError(
                 f"The run {run.name} does not name the base model that it started from."
             )
         request = {name: value.strip() for name, value in settings.items() if value.strip()}
         request.setdefault("seed", str(secrets.randbelow(2**32)))
-        _check(request, prompts)
-        before = self.comparison(run)
-        if any(old.is_drawing or old.is_waiting for old in before):
+        before = [one for one in self.all() if one.request().get(COMPARED) == run.name]
+        if not all(old.has_ended for old in before):
             raise UserError("The last comparison is still to be drawn: cancel it first.")
+        _check(request, prompts)
         for old in before:
             old.delete()
-        for model in (f"{_BASE_OF}{run.name}", f"{_RUN}{run.name}"):
-            self._make({**request, _PROMPTS: [*prompts], MODEL: model, COMPARED: run.name})
+        request |= {COMPARED: run.name, STAMP: _stamp_of_model(run)}
+        for model in (self.base_of(run), f"{_RUN}{run.name}"):
+            self.add({**request, MODEL: model}, prompts)
         self.advance()
 
+    def add(self, request: Mapping[str, str], prompts: Sequence[str]) -> None:
+        """Let a request wait that is none of the gallery, to be drawn with `advance`.
+
+        What was drawn for a run that is gone is deleted. Raises HyperparameterError with all
+        faults.
+        """
+        _check(request, prompts)
+        names = {run.name for run in self.runs.runs()}
+        for old in self.all():
+            asked = old.request()
+            whose = asked.get(COMPARED) or asked.get(CHOICE)
+            if whose is not None and whose not in names and old.has_ended:
+                old.delete()
+        self._make({**request, _PROMPTS: [*prompts]})
+
+    def names_base(self, run: Run) -> bool:
+        """Return whether a run names the base model that it started from."""
+        return not is_unset(run.settings().get(_PRETRAINED))
+
+    def base_of(self, run: Run) -> str:
+        """Return what a request says for the base of a run."""
+        return f"{_BASE_OF}{run.name}"
+
+    def state_of(self, run: Run, step: int) -> str:
+        """Return what a request says for the state of a run after a step."""
+        return f"state {step} of run {run.name}"
+
+    def draws_with(self, run: Run) -> bool:
+        """Return whether pictures are drawn with a run's model or one of its states."""
+        return any(
+            drawing.is_drawing and _run_of(drawing.request().get(MODEL, "")) == run.name
+            for drawing in self.all()
+        )
+
     def comparison(self, run: Run) -> list[Drawing]:
-        """Return what the base and the run's model draw, in this order; nothing before that."""
-        return [found for found in self.all()[::-1] if found.request().get(COMPARED) == run.name]
+        """Return what the base and the run's model draw, in this order; nothing before that.
+
+        What an earlier model of the run has drawn does not count.
+        """
+        mine = (run.name, _stamp_of_model(run))
+        asked = [(found, found.request()) for found in self.all()[::-1]]
+        return [found for found, one in asked if (one.get(COMPARED), one.get(STAMP)) == mine]
 
     def advance(self) -> None:
         """Start the oldest request that waits, unless another one is drawn.
@@ -218,11 +289,17 @@ class Drawings:
                     return
                 found = self.all()
                 if not any(drawing.is_drawing for drawing in found):
-                    self._start(next(one for one in reversed(found) if one.is_waiting))
+                    self._start(next(filter(self._may_begin, reversed(found))))
             except StopIteration:  # another page has done it
                 pass
             finally:
                 os.close(lock)
+
+    def _may_begin(self, drawing: Drawing) -> bool:
+        """Return whether a request waits for nothing, not even for a model that is replaced."""
+        name = _run_of(drawing.request().get(MODEL, ""))
+        is_replaced = name != "" and keeping(Run(self.runs.folder / name)).is_running
+        return drawing.is_waiting and not is_replaced
 
     def _make(self, request: Mapping[str, object]) -> Drawing:
         """Make the folder of a request that waits, whole before any other page sees it."""
@@ -240,7 +317,7 @@ class Drawings:
         request = drawing.request()
         drawing.process.start(
             "generate",
-            *(f"--{name}={value}" for name, value in self._model(request[MODEL]).items()),
+            *(f"--{name}={value}" for name, value in self.options_of(request[MODEL]).items()),
             f"--out={drawing.folder}",
             "--batch_size=1",  # they come one by one
             *(f"--prompt={prompt}" for prompt in drawing.prompts()),
@@ -252,11 +329,12 @@ class Drawings:
             then=self.advance,
         )
 
-    def _model(self, chosen: str) -> dict[str, str]:
+    def options_of(self, chosen: str) -> dict[str, str]:
         """Return the options of `generate` that name a model."""
-        if chosen.startswith(_RUN):
-            folder = self.runs.folder / chosen.removeprefix(_RUN) / run_folder.MODEL
-            return {MODEL: str(folder)}
+        if name := _run_of(chosen):
+            model = {MODEL: str(self.runs.folder / name / run_folder.MODEL)}
+            state = _STATE.fullmatch(chosen)
+            return model | ({"state": state[1]} if state else {})
         if not chosen.startswith(_BASE_OF):
             return {MODEL: chosen.removeprefix(_BASE)}
         settings = Run(self.runs.folder / chosen.removeprefix(_BASE_OF)).settings()
@@ -265,6 +343,22 @@ class Drawings:
         return {
             name: unwrapped(value) or "" for name, value in options.items() if not is_unset(value)
         }
+
+
+def keeping(run: Run) -> OwnProcess:
+    """Return the process that makes a state of a run its model."""
+    return OwnProcess(run.folder / _KEEPING)
+
+
+def _stamp_of_model(run: Run) -> str:
+    model = run_states.model_state(run)
+    return model.stamp if model is not None else ""
+
+
+def _run_of(model: str) -> str:
+    """Return the run whose model or state draws, "" where it is none."""
+    state = _STATE.fullmatch(model)
+    return state[2] if state else model.removeprefix(_RUN) if model.startswith(_RUN) else ""
 
 
 def _check(request: Mapping[str, str], prompts: Sequence[str]) -> None:
@@ -280,5 +374,5 @@ def _texts(path: Path) -> dict[str, str]:
     return {
         name: value
         for name, value in found.items()
-        if name in (*FIELDS, MODEL, COMPARED) and isinstance(value, str)
+        if name in (*FIELDS, MODEL, COMPARED, CHOICE, STAMP) and isinstance(value, str)
     }

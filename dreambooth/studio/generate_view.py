@@ -43,8 +43,7 @@ def draw(found: Drawings) -> Callable[[], Awaitable[None]]:
             if (field.value or "") != value:
                 field.set_value(value)
         await asyncio.to_thread(found.advance)
-        # Comparisons are shown on their runs' pages.
-        shown = [one for one in found.all() if drawings.COMPARED not in one.request()][:_SHOWN]
+        shown = [one for one in found.all() if not one.is_of_a_run][:_SHOWN]
         if [drawing.name for drawing in shown] != [*cards]:
             cards.clear()
             gallery.clear()

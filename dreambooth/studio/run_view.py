@@ -17,7 +17,7 @@ from dreambooth.runs import run_folder, run_list, stop_run
 from dreambooth.runs.run_folder import Run, RunState
 from dreambooth.runs.run_list import RunList
 from dreambooth.runs.run_status import RunStatus
-from dreambooth.studio import compare_view, drafts, parts, ship_view
+from dreambooth.studio import choose_view, compare_view, drafts, parts, ship_view
 from dreambooth.studio.routes import METERS, run_address
 
 _LOG_LINES: Final = 30
@@ -41,6 +41,7 @@ def draw(runs: RunList, run: Run) -> Callable[[], Awaitable[None]]:
         _changing(_meter, "Meter"),
         _changing(_plan, "Plan and settings", folded=True),
     ]
+    update_choice = choose_view.draw(runs, run)
     update_comparison = compare_view.draw(runs, run)
     update_shipping = ship_view.draw(runs, run)
     with parts.tag("section"):
@@ -56,6 +57,7 @@ def draw(runs: RunList, run: Run) -> Callable[[], Awaitable[None]]:
         shown.update(status)
         for one in updates:
             one(run)
+        await update_choice(status.state)
         await update_comparison()
         await update_shipping()
         log.text = "\n".join(one_line(line, 500) for line in run.log_tail(_LOG_LINES))

@@ -20,7 +20,7 @@ class DiskBudget:
     base: the pretrained model, unpacked from its tarball or file. single_file: the model a second
     time, for other tools. checkpoint: one checkpoint. checkpoints:
     how many exist at once, those that are kept and the one being written. states: those that
-    early_stopping keeps.
+    are kept to choose from.
     """
 
     base: int = 0
@@ -69,6 +69,7 @@ def expected(
     weights = (2 if hyperparameters.export_precision == "fp16" else 4) * every
     resolution = hyperparameters.resolution or facts.resolution
     picture = 2 * resolution**2  # a PNG takes some 2 bytes per pixel
+    states = hyperparameters.states_kept
     return DiskBudget(
         base=base_bytes,
         model=weights + copied_bytes,
@@ -77,7 +78,7 @@ def expected(
         checkpoint=(4 + (2 if use_8bit_adam else 8)) * trained if keeps_checkpoints else 0,
         checkpoints=hyperparameters.checkpoints_total_limit + 1 if keeps_checkpoints else 0,
         # in fp16; one more while the next is written
-        states=2 * trained * (hyperparameters.keep_states + 1) * hyperparameters.early_stopping,
+        states=2 * trained * (states + 1) if states else 0,
         class_images=class_images * picture,
         rest=REST_BYTES + meter_pictures * picture,
     )

@@ -438,7 +438,7 @@ def _disk_line(budget: DiskBudget) -> str:
         ("the model", budget.model),
         ("one file of it", budget.single_file),
         (f"{budget.checkpoints} checkpoints at a time", budget.all_checkpoints),
-        ("states kept for early stopping", budget.states),
+        ("states to choose from", budget.states),
         ("the unpacked base", budget.base),
         ("class images", budget.class_images),
         ("the rest", budget.rest),

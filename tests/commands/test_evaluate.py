@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from dreambooth import tiny
+from dreambooth.__main__ import main
 from dreambooth.commands import evaluate
 from dreambooth.errors import HyperparameterError, UserError
 from dreambooth.settings import evaluate_options
@@ -159,3 +160,26 @@ def test_several_subjects_are_measured_one_by_one_and_against_each_other(
     shown = capsys.readouterr().out
     assert "\none: a photo of one cat\n" in shown
     assert "collapse_rate" in shown
+
+
+def test_pictures_that_were_drawn_before_are_measured(
+    small_model_folder: Path, make_model_folder: Callable[..., Path], data: Path, tmp_path: Path
+) -> None:
+    tuned, places = make_model_folder(seed=1), {}
+    prompts = ("a photo of riobugger cat", "a photo of riobugger cat on a beach")
+    prompts += ("a photo of cat", "a photo of a dog")
+    for name, model in (("drawn", tuned), ("base_drawn", small_model_folder)):
+        places[name] = tmp_path / name
+        argv = ["generate", f"--model={model}", f"--out={tmp_path / name}", "--steps=1", "--seed=0"]
+        assert main([*argv, *(f"--prompt={prompt}" for prompt in prompts)]) == 0
+    argv = ["--model", tuned, "--base", small_model_folder, "--data", data]
+    given = [word for name, place in places.items() for word in (f"--{name}", place)]
+    assert run(*argv, *given, "--out", tmp_path / "out") == 0
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text("utf-8"))
+    assert {name: one["of"] for name, one in found["measures"].items()} == {
+        **dict.fromkeys(("subject", "class_kept", "other_class_kept", "likeness", "copies"), 1),
+        **{"class_likeness": 1, "clean": 4},
+    }
+    next(places["drawn"].glob("002_*")).unlink()
+    with pytest.raises(UserError, match=r"--drawn .* holds no picture of the prompt 'a photo of c"):
+        run(*argv, *given, "--out", tmp_path / "out")

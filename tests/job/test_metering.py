@@ -240,6 +240,10 @@ def test_early_stopping_needs_a_meter(
 ) -> None:
     assert start("mine", "--early_stopping", "--meter=False") == 1
     assert "early_stopping needs meter=True." in capsys.readouterr().err
+    assert start("mine", "--keep_states=3", "--meter=False") == 1
+    assert "keep_states needs meter=True." in capsys.readouterr().err
     monkeypatch.setattr(meter, "SHARE", 0.1)
+    assert start("mine", "--early_stopping", "--keep_states=3") == 0
+    assert "keep_states: a run of 6 steps is too short for it" in capsys.readouterr().err
     assert start("mine", "--early_stopping") == 0
     assert "early_stopping: a run of 6 steps is too short for it" in capsys.readouterr().err

@@ -71,7 +71,7 @@ OURS = {
     "meter": "True",
     "meter_pictures_share": "0.15",
     "early_stopping": "False",
-    "keep_states": "2",
+    "keep_states": "None",
     "fid_features": "None",
     "deterministic": "False",
     "prior_preservation_mode": "images",

@@ -21,11 +21,12 @@ from starlette.applications import Starlette
 
 from dreambooth.errors import UserError
 from dreambooth.runs import run_folder
-from dreambooth.runs.run_folder import RunState
+from dreambooth.runs.run_folder import Run, RunState
 from dreambooth.runs.run_list import RunList
 from dreambooth.settings.studio_options import StudioSettings
 from dreambooth.studio import start
 from dreambooth.studio.access import Access
+from dreambooth.studio.drawings import Drawings
 from dreambooth.studio.model_server import ModelServer
 from dreambooth.tiny import DATA, WEIGHTS
 from tests.studio.asgi import send
@@ -184,6 +185,46 @@ def anyone_can_use(page: Any) -> None:
     page.emulate_media(color_scheme="light")
 
 
+def choose_an_earlier_state(page: Any, second: Any, run: Run) -> None:
+    """Slide to the first state with the keyboard, let it draw, and make it the model."""
+    slider = page.get_by_role("slider", name="State")
+    slider.wait_for()
+    assert slider.get_attribute("aria-valuetext") == "step 80 (the model now)"
+    assert page.get_by_role("button", name="Keep this one").is_disabled()
+    slider.focus()
+    page.keyboard.press("Home")
+    page.get_by_text("step 40 (the model now is that of 80)").wait_for()
+    assert slider.get_attribute("aria-valuetext").startswith("step 40 ")
+    page.get_by_role("columnheader", name="step 80, the model now").wait_for()
+    page.get_by_role("button", name="Draw this state").click()
+    page.get_by_role("button", name="Cancel the drawing").wait_for()
+    page.reload()
+    for shown in (page, second):
+        slider = shown.get_by_role("slider", name="State")
+        slider.wait_for()
+        slider.press("Home")
+        for prompt in ("a photo of a riobugger cat on a beach", "a photo of a dog"):
+            for title in ("base", "step 40", "step 80, the model now"):
+                shown.get_by_role("img", name=f"{title}: {prompt}", exact=True).wait_for()
+    page.get_by_role("button", name="Cancel the drawing").wait_for(state="hidden")
+    page.get_by_role("row", name="The subject is drawn").wait_for()
+    anyone_can_use(page)
+    weights = run.folder / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    before = weights.read_bytes()
+    page.get_by_role("button", name="Keep this one").click()
+    page.get_by_text("The model is being replaced.").wait_for()
+    page.reload()
+    for shown in (page, second):
+        shown.get_by_text("Since then the state of step 40 was chosen as its model.").wait_for()
+    assert weights.read_bytes() != before
+    assert run.model_info()["steps"] == 40
+    assert len(Drawings(RunList(run.folder.parent), None).all()) == 3
+    slider = page.get_by_role("slider", name="State")
+    slider.press("End")
+    page.get_by_role("img", name="step 40, the model now: a photo of a dog").wait_for()
+    page.get_by_role("img", name="step 80: a photo of a dog", exact=True).wait_for()
+
+
 def test_the_story_from_pictures_to_a_model(
     studio: Studio, browse: Callable[[], Any], tmp_path: Path
 ) -> None:
@@ -204,18 +245,18 @@ def test_the_story_from_pictures_to_a_model(
     assert bad.name in said.inner_text()
     assert page.locator("img[src=x]").count() == 0
 
-    page.get_by_label("Steps").first.fill("60")
+    page.get_by_label("Steps").first.fill("80")
     page.get_by_text("All settings").click()
     page.get_by_label("Search the settings").fill("every so many steps")
     page.get_by_label("sample_steps").fill("20")
     run = runs.run("0001-cat")
     page.wait_for_timeout(1_500)
-    assert run.draft()["settings"]["max_steps"] == "60"
+    assert run.draft()["settings"]["max_steps"] == "80"
     assert run.draft()["settings"]["sample_steps"] == "20"
     page.reload()
     assert page.get_by_label("Instance prompt").input_value() == "a photo of a riobugger cat"
     page.get_by_role("button", name="Show the plan").click()
-    page.get_by_role("cell", name="60 (7.5 epochs of 8 instance images)").wait_for()
+    page.get_by_role("cell", name="80 (10 epochs of 8 instance images)").wait_for()
     page.get_by_role("cell", name="not known for such a job").wait_for()
     page.get_by_role("button", name="Measure the time").click()
     page.get_by_role("cell", name="measured with 5 steps of this job").wait_for()
@@ -232,7 +273,7 @@ def test_the_story_from_pictures_to_a_model(
     page.reload()
     for shown in (page, second):
         shown.get_by_text("It is done.").wait_for()
-        shown.get_by_role("img", name="sample after step 60").wait_for()
+        shown.get_by_role("img", name="sample after step 80").wait_for()
     assert run.state() == RunState.DONE
     assert run.has_model()
 
@@ -248,15 +289,18 @@ def test_the_story_from_pictures_to_a_model(
     (run.folder / "meter" / "scores.json").write_text('{"20": {"class_kept": 0.5}}')
     page.get_by_text("class kept 0.50").wait_for()
 
+    choose_an_earlier_state(page, second, run)
+
     page.get_by_label("One more prompt").fill("a photo of a dog")
     page.get_by_label("Steps of both").fill("3")
     page.get_by_role("button", name="Draw with both").click()
     page.get_by_role("button", name="Cancel the comparison").wait_for()
     page.get_by_text("Fine-tuned: It waits for the others.").wait_for()
     page.reload()
+    compared = page.locator("section").filter(has_text="Compare with the base model")
     for prompt in ("a photo of a riobugger cat on a beach", "a photo of a cat", "a photo of a dog"):
         for whose in ("base", "fine-tuned"):
-            page.get_by_role("img", name=f"{whose}: {prompt}", exact=True).wait_for()
+            compared.get_by_role("img", name=f"{whose}: {prompt}", exact=True).wait_for()
 
     with page.expect_download() as download:
         page.get_by_role("link", name="model.tar.gz").click()
@@ -303,7 +347,7 @@ def test_the_story_from_pictures_to_a_model(
     page.get_by_text("8 pictures, shown as training sees them").wait_for()
     page.get_by_label("Steps").first.wait_for()
     page.wait_for_timeout(1_500)
-    assert page.get_by_label("Steps").first.input_value() == "60"
+    assert page.get_by_label("Steps").first.input_value() == "80"
     for _ in range(2):
         page.get_by_role("button", name="Delete").click()
         page.get_by_role("button", name="Delete it").wait_for()
