@@ -232,7 +232,7 @@ def _fine_tune(
                 stopping.write_single_file(task, stop)
         if ended_early is None:
             _save_last_checkpoint(state, run_report, checkpoints, stop)
-        if not (settings.keep_states or plan.keep_last_checkpoint):
+        if not (settings.keeps_states_to_choose or plan.keep_last_checkpoint):
             kept_states.remove(outputs.states_folder(task.environment, plan))
         state.optimizer.state.clear()  # frees its memory for the last pictures,
         _forget_training(accelerator)  # and that of half-precision weights and graphs
@@ -270,6 +270,7 @@ def _end_early(
     written first, because the chosen weights belong to no optimizer.
     """
     meter.finish()
+    run_report.step = state.step  # a run that ended early before has made no step now
     wanted = checkpoints.folder is not None and checkpoints.plan.keep_last_checkpoint
     if meter.is_enough() and wanted and not checkpoints.holds(state):
         with _errors_only_logged(), run_report.phase("checkpoints"):

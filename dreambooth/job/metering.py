@@ -162,8 +162,12 @@ def start(
     metering = Metering(state=state, run_report=run_report)
     every = interval(task)
     if every is None and run_report.writes:
-        for name in ("early_stopping", "keep_states"):
-            if getattr(task.hyperparameters, name):
+        asked = {
+            "early_stopping": task.hyperparameters.early_stopping,
+            "keep_states": task.hyperparameters.keeps_states_to_choose,
+        }
+        for name, is_asked in asked.items():
+            if is_asked:
                 log.warning("%s: a run of %d steps is too short for it", name, task.plan.steps)
     if every is None or not run_report.writes:
         return metering

@@ -230,10 +230,10 @@ class Hyperparameters:
         "Ends the training once the meter sees that pictures burn or the class is being lost, and "
         "writes the model of the last good reading.",
     )
-    keep_states: int | None = ours(
-        None,
-        "States, in fp16, that the run keeps at readings of the meter, to choose the model from; "
-        "None: early_stopping keeps two while it trains.",
+    keep_states: int = ours(
+        2,
+        "Good states, in fp16, that early_stopping keeps while it trains; more than two are kept "
+        "in any run, and stay after it, to choose the model from.",
         minimum=1,
         maximum=100,
     )
@@ -282,7 +282,12 @@ class Hyperparameters:
     @property
     def states_kept(self) -> int:
         """Return how many states the job keeps at a time while it trains."""
-        return self.keep_states or 2 * self.early_stopping
+        return self.keep_states if self.early_stopping or self.keeps_states_to_choose else 0
+
+    @property
+    def keeps_states_to_choose(self) -> bool:
+        """Return whether the states stay after the run: early stopping alone needs two."""
+        return self.keep_states > 2
 
     @property
     def compares_features(self) -> bool:
@@ -369,8 +374,8 @@ def _contradictions(given: Hyperparameters) -> list[tuple[tuple[str, ...], str]]
         )
     if given.early_stopping and not given.meter:
         found.append((("early_stopping", "meter"), "early_stopping needs meter=True."))
-    if given.keep_states and not given.meter:
-        found.append((("keep_states", "meter"), "keep_states needs meter=True."))
+    if given.keeps_states_to_choose and not given.meter:
+        found.append((("keep_states", "meter"), "keep_states above 2 needs meter=True."))
     if given.training_guidance_scale != 1 and given.prior_preservation_mode != "prediction":
         found.append(
             (

@@ -7,7 +7,7 @@ the embedded model (docs/measurements.md, "The meter"); they are proven for no o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dreambooth.training.meter import CLASS, OTHER_CLASS, MeterReading
@@ -42,6 +42,30 @@ class Decision:
 
 def fault(reading: MeterReading, earlier: Sequence[MeterReading]) -> str | None:
     """Return what is wrong at a reading, in words; None if it is good."""
+    lowest: dict[str, float] = {}
+    for one in earlier:
+        _lower(lowest, one)
+    return _fault(reading, lowest)
+
+
+def decision(readings: Sequence[MeterReading]) -> Decision | None:
+    """Return where a run with these readings ends early; None if it does not."""
+    kept, bad = None, 0
+    lowest: dict[str, float] = {}
+    for reading in readings:
+        reason = _fault(reading, lowest)
+        _lower(lowest, reading)
+        if reason is None:
+            kept, bad = reading.step, 0
+            continue
+        bad += 1
+        if bad == IN_A_ROW:
+            return Decision(step=reading.step, kept=kept, reason=reason)
+    return None
+
+
+def _fault(reading: MeterReading, lowest: Mapping[str, float]) -> str | None:
+    """Return what is wrong at a reading; lowest: the drift of each prompt so far."""
     if reading.guidance > GUIDANCE_LIMIT:
         return (
             f"what guidance multiplies is {reading.guidance:.2f} times the base's, and above "
@@ -50,24 +74,15 @@ def fault(reading: MeterReading, earlier: Sequence[MeterReading]) -> str | None:
     for name in (CLASS, OTHER_CLASS):
         if name not in reading.drifts:
             continue
-        lowest = min((one.drifts.get(name, 1.0) for one in earlier), default=1.0)
-        if reading.drifts[name] > lowest + CLASS_RISE:
+        before = lowest.get(name, 1.0)
+        if reading.drifts[name] > before + CLASS_RISE:
             return (
                 f"the {name.replace('_', ' ')} is being lost: it moves {reading.drifts[name]:.2f} "
-                f"of what the subject does, after {lowest:.2f}"
+                f"of what the subject does, after {before:.2f}"
             )
     return None
 
 
-def decision(readings: Sequence[MeterReading]) -> Decision | None:
-    """Return where a run with these readings ends early; None if it does not."""
-    kept, bad = None, 0
-    for number, reading in enumerate(readings):
-        reason = fault(reading, readings[:number])
-        if reason is None:
-            kept, bad = reading.step, 0
-            continue
-        bad += 1
-        if bad == IN_A_ROW:
-            return Decision(step=reading.step, kept=kept, reason=reason)
-    return None
+def _lower(lowest: dict[str, float], reading: MeterReading) -> None:
+    for name, drift in reading.drifts.items():
+        lowest[name] = min(lowest.get(name, drift), drift)

@@ -206,7 +206,7 @@ def test_the_room_of_the_states_is_counted(
     start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=64 * 2**20))
-    start("few", "--keep_states=1")
+    start("few", "--keep_states=3")
     with pytest.raises(AssertionError):
         start("many", "--keep_states=100")
     assert "states to choose from" in capsys.readouterr().err.splitlines()[-1]
@@ -218,8 +218,10 @@ def test_a_training_that_begins_anew_makes_its_states_anew(start: Start, tmp_pat
     start("run", "--keep_states=3", "--max_steps=2", "--keep_last_checkpoint")
     states = run.folder / "checkpoints" / "states"
     assert sorted(path.name for path in states.iterdir()) == ["step-00000001", "step-00000002"]
-    start("run", "--keep_states=2", "--keep_last_checkpoint")  # it goes on from step 2
-    assert sorted(path.name for path in states.iterdir()) == ["step-00000002", "step-00000003"]
+    start("run", "--keep_states=3", "--keep_last_checkpoint")  # it goes on from step 2
+    assert sorted(path.name for path in states.iterdir()) == [
+        *("step-00000001", "step-00000002", "step-00000003")
+    ]
     start("run", "--resume=fresh", "--max_steps=2", "--keep_states=")
     assert not states.exists()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -181,6 +182,10 @@ def test_without_early_stopping_the_log_says_what_it_would_have_done(
     assert "Steps: 6\n" in (tmp_path / "mine" / "README.md").read_text()
 
 
+def charts_of(report: str) -> list[str]:
+    return re.findall(r"<svg class=.chart.*?</svg>", report, re.DOTALL)
+
+
 @pytest.mark.usefixtures("burning")
 def test_a_resumed_run_ends_where_the_unbroken_one_does(start: Start, tmp_path: Path) -> None:
     options = ["--early_stopping", "--keep_last_checkpoint", "--keep_states=1"]
@@ -190,8 +195,12 @@ def test_a_resumed_run_ends_where_the_unbroken_one_does(start: Start, tmp_path: 
     kept = f"--checkpoint_dir={tmp_path / 'kept'}"
     assert start("broken", *options, "--max_steps=4", kept) == 0
     assert start("broken", *options, kept) == 0
+    report = tmp_path / "broken-output" / "report.html"
+    first = report.read_text()
+    assert "Stopped at step 5 of 6" in first
     again = start("broken", *options, kept)  # what has ended early ends at once
     assert again == 0
+    assert charts_of(report.read_text()) == charts_of(first)  # the stop is marked where it was
     whole, broken = weights_of(tmp_path / "whole"), weights_of(tmp_path / "broken")
     assert all(np.array_equal(broken[name], whole[name]) for name in whole)
 
@@ -241,7 +250,7 @@ def test_early_stopping_needs_a_meter(
     assert start("mine", "--early_stopping", "--meter=False") == 1
     assert "early_stopping needs meter=True." in capsys.readouterr().err
     assert start("mine", "--keep_states=3", "--meter=False") == 1
-    assert "keep_states needs meter=True." in capsys.readouterr().err
+    assert "keep_states above 2 needs meter=True." in capsys.readouterr().err
     monkeypatch.setattr(meter, "SHARE", 0.1)
     assert start("mine", "--early_stopping", "--keep_states=3") == 0
     assert "keep_states: a run of 6 steps is too short for it" in capsys.readouterr().err

@@ -71,7 +71,7 @@ OURS = {
     "meter": "True",
     "meter_pictures_share": "0.15",
     "early_stopping": "False",
-    "keep_states": "None",
+    "keep_states": "2",
     "fid_features": "None",
     "deterministic": "False",
     "prior_preservation_mode": "images",
