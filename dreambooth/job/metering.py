@@ -44,7 +44,7 @@ def prompts(task: Task) -> dict[str, tuple[str, ...]]:
     pictures, subjects = len(task.dataset.instance_images), task.dataset.subjects
     found = {
         INSTANCE: task.dataset.prompts,
-        OTHER_CLASS: (meter_budget.other_class(task.dataset),) * pictures,
+        OTHER_CLASS: (meter_budget.prompts(task.dataset)["other_class"],) * pictures,
         EMPTY: ("",) * pictures,
     }
     of_classes = [each.class_prompt or "" for each in subjects for _ in each.instance_images]

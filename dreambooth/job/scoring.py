@@ -140,7 +140,7 @@ def scores_over_steps(
             subject=each.instance_prompt,
             elsewhere=(each.instance_prompt + meter_budget.PLACE,),
             own_class=each.class_prompt,
-            other_class=meter_budget.other_class(task.dataset),
+            other_class=meter_budget.prompts(task.dataset)["other_class"],
         )
         for each in task.dataset.subjects
     ]

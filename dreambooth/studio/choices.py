@@ -21,10 +21,10 @@ from dreambooth.studio import drafts
 from dreambooth.studio.drawings import CHOICE, MODEL, STAMP, Drawing, Drawings, keeping
 from dreambooth.studio.model_server import ModelServer
 from dreambooth.studio.own_process import OwnProcess, object_of
+from dreambooth.training import meter_budget
 
 SEED: Final = "7"
 
-_OTHER_CLASSES: Final = ("a photo of a dog", "a photo of a cat")
 _ELSEWHERE: Final = "start the page with another --dir"
 
 
@@ -52,9 +52,9 @@ class Choices:
     def prompts(self) -> list[str]:
         """Return what is drawn: subject, subject on a beach, its class, and another class."""
         instance, of_class = drafts.prompts_of(self.run)
-        words = f"{instance} {of_class}".lower().split()
-        beach = f"{instance} on a beach" if instance else ""
-        found = (instance, beach, of_class, _OTHER_CLASSES["dog" in words])
+        place = instance + meter_budget.PLACE if instance else ""
+        other_class = meter_budget.other_class((instance, of_class))
+        found = (instance, place, of_class, other_class)
         return [prompt for prompt in found if prompt]
 
     def readings(self) -> dict[int, Mapping[str, float]]:

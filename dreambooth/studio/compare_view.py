@@ -14,6 +14,7 @@ from dreambooth.runs.run_list import RunList
 from dreambooth.studio import drafts, parts
 from dreambooth.studio.drawings import Drawing, Drawings
 from dreambooth.studio.routes import drawing_address
+from dreambooth.training import meter_budget
 
 _FIELD: Final = "outlined dense stack-label"
 _WHOSE: Final = ("base", "fine-tuned")
@@ -86,8 +87,8 @@ def draw(runs: RunList, run: Run) -> Callable[[], Awaitable[None]]:
 def prompts_of(run: Run, free: str) -> list[str]:
     """Return what is compared: subject, subject elsewhere, class, and a prompt of the user."""
     instance, of_class = drafts.prompts_of(run)
-    beach = f"{instance} on a beach" if instance else ""
-    return [prompt for prompt in (instance, beach, of_class, free.strip()) if prompt]
+    place = instance + meter_budget.PLACE if instance else ""
+    return [prompt for prompt in (instance, place, of_class, free.strip()) if prompt]
 
 
 def _pairs(pair: list[Drawing]) -> None:

@@ -7,6 +7,7 @@ clock decides. Standard library only: a job prints this before anything heavy is
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Protocol
 
 from dreambooth.data.dataset_info import DatasetInfo
@@ -18,14 +19,9 @@ SERVED_STEPS = 50
 PICTURE_ROWS = 2 * SERVED_STEPS  # guided, as the server draws by default
 
 
-def other_class(dataset: DatasetInfo) -> str:
-    """Return the prompt of another class: a dog, or a cat where a subject is a dog."""
-    words = {
-        word
-        for each in dataset.subjects
-        for word in f"{each.instance_prompt} {each.class_prompt or ''}".lower().split()
-    }
-    return OTHER_CLASSES["dog" in words]
+def other_class(prompts: Iterable[str]) -> str:
+    """Return the prompt of another class: a dog, or a cat where one of the prompts has a dog."""
+    return OTHER_CLASSES[any("dog" in prompt.lower().split() for prompt in prompts)]
 
 
 def prompts(dataset: DatasetInfo) -> dict[str, str]:
@@ -41,7 +37,7 @@ def prompts(dataset: DatasetInfo) -> dict[str, str]:
     classes = dict.fromkeys(each.class_prompt for each in dataset.subjects if each.class_prompt)
     for number, prompt in enumerate(classes):
         found[f"class{_after_the_first(number)}"] = prompt
-    return found | {"other_class": other_class(dataset)}
+    return found | {"other_class": other_class(found.values())}
 
 
 def _after_the_first(number: int) -> str:
