@@ -86,7 +86,7 @@ def line_chart(
     parts = [head, _grid(frame, x_label)]
     for number, (one, points) in enumerate(shown):
         parts.append(_curve(frame, one, points, _COLOURS[number % len(_COLOURS)]))
-    parts += [_mark(frame, x, text) for x, text in marks]
+    parts += [_mark(frame, x, text, row) for row, (x, text) in enumerate(marks)]
     parts.append("</svg>")
     return "".join(parts)
 
@@ -230,14 +230,15 @@ def _smoothed(points: list[tuple[float, float]], logarithmic: bool) -> list[tupl
     return list(zip(xs, means, strict=True))
 
 
-def _mark(frame: _Frame, x: float, text: str) -> str:
+def _mark(frame: _Frame, x: float, text: str, row: int) -> str:
+    """Draw a vertical line; the texts stand below each other, as lines may be close together."""
     left, _ = frame.at(x, frame.y[1])
     anchor = "end" if left > WIDTH / 2 else "start"
     shift = -5 if anchor == "end" else 5
     return (
         f'<path d="M{left:.1f} {_TOP}V{HEIGHT - _BOTTOM}" stroke="{_MARK}" '
         'stroke-dasharray="4 3" fill="none"/>'
-        f'<text x="{left + shift:.1f}" y="{_TOP + 10}" text-anchor="{anchor}" '
+        f'<text x="{left + shift:.1f}" y="{_TOP + 10 + 14 * row}" text-anchor="{anchor}" '
         f'style="fill:{_MARK}">{escape(text)}</text>'
     )
 

@@ -16,12 +16,12 @@ DATA = Path(__file__).parent / "data"
 DEFAULTS: Mapping[str, str] = MappingProxyType(
     {
         "learning_rate": "0.00015",
-        "max_steps": "400",
+        "max_steps": "800",  # early_stopping ends the cat's near 500
         "with_prior_preservation": "True",
         "prior_preservation_mode": "prediction",
         "training_guidance_scale": "1.5",
         "early_stopping": "True",
-        "meter_pictures_share": "0.4",  # the start, one turn and the end
+        "meter_pictures_share": "0.2",  # the start, one turn and the end
         "guidance_scale": "3.5",
         "num_inference_steps": "25",
     }

@@ -86,6 +86,15 @@ def test_a_blow_up_is_shown_on_a_logarithmic_axis() -> None:
     assert rises == pytest.approx([rises[0]] * len(rises), abs=0.2)
 
 
+def test_texts_of_marks_that_are_close_together_stand_below_each_other() -> None:
+    marks = [(56, "stopped"), (55, "kept")]
+    svg = line_chart([Series(label="a", x=range(56), y=range(56))], label="a", marks=marks)
+    high, low = (re.search(rf'y="(\d+)"[^>]*>{text}<', svg) for _, text in marks)
+    assert high is not None
+    assert low is not None
+    assert int(low[1]) - int(high[1]) >= 12  # the size of the letters
+
+
 def test_values_that_are_not_finite_are_left_out() -> None:
     (line,) = paths(line_chart([Series(label="a", x=[1, 2, 3], y=[1, math.nan, 2])], label="a"))
     assert len(line) == 2
